@@ -1,0 +1,1 @@
+"""The contract between sft-prep and sft-train: on-disk format, config loading, hashing, atomic files, errors."""

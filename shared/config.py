@@ -1,0 +1,185 @@
+"""TOML and JSON -> frozen dataclasses, strictly: an unknown key, a missing key or a wrong type is an error that names it.
+
+Values may be: bool, int, float, str, Literal, `T | None`, tuple[T, ...], dict[str, T], nested dataclasses,
+and `Mapping`/`object` for free-form tables (a model's own config). A float field takes an int; nothing else is converted.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from shared.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file. Raises ConfigError if it is absent or is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise ConfigError(f"no config file {path}; give the path of a TOML file or the name of one that ships") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
+
+
+def apply_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of `tables` with each `section.key=value` applied; `sources.0.key=value` reaches into a list.
+
+    A value is read as a TOML value, or as plain text where it is not one: `mask.boundary=inside` needs no quotes.
+    """
+    result = _deep_copy(tables)
+    for setting in settings:
+        dotted, separator, text = setting.partition("=")
+        if not separator or not dotted.strip():
+            raise ConfigError(f"--set {setting!r}: expected section.key=value")
+        keys = dotted.strip().split(".")
+        table: Any = result
+        for depth, key in enumerate(keys[:-1]):
+            table = _step_into(table, key, f"--set {setting!r}", ".".join(keys[: depth + 1]))
+        if isinstance(table, list):
+            table[_list_index(table, keys[-1], f"--set {setting!r}")] = _parse_value(text.strip())
+        else:
+            table[keys[-1]] = _parse_value(text.strip())
+    return result
+
+
+def build(cls: type[T], tables: Mapping[str, Any], where: str) -> T:
+    """Return `cls` built from `tables`; `where` names the file for messages. Raises ConfigError."""
+    return typing.cast(T, _build_dataclass(cls, tables, where, ""))
+
+
+def to_plain(value: Any) -> Any:
+    """Return dataclasses as dicts and tuples as lists, ready for canonical JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return (dotted key, old, new) for every leaf that differs between two plain trees; an absent leaf is None."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return [
+            found
+            for key in sorted({*old, *new})
+            for found in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [
+            found
+            for index, pair in enumerate(zip(old, new, strict=True))
+            for found in differences(*pair, f"{prefix}.{index}" if prefix else str(index))
+        ]
+    return [] if old == new else [(prefix, old, new)]
+
+
+def _build_dataclass(cls: Any, tables: Any, where: str, prefix: str) -> Any:
+    if not isinstance(tables, Mapping):
+        raise ConfigError(f"{where}: {prefix or 'the file'} is {_show(tables)}; expected a table")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in tables:
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown key {_dotted(prefix, key)!r}{_nearest(key, list(fields))}")
+    values = {}
+    for name, field in fields.items():
+        if name in tables:
+            values[name] = _convert(hints[name], tables[name], where, _dotted(prefix, name))
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}: missing key {_dotted(prefix, name)!r}; add it")
+    try:
+        return cls(**values)
+    except ConfigError as exc:
+        raise ConfigError(f"{where}: {prefix + ': ' if prefix else ''}{exc}") from exc
+
+
+def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value in args and not (isinstance(value, bool) and True not in args and False not in args):
+            return value
+        expected = ", ".join(json.dumps(choice) for choice in args)
+        raise ConfigError(f"{where}: {key} = {_show(value)}; expected one of {expected}{_nearest(value, args)}")
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(arg for arg in args if arg is not type(None)), value, where, key)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: {key} = {_show(value)}; expected a list")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(args[0], item, where, f"{key}.{index}") for index, item in enumerate(value))
+        if len(value) != len(args):
+            raise ConfigError(f"{where}: {key} has {len(value)} values; expected {len(args)}")
+        return tuple(_convert(*pair, where, f"{key}.{i}") for i, pair in enumerate(zip(args, value, strict=True)))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {key} = {_show(value)}; expected a table")
+        return {name: _convert(args[1], item, where, _dotted(key, name)) for name, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return _build_dataclass(hint, value, where, key)
+    if hint is Any or hint is object:
+        return value
+    return _convert_scalar(hint, value, where, key)
+
+
+def _convert_scalar(hint: type, value: Any, where: str, key: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        return value
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    raise ConfigError(f"{where}: {key} = {_show(value)}; expected {names.get(hint, hint.__name__)}")
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _step_into(table: Any, key: str, where: str, dotted: str) -> Any:
+    if isinstance(table, list):
+        return table[_list_index(table, key, where)]
+    inner = table.setdefault(key, {})
+    if not isinstance(inner, dict | list):
+        raise ConfigError(f"{where}: {dotted} is a value, not a table")
+    return inner
+
+
+def _list_index(table: list[Any], key: str, where: str) -> int:
+    if not key.isdigit() or int(key) >= len(table):
+        raise ConfigError(f"{where}: {key!r} is not an index of a list of {len(table)}")
+    return int(key)
+
+
+def _deep_copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _deep_copy(item) for key, item in value.items()}
+    return [_deep_copy(item) for item in value] if isinstance(value, list) else value
+
+
+def _dotted(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _nearest(value: Any, known: Sequence[Any]) -> str:
+    names = [str(name) for name in known]
+    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(names))}"

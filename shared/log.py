@@ -1,0 +1,21 @@
+"""Logging of the two commands: to stderr, on our own loggers, never on root; results go to stdout."""
+
+import logging
+import sys
+
+_PACKAGES = ("prep", "train", "shared")
+
+
+def configure(verbosity: int, *, rank: int | None = None) -> None:
+    """Send our loggers to stderr. `verbosity`: -1 warnings, 0 information, 1 everything. Ranks above 0 only warn."""
+    level = {-1: logging.WARNING, 0: logging.INFO}.get(max(-1, min(verbosity, 1)), logging.DEBUG)
+    if rank:
+        level = max(level, logging.WARNING)
+    where = "" if rank is None else f" [rank {rank}]"
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s{where} %(levelname).1s %(message)s", "%H:%M:%S"))
+    for name in _PACKAGES:
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level)
+        logger.propagate = False

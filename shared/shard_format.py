@@ -1,0 +1,185 @@
+"""The shard set on disk, version 1: column names, dtypes, kinds, the manifest and its fingerprint.
+
+The bytes are specified in FORMAT.md; a change of bytes bumps FORMAT_VERSION.
+
+    sequence    0        1    2          3
+    tokens    [ a a a a | b b | c c c c c | d d d ]      one flat array per shard
+    seq_offsets 0         4     6           11    14     in tokens
+    pack_offsets 0              2                 4      in sequences: pack 0 = {a, b}, pack 1 = {c, d}
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from shared import config
+from shared.errors import ArtifactError, ConfigError, FormatVersionError
+from shared.hashing import digest
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+BUILD_INFO_NAME = "build_info.json"
+REJECTS_NAME = "rejects.jsonl.zst"
+TOKENIZER_DIR = "tokenizer"
+SHARDS_DIR = "shards"
+EVAL_DIR = "eval"
+
+# name -> (dtype string, trailing shape); the first dimension is T, S+1, P+1, P or S
+COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "tokens": ("<i4", ()),  # [T]
+    "loss_mask": ("|u1", ()),  # [T]
+    "kind": ("|u1", ()),  # [T]
+    "seq_offsets": ("<i8", ()),  # [S+1]
+    "pack_offsets": ("<i8", ()),  # [P+1]
+    "pack_loss_tokens": ("<i4", ()),  # [P]
+    "seq_origin": ("<i8", (3,)),  # [S, 3] source index, row number, first token within the sample
+}
+
+
+class Kind(IntEnum):
+    """Who wrote a token. The low seven bits of the kind column."""
+
+    TEMPLATE = 0
+    SYSTEM = 1
+    USER = 2
+    ASSISTANT = 3
+    TERMINATOR = 4
+    TOOL_CALL = 5
+    TOOL = 6
+    REASONING = 7
+
+
+STRADDLES = 0x80  # set on a token that also covers bytes outside the message text that its kind names
+KIND_MASK = 0x7F
+
+# what an assistant turn is made of: the kinds that can be trained under `train_on = "assistant"`
+ASSISTANT_KINDS = (Kind.ASSISTANT, Kind.TERMINATOR, Kind.TOOL_CALL, Kind.REASONING)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerEntry:
+    name: str
+    revision: str | None
+    """The resolved commit of a hub tokenizer; None for a directory, whose files' hashes say what it is."""
+    files: dict[str, FileEntry]
+    vocab_size: int
+    """One more than the largest token id that the tokenizer knows, added tokens included."""
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    terminator_ids: tuple[int, ...]
+    """Ids that end an assistant turn in this set, most frequent first: the export's generation config lists them."""
+    canary_ids: tuple[int, ...]
+    """Ids of a fixed text: a tokenizer that gives others is not this one, whatever its files say."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TemplateEntry:
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceEntry:
+    name: str
+    hub_id: str | None
+    revision: str | None
+    content_sha256: str | None
+    rows_read: int
+    rows_used: int
+    rows_rejected: dict[str, int]
+    """Malformed and unverifiable rows, by reason: what the reject budget counts."""
+    rows_uncarried: dict[str, int]
+    """Rows with a message or field that the template would drop, by reason."""
+    rows_dropped: dict[str, int]
+    """Good rows left out by a policy of the mixture (over-length, no loss tokens, sampling), by reason."""
+    rows_truncated: int
+    rows_without_terminator: int
+    """Rows used whose last trained turn does not end in a terminator, whatever the cause."""
+    tokens: int
+    loss_tokens: int
+    details: dict[str, Any] = field(default_factory=dict)
+    """Further counts and settings, e.g. fraction, epochs, rows verified against the referee, rows that fell back."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Totals:
+    packs: int
+    sequences: int
+    tokens: int
+    loss_tokens: int
+    density: float
+    """tokens / (packs x max_seq_len)"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardEntry:
+    path: str
+    packs: int
+    sequences: int
+    tokens: int
+    loss_tokens: int
+    files: dict[str, FileEntry]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """All that is known of a shard set: no time, host, absolute path or worker count."""
+
+    format_version: int
+    name: str
+    fingerprint: str
+    inputs_digest: str
+    inputs: dict[str, Any]
+    """Everything that determines the content, known before the build; its digest is `inputs_digest`."""
+    config: dict[str, Any]
+    recipe: str
+    tokenizer: TokenizerEntry
+    chat_template: TemplateEntry
+    kinds: dict[str, int]
+    max_seq_len: int
+    max_token_id: int
+    sources: tuple[SourceEntry, ...]
+    totals: Totals
+    shards: tuple[ShardEntry, ...]
+
+
+def fingerprint_of(
+    *,
+    max_seq_len: int,
+    tokenizer_files: dict[str, FileEntry],
+    template_sha256: str,
+    source_names: list[str],
+    shards: list[ShardEntry],
+) -> str:
+    """Return the identity of the content: unchanged by a recipe, a name or a library that gives the same bytes."""
+    return digest(
+        {
+            "format_version": FORMAT_VERSION,
+            "max_seq_len": max_seq_len,
+            "tokenizer": {name: entry.sha256 for name, entry in tokenizer_files.items()},
+            "template": template_sha256,
+            "sources": source_names,
+            "shards": [{name: entry.sha256 for name, entry in shard.files.items()} for shard in shards],
+        }
+    )
+
+
+def manifest_from_json(data: Any, where: str) -> Manifest:
+    """Return the manifest in `data`. Raises FormatVersionError before looking at anything else, ArtifactError after."""
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{where}: format_version is {version!r}; this program reads {FORMAT_VERSION}. "
+            "Build the set again with this sft-prep, or use the version that wrote it"
+        )
+    try:
+        return config.build(Manifest, data, where)
+    except ConfigError as exc:
+        raise ArtifactError(f"{exc}; the manifest is damaged, build the set again") from exc

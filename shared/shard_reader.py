@@ -1,0 +1,174 @@
+"""Open a shard set: check that it is whole, map its columns, hand out packs. Cost does not grow with its tokens.
+
+`open_shard_set` looks at the manifest, the file sizes and the .npy headers only; `check_hashes` reads every byte.
+"""
+
+import json
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
+from shared.hashing import sha256_file
+from shared.shard_format import COLUMNS, MANIFEST_NAME, TOKENIZER_DIR, FileEntry, Manifest, manifest_from_json
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """One row of at most max_seq_len tokens; views of the mapped columns, nothing is copied."""
+
+    tokens: npt.NDArray[np.int32]  # [T]
+    loss_mask: npt.NDArray[np.uint8]  # [T]
+    seq_offsets: npt.NDArray[np.int64]  # [S+1], from 0 to T
+    seq_origin: npt.NDArray[np.int64]  # [S, 3]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSet:
+    """A whole shard set. Packs are numbered over all shards, in order."""
+
+    path: Path
+    manifest: Manifest
+    shards: tuple[dict[str, npt.NDArray[Any]], ...]  # the mapped columns of each shard
+    pack_starts: tuple[int, ...]  # number of the first pack of each shard
+
+    @property
+    def num_packs(self) -> int:
+        return self.manifest.totals.packs
+
+    def pack(self, pack_id: int) -> Pack:
+        """Return pack `pack_id`, 0 <= pack_id < num_packs."""
+        columns, local = self._locate(pack_id)
+        first, last = columns["pack_offsets"][local : local + 2]
+        offsets = np.asarray(columns["seq_offsets"][first : last + 1])
+        start, end = offsets[0], offsets[-1]
+        return Pack(
+            columns["tokens"][start:end],
+            columns["loss_mask"][start:end],
+            offsets - start,
+            np.asarray(columns["seq_origin"][first:last]),
+        )
+
+    def kinds(self, pack_id: int) -> npt.NDArray[np.uint8]:
+        """Return the kind of every token of a pack, uint8 [T]: for people who look, never for training."""
+        columns, local = self._locate(pack_id)
+        first, last = columns["pack_offsets"][local : local + 2]
+        return np.asarray(columns["kind"][columns["seq_offsets"][first] : columns["seq_offsets"][last]])
+
+    def loss_tokens(self, pack_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the number of loss tokens of each pack of `pack_ids`, int64 [len(pack_ids)]."""
+        counts = np.zeros(len(pack_ids), np.int64)
+        shard_of = np.searchsorted(np.asarray(self.pack_starts), pack_ids, side="right") - 1
+        for shard in np.unique(shard_of):
+            chosen = shard_of == shard
+            local = pack_ids[chosen] - self.pack_starts[shard]
+            counts[chosen] = self.shards[shard]["pack_loss_tokens"][local]
+        return counts
+
+    def seq_lengths(self, pack_id: int) -> npt.NDArray[np.int64]:
+        """Return the length in tokens of each sequence of a pack, int64 [S]; maps the offsets only."""
+        columns, local = self._locate(pack_id)
+        first, last = columns["pack_offsets"][local : local + 2]
+        return np.diff(columns["seq_offsets"][first : last + 1])
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.path / TOKENIZER_DIR
+
+    def _locate(self, pack_id: int) -> tuple[dict[str, npt.NDArray[Any]], int]:
+        if not 0 <= pack_id < self.num_packs:
+            raise IndexError(f"pack {pack_id} of {self.num_packs}")
+        shard = bisect_right(self.pack_starts, pack_id) - 1
+        return self.shards[shard], pack_id - self.pack_starts[shard]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Return the manifest of the shard set at `path`.
+
+    Raises IncompleteArtifactError if there is none, FormatVersionError or ArtifactError if it cannot be read.
+    """
+    file = path / MANIFEST_NAME
+    try:
+        data = json.loads(file.read_bytes())
+    except FileNotFoundError as exc:
+        what = "is not a whole shard set: it has no manifest.json" if path.is_dir() else "does not exist"
+        raise IncompleteArtifactError(f"{path} {what}; make one with sft-prep build") from exc
+    except NotADirectoryError as exc:
+        raise IncompleteArtifactError(f"{path} is a file; expected the directory of a shard set") from exc
+    except ValueError as exc:
+        raise ArtifactError(f"{file} is not valid JSON ({exc}); build the set again") from exc
+    return manifest_from_json(data, str(file))
+
+
+def open_shard_set(path: Path) -> ShardSet:
+    """Map the shard set at `path` read-only.
+
+    Raises IncompleteArtifactError for a missing or short file, ChecksumError for a column whose header is not the
+    specified one, FormatVersionError for another format.
+    """
+    manifest = read_manifest(path)
+    shards = []
+    for entry in manifest.shards:
+        counts = {"T": entry.tokens, "S": entry.sequences, "P": entry.packs}
+        _check_names(path / entry.path, entry.files)
+        shards.append({name: _map_column(path / entry.path, name, entry.files, counts) for name in COLUMNS})
+    starts = tuple(accumulate((entry.packs for entry in manifest.shards), initial=0))[:-1]
+    if sum(entry.packs for entry in manifest.shards) != manifest.totals.packs:
+        raise ArtifactError(f"{path}: the shards hold another number of packs than the manifest's total; build again")
+    return ShardSet(path, manifest, tuple(shards), starts)
+
+
+def check_hashes(path: Path) -> None:
+    """Read every file that the manifest lists and compare its sha256. Raises ChecksumError, IncompleteArtifactError."""
+    manifest = read_manifest(path)
+    listed = [(path / TOKENIZER_DIR / name, entry) for name, entry in manifest.tokenizer.files.items()]
+    listed += [(path / shard.path / name, entry) for shard in manifest.shards for name, entry in shard.files.items()]
+    for file, entry in listed:
+        _check_size(file, entry)
+        found = sha256_file(file)
+        if found != entry.sha256:
+            raise ChecksumError(
+                f"{file}: sha256 is {found[:16]}..., the manifest says {entry.sha256[:16]}...; "
+                "its bytes have changed, build or pull the set again"
+            )
+
+
+def _check_names(folder: Path, files: dict[str, FileEntry]) -> None:
+    expected = {f"{name}.npy" for name in COLUMNS}
+    if set(files) != expected:
+        raise ArtifactError(f"{folder}: the manifest lists {sorted(files)}; expected {sorted(expected)}")
+
+
+def _check_size(file: Path, entry: FileEntry) -> None:
+    try:
+        size = file.stat().st_size
+    except FileNotFoundError as exc:
+        raise IncompleteArtifactError(f"{file} is missing; build or pull the set again") from exc
+    if size != entry.bytes:
+        raise IncompleteArtifactError(
+            f"{file} has {size} bytes, the manifest says {entry.bytes}; build or pull the set again"
+        )
+
+
+def _map_column(folder: Path, name: str, files: dict[str, FileEntry], counts: dict[str, int]) -> npt.NDArray[Any]:
+    file = folder / f"{name}.npy"
+    _check_size(file, files[file.name])
+    dtype, tail = COLUMNS[name]
+    rows = {
+        "seq_offsets": counts["S"] + 1,
+        "pack_offsets": counts["P"] + 1,
+        "pack_loss_tokens": counts["P"],
+        "seq_origin": counts["S"],
+    }.get(name, counts["T"])
+    try:
+        array: npt.NDArray[Any] = np.load(file, mmap_mode="r" if rows else None, allow_pickle=False)
+    except ValueError as exc:
+        raise ChecksumError(f"{file} is not a .npy file ({exc}); build or pull the set again") from exc
+    if array.dtype != np.dtype(dtype) or array.shape != (rows, *tail):
+        raise ChecksumError(f"{file} holds {array.dtype.str} {array.shape}; expected {dtype} {(rows, *tail)}")
+    return array
