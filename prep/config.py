@@ -1,0 +1,139 @@
+"""The mixture file: what `sft-prep build` makes a shard set from. Paths in it are relative to the file."""
+
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from shared import config
+from shared.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerConfig:
+    name: str
+    """Hub id or directory."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub tokenizer; resolved to a commit and recorded."""
+    backend: Literal["auto", "transformers"] = "auto"
+    """`auto` encodes with gigatoken where it can and checks it against the Hugging Face tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TemplateConfig:
+    name: str
+    """One that ships, `tokenizer` for the tokenizer's own, or the path of a .jinja file."""
+    add_bos: bool = False
+    """Print the tokenizer's BOS before the template's text."""
+    date: str = ""
+    """YYYY-MM-DD, for templates that print today's date: a build must not depend on the day."""
+
+    def __post_init__(self) -> None:
+        parts = self.date.split("-")
+        if self.date and not (len(parts) == 3 and len(self.date) == 10 and all(part.isdigit() for part in parts)):
+            raise ConfigError(f"date = {self.date!r}; expected YYYY-MM-DD")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskConfig:
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    boundary: Literal["overlap", "inside"] = "overlap"
+    """Whether a token that straddles a trained text and its surroundings is trained (overlap) or not (inside)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LengthsConfig:
+    over_length: Literal["truncate", "drop"] = "truncate"
+    min_loss_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        if self.min_loss_tokens < 0:
+            raise ConfigError(f"min_loss_tokens = {self.min_loss_tokens}; expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowsConfig:
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a malformed or unverifiable row does: end the build, or be counted and listed."""
+    reject_budget: float = 0.001
+    """With `skip`: the largest fraction of malformed and unverifiable rows that a build survives."""
+    unknown: Literal["leave_out", "drop_message", "error"] = "leave_out"
+    """What happens to a row with a message or field that the template would drop without a word."""
+    max_uncarried: float = 1.0
+    """The largest fraction of uncarried rows that a build survives."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("reject_budget", self.reject_budget), ("max_uncarried", self.max_uncarried)):
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name} = {value}; expected a fraction from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    path: str
+    """Local file or glob (relative to the mixture file), or a hub data set id."""
+    name: str = ""
+    """Default: the file's stem, or the hub id."""
+    split: str = "train"
+    revision: str = "main"
+    fraction: float | None = None
+    """Keep this share of the rows, chosen by seed."""
+    rows: int | None = None
+    """Keep this many rows, chosen by seed."""
+    epochs: float | None = None
+    """Repeat: whole repeats of all rows, and a seeded choice for what is left."""
+
+    def __post_init__(self) -> None:
+        chosen = [key for key in ("fraction", "rows", "epochs") if getattr(self, key) is not None]
+        if len(chosen) > 1:
+            raise ConfigError(f"{' and '.join(chosen)} are both set; keep one of them")
+        if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
+            raise ConfigError(f"fraction = {self.fraction}; expected more than 0 and at most 1 (rows = N takes N rows)")
+        if self.rows is not None and self.rows < 1:
+            raise ConfigError(f"rows = {self.rows}; expected 1 or more")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ConfigError(f"epochs = {self.epochs}; expected more than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureConfig:
+    name: str
+    max_seq_len: int
+    tokenizer: TokenizerConfig
+    template: TemplateConfig
+    sources: tuple[SourceConfig, ...]
+    recipe: str = ""
+    """What sft-train uses unless it is told otherwise."""
+    seed: int = 0
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    lengths: LengthsConfig = field(default_factory=LengthsConfig)
+    rows: RowsConfig = field(default_factory=RowsConfig)
+
+    def __post_init__(self) -> None:
+        if self.max_seq_len < 2:
+            raise ConfigError(f"max_seq_len = {self.max_seq_len}; expected 2 or more")
+        if not self.sources:
+            raise ConfigError("no sources; add a [[sources]] table with a path")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ConfigError(f"name = {self.name!r}; expected a plain file name, it becomes data_cache/NAME")
+
+
+def shipped_mixtures() -> dict[str, Path]:
+    """Return the mixtures that ship with the package: name -> file."""
+    folder = Path(str(resources.files("prep"))) / "mixtures"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_mixture(mixture: str, settings: tuple[str, ...] = ()) -> tuple[MixtureConfig, Path]:
+    """Return the mixture named `mixture` (one that ships, or a .toml file) and the directory of its paths.
+
+    Raises ConfigError for an unknown name, key or value.
+    """
+    shipped = shipped_mixtures()
+    path = shipped.get(mixture, Path(mixture))
+    if mixture not in shipped and path.suffix != ".toml":
+        raise ConfigError(
+            f"no mixture named {mixture!r}; shipped: {', '.join(shipped) or 'none'}. Or give the path of a .toml file"
+        )
+    tables: dict[str, Any] = config.apply_settings(config.load_toml(path), settings)
+    return config.build(MixtureConfig, tables, str(path)), path.resolve().parent
