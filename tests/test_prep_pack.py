@@ -1,0 +1,112 @@
+"""Packing: each sample once, no pack too full, as few packs as best-fit-decreasing, one answer for one input."""
+
+import bisect
+import itertools
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prep.pack import pack_best_fit
+
+CAPACITY = 50
+a_batch = st.lists(st.integers(1, CAPACITY), max_size=200)
+
+
+def distinct_ties(number: int, *, seed: int = 0) -> npt.NDArray[np.uint64]:
+    return np.random.default_rng(seed).permutation(number).astype(np.uint64)
+
+
+def pack_lengths(
+    lengths: npt.NDArray[np.int64], order: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]
+) -> list[list[int]]:
+    return [lengths[order[start:stop]].tolist() for start, stop in itertools.pairwise(offsets)]
+
+
+def number_of_packs_sample_by_sample(lengths: list[int], capacity: int) -> int:
+    """Best-fit-decreasing as the books tell it."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        found = bisect.bisect_left(rooms, length)
+        room = rooms.pop(found) if found < len(rooms) else capacity
+        bisect.insort(rooms, room - length)
+    return len(rooms)
+
+
+@given(a_batch)
+@settings(deadline=None)
+def test_every_sample_is_in_exactly_one_pack(lengths: list[int]) -> None:
+    order, offsets = pack_best_fit(np.array(lengths, np.int64), capacity=CAPACITY, tie=distinct_ties(len(lengths)))
+    assert sorted(order.tolist()) == list(range(len(lengths)))
+    assert offsets[0] == 0
+    assert offsets[-1] == len(lengths)
+    assert (np.diff(offsets) > 0).all()
+
+
+@given(a_batch)
+@settings(deadline=None)
+def test_no_pack_exceeds_the_capacity(lengths: list[int]) -> None:
+    array = np.array(lengths, np.int64)
+    order, offsets = pack_best_fit(array, capacity=CAPACITY, tie=distinct_ties(len(lengths)))
+    assert all(sum(pack) <= CAPACITY for pack in pack_lengths(array, order, offsets))
+
+
+@given(a_batch)
+@settings(max_examples=300, deadline=None)
+def test_the_number_of_packs_is_that_of_plain_best_fit_decreasing(lengths: list[int]) -> None:
+    _, offsets = pack_best_fit(np.array(lengths, np.int64), capacity=CAPACITY, tie=distinct_ties(len(lengths)))
+    assert len(offsets) - 1 == number_of_packs_sample_by_sample(lengths, CAPACITY)
+
+
+@given(a_batch, st.integers(0, 1000))
+@settings(deadline=None)
+def test_the_packs_do_not_depend_on_the_order_of_the_input(lengths: list[int], seed: int) -> None:
+    array, tie = np.array(lengths, np.int64), distinct_ties(len(lengths))
+    shuffled = np.random.default_rng(seed).permutation(len(lengths))
+    order, offsets = pack_best_fit(array, capacity=CAPACITY, tie=tie)
+    other_order, other_offsets = pack_best_fit(array[shuffled], capacity=CAPACITY, tie=tie[shuffled])
+    assert np.array_equal(order, shuffled[other_order])
+    assert np.array_equal(offsets, other_offsets)
+
+
+def test_equal_ties_fall_back_to_the_index() -> None:
+    order, offsets = pack_best_fit(np.full(6, 3, np.int64), capacity=6, tie=np.zeros(6, np.uint64))
+    assert order.tolist() == [0, 1, 2, 3, 4, 5]
+    assert offsets.tolist() == [0, 2, 4, 6]
+
+
+def test_neighbours_of_equal_length_are_dealt_to_different_packs() -> None:
+    number = 10_000
+    order, offsets = pack_best_fit(np.full(number, 10, np.int64), capacity=100, tie=distinct_ties(number))
+    pack_of = np.empty(number, np.int64)
+    pack_of[order] = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    assert (pack_of[1:] == pack_of[:-1]).mean() < 0.01
+
+
+def test_packs_are_not_sorted_by_length() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1000, 5000)
+    order, offsets = pack_best_fit(lengths, capacity=1000, tie=distinct_ties(len(lengths)))
+    longest = lengths[order[offsets[:-1]]]
+    assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("capacity", [1024, 2048, 4096, 8192, 32768])
+def test_a_chat_length_histogram_packs_to_99_9_percent(capacity: int) -> None:
+    drawn = np.random.default_rng(0).lognormal(np.log(168), 1.13, 300_000)
+    lengths = np.clip(drawn, 8, capacity).astype(np.int64)
+    _, offsets = pack_best_fit(lengths, capacity=capacity, tie=distinct_ties(len(lengths)))
+    assert lengths.sum() / ((len(offsets) - 1) * capacity) >= 0.999
+
+
+def test_more_than_65536_packs_keep_their_samples() -> None:
+    order, offsets = pack_best_fit(np.full(70_000, 2, np.int64), capacity=3, tie=distinct_ties(70_000))
+    assert len(offsets) == 70_001
+    assert len(np.unique(order)) == 70_000
+
+
+@pytest.mark.parametrize("length", [0, -1, CAPACITY + 1])
+def test_a_length_that_no_pack_can_hold_is_refused(length: int) -> None:
+    with pytest.raises(ValueError, match="expected 1 to the capacity 50"):
+        pack_best_fit(np.array([1, length], np.int64), capacity=CAPACITY, tie=distinct_ties(2))
