@@ -4,8 +4,10 @@ A reader never sees half an artefact, and a crash leaves at worst a `.tmp-*` sib
 """
 
 import contextlib
+import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from shared.hashing import canonical_json
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one rename."""
+    """Replace `path` by `data` in one rename. On any error the old file stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
@@ -39,7 +41,7 @@ def write_json(path: Path, value: object) -> None:
 def staged_dir(final: Path) -> Iterator[Path]:
     """Yield an empty directory beside `final`; on success it becomes `final`, on any error it is removed.
 
-    `final` must not exist when the block ends: the caller removes what it means to replace (see `replace_dir`).
+    Raises ArtifactError if `final` holds anything when the block ends: it is never replaced (see `replace_dir`).
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".tmp-{final.name}-{os.getpid()}")
@@ -48,7 +50,7 @@ def staged_dir(final: Path) -> Iterator[Path]:
     try:
         yield aside
         fsync_tree(aside)
-        os.rename(aside, final)
+        _rename_to_free_name(aside, final)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -56,20 +58,34 @@ def staged_dir(final: Path) -> Iterator[Path]:
 
 
 def replace_dir(staged: Path, final: Path) -> None:
-    """Put the directory `staged` in the place of `final`. The old one is moved aside first and removed last."""
-    old = final.with_name(f".tmp-old-{final.name}-{os.getpid()}")
+    """Put the directory `staged` in the place of `final`. The old one is moved aside first and removed last.
+
+    A crash between the two renames leaves no `final`; an error there puts the old one back.
+    """
+    old = final.with_name(f".tmp-{final.name}-{os.getpid()}-old")
     shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
+    with contextlib.suppress(FileNotFoundError):
         os.rename(final, old)
-    os.rename(staged, final)
+    try:
+        os.rename(staged, final)
+    except BaseException:
+        if old.exists():
+            os.rename(old, final)
+        raise
     fsync_dir(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Remove what dead writers left in `parent`. Call it only while holding the lock that guards `parent`."""
+def remove_leftovers(parent: Path, name: str | None = None) -> None:
+    """Remove what dead writers left in `parent`: of the file or directory `name`, or of all.
+
+    Call it only while holding the lock that guards `name`, or everything in `parent`: it would remove live work too.
+    """
+    own = re.compile(r"\.tmp-.*" if name is None else rf"\.tmp-{re.escape(name)}-\d+(-old)?", re.DOTALL)
     for path in parent.glob(".tmp-*"):
-        if path.is_dir():
+        if not own.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
@@ -79,13 +95,15 @@ def remove_leftovers(parent: Path) -> None:
 def exclusive_lock(path: Path, doing: str) -> Iterator[None]:
     """Hold an advisory lock on `path` while the block runs; the kernel releases it if the process dies.
 
+    A POSIX record lock, not flock: worker processes forked by the holder would inherit a flock, and orphans of a
+    killed build would keep it. So it excludes other processes, not a second block in this one.
     Raises ArtifactError if another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as exc:
             raise ArtifactError(
                 f"another process is {doing} (it holds the lock {path}); wait for it to end, or stop it"
             ) from exc
@@ -103,6 +121,15 @@ def fsync_tree(root: Path) -> None:
 def fsync_dir(path: Path) -> None:
     """Flush the entries of a directory, so that a rename in it survives a power cut."""
     _fsync_path(path)
+
+
+def _rename_to_free_name(aside: Path, final: Path) -> None:
+    try:
+        os.rename(aside, final)
+    except OSError as exc:
+        if exc.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise ArtifactError(f"{final} appeared while it was being built; look at it, then remove one") from exc
+        raise
 
 
 def _fsync_path(path: Path) -> None:

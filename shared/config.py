@@ -1,12 +1,13 @@
-"""TOML and JSON -> frozen dataclasses, strictly: an unknown key, a missing key or a wrong type is an error that names it.
+"""TOML and JSON -> frozen dataclasses, strictly: an unknown or missing key or a wrong type is an error that names it.
 
-Values may be: bool, int, float, str, Literal, `T | None`, tuple[T, ...], dict[str, T], nested dataclasses,
-and `Mapping`/`object` for free-form tables (a model's own config). A float field takes an int; nothing else is converted.
+Values may be: bool, int, float (finite), str, Literal, `T | None`, tuple[T, ...], dict[str, T], nested dataclasses,
+and `Any`/`object` for free-form values (a model's own config). A float field takes an int; nothing else is converted.
 """
 
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -25,6 +26,8 @@ def load_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as exc:
         raise ConfigError(f"no config file {path}; give the path of a TOML file or the name of one that ships") from exc
+    except OSError as exc:
+        raise ConfigError(f"cannot read the config file {path}: {exc.strerror}") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
 
@@ -34,7 +37,7 @@ def apply_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str,
 
     A value is read as a TOML value, or as plain text where it is not one: `mask.boundary=inside` needs no quotes.
     """
-    result = _deep_copy(tables)
+    result: dict[str, Any] = _deep_copy(tables)
     for setting in settings:
         dotted, separator, text = setting.partition("=")
         if not separator or not dotted.strip():
@@ -45,6 +48,8 @@ def apply_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str,
             table = _step_into(table, key, f"--set {setting!r}", ".".join(keys[: depth + 1]))
         if isinstance(table, list):
             table[_list_index(table, keys[-1], f"--set {setting!r}")] = _parse_value(text.strip())
+        elif not isinstance(table, dict):
+            raise ConfigError(f"--set {setting!r}: {'.'.join(keys[:-1])} is a value, not a table")
         else:
             table[keys[-1]] = _parse_value(text.strip())
     return result
@@ -67,20 +72,26 @@ def to_plain(value: Any) -> Any:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return (dotted key, old, new) for every leaf that differs between two plain trees; an absent leaf is None."""
+    """Return (dotted key, old, new) for every leaf that differs between two plain trees; an absent leaf is None.
+
+    Leaves are compared as JSON, like their digests: 1 and 1.0 differ, and so do an absent key and a null.
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        return [
-            found
-            for key in sorted({*old, *new})
-            for found in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-        ]
+        found: list[tuple[str, Any, Any]] = []
+        for key in sorted({*old, *new}):
+            dotted = _dotted(prefix, str(key))
+            if key in old and key in new:
+                found += differences(old[key], new[key], dotted)
+            else:
+                found.append((dotted, old.get(key), new.get(key)))
+        return found
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [
             found
             for index, pair in enumerate(zip(old, new, strict=True))
-            for found in differences(*pair, f"{prefix}.{index}" if prefix else str(index))
+            for found in differences(*pair, _dotted(prefix, str(index)))
         ]
-    return [] if old == new else [(prefix, old, new)]
+    return [] if json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True) else [(prefix, old, new)]
 
 
 def _build_dataclass(cls: Any, tables: Any, where: str, prefix: str) -> Any:
@@ -106,7 +117,7 @@ def _build_dataclass(cls: Any, tables: Any, where: str, prefix: str) -> Any:
 def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        if value in args and not (isinstance(value, bool) and True not in args and False not in args):
+        if any(value == choice and type(value) is type(choice) for choice in args):
             return value
         expected = ", ".join(json.dumps(choice) for choice in args)
         raise ConfigError(f"{where}: {key} = {_show(value)}; expected one of {expected}{_nearest(value, args)}")
@@ -115,13 +126,7 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
             return None
         return _convert(next(arg for arg in args if arg is not type(None)), value, where, key)
     if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: {key} = {_show(value)}; expected a list")
-        if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(_convert(args[0], item, where, f"{key}.{index}") for index, item in enumerate(value))
-        if len(value) != len(args):
-            raise ConfigError(f"{where}: {key} has {len(value)} values; expected {len(args)}")
-        return tuple(_convert(*pair, where, f"{key}.{i}") for i, pair in enumerate(zip(args, value, strict=True)))
+        return _convert_tuple(args, value, where, key)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: {key} = {_show(value)}; expected a table")
@@ -133,33 +138,46 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     return _convert_scalar(hint, value, where, key)
 
 
+def _convert_tuple(args: tuple[Any, ...], value: Any, where: str, key: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{where}: {key} = {_show(value)}; expected a list")
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(_convert(args[0], item, where, f"{key}.{index}") for index, item in enumerate(value))
+    if len(value) != len(args):
+        raise ConfigError(f"{where}: {key} has {len(value)} values; expected {len(args)}")
+    return tuple(_convert(*pair, where, f"{key}.{i}") for i, pair in enumerate(zip(args, value, strict=True)))
+
+
 def _convert_scalar(hint: type, value: Any, where: str, key: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {key} = {value}; expected a finite number")
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text (in quotes)"}
     raise ConfigError(f"{where}: {key} = {_show(value)}; expected {names.get(hint, hint.__name__)}")
 
 
 def _parse_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        tables = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return tables["value"] if len(tables) == 1 else text
 
 
 def _step_into(table: Any, key: str, where: str, dotted: str) -> Any:
     if isinstance(table, list):
         return table[_list_index(table, key, where)]
-    inner = table.setdefault(key, {})
+    inner = table.setdefault(key, {}) if isinstance(table, dict) else table
     if not isinstance(inner, dict | list):
         raise ConfigError(f"{where}: {dotted} is a value, not a table")
     return inner
 
 
 def _list_index(table: list[Any], key: str, where: str) -> int:
-    if not key.isdigit() or int(key) >= len(table):
+    if not key.isdecimal() or int(key) >= len(table):
         raise ConfigError(f"{where}: {key!r} is not an index of a list of {len(table)}")
     return int(key)
 

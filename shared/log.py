@@ -6,13 +6,24 @@ import sys
 _PACKAGES = ("prep", "train", "shared")
 
 
+class _StderrHandler(logging.Handler):
+    """Writes to whatever sys.stderr is at that moment, so that lines appear above a progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:  # as logging's own handlers do: a closed stderr must not stop the work
+            self.handleError(record)
+
+
 def configure(verbosity: int, *, rank: int | None = None) -> None:
     """Send our loggers to stderr. `verbosity`: -1 warnings, 0 information, 1 everything. Ranks above 0 only warn."""
     level = {-1: logging.WARNING, 0: logging.INFO}.get(max(-1, min(verbosity, 1)), logging.DEBUG)
     if rank:
         level = max(level, logging.WARNING)
     where = "" if rank is None else f" [rank {rank}]"
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s{where} %(levelname).1s %(message)s", "%H:%M:%S"))
     for name in _PACKAGES:
         logger = logging.getLogger(name)

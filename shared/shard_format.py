@@ -10,10 +10,11 @@ The bytes are specified in FORMAT.md; a change of bytes bumps FORMAT_VERSION.
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from pathlib import PurePosixPath
 from typing import Any
 
 from shared import config
-from shared.errors import ArtifactError, ConfigError, FormatVersionError
+from shared.errors import ArtifactError, ChecksumError, ConfigError, FormatVersionError
 from shared.hashing import digest
 
 FORMAT_VERSION = 1
@@ -36,8 +37,18 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 
 
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Return the 128 bytes before the data of a column: .npy version 1.0, C order, padded with spaces.
+
+    Written out here because the bytes are hashed: no release of numpy may pad them differently.
+    """
+    sizes = "(" + ", ".join(map(str, shape)) + (",)" if len(shape) == 1 else ")")
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {sizes}, }}"
+    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode("ascii") + b"\n"
+
+
 class Kind(IntEnum):
-    """Who wrote a token. The low seven bits of the kind column."""
+    """Who wrote a token. The low seven bits of the kind column. A manifest lists the names in lower case."""
 
     TEMPLATE = 0
     SYSTEM = 1
@@ -171,8 +182,22 @@ def fingerprint_of(
     )
 
 
+def fingerprint_of_manifest(manifest: Manifest) -> str:
+    """Return the fingerprint that the hashes listed in `manifest` give."""
+    return fingerprint_of(
+        max_seq_len=manifest.max_seq_len,
+        tokenizer_files=manifest.tokenizer.files,
+        template_sha256=manifest.chat_template.sha256,
+        source_names=[source.name for source in manifest.sources],
+        shards=list(manifest.shards),
+    )
+
+
 def manifest_from_json(data: Any, where: str) -> Manifest:
-    """Return the manifest in `data`. Raises FormatVersionError before looking at anything else, ArtifactError after."""
+    """Return the manifest in `data`, proved to agree with itself.
+
+    Raises FormatVersionError before looking at anything else, ArtifactError or ChecksumError after.
+    """
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
         raise FormatVersionError(
@@ -180,6 +205,39 @@ def manifest_from_json(data: Any, where: str) -> Manifest:
             "Build the set again with this sft-prep, or use the version that wrote it"
         )
     try:
-        return config.build(Manifest, data, where)
+        manifest = config.build(Manifest, data, where)
     except ConfigError as exc:
         raise ArtifactError(f"{exc}; the manifest is damaged, build the set again") from exc
+    _check_names(manifest, where)
+    _check_sums(manifest, where)
+    return manifest
+
+
+def _check_names(manifest: Manifest, where: str) -> None:
+    """Every listed name stays inside the shard set: a manifest may come from a stranger."""
+    columns = {f"{name}.npy" for name in COLUMNS}
+    for index, shard in enumerate(manifest.shards):
+        if shard.path != f"{SHARDS_DIR}/{index:05d}":
+            raise ArtifactError(f"{where}: shards.{index}.path is {shard.path!r}; expected '{SHARDS_DIR}/{index:05d}'")
+        if set(shard.files) != columns:
+            raise ArtifactError(f"{where}: shard {index} lists {sorted(shard.files)}; expected {sorted(columns)}")
+    for name in manifest.tokenizer.files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or name == ".":
+            raise ArtifactError(f"{where}: tokenizer file {name!r} is not a plain relative path")
+
+
+def _check_sums(manifest: Manifest, where: str) -> None:
+    for count in ("packs", "sequences", "tokens", "loss_tokens"):
+        total, found = getattr(manifest.totals, count), sum(getattr(shard, count) for shard in manifest.shards)
+        if total != found:
+            raise ArtifactError(f"{where}: totals.{count} is {total}, the shards hold {found}; build the set again")
+    for name, said, found in (
+        ("fingerprint", manifest.fingerprint, fingerprint_of_manifest(manifest)),
+        ("inputs_digest", manifest.inputs_digest, digest(manifest.inputs)),
+    ):
+        if said != found:
+            raise ChecksumError(
+                f"{where}: {name} is {said[:16]}..., its contents give {found[:16]}...; "
+                "the manifest was changed by hand or damaged, build or pull the set again"
+            )

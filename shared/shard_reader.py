@@ -1,8 +1,10 @@
 """Open a shard set: check that it is whole, map its columns, hand out packs. Cost does not grow with its tokens.
 
-`open_shard_set` looks at the manifest, the file sizes and the .npy headers only; `check_hashes` reads every byte.
+`open_shard_set` looks at the manifest, the file sizes, the .npy headers and the ends of the offset columns only;
+`check_hashes` reads every byte.
 """
 
+import errno
 import json
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -45,20 +47,21 @@ class ShardSet:
         """Return pack `pack_id`, 0 <= pack_id < num_packs."""
         columns, local = self._locate(pack_id)
         first, last = columns["pack_offsets"][local : local + 2]
-        offsets = np.asarray(columns["seq_offsets"][first : last + 1])
+        offsets = columns["seq_offsets"][first : last + 1]
         start, end = offsets[0], offsets[-1]
         return Pack(
             columns["tokens"][start:end],
             columns["loss_mask"][start:end],
             offsets - start,
-            np.asarray(columns["seq_origin"][first:last]),
+            columns["seq_origin"][first:last],
         )
 
     def kinds(self, pack_id: int) -> npt.NDArray[np.uint8]:
         """Return the kind of every token of a pack, uint8 [T]: for people who look, never for training."""
         columns, local = self._locate(pack_id)
         first, last = columns["pack_offsets"][local : local + 2]
-        return np.asarray(columns["kind"][columns["seq_offsets"][first] : columns["seq_offsets"][last]])
+        kinds: npt.NDArray[np.uint8] = columns["kind"][columns["seq_offsets"][first] : columns["seq_offsets"][last]]
+        return kinds
 
     def loss_tokens(self, pack_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the number of loss tokens of each pack of `pack_ids`, int64 [len(pack_ids)]."""
@@ -100,6 +103,8 @@ def read_manifest(path: Path) -> Manifest:
         raise IncompleteArtifactError(f"{path} {what}; make one with sft-prep build") from exc
     except NotADirectoryError as exc:
         raise IncompleteArtifactError(f"{path} is a file; expected the directory of a shard set") from exc
+    except OSError as exc:
+        raise ArtifactError(f"cannot read {file}: {exc.strerror}") from exc
     except ValueError as exc:
         raise ArtifactError(f"{file} is not valid JSON ({exc}); build the set again") from exc
     return manifest_from_json(data, str(file))
@@ -108,18 +113,18 @@ def read_manifest(path: Path) -> Manifest:
 def open_shard_set(path: Path) -> ShardSet:
     """Map the shard set at `path` read-only.
 
-    Raises IncompleteArtifactError for a missing or short file, ChecksumError for a column whose header is not the
-    specified one, FormatVersionError for another format.
+    Raises IncompleteArtifactError for a missing or short file, ChecksumError for a column that is not the one the
+    manifest describes, FormatVersionError for another format.
     """
     manifest = read_manifest(path)
     shards = []
     for entry in manifest.shards:
         counts = {"T": entry.tokens, "S": entry.sequences, "P": entry.packs}
-        _check_names(path / entry.path, entry.files)
-        shards.append({name: _map_column(path / entry.path, name, entry.files, counts) for name in COLUMNS})
+        columns = {name: _map_column(path / entry.path, name, entry.files, counts) for name in COLUMNS}
+        _check_ends(path / entry.path / "seq_offsets.npy", columns["seq_offsets"], entry.tokens)
+        _check_ends(path / entry.path / "pack_offsets.npy", columns["pack_offsets"], entry.sequences)
+        shards.append(columns)
     starts = tuple(accumulate((entry.packs for entry in manifest.shards), initial=0))[:-1]
-    if sum(entry.packs for entry in manifest.shards) != manifest.totals.packs:
-        raise ArtifactError(f"{path}: the shards hold another number of packs than the manifest's total; build again")
     return ShardSet(path, manifest, tuple(shards), starts)
 
 
@@ -138,16 +143,10 @@ def check_hashes(path: Path) -> None:
             )
 
 
-def _check_names(folder: Path, files: dict[str, FileEntry]) -> None:
-    expected = {f"{name}.npy" for name in COLUMNS}
-    if set(files) != expected:
-        raise ArtifactError(f"{folder}: the manifest lists {sorted(files)}; expected {sorted(expected)}")
-
-
 def _check_size(file: Path, entry: FileEntry) -> None:
     try:
         size = file.stat().st_size
-    except FileNotFoundError as exc:
+    except (FileNotFoundError, NotADirectoryError) as exc:
         raise IncompleteArtifactError(f"{file} is missing; build or pull the set again") from exc
     if size != entry.bytes:
         raise IncompleteArtifactError(
@@ -166,9 +165,18 @@ def _map_column(folder: Path, name: str, files: dict[str, FileEntry], counts: di
         "seq_origin": counts["S"],
     }.get(name, counts["T"])
     try:
-        array: npt.NDArray[Any] = np.load(file, mmap_mode="r" if rows else None, allow_pickle=False)
-    except ValueError as exc:
-        raise ChecksumError(f"{file} is not a .npy file ({exc}); build or pull the set again") from exc
-    if array.dtype != np.dtype(dtype) or array.shape != (rows, *tail):
-        raise ChecksumError(f"{file} holds {array.dtype.str} {array.shape}; expected {dtype} {(rows, *tail)}")
+        # a file without data cannot be mapped
+        array: npt.NDArray[Any] = np.asarray(np.load(file, mmap_mode="r" if rows else None, allow_pickle=False))
+    except (ValueError, EOFError) as exc:
+        raise ChecksumError(f"{file} is not a whole .npy file ({exc}); build or pull the set again") from exc
+    except OSError as exc:
+        advice = "; each shard keeps 7 files open, raise `ulimit -n`" if exc.errno == errno.EMFILE else ""
+        raise ArtifactError(f"cannot read {file}: {exc.strerror}{advice}") from exc
+    if array.dtype != np.dtype(dtype) or array.shape != (rows, *tail) or not array.flags.c_contiguous:
+        raise ChecksumError(f"{file} holds {array.dtype.str} {array.shape}; expected {dtype} {(rows, *tail)}, C order")
     return array
+
+
+def _check_ends(file: Path, offsets: npt.NDArray[np.int64], end: int) -> None:
+    if offsets[0] != 0 or offsets[-1] != end:
+        raise ChecksumError(f"{file} runs from {offsets[0]} to {offsets[-1]}; expected 0 to {end}; build the set again")
