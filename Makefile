@@ -1,0 +1,43 @@
+# Everything a developer or CI runs. Each target makes the environment first, so one line on a fresh machine is enough.
+
+PYTHON ?= python3
+EXTRAS ?= prep,train,dev
+BIN := .venv/bin
+
+.PHONY: env demo test check format bench clean
+
+env: .venv/.made
+
+.venv/.made: pyproject.toml constraints.txt
+	@echo "making .venv with the releases of constraints.txt: a few minutes the first time"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: env
+	$(BIN)/sft-prep build --mixture demo
+	$(BIN)/sft-train --shards data_cache/demo --output runs/demo
+	$(BIN)/sft-train ask runs/demo/model --questions prep/demo/heldout.jsonl --show 3
+	@echo "loss plot: runs/demo/loss.png"
+
+test: env
+	$(BIN)/python -m pytest
+
+check: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory test
+
+format: env
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: env
+	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+clean:
+	rm -rf build runs data_cache/*/ *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find prep train shared tests -name __pycache__ -prune -exec rm -rf {} +
