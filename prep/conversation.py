@@ -1,0 +1,234 @@
+"""A raw record -> a validated conversation, ready for a chat template. Errors name file, line, row and field.
+
+What a template sees is plain dicts: `content` is always a string, keys whose value is null are absent (a Parquet file
+and a JSON file of the same rows give the same conversation), flat tool calls have become `{"function": {...}}`, and
+keys that we do not know are passed through. Text is never changed: no strip, no special-token handling.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from shared.errors import DataError
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment", "ipython")
+
+# who can put the question that the first assistant turn answers; a greeting before it is part of the prompt
+_ASKING_ROLES = frozenset(ROLES) - {"system", "developer", "assistant"}
+
+_STRING_KEYS = ("reasoning_content", "function_calls", "functions", "tool_call_id", "name")
+_REASONING_PARTS = {"reasoning": ("text", "reasoning"), "thinking": ("text", "thinking")}
+# what makes two prompts the same question; ids and other keys of a data set's own do not
+_PROMPT_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "function_calls", "functions")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    messages: tuple[dict[str, Any], ...]
+    tools: list[dict[str, Any]] | None
+    train: tuple[bool | None, ...]
+    """Per message: what its own `train` or `weight` says, None where it leaves that to the mask policy."""
+
+
+def parse_conversation(record: dict[str, Any], *, where: str) -> Conversation:
+    """Return the conversation in `record`; `where` locates it, e.g. `chat.jsonl line 3 (row 2)`. Raises DataError."""
+    messages = record.get("messages")
+    if not isinstance(messages, list):
+        raise DataError(_not_messages(record, where))
+    if not messages:
+        raise DataError(f"{where}: messages is empty; expected at least one message")
+    parsed = []
+    train: list[bool | None] = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise DataError(f"{where}: messages[{index}] is {_show(message)}; expected an object with role and content")
+        role = message.get("role")
+        if role not in ROLES:
+            raise DataError(f"{where}: messages[{index}].role {_is(message, 'role')}; expected {_or(ROLES)}")
+        if len(message) == 2 and type(message.get("content")) is str:  # what nearly every message is
+            parsed.append({"role": role, "content": message["content"]})
+            train.append(None)
+            continue
+        at = f"{where}: messages[{index}]"
+        train.append(_train_flag(message, at))
+        parsed.append(_parse_message(message, at))
+    tools = record.get("tools")
+    return Conversation(tuple(parsed), _parse_tools(tools, where) if tools else None, tuple(train))
+
+
+def prompt_hash(conversation: Conversation) -> bytes:
+    """Return 16 bytes that are equal for equal prompts, whatever the answers: the eval split goes by them.
+
+    A prompt is the messages before the first assistant turn that answers something; a conversation without one is
+    all prompt. Tools and unknown keys do not count.
+    """
+    asked = False
+    prompt = []
+    for message in conversation.messages:
+        if asked and message["role"] == "assistant":
+            break
+        asked = asked or message["role"] in _ASKING_ROLES
+        prompt.append({key: message[key] for key in _PROMPT_KEYS if key in message})
+    return _hash16(prompt)
+
+
+def content_hash(conversation: Conversation) -> bytes:
+    """Return 16 bytes that are equal for exactly equal conversations: messages, tools and train flags."""
+    return _hash16([conversation.messages, conversation.tools, conversation.train])
+
+
+def _parse_message(message: dict[str, Any], at: str) -> dict[str, Any]:
+    parsed = {key: value for key, value in message.items() if value is not None and key not in ("train", "weight")}
+    for key in _STRING_KEYS:
+        if key in parsed and not isinstance(parsed[key], str):
+            raise DataError(f"{at}.{key} is {_show(parsed[key])}; expected a string")
+    calls = parsed.pop("tool_calls", None)
+    if calls:
+        parsed["tool_calls"] = _parse_tool_calls(calls, f"{at}.tool_calls")
+    if "content" not in message and not calls and "function_calls" not in parsed:
+        raise DataError(f"{at} has no content; it has {', '.join(message)}")
+    parsed["content"], reasoning = _parse_content(parsed.get("content"), f"{at}.content")
+    if reasoning:
+        if parsed.get("reasoning_content"):
+            raise DataError(f"{at} has reasoning both in content and in reasoning_content; keep one of them")
+        parsed["reasoning_content"] = reasoning
+    if parsed["role"] != "assistant":
+        for key in ("tool_calls", "reasoning_content"):
+            if parsed.get(key):
+                raise DataError(f"{at} has {key} but its role is {parsed['role']!r}; expected 'assistant'")
+        parsed.pop("reasoning_content", None)
+    return parsed
+
+
+def _parse_content(content: Any, at: str) -> tuple[str, str]:
+    """Return (text, reasoning) of a message's content: a string, null, or a list of typed parts."""
+    if content is None:
+        return "", ""
+    if isinstance(content, str):
+        return content, ""
+    if isinstance(content, list):
+        return _join_parts(content, at)
+    raise DataError(f"{at} is {_show(content)}; expected a string, null or a list of text parts")
+
+
+def _join_parts(parts: list[Any], at: str) -> tuple[str, str]:
+    """Return (text, reasoning) of typed content parts, each joined as it stands."""
+    text: list[str] = []
+    reasoning: list[str] = []
+    for index, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            text.append(_part_string(part, ("text", "value"), f"{at}[{index}]"))
+        elif kind in _REASONING_PARTS:
+            reasoning.append(_part_string(part, _REASONING_PARTS[kind], f"{at}[{index}]"))
+        else:
+            seen = f"of type {kind!r}" if kind is not None else _show(part)
+            raise DataError(f"{at}[{index}] is {seen}; expected a part of type 'text', 'reasoning' or 'thinking'")
+    return "".join(text), "".join(reasoning)
+
+
+def _part_string(part: dict[str, Any], keys: tuple[str, ...], at: str) -> str:
+    for key in keys:
+        if isinstance(part.get(key), str):
+            return str(part[key])
+    raise DataError(f"{at} has the keys {', '.join(part)}; expected a string under {_or(keys)}")
+
+
+def _parse_tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
+    """Return calls in OpenAI's nested form. Arguments stay a string or an object, as they came; absent ones are {}."""
+    calls = _from_json_text(calls, at)
+    if not isinstance(calls, list):
+        raise DataError(f"{at} is {_show(calls)}; expected a list of calls")
+    parsed = []
+    for index, call in enumerate(calls):
+        if not isinstance(call, dict):
+            raise DataError(f"{at}[{index}] is {_show(call)}; expected an object with a function")
+        nested = isinstance(call.get("function"), dict)
+        function = call["function"] if nested else call
+        name, arguments = function.get("name"), function.get("arguments")
+        if not isinstance(name, str) or not name:
+            field = "function.name" if "function" in call else "name"
+            raise DataError(f"{at}[{index}].{field} {_is(function, 'name')}; expected the name of a function")
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, str | dict):
+            raise DataError(f"{at}[{index}] has arguments {_show(arguments)}; expected an object or a JSON string")
+        if nested:
+            parsed.append({**call, "function": {**function, "arguments": arguments}})
+        else:
+            others = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
+            parsed.append({"type": "function", **others, "function": {"name": name, "arguments": arguments}})
+    return parsed
+
+
+def _parse_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
+    tools = _from_json_text(tools, f"{where}: tools")
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise DataError(f"{where}: tools is {_show(tools)}; expected a list of tool descriptions or its JSON text")
+    for index, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise DataError(f"{where}: tools[{index}] is {_show(tool)}; expected an object")
+    return tools
+
+
+def _train_flag(message: dict[str, Any], at: str) -> bool | None:
+    train, weight = message.get("train"), message.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise DataError(f"{at}.train is {_show(train)}; expected true or false")
+    if weight is None:
+        return train
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise DataError(f"{at}.weight is {_show(weight)}; expected 0 or 1")
+    if train is not None and train != bool(weight):
+        raise DataError(f"{at} says train = {str(train).lower()} and weight = {weight}; keep one of them")
+    return bool(weight)
+
+
+def _from_json_text(value: Any, at: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return orjson.loads(value)
+    except orjson.JSONDecodeError as exc:
+        raise DataError(f"{at} is text but not JSON: {exc.msg} at character {exc.pos + 1}") from exc
+
+
+def _not_messages(record: dict[str, Any], where: str) -> str:
+    if "messages" in record:
+        seen = f"messages is {_show(record['messages'])}"
+    else:
+        seen = f"no messages; the row has {', '.join(map(str, record)) or 'no columns'}"
+    return f'{where}: {seen}; expected "messages": [{{"role": ..., "content": ...}}, ...]'
+
+
+def _is(table: dict[str, Any], key: str) -> str:
+    return f"is {_show(table[key])}" if key in table else "is missing"
+
+
+def _or(choices: tuple[str, ...]) -> str:
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _hash16(value: Any) -> bytes:
+    try:
+        text = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # integers beyond 64 bits, or a type that only Arrow knows: spelled unambiguously, still stable
+        text = repr(_sorted(value)).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return sorted((str(key), _sorted(item)) for key, item in value.items())
+    return [_sorted(item) for item in value] if isinstance(value, list | tuple) else value
