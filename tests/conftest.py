@@ -1,0 +1,6 @@
+"""Lets tests import the helper modules beside them (`shard_sets`): under importlib mode pytest does not add the folder."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

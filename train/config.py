@@ -1,0 +1,191 @@
+"""The recipe file: how `sft-train` trains. Nothing derived lives here; paths in it are relative to the file."""
+
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from shared import config
+from shared.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    name: str = ""
+    """Hub id or directory of a Hugging Face causal LM. Empty when `config` describes a new one."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub model."""
+    config: dict[str, Any] | None = None
+    """A model with random weights: `model_type` and the keys of its transformers config."""
+    attention: Literal["auto", "per_sequence", "flash", "varlen"] = "auto"
+    """Kernel that keeps sequences of a pack apart; `auto` takes the fastest one that the device has."""
+    gradient_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass: less memory, about a third more time."""
+    resize_vocab: bool = False
+    """Grow the embedding where the shards hold ids that the model does not know; otherwise that is an error."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW. Weight decay acts on matrices only, never on norms and biases."""
+
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ConfigError(f"learning_rate = {self.learning_rate}; expected more than 0")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(f"betas = {list(self.betas)}; expected two numbers from 0 to below 1")
+        for name, value in (("weight_decay", self.weight_decay), ("max_grad_norm", self.max_grad_norm)):
+            if value < 0:
+                raise ConfigError(f"{name} = {value}; expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    kind: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = 0.03
+    """Warm-up steps = ceil(warmup_ratio x total steps)."""
+    epochs: float = 1.0
+    max_steps: int | None = None
+    """Total number of steps instead of `epochs`."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.warmup_ratio <= 1.0:
+            raise ConfigError(f"warmup_ratio = {self.warmup_ratio}; expected a fraction from 0 to 1")
+        if self.epochs <= 0:
+            raise ConfigError(f"epochs = {self.epochs}; expected more than 0")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ConfigError(f"max_steps = {self.max_steps}; expected 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    packs_per_step: int | None = None
+    """Packs per optimiser step over all ranks; gradient accumulation follows from it."""
+    tokens_per_step: int | None = None
+    """The same in tokens: a multiple of the shards' max_seq_len."""
+    packs_per_micro_batch: int = 1
+    """Packs of one forward and backward pass on one rank. Changes memory and speed, never the gradient."""
+
+    def __post_init__(self) -> None:
+        if (self.packs_per_step is None) == (self.tokens_per_step is None):
+            raise ConfigError("set one of packs_per_step and tokens_per_step")
+        for name in ("packs_per_step", "tokens_per_step", "packs_per_micro_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value}; expected 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    norm: Literal["token", "sample", "sum"] = "token"
+    """`token`: mean over the loss tokens of the step. `sample`: mean over its conversations of their means. `sum`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    zero_stage: Literal[1, 2, 3] = 3
+    """What DeepSpeed shards over the ranks: optimizer state (1), gradients too (2), weights too (3)."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of weights and activations; `auto` is bf16 on a GPU and fp32 on a CPU. Master weights and sums are fp32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    every_steps: int = 500
+    """A checkpoint is also written at the last step and when the run is asked to stop."""
+    keep_last: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}; expected 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    every_steps: int = 1
+    """Steps per logged line: each line costs one wait for the device."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "sft"
+    wandb_name: str = ""
+    """Default: the name of the run directory."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ConfigError(f"every_steps = {self.every_steps}; expected 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    seed: int = 0
+    """Of the data order, of random weights and of dropout."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    name: str
+    optim: OptimConfig
+    batch: BatchConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ConfigError(f"name = {self.name!r}; expected a plain file name, it becomes part of runs/NAME")
+        if self.model.config is not None and self.model.name:
+            raise ConfigError("model.name and model.config are both set; keep one of them")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that ship with the package: name -> file."""
+    folder = Path(str(resources.files("train"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_recipe(
+    recipe: str, settings: tuple[str, ...] = (), *, model: str | None = None, max_steps: int | None = None
+) -> TrainConfig:
+    """Return the recipe named `recipe` (one that ships, or a .toml file) with the changes of the command line.
+
+    A `model.name` that is a directory becomes its absolute path. Raises ConfigError for an unknown name, key or value.
+    """
+    shipped = shipped_recipes()
+    path = shipped.get(recipe, Path(recipe))
+    if recipe not in shipped and path.suffix != ".toml":
+        raise ConfigError(
+            f"no recipe named {recipe!r}; shipped: {', '.join(shipped) or 'none'}. Or give the path of a .toml file"
+        )
+    tables: dict[str, Any] = config.apply_settings(config.load_toml(path), settings)
+    model_dir = path.resolve().parent
+    if model is not None:
+        tables["model"] = {**tables.get("model", {}), "name": model}
+        tables["model"].pop("config", None)
+        model_dir = Path.cwd()
+    if max_steps is not None:
+        tables["schedule"] = {**tables.get("schedule", {}), "max_steps": max_steps}
+    _make_absolute(tables, model_dir)
+    return config.build(TrainConfig, tables, str(path))
+
+
+def _make_absolute(tables: dict[str, Any], model_dir: Path) -> None:
+    section = tables.get("model")
+    name = section.get("name") if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(name, str) or not name:
+        return
+    folder = model_dir / Path(name).expanduser()
+    if folder.is_dir():
+        section["name"] = str(folder.resolve())
+    elif name.startswith(("/", "./", "../", "~")):
+        raise ConfigError(f"model.name = {name!r}: there is no directory {folder}")

@@ -1,0 +1,108 @@
+"""The process group: the only place that reads or sets what a launcher puts in the environment.
+
+One process needs no launcher: it is rank 0 of 1. Many come from torchrun, which sets the same variables.
+"""
+
+import contextlib
+import importlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """Where this process stands."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    control_group: dist.ProcessGroup | None
+    """A gloo group for small CPU messages that must not wait for the GPU; None for one rank."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Join the process group that the environment describes, or one of a single process, and leave it at the end."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    _init_deepspeed("nccl" if device.type == "cuda" else "gloo")
+    try:
+        control_group = dist.new_group(backend="gloo") if world_size > 1 else None
+        yield Ranks(
+            rank=rank, local_rank=local_rank, world_size=world_size, device=device, control_group=control_group
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier(ranks: Ranks) -> None:
+    """Wait until every rank is here."""
+    if ranks.control_group is not None:
+        dist.barrier(ranks.control_group)
+
+
+def any_rank(flag: bool, ranks: Ranks) -> bool:
+    """Return whether `flag` is true on some rank: the same answer on all. Never waits for the GPU."""
+    if ranks.control_group is None:
+        return flag
+    tensor = torch.tensor([flag], dtype=torch.int32)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=ranks.control_group)
+    return bool(tensor.item())
+
+
+def sum_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Add up `values` over all ranks, in place, on their device."""
+    if ranks.world_size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather_to_main(value: object, ranks: Ranks) -> list[object]:
+    """Return every rank's `value` on rank 0, in rank order; an empty list elsewhere."""
+    if ranks.control_group is None:
+        return [value]
+    gathered: list[object] | None = [None] * ranks.world_size if ranks.is_main else None
+    dist.gather_object(value, gathered, dst=0, group=ranks.control_group)
+    return gathered or []
+
+
+def broadcast_from_main(value: object, ranks: Ranks) -> object:
+    """Return rank 0's `value` on every rank."""
+    if ranks.control_group is None:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0, group=ranks.control_group)
+    return holder[0]
+
+
+def _init_deepspeed(backend: str) -> None:
+    import deepspeed
+
+    # it would compile a shared-memory kernel, and fail where there is no compiler; a plain `import ... as` of this
+    # module resolves to torch's and patches nothing
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

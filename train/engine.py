@@ -1,0 +1,124 @@
+"""DeepSpeed behind four functions: its config, generated from ours; start; one step; the weights at the end."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.integrations import HfDeepSpeedConfig
+
+from shared.errors import DataError, PrerequisiteError
+from train.batch import MicroBatch
+from train.config import EngineConfig, OptimConfig
+from train.distributed import Ranks
+from train.model import LossModel
+
+WEIGHTS_PREFIX = "model."  # of the network inside LossModel, in DeepSpeed's names
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Return the dtype for engine.dtype. Raises PrerequisiteError for bf16 on a GPU without it."""
+    if wanted == "auto":
+        wanted = "bf16" if device.type == "cuda" else "fp32"
+    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise PrerequisiteError("engine.dtype = 'bf16': this GPU has no bf16; set engine.dtype = 'fp32'")
+    return torch.bfloat16 if wanted == "bf16" else torch.float32
+
+
+def deepspeed_config(engine: EngineConfig, optim: OptimConfig, *, dtype: torch.dtype) -> dict[str, Any]:
+    """Return DeepSpeed's config: every value stated, none "auto".
+
+    Batch sizes are 1 because the normalisation is ours: losses come with their final weight, and
+    `managed_gradient_accumulation` false makes each `step` the end of however many backward passes came before.
+    Gradients are summed and sent in fp32 also where weights are bf16.
+    """
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+        "reduce_bucket_size": 50_000_000,
+    }
+    if engine.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": optim.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def shard_while_building(config: dict[str, Any]) -> HfDeepSpeedConfig | None:
+    """Make transformers shard weights as it creates them (ZeRO-3), for as long as the returned object lives."""
+    return HfDeepSpeedConfig(config) if config["zero_optimization"]["stage"] == 3 else None
+
+
+def start_engine(model: LossModel, optim: OptimConfig, config: dict[str, Any]) -> Any:
+    """Return the DeepSpeed engine around `model` with AdamW."""
+    import deepspeed
+
+    # torch's own optimizer: DeepSpeed's default compiles a kernel first, 53 s against 4
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, optim.weight_decay), lr=optim.learning_rate, betas=optim.betas, eps=optim.eps
+    )
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if config["zero_optimization"]["stage"] < 3:
+        engine.optimizer.check_grad_overflow = True  # off by default in fp32: a NaN would reach the weights
+    return engine
+
+
+def run_step(engine: Any, micro_batches: Sequence[MicroBatch], *, learning_rate: float, ranks: Ranks) -> torch.Tensor:
+    """Run every micro-batch forward and backward, then one update; return this rank's part of the loss, fp32 [1].
+
+    Losses already carry their weight in the step's loss. DeepSpeed averages gradients over ranks, so each loss is
+    multiplied by their number. Raises DataError before the update if a gradient is not finite.
+    """
+    total = torch.zeros(1, dtype=torch.float32, device=ranks.device)
+    for batch in micro_batches:
+        loss = engine(batch.to(ranks.device))
+        engine.backward(loss * ranks.world_size, scale_wrt_gas=False)
+        total += loss.detach()
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    engine.step()
+    if engine.optimizer.overflow:
+        raise DataError("the loss or a gradient is not finite; the weights were left as they were")
+    return total
+
+
+def consolidated_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """Return the full weights by their transformers names on rank 0 (all ranks must call), in the training dtype."""
+    if engine.zero_optimization_stage() == 3:
+        state = engine._zero3_consolidated_16bit_state_dict()
+    else:
+        state = engine.module.state_dict()
+    return {name.removeprefix(WEIGHTS_PREFIX): tensor.cpu() for name, tensor in (state or {}).items()}
+
+
+def _parameter_groups(model: LossModel, weight_decay: float) -> list[dict[str, Any]]:
+    matrices, vectors = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (matrices if _num_dimensions(parameter) >= 2 else vectors).append(parameter)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _num_dimensions(parameter: Any) -> int:
+    """Under ZeRO-3 a parameter is empty outside the forward pass and keeps its shape in `ds_shape`."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,0 +1,151 @@
+"""Cross-entropy through the LM head without the logits of the whole row, and how losses of tokens add up to a step's.
+
+The loss of a step is sum over its rows of weight x cross-entropy. The weights hold the whole normalisation and are
+known before the forward pass, so any split over ranks and micro-batches has the same gradient.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shared.shard_reader import Pack
+
+Norm = Literal["token", "sample", "sum"]
+
+_LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32: 512 rows of a 32k vocabulary
+
+
+def uniform_weight(norm: Norm, num_loss_tokens: int) -> float | None:
+    """Return the weight of each loss token of a step with `num_loss_tokens`, or None if they differ (`sample`)."""
+    match norm:
+        case "token":
+            return 1.0 / max(1, num_loss_tokens)
+        case "sum":
+            return 1.0
+        case "sample":
+            return None
+
+
+def sample_weights(packs: list[Pack]) -> list[npt.NDArray[np.float32]]:
+    """Return the weight of each loss token of each pack of a step, for a mean over samples of their means.
+
+    Fragments of one sample count together. A row that the mixture repeats counts once per copy: copies are told from
+    fragments by the number of sequences that start at the sample's first token.
+    """
+    counts = [np.add.reduceat(pack.loss_mask.astype(np.int64), pack.seq_offsets[:-1]) for pack in packs]
+    origin = np.concatenate([pack.seq_origin for pack in packs])  # [S, 3]
+    _, sample_of = np.unique(origin[:, :2], axis=0, return_inverse=True)
+    sample_of = sample_of.reshape(-1)
+    tokens_of = np.bincount(sample_of, np.concatenate(counts))
+    copies_of = np.maximum(1, np.bincount(sample_of, origin[:, 2] == 0))
+    num_samples = max(1.0, copies_of[tokens_of > 0].sum())
+    weight_of = copies_of / np.maximum(1, tokens_of) / num_samples
+    splits = np.cumsum([len(pack.seq_origin) for pack in packs])[:-1]
+    return [
+        np.repeat(weight_of[samples], count).astype(np.float32)
+        for samples, count in zip(np.split(sample_of, splits), counts, strict=True)
+    ]
+
+
+def weighted_cross_entropy(
+    hidden: torch.Tensor,  # [R, D]
+    head: torch.Tensor,  # [V, D]
+    targets: torch.Tensor,  # int64 [R]
+    weights: torch.Tensor,  # float32 [R]
+    *,
+    uniform: float | None,
+) -> torch.Tensor:
+    """Return sum over rows of weight x cross-entropy, fp32: Liger's kernel on a GPU, chunks of rows elsewhere."""
+    if hidden.device.type == "cuda" and uniform is not None:
+        return liger_cross_entropy(hidden, head, targets) * uniform
+    return chunked_cross_entropy(hidden, head, targets, weights)
+
+
+def liger_cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the sum of cross-entropies by Liger's fused kernel, which has one weight for all rows of a call."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    outputs = LigerFusedLinearCrossEntropyFunction.apply(
+        hidden,
+        head,
+        targets,
+        None,  # bias
+        None,  # class weights
+        -100,
+        0.0,  # lse_square_scale
+        0.0,  # label_smoothing
+        "sum",
+        None,  # softcap
+        False,  # z loss
+        torch.float32,  # accumulate the gradient of the head in fp32 over the kernel's chunks
+    )
+    loss = outputs[0]
+    assert isinstance(loss, torch.Tensor)
+    return loss.float()
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Return sum of weight x cross-entropy over chunks of rows that share one buffer of logits."""
+    loss = _ChunkedCrossEntropy.apply(hidden, head, targets, weights)
+    assert isinstance(loss, torch.Tensor)
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Computes the gradients in the forward pass, as Liger does: logits are made once and never kept.
+
+    With p = softmax(h W^T) and g = weight x (p - onehot(target)): d hidden = g W, d head = g^T h.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        rows_per_chunk = max(1, min(len(hidden), _LOGITS_PER_CHUNK // len(head)))
+        buffer = torch.empty((rows_per_chunk, len(head)), dtype=torch.float32, device=hidden.device)
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), rows_per_chunk):
+            chunk = slice(start, start + rows_per_chunk)
+            h, target, weight = hidden[chunk], targets[chunk, None], weights[chunk]
+            logits = buffer[: len(h)]
+            _multiply(h, head.t(), logits)
+            target_logit = logits.gather(1, target)
+            top = logits.amax(dim=1, keepdim=True)
+            total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
+            loss += ((total.log() + top - target_logit)[:, 0] * weight).sum()
+            grad = logits.mul_(weight[:, None] / total)  # in place: the buffer turns from exp into the gradient
+            grad.scatter_add_(1, target, -weight[:, None])
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, head, out=grad_hidden[chunk])
+            if grad_head is not None:
+                _add_product(grad_head, grad.t(), h)
+        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_head = ctx.saved_tensors
+        scaled = [None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in (grad_hidden, grad_head)]
+        return (*scaled, None, None)
+
+
+def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(torch.mm(left, right))
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(torch.mm(left, right))

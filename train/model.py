@@ -1,0 +1,204 @@
+"""The model: a Hugging Face causal LM, loaded or random, inside a module whose forward pass returns the loss.
+
+The loss is computed inside `forward` because under ZeRO-3 that is where the LM head's weight can be gathered. The
+logits of a row exist only for the positions that carry loss.
+"""
+
+import difflib
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from shared.errors import ArtifactError, ConfigError
+from shared.shard_format import Manifest
+from train.batch import MicroBatch
+from train.config import ModelConfig
+from train.loss import weighted_cross_entropy
+
+logger = logging.getLogger(__name__)
+
+# what models of transformers do to their logits besides the head; only the first two are linear and handled
+_LOGIT_CHANGES = ("final_logit_softcapping", "lm_head_multiplier", "output_multiplier_scale", "dim_model_base")
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
+
+
+class LossModel(torch.nn.Module):
+    """A causal LM whose forward pass returns the weighted loss of a micro-batch, fp32 []."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.logit_scale = logit_scale(model.config)
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            use_cache=False,  # with a cache transformers would build a mask that lets sequences see each other
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen,
+            max_length_k=batch.max_seqlen,
+        ).last_hidden_state[0]  # [N, D]
+        hidden = hidden.index_select(0, batch.rows)  # [R, D]
+        if self.logit_scale != 1.0:
+            hidden = hidden * self.logit_scale
+        head = self.model.get_output_embeddings().weight  # [V, D], gathered here under ZeRO-3
+        return weighted_cross_entropy(hidden, head, batch.targets, batch.weights, uniform=batch.uniform_weight)
+
+
+def build_model(
+    model: ModelConfig, manifest: Manifest, *, attention: str, dtype: torch.dtype, seed: int
+) -> LossModel:
+    """Return the model to train, in training mode, checked against the shard set that it is to be trained on.
+
+    Under ZeRO-3 the caller keeps an HfDeepSpeedConfig alive meanwhile, so that weights are sharded as they are made.
+    Raises ConfigError or ArtifactError.
+    """
+    config = model_config(model, manifest)
+    check_supported(config)
+    torch.manual_seed(seed)
+    if model.config is not None:
+        network = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    else:
+        network = _load_weights(model, config, attention=attention, dtype=dtype)
+    check_head(network)
+    if config.vocab_size <= manifest.max_token_id:
+        network.resize_token_embeddings(manifest.tokenizer.vocab_size, mean_resizing=False)
+    if model.gradient_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    return LossModel(network).train()
+
+
+def model_config(model: ModelConfig, manifest: Manifest) -> PretrainedConfig:
+    """Return the transformers config of the model. Raises ConfigError if it does not fit the shard set."""
+    if model.config is not None:
+        config = _config_from_table(model.config, manifest)
+    elif model.name:
+        config = _config_of_pretrained(model)
+    else:
+        raise ConfigError("no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe")
+    if config.vocab_size <= manifest.max_token_id and not model.resize_vocab:
+        raise ConfigError(
+            f"the model knows {config.vocab_size} tokens, the shards hold token {manifest.max_token_id}: they were made "
+            f"with another tokenizer ({manifest.tokenizer.name}). If it is the right one with tokens added, set "
+            "model.resize_vocab = true"
+        )
+    limit = _get(config, "max_position_embeddings")
+    if isinstance(limit, int) and limit < manifest.max_seq_len:
+        raise ConfigError(
+            f"the model takes {limit} positions (max_position_embeddings), the shards have sequences of up to "
+            f"{manifest.max_seq_len}; build them with max_seq_len = {limit} or use another model"
+        )
+    return config
+
+
+def check_supported(config: PretrainedConfig) -> None:
+    """Raise ConfigError for a model whose packed loss would not be the loss of its sequences alone."""
+    name = config.model_type
+    for key in _LOGIT_CHANGES:
+        if _get(config, key) not in (None, 1, 1.0):
+            raise ConfigError(f"model type {name!r} changes its logits ({key} = {_get(config, key)}); not supported yet")
+    layers = set(_get(config, "layer_types") or ()) | set(_get(config, "layers_block_type") or ())
+    if foreign := sorted(layers - _ATTENTION_LAYERS):
+        raise ConfigError(
+            f"model type {name!r} has layers of type {', '.join(foreign)}, which carry state from one sequence of a "
+            "pack into the next; use a model with attention layers only"
+        )
+    if config.is_encoder_decoder:
+        raise ConfigError(f"model type {name!r} has an encoder; expected a causal LM")
+
+
+def check_head(network: PreTrainedModel) -> None:
+    """Raise ConfigError unless logits are head(hidden) with a plain matrix and attention is pluggable."""
+    name = network.config.model_type
+    head = network.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None or network.base_model is network:
+        raise ConfigError(f"model type {name!r} has no plain LM head (a linear layer without bias); not supported yet")
+    if not network._supports_attention_backend:
+        raise ConfigError(
+            f"model type {name!r} does not let its attention be replaced, so sequences of a pack would see each other"
+        )
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """Return the factor between head(hidden) and the logits of the model: Granite divides, Cohere multiplies."""
+    divisor, factor = _get(config, "logits_scaling"), _get(config, "logit_scale")
+    return float(factor or 1.0) / float(divisor or 1.0)
+
+
+def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedConfig:
+    """What the table leaves out follows from the shards: vocabulary, special ids, longest sequence."""
+    values = dict(table)
+    model_type = values.pop("model_type", None)
+    try:
+        known = AutoConfig.for_model(model_type).to_dict()
+    except (ValueError, KeyError, AttributeError) as exc:
+        raise ConfigError(f"model.config.model_type = {model_type!r} is not a model type of transformers") from exc
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"unknown key 'model.config.{key}' for model type {model_type!r}{hint}")
+    tokenizer = manifest.tokenizer
+    derived = {
+        "vocab_size": max(tokenizer.vocab_size, manifest.max_token_id + 1),
+        "max_position_embeddings": max(int(known.get("max_position_embeddings") or 0), manifest.max_seq_len),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        config = AutoConfig.for_model(model_type, **{**derived, **values})
+    except (ValueError, TypeError) as exc:
+        raise ConfigError(f"model.config is not a valid {model_type!r} config: {_one_line(exc)}") from exc
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def _config_of_pretrained(model: ModelConfig) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(model.name, revision=model.revision, trust_remote_code=False)
+    except (OSError, ValueError) as exc:
+        raise ArtifactError(f"cannot read the model {model.name!r}: {_one_line(exc)}") from exc
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def _load_weights(
+    model: ModelConfig, config: PretrainedConfig, *, attention: str, dtype: torch.dtype
+) -> PreTrainedModel:
+    try:
+        network, loading = AutoModelForCausalLM.from_pretrained(
+            model.name,
+            config=config,
+            revision=model.revision,
+            trust_remote_code=False,
+            attn_implementation=attention,
+            dtype=dtype,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as exc:
+        raise ArtifactError(f"cannot load the model {model.name!r}: {_one_line(exc)}") from exc
+    missing = sorted(loading["missing_keys"])
+    if missing or loading["mismatched_keys"]:
+        wrong = missing or sorted(str(key) for key in loading["mismatched_keys"])
+        raise ArtifactError(
+            f"the weights of {model.name!r} lack or contradict {len(wrong)} parameters of its config, e.g. {wrong[0]}; "
+            "they would start random"
+        )
+    assert isinstance(network, PreTrainedModel)
+    return network
+
+
+def _get(config: PretrainedConfig, key: str) -> Any:
+    """The value of a key that only some model types have."""
+    return config.to_dict().get(key)
+
+
+def _one_line(exc: Exception) -> str:
+    text = " ".join(str(exc).split())
+    return text if len(text) <= 200 else text[:197] + "..."
