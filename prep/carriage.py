@@ -1,0 +1,81 @@
+"""Does a rendering hold all that its conversation says? A template that drops a message or a field says nothing of it.
+
+Whitespace that a template strips is not a loss. Nor is the reasoning of an earlier turn, where the template is one
+that prints the reasoning of the last turn: models of that family are meant to forget it.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prep.conversation import Conversation
+from prep.spans import SpanRules
+from prep.trace import Mark, Traced
+
+_TEXT = ("content", "reasoning_content", "function_calls", "functions")
+
+
+def uncarried(text: Traced, conversation: Conversation, rules: SpanRules) -> tuple[int, str] | None:
+    """Return (message index, reason) of the first message or field that the rendering lacks, or None.
+
+    A reason is "ROLE message" for a message that is absent altogether, "ROLE.FIELD" for a field.
+    """
+    own: dict[int, list[Mark]] = {}
+    for mark in text.marks:
+        own.setdefault(mark.message, []).append(mark)
+    for index, message in enumerate(conversation.messages):
+        marks = own.get(index, [])
+        role = message["role"]
+        if not marks:
+            if role == "system" and not message["content"].strip():
+                continue  # an empty system message says nothing
+            return index, f"{role} message"
+        for field in _missing_fields(message, marks, rules):
+            return index, f"{role}.{field}"
+    return None
+
+
+def without_message(conversation: Conversation, index: int) -> Conversation:
+    """Return the conversation without one message."""
+    keep = [i for i in range(len(conversation.messages)) if i != index]
+    return Conversation(
+        messages=tuple(conversation.messages[i] for i in keep),
+        tools=conversation.tools,
+        train=tuple(conversation.train[i] for i in keep),
+    )
+
+
+def _missing_fields(message: Mapping[str, Any], marks: list[Mark], rules: SpanRules) -> Iterator[str]:
+    for field in _TEXT:
+        value = message.get(field)
+        if isinstance(value, str) and value.strip() and not _text_is_there(field, value, message, marks, rules):
+            yield field
+    for call, value in enumerate(message.get("tool_calls") or ()):
+        function = value.get("function", value)
+        path = f"tool_calls/{call}/function" if "function" in value else f"tool_calls/{call}"
+        for name in ("name", "arguments"):
+            if function.get(name) and not _path_is_there(f"{path}/{name}", marks):
+                yield "tool_calls"
+                return
+
+
+def _text_is_there(field: str, value: str, message: Mapping[str, Any], marks: list[Mark], rules: SpanRules) -> bool:
+    if field == "reasoning_content" and rules.carries_reasoning:
+        return True
+    position = 0
+    if field == "content" and message["role"] == "assistant" and rules.carries_reasoning:
+        position = max(0, value.rfind("</think>") + len("</think>")) if "</think>" in value else 0
+    for mark in sorted(mark for mark in marks if mark.field == field):
+        if mark.source_start < 0:
+            return True
+    pieces = sorted((m.source_start, m.source_start + m.end - m.start) for m in marks if m.field == field)
+    for start, end in pieces:
+        if start > position and value[position:start].strip():
+            return False
+        position = max(position, end)
+    return not value[position:].strip()
+
+
+def _path_is_there(path: str, marks: list[Mark]) -> bool:
+    return any(
+        mark.field == path or path.startswith(mark.field + "/") or mark.field.startswith(path + "/") for mark in marks
+    )

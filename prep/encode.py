@@ -1,0 +1,250 @@
+"""Text -> token ids with the byte range of every token; a control token can only come from the template.
+
+gigatoken encodes where it can: it is byte-identical to the Hugging Face tokenizer and far faster. The Hugging Face
+tokenizer (`tokenizers`) is its referee, and does what gigatoken cannot: text that the tokenizer normalizes, tokenizers
+that are not byte-level, and rows in which somebody typed a control token.
+
+For a byte-level BPE the bytes of each id are known, so all byte ranges are one cumulative sum; elsewhere they come
+from the tokenizer's offsets.
+"""
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.spans import Rendered
+from shared.errors import DataError
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSpec:
+    """All that an encoder is made from; sent to the worker processes."""
+
+    tokenizer_json: str  # a tokenizer.json without truncation, padding and post-processor
+    control_tokens: tuple[str, ...]  # added tokens that text in messages can never become
+    backend: str  # "gigatoken" or "transformers"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Rows of a chunk, end to end. N tokens, R rows; bytes count from the start of the chunk's text."""
+
+    tokens: npt.NDArray[np.int32]  # [N]
+    token_start: Ints  # [N] first byte
+    token_end: Ints  # [N]
+    row_offsets: Ints  # [R+1] in tokens
+    byte_offsets: Ints  # [R+1] in bytes of text
+    rows_by_hand: int  # rows that took the Hugging Face path because of normalization or a typed control token
+
+
+def encoder_spec(tokenizer_json: str, control_tokens: Sequence[str], backend: str) -> EncoderSpec:
+    """Return the spec for a tokenizer.json: nothing may be added to, cut from or padded around what a template prints."""
+    data = json.loads(tokenizer_json)
+    data.update(truncation=None, padding=None, post_processor=None)
+    return EncoderSpec(json.dumps(data, ensure_ascii=False), tuple(control_tokens), backend)
+
+
+class Encoder:
+    """A tokenizer at work in one process."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        import tokenizers
+
+        self._spec = spec
+        self._json = json.loads(spec.tokenizer_json)
+        self._hf = tokenizers.Tokenizer.from_str(spec.tokenizer_json)
+        self._hf_text = tokenizers.Tokenizer.from_str(spec.tokenizer_json)
+        self._hf_text.encode_special_tokens = True  # "special" added tokens are plain text to this one
+        normalizer = self._json.get("normalizer")
+        self._normal_form = normalizer["type"] if normalizer else None
+        self._has_byte_lengths = _is_byte_level(self._json) and self._normal_form in (None, "NFC", "NFKC", "NFD", "NFKD")
+        self.vocab_size = 1 + max(
+            max(self._json["model"]["vocab"].values(), default=0) if isinstance(self._json["model"]["vocab"], dict)
+            else len(self._json["model"]["vocab"]) - 1,
+            max((token["id"] for token in self._json["added_tokens"]), default=0),
+        )
+        self.is_control = np.zeros(self.vocab_size, np.bool_)
+        for token in spec.control_tokens:
+            self.is_control[self._hf.token_to_id(token)] = True
+
+    def encode(self, rows: Sequence[Rendered]) -> Encoded:
+        """Encode rendered rows. Raises DataError where a control token would come from the text of a message."""
+        texts = [row.text.encode("utf-8") for row in rows]
+        byte_offsets = np.concatenate(([0], np.cumsum([len(text) for text in texts], dtype=np.int64)))
+        ids, row_offsets = self._encode_batch(texts)
+        start, end, exact = self._byte_ranges(ids, row_offsets, byte_offsets, rows)
+        by_hand = ~exact
+        by_hand |= self._rows_with_typed_control(ids, start, end, row_offsets, rows, byte_offsets)
+        if not by_hand.any():
+            return Encoded(ids, start, end, row_offsets, byte_offsets, 0)
+        pieces: list[tuple[Any, Any, Any]] = []
+        for index, row in enumerate(rows):
+            if by_hand[index]:
+                row_ids, row_start, row_end = self._encode_by_hand(row)
+                pieces.append((row_ids, row_start + byte_offsets[index], row_end + byte_offsets[index]))
+            else:
+                part = slice(row_offsets[index], row_offsets[index + 1])
+                pieces.append((ids[part], start[part], end[part]))
+        lengths = [len(piece[0]) for piece in pieces]
+        return Encoded(
+            np.concatenate([piece[0] for piece in pieces]),
+            np.concatenate([piece[1] for piece in pieces]),
+            np.concatenate([piece[2] for piece in pieces]),
+            np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
+            byte_offsets,
+            int(by_hand.sum()),
+        )
+
+    def agrees_with_reference(self, row: Rendered, ids: npt.NDArray[np.int32]) -> bool:
+        """Say whether `ids` are what the Hugging Face tokenizer makes of the row, message text kept plain."""
+        return np.array_equal(ids, self._encode_by_hand(row)[0])
+
+    def ids_of(self, text: str) -> list[int]:
+        """Return the Hugging Face tokenizer's ids of any text."""
+        return list(self._hf.encode(text, add_special_tokens=False).ids)
+
+    def _encode_batch(self, texts: list[bytes]) -> tuple[npt.NDArray[np.int32], Ints]:
+        if self._spec.backend == "gigatoken":
+            layout = self._gigatoken.encode_batch(texts, parallel=False).layout
+            offsets = np.asarray(layout.offsets.data, dtype=np.int64)
+            ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(np.int32)
+            return ids, offsets - offsets[0]
+        found = self._hf.encode_batch_fast([text.decode("utf-8") for text in texts], add_special_tokens=False)
+        rows = [np.asarray(row.ids, np.int32) for row in found]
+        offsets = np.concatenate(([0], np.cumsum([len(row) for row in rows], dtype=np.int64)))
+        return np.concatenate([*rows, np.zeros(0, np.int32)]), offsets
+
+    @cached_property
+    def _gigatoken(self) -> Any:
+        import gigatoken
+
+        return gigatoken.Tokenizer.from_json(self._spec.tokenizer_json)
+
+    @cached_property
+    def token_num_bytes(self) -> Ints:
+        """Number of bytes of every id of a byte-level tokenizer, int64 [vocab_size]."""
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for token, index in self._json["model"]["vocab"].items():
+            lengths[index] = len(token)  # byte-level vocabularies spell each byte as one character
+        for token in self._json["added_tokens"]:
+            lengths[token["id"]] = len(token["content"].encode("utf-8"))
+        return lengths
+
+    def _byte_ranges(
+        self, ids: npt.NDArray[np.int32], row_offsets: Ints, byte_offsets: Ints, rows: Sequence[Rendered]
+    ) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
+        """Return first and last byte of every token, and for each row whether they are proved by its byte count."""
+        if not self._has_byte_lengths:
+            zeros = np.zeros(len(ids), np.int64)
+            return zeros, zeros, np.zeros(len(rows), np.bool_)
+        lengths = self.token_num_bytes[ids]
+        ends = np.cumsum(lengths)
+        bounds = np.concatenate(([0], ends))[row_offsets]
+        exact = np.diff(bounds) == np.diff(byte_offsets)
+        if self._normal_form is not None:
+            form: Any = self._normal_form
+            exact &= np.fromiter((unicodedata.is_normalized(form, row.text) for row in rows), np.bool_, len(rows))
+        if not exact.all():  # later rows are shifted by what an inexact row has too many or too few
+            ends += np.repeat(byte_offsets[:-1] - bounds[:-1], np.diff(row_offsets))
+        return ends - lengths, ends, exact
+
+    def _rows_with_typed_control(
+        self,
+        ids: npt.NDArray[np.int32],
+        start: Ints,
+        end: Ints,
+        row_offsets: Ints,
+        rows: Sequence[Rendered],
+        byte_offsets: Ints,
+    ) -> npt.NDArray[np.bool_]:
+        """Say which rows have a control token that touches the text of a message, bool [R]."""
+        flagged = np.zeros(len(rows), np.bool_)
+        control_at = np.flatnonzero(self.is_control[ids])
+        row_of = np.searchsorted(row_offsets, control_at, side="right") - 1
+        for token, index in zip(control_at.tolist(), row_of.tolist(), strict=True):
+            if flagged[index]:
+                continue
+            base = byte_offsets[index]
+            flagged[index] = _touches_text(rows[index], int(start[token] - base), int(end[token] - base))
+        return flagged
+
+    def _encode_by_hand(self, row: Rendered) -> tuple[npt.NDArray[np.int32], Ints, Ints]:
+        """Encode one row around the control tokens that its template printed, byte ranges from the offsets."""
+        byte_at = byte_positions(row.text)
+        ids: list[int] = []
+        starts: list[int] = []
+        ends: list[int] = []
+
+        def text_between(first: int, last: int) -> None:
+            encoding = self._hf_text.encode(row.text[first:last], add_special_tokens=False)
+            ids.extend(encoding.ids)
+            starts.extend(a + first for a, _ in encoding.offsets)
+            ends.extend(b + first for _, b in encoding.offsets)
+
+        cursor = 0
+        for first, last in self._template_control(row):
+            text_between(cursor, first)
+            ids.append(self._hf.token_to_id(row.text[first:last]))
+            starts.append(first)
+            ends.append(last)
+            cursor = last
+        text_between(cursor, len(row.text))
+        tokens = np.asarray(ids, np.int32)
+        start, end = byte_at[np.asarray(starts, np.int64)], byte_at[np.asarray(ends, np.int64)]
+        for token in np.flatnonzero(self.is_control[tokens]).tolist():
+            if _touches_text(row, int(start[token]), int(end[token])):
+                name = self._hf.id_to_token(int(tokens[token]))
+                raise DataError(f"the tokenizer makes the control token {name!r} from the plain text of a message")
+        return tokens, start, end
+
+    def _template_control(self, row: Rendered) -> list[tuple[int, int]]:
+        """Return the character ranges of the control tokens that the template printed."""
+        found = []
+        texts = [(span.start, span.end) for span in row.spans if span.is_text]
+        position = 0
+        while match := self._control_pattern.search(row.text, position):
+            if any(a < match.end() and match.start() < b for a, b in texts):
+                position = match.start() + 1
+            else:
+                found.append(match.span())
+                position = match.end()
+        return found
+
+    @cached_property
+    def _control_pattern(self) -> Any:
+        import re
+
+        return re.compile("|".join(map(re.escape, sorted(self._spec.control_tokens, key=lambda t: (-len(t), t)))))
+
+
+def byte_positions(text: str) -> Ints:
+    """Return the byte position of every character of `text` and of its end, int64 [len(text) + 1]."""
+    if text.isascii():
+        return np.arange(len(text) + 1, dtype=np.int64)
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    return np.concatenate(([0], np.cumsum(widths)))
+
+
+def _touches_text(row: Rendered, start: int, end: int) -> bool:
+    byte_at = byte_positions(row.text)
+    return any(span.is_text and byte_at[span.start] < end and start < byte_at[span.end] for span in row.spans)
+
+
+def _is_byte_level(data: dict[str, Any]) -> bool:
+    """Whether every token of the model spells bytes, one character each, and the text is split without loss."""
+    pre = data.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", [pre])
+    byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
+    plain = all(step.get("type") in ("ByteLevel", "Split", "Digits") for step in steps)
+    plain &= not any(step.get("add_prefix_space") for step in byte_level)
+    plain &= not any(token["lstrip"] or token["rstrip"] for token in data["added_tokens"])
+    return bool(data["model"]["type"] == "BPE" and byte_level and plain)

@@ -1,0 +1,73 @@
+"""Mask policy: kinds and messages -> which tokens are trained. Pure numpy over many samples at once."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.config import MaskConfig
+from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, STRADDLES
+
+Ints = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+
+TRAIN_NO, TRAIN_YES, TRAIN_UNSET = 0, 1, 2  # the message_train column
+ROLE_ASSISTANT = 3  # the message_role column holds Kind values: an assistant's message is Kind.ASSISTANT
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """S samples end to end: N tokens, M messages."""
+
+    kind: Bytes  # [N]
+    sample_offsets: Ints  # [S+1] in tokens
+    sample_messages: Ints  # [S+1] in messages
+    message_offsets: Ints  # [M] first token of each message
+    message_role: Bytes  # [M]
+    message_train: Bytes  # [M]
+
+
+def loss_mask_of(samples: Samples, policy: MaskConfig) -> Bytes:
+    """Return the loss mask of whole samples, uint8 [N]; the first token of a sample is never trained.
+
+    "assistant": what assistants wrote and the terminators. "last_assistant": of that, the last assistant message only.
+    "all": every token. A message with `train: false` is left out under each of them.
+    """
+    mask = _trained_by_kind(policy)[samples.kind]
+    untrained = samples.message_train == TRAIN_NO
+    if policy.train_on == "last_assistant":
+        untrained |= ~_is_last_assistant(samples)
+    ends = _message_ends(samples)
+    for index in np.flatnonzero(untrained).tolist():
+        mask[samples.message_offsets[index] : ends[index]] = 0
+    starts = samples.sample_offsets[:-1]
+    mask[starts[np.diff(samples.sample_offsets) > 0]] = 0
+    return mask
+
+
+def _trained_by_kind(policy: MaskConfig) -> Bytes:
+    """Return 1 for every value of the kind column that is trained, uint8 [256]."""
+    values = np.arange(256)
+    if policy.train_on == "all":
+        return np.ones(256, np.uint8)
+    trained = np.isin(values & KIND_MASK, ASSISTANT_KINDS)
+    if policy.boundary == "inside":
+        trained &= (values & STRADDLES) == 0
+    return trained.astype(np.uint8)
+
+
+def _is_last_assistant(samples: Samples) -> npt.NDArray[np.bool_]:
+    assistant = np.flatnonzero(samples.message_role == ROLE_ASSISTANT)
+    sample_of = np.searchsorted(samples.sample_messages, assistant, side="right") - 1
+    last = np.full(len(samples.sample_offsets) - 1, -1, np.int64)
+    last[sample_of] = assistant  # in order, so the last assignment of a sample stands
+    result = np.zeros(len(samples.message_role), np.bool_)
+    result[last[last >= 0]] = True
+    return result
+
+
+def _message_ends(samples: Samples) -> Ints:
+    ends = np.append(samples.message_offsets[1:], samples.sample_offsets[-1])
+    filled = np.diff(samples.sample_messages) > 0
+    ends[samples.sample_messages[1:][filled] - 1] = samples.sample_offsets[1:][filled]
+    return ends

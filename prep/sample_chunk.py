@@ -1,0 +1,183 @@
+"""One chunk of raw rows -> columns of the sample store. Runs in a worker process; knows no other chunk.
+
+What a row can become: a sample; a reject (malformed, or its spans cannot be proved); an uncarried row (the template
+would drop a part of it). Each is counted and listed with its reason.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.align import align
+from prep.carriage import uncarried, without_message
+from prep.conversation import Conversation, content_hash, parse_conversation, prompt_hash
+from prep.encode import Encoder, EncoderSpec
+from prep.mask import TRAIN_UNSET
+from prep.sources import Chunk, parse_chunk
+from prep.spans import ROLE_KINDS, Rendered, SpanRules, find_spans, learn_rules
+from prep.template import ChatTemplate, TemplateText
+from shared.errors import DataError, TemplateError
+
+REFEREE_EVERY = 128  # one row in so many, by content hash, is encoded again by the Hugging Face tokenizer
+AUDIT_EVERY = 32  # and one in so many is rendered again without tracing
+
+# name -> (dtype, trailing shape); N tokens, S samples, M messages
+COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "tokens": ("<i4", ()),  # [N]
+    "kind": ("|u1", ()),  # [N]
+    "sample_offsets": ("<i8", ()),  # [S+1] in tokens
+    "sample_row": ("<i8", ()),  # [S] row number in the source
+    "sample_messages": ("<i8", ()),  # [S+1] in messages
+    "message_offsets": ("<i8", ()),  # [M] first token of each message
+    "message_role": ("|u1", ()),  # [M] Kind of the role
+    "message_train": ("|u1", ()),  # [M] 0 no, 1 yes, 2 unset
+    "prompt_hash": ("|u1", (16,)),  # [S, 16]
+    "content_hash": ("|u1", (16,)),  # [S, 16]
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSpec:
+    """What turns rows into samples; the same for all chunks of a build."""
+
+    template: TemplateText
+    special_tokens: dict[str, str]  # bos_token, eos_token, ...
+    date: str
+    encoder: EncoderSpec
+    drop_messages: bool  # drop a message that the template cannot carry, rather than its row
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    columns: dict[str, npt.NDArray[Any]]
+    facts: dict[str, Any]  # JSON: what is counted and listed of the chunk
+
+
+class ChunkBuilder:
+    """Template and tokenizer, made ready once per process."""
+
+    def __init__(self, spec: ChunkSpec) -> None:
+        self._template = ChatTemplate(spec.template, spec.special_tokens, spec.date)
+        self._encoder = Encoder(spec.encoder)
+        self._rules: SpanRules = learn_rules(
+            self._template, list(spec.encoder.control_tokens), spec.special_tokens.get("eos_token", "")
+        )
+        self._drop_messages = spec.drop_messages
+
+    def build(self, chunk: Chunk) -> ChunkResult:
+        """Turn the rows of a chunk into columns. Raises DataError only where the tokenizer backends disagree."""
+        rejects: list[tuple[int, str, str]] = []  # row, reason, detail
+        missing: list[tuple[int, str]] = []
+        kept: list[tuple[int, Conversation, Rendered]] = []
+        dropped_messages = rows = 0
+        for row, record in parse_chunk(chunk):
+            rows += 1
+            where = chunk.where(row)
+            try:
+                if isinstance(record, DataError):
+                    raise record
+                conversation = parse_conversation(record, where=where)
+            except TemplateError:
+                raise
+            except DataError as exc:
+                rejects.append((row, "malformed", str(exc)))
+                continue
+            try:
+                conversation, rendered, reason, dropped = self._render(conversation, where)
+            except TemplateError as exc:
+                rejects.append((row, "unverifiable", f"{where}: {exc}"))
+                continue
+            if rendered is None:
+                missing.append((row, reason))
+            else:
+                dropped_messages += dropped
+                kept.append((row, conversation, rendered))
+        columns, by_hand, refereed = self._columns(kept, chunk, rejects)
+        facts = {
+            "rows": rows,
+            "samples": len(columns["sample_row"]),
+            "tokens": len(columns["tokens"]),
+            "rejects": sorted(rejects),
+            "uncarried": missing,
+            "messages_dropped": dropped_messages,
+            "rows_by_hand": by_hand,
+            "rows_refereed": refereed,
+        }
+        return ChunkResult(columns, facts)
+
+    def _render(
+        self, conversation: Conversation, where: str
+    ) -> tuple[Conversation, Rendered | None, str, int]:
+        """Render until the template carries everything. Returns no rendering, and why, where it cannot."""
+        dropped = 0
+        while True:
+            try:
+                text = self._template.render(conversation)
+            except TemplateError as exc:
+                return conversation, None, str(exc), dropped
+            lost = uncarried(text, conversation, self._rules)
+            if lost is None:
+                break
+            if not self._drop_messages or len(conversation.messages) == 1:
+                return conversation, None, lost[1], dropped
+            conversation = without_message(conversation, lost[0])
+            dropped += 1
+        rendered = find_spans(text, conversation, self._rules)
+        if content_hash(conversation)[0] % AUDIT_EVERY == 0 and self._template.render_plain(conversation) != rendered.text:
+            raise TemplateError(f"the template {self._template.name!r} prints another text when it is not traced")
+        return conversation, rendered, "", dropped
+
+    def _columns(
+        self, kept: list[tuple[int, Conversation, Rendered]], chunk: Chunk, rejects: list[tuple[int, str, str]]
+    ) -> tuple[dict[str, npt.NDArray[Any]], int, int]:
+        try:
+            encoded = self._encoder.encode([rendered for _, _, rendered in kept])
+        except DataError:  # some row cannot be encoded safely: find out which, leave it out, go on
+            good = []
+            for row, conversation, rendered in kept:
+                try:
+                    self._encoder.encode([rendered])
+                    good.append((row, conversation, rendered))
+                except DataError as exc:
+                    rejects.append((row, "unverifiable", f"{chunk.where(row)}: {exc}"))
+            kept = good
+            encoded = self._encoder.encode([rendered for _, _, rendered in kept])
+        rows = [rendered for _, _, rendered in kept]
+        aligned = align(encoded, rows)
+        hashes = [content_hash(conversation) for _, conversation, _ in kept]
+        refereed = self._referee(encoded, rows, hashes, [chunk.where(row) for row, _, _ in kept])
+        order = [(c, m.index) for _, c, rendered in kept for m in rendered.messages]
+        columns = {
+            "tokens": encoded.tokens,
+            "kind": aligned.kind,
+            "sample_offsets": encoded.row_offsets,
+            "sample_row": np.asarray([row for row, _, _ in kept]),
+            "sample_messages": aligned.row_messages,
+            "message_offsets": aligned.message_offsets,
+            "message_role": np.asarray([ROLE_KINDS[c.messages[i]["role"]] for c, i in order]),
+            "message_train": np.asarray([TRAIN_UNSET if c.train[i] is None else int(bool(c.train[i])) for c, i in order]),
+            "prompt_hash": np.frombuffer(b"".join(prompt_hash(c) for _, c, _ in kept), np.uint8),
+            "content_hash": np.frombuffer(b"".join(hashes), np.uint8),
+        }
+        typed = {
+            name: np.ascontiguousarray(columns[name].reshape(-1, *tail), dtype=dtype)
+            for name, (dtype, tail) in COLUMNS.items()
+        }
+        return typed, encoded.rows_by_hand, refereed
+
+    def _referee(self, encoded: Any, rows: list[Rendered], hashes: list[bytes], where: list[str]) -> int:
+        """Compare a sample of rows with the Hugging Face tokenizer, id by id."""
+        checked = 0
+        for index, row in enumerate(rows):
+            if hashes[index][0] % REFEREE_EVERY:
+                continue
+            ids = encoded.tokens[encoded.row_offsets[index] : encoded.row_offsets[index + 1]]
+            if not self._encoder.agrees_with_reference(row, ids):
+                raise DataError(
+                    f"{where[index]}: gigatoken and the Hugging Face tokenizer give different ids for this row; "
+                    'set tokenizer.backend = "transformers" and report the row'
+                )
+            checked += 1
+        return checked

@@ -1,0 +1,240 @@
+"""From a traced rendering to spans: which characters are whose text, where each assistant turn begins and ends.
+
+    <|user|>\\nHi\\n<|assistant|>\\nYo.<|endoftext|>\\n
+             USER               |ASSISTANT|TERMINATOR
+                                [---- region ----)       what the model must produce in this turn
+
+A region comes from a {% generation %} block where the template has them. Else it begins behind the generation prompt
+(or at the turn's first character, where the template prints none) and ends with the turn's terminator: the first
+control token behind its text. All else is TEMPLATE.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from prep.conversation import Conversation
+from prep.template import ChatTemplate
+from prep.trace import GENERATION, Mark, Traced
+from shared.errors import TemplateError
+from shared.shard_format import Kind
+
+ROLE_KINDS = {
+    "system": Kind.SYSTEM,
+    "developer": Kind.SYSTEM,
+    "user": Kind.USER,
+    "assistant": Kind.ASSISTANT,
+    "tool": Kind.TOOL,
+    "function": Kind.TOOL,
+    "environment": Kind.TOOL,
+    "ipython": Kind.TOOL,
+}
+FIELD_KINDS = {
+    "content": Kind.ASSISTANT,
+    "reasoning_content": Kind.REASONING,
+    "tool_calls": Kind.TOOL_CALL,
+    "function_calls": Kind.TOOL_CALL,
+}
+TEXT_FIELDS = frozenset((*FIELD_KINDS, "functions"))  # the fields that carry a message's text
+_INLINE_REASONING = re.compile(r"<think>.*?</think>", re.DOTALL)
+
+
+class Span(NamedTuple):
+    """Characters [start, end) of a rendering."""
+
+    start: int
+    end: int
+    kind: Kind
+    message: int  # position of the message in the rendering; -1 for none
+    region_start: int
+    region_end: int
+    is_text: bool  # brought in by the conversation: may not hold control tokens
+
+
+class RenderedMessage(NamedTuple):
+    index: int  # in the conversation
+    start: int  # first character behind the message before it
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    text: str
+    spans: list[Span]  # ordered, not overlapping
+    messages: list[RenderedMessage]  # in the order of the text
+
+
+@dataclass(frozen=True, slots=True)
+class SpanRules:
+    """What is known of a template and its tokenizer before the first row."""
+
+    has_generation_marks: bool
+    generation_prompt: str
+    control: re.Pattern[str]  # any control token of the tokenizer
+    closing: frozenset[str]  # control tokens that end a turn even where they also open one
+    opening: frozenset[str]  # control tokens of the generation prompt
+    carries_reasoning: bool  # the template prints the reasoning of a last turn; earlier turns may lose it by design
+
+
+def learn_rules(template: ChatTemplate, control_tokens: list[str], eos_token: str) -> SpanRules:
+    """Probe a template once: what opens a turn, what closes it, whether it carries reasoning."""
+    control = re.compile("|".join(map(re.escape, sorted(control_tokens, key=lambda t: (-len(t), t)))) or r"(?!)")
+    prompt = template.generation_prompt()
+    closing = {eos_token} if eos_token else set()
+    if text := _probe(template, {"content": "PROBE-ANSWER"}):
+        if last := control.search(text, text.rfind("PROBE-ANSWER")):
+            closing.add(last[0])
+    reasoning = _probe(template, {"content": "PROBE-ANSWER", "reasoning_content": "PROBE-REASON"})
+    return SpanRules(
+        has_generation_marks=template.has_generation_marks,
+        generation_prompt=prompt,
+        control=control,
+        closing=frozenset(closing),
+        opening=frozenset(control.findall(prompt)),
+        carries_reasoning="PROBE-REASON" in reasoning,
+    )
+
+
+def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Rendered:
+    """Return the spans of a rendering. Raises TemplateError where they cannot be proved."""
+    own: dict[int, list[Mark]] = {}
+    foreign: list[Mark] = []
+    for mark in text.marks:
+        if mark.field == GENERATION:
+            continue
+        if mark.message >= 0 and mark.field.split("/", 1)[0] in TEXT_FIELDS:
+            own.setdefault(mark.message, []).append(mark)
+            _check_verbatim(text, mark, conversation)
+        elif mark.start < mark.end:
+            foreign.append(mark)
+    order = sorted(own, key=lambda index: (min(mark.start for mark in own[index]), index))
+    regions = _generation_regions(text, own, conversation) if rules.has_generation_marks else None
+    spans: list[Span] = []
+    messages: list[RenderedMessage] = []
+    previous_end = 0
+    for position, index in enumerate(order):
+        marks = sorted(own[index])
+        messages.append(RenderedMessage(index, previous_end))
+        if conversation.messages[index]["role"] == "assistant":
+            if regions is not None:
+                found = regions[index]
+            else:
+                limit = min(mark.start for mark in own[order[position + 1]]) if position + 1 < len(order) else len(text)
+                found = [_region_around(text, marks, previous_end, limit, rules)]
+            for start, end in found:
+                inside = [mark for mark in marks if start <= mark.start and mark.end <= end]
+                spans += _turn_spans(text, position, inside, (start, end), rules)
+            previous_end = max(previous_end, found[-1][1])
+        else:
+            kind = ROLE_KINDS[conversation.messages[index]["role"]]
+            spans += [Span(m.start, m.end, kind, position, m.start, m.end, True) for m in marks if m.start < m.end]
+            previous_end = max(previous_end, marks[-1].end)
+    spans += [Span(m.start, m.end, Kind.TEMPLATE, -1, m.start, m.end, True) for m in foreign]
+    return Rendered(str.__getitem__(text, slice(None)), _without_overlaps(spans), messages)
+
+
+def _probe(template: ChatTemplate, answer: dict[str, str]) -> str:
+    messages = ({"role": "user", "content": "x"}, {"role": "assistant", **answer})
+    try:
+        return template.render_plain(Conversation(messages=messages, tools=None, train=(None, None)))
+    except TemplateError:
+        return ""
+
+
+def _check_verbatim(text: Traced, mark: Mark, conversation: Conversation) -> None:
+    source = conversation.messages[mark.message].get(mark.field)
+    if mark.source_start < 0 or not isinstance(source, str):
+        return
+    if not text.startswith(source[mark.source_start : mark.source_start + mark.end - mark.start], mark.start):
+        raise TemplateError(f"messages[{mark.message}].{mark.field} is not where the template seemed to print it")
+
+
+def _generation_regions(
+    text: Traced, own: dict[int, list[Mark]], conversation: Conversation
+) -> dict[int, list[tuple[int, int]]]:
+    blocks = sorted((mark.start, mark.end) for mark in text.marks if mark.field == GENERATION)
+    regions: dict[int, list[tuple[int, int]]] = {}
+    for index, marks in own.items():
+        if conversation.messages[index]["role"] != "assistant":
+            continue
+        found = set()
+        for mark in marks:
+            block = next((b for b in blocks if b[0] <= mark.start and mark.end <= b[1]), None)
+            if block is None:
+                raise TemplateError(f"the template prints messages[{index}].{mark.field} outside its generation block")
+            found.add(block)
+        regions[index] = sorted(found)
+    return regions
+
+
+def _region_around(text: str, marks: list[Mark], floor: int, limit: int, rules: SpanRules) -> tuple[int, int]:
+    first, last = marks[0].start, max(mark.end for mark in marks)
+    start = first
+    if rules.generation_prompt:
+        found = text.rfind(rules.generation_prompt, floor, first)
+        start = found + len(rules.generation_prompt) if found >= 0 else first
+    stop = rules.control.search(text, last, limit)
+    if stop and (stop[0] in rules.closing or stop[0] not in rules.opening):
+        return start, stop.end()
+    if marks[-1].field.startswith(("tool_calls", "function_calls")):
+        raise TemplateError("the template closes a tool call without a control token, so its end cannot be proved")
+    return start, last
+
+
+def _turn_spans(
+    text: str, message: int, marks: list[Mark], region: tuple[int, int], rules: SpanRules
+) -> Iterator[Span]:
+    """Cover a region: the assistant's text by its fields, the template's words inside it by their neighbour, its end."""
+    start, end = region
+    pieces: list[tuple[int, int, Kind, bool]] = []
+    cursor, before = start, Kind.ASSISTANT
+    for mark in marks:
+        kind = FIELD_KINDS[mark.field.split("/", 1)[0]]
+        if mark.start > cursor:
+            pieces.append((cursor, mark.start, _kind_between(before, kind), False))
+        pieces.append((max(cursor, mark.start), mark.end, kind, True))
+        cursor, before = max(cursor, mark.end), kind
+    stop = rules.control.search(text, cursor, end)
+    if stop:
+        pieces.append((cursor, stop.start(), before, False))
+        pieces.append((stop.start(), stop.end(), Kind.TERMINATOR, False))
+        end = stop.end()
+    else:
+        pieces.append((cursor, end, Kind.TERMINATOR if before == Kind.ASSISTANT else before, False))
+    for first, last, kind, is_text in pieces:
+        if first < last:
+            for a, b, part_kind in _inline_reasoning(text, first, last, kind, is_text):
+                yield Span(a, b, part_kind, message, start, end, is_text)
+
+
+def _kind_between(before: Kind, after: Kind) -> Kind:
+    """The template's own words between two fields belong to the one that is more than plain content."""
+    return after if after != Kind.ASSISTANT else before
+
+
+def _inline_reasoning(text: str, start: int, end: int, kind: Kind, is_text: bool) -> Iterator[tuple[int, int, Kind]]:
+    if kind == Kind.ASSISTANT and is_text and text.find("<think>", start, end) >= 0:
+        for found in _INLINE_REASONING.finditer(text, start, end):
+            if start < found.start():
+                yield start, found.start(), kind
+            yield found.start(), found.end(), Kind.REASONING
+            start = found.end()
+    if start < end:
+        yield start, end, kind
+
+
+def _without_overlaps(spans: list[Span]) -> list[Span]:
+    """Order the spans; where a template prints text inside text, the span that starts later is cut."""
+    spans.sort()
+    if all(a.end <= b.start for a, b in pairwise(spans)):
+        return spans
+    result: list[Span] = []
+    cursor = 0
+    for span in spans:
+        start = max(span.start, cursor)
+        if start < span.end:
+            result.append(span._replace(start=start))
+            cursor = span.end
+    return result
+

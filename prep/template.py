@@ -1,0 +1,235 @@
+"""Chat templates: find one, compile it in a sandbox, render a conversation once with the origin of every character.
+
+The text is the one that `apply_chat_template` of transformers gives: same sandbox settings, filters and globals. Only
+today's date is not available: a template that prints it needs `template.date`, or the shards would depend on the day.
+"""
+
+import datetime
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from prep.config import TemplateConfig
+from prep.conversation import Conversation
+from prep.trace import GENERATION, Mark, Traced, join, json_marked, traced
+from shared.errors import ConfigError, TemplateError
+from shared.hashing import sha256_bytes
+
+_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateText:
+    name: str
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        return sha256_bytes(self.text.encode("utf-8"))
+
+
+def shipped_templates() -> dict[str, Path]:
+    """Return the chat templates that ship with the package: name -> file."""
+    folder = Path(str(resources.files("prep"))) / "templates"
+    return {path.stem: path for path in sorted(folder.glob("*.jinja"))}
+
+
+def load_template(config: TemplateConfig, base: Path, tokenizer_template: str | None) -> TemplateText:
+    """Return the text of the configured template, BOS included where `add_bos` asks for it.
+
+    Raises ConfigError for an unknown name, or where the tokenizer has no template of its own.
+    """
+    shipped = shipped_templates()
+    if config.name == "tokenizer":
+        if not tokenizer_template:
+            raise ConfigError(
+                'template.name = "tokenizer", but this tokenizer has no chat template; '
+                f"use one of {', '.join(shipped)} or a .jinja file"
+            )
+        text = tokenizer_template
+    elif config.name in shipped:
+        text = shipped[config.name].read_text(encoding="utf-8").removesuffix("\n")
+    elif config.name.endswith(".jinja"):
+        try:
+            text = (base / config.name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ConfigError(f"template.name = {config.name!r}: {exc}") from exc
+    else:
+        raise ConfigError(
+            f'template.name = {config.name!r}; expected one of {", ".join(shipped)}, "tokenizer" or a .jinja file'
+        )
+    name = Path(config.name).stem if config.name.endswith(".jinja") else config.name
+    return TemplateText(name, "{{ bos_token }}" + text if config.add_bos else text)
+
+
+class ChatTemplate:
+    """A compiled template. `render` gives traced text; `render_plain` gives the same characters without tracing."""
+
+    def __init__(self, template: TemplateText, special_tokens: Mapping[str, str], date: str = "") -> None:
+        self.name = template.name
+        self._variables = dict(special_tokens)
+        try:
+            self._traced = _environment(date, tracing=True).from_string(template.text)
+            self._plain = _environment(date, tracing=False).from_string(template.text)
+        except jinja2.TemplateSyntaxError as exc:
+            raise ConfigError(f"template {template.name!r}, line {exc.lineno}: {exc.message}") from exc
+        self.has_generation_marks = "generation" in template.text and _has_generation_block(template.text)
+
+    def render(self, conversation: Conversation) -> Traced:
+        """Render once, every character of the conversation traced. Raises TemplateError where the template refuses."""
+        messages = [_traced_message(message, index) for index, message in enumerate(conversation.messages)]
+        tools = None if conversation.tools is None else traced(conversation.tools, -1, "tools")
+        text = self._render(self._traced, messages, tools, add_generation_prompt=False)
+        return text if isinstance(text, Traced) else Traced(text)
+
+    def render_plain(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
+        """Render as transformers does."""
+        messages = [_with_reasoning_names(message) for message in conversation.messages]
+        return self._render(self._plain, messages, conversation.tools, add_generation_prompt=add_generation_prompt)
+
+    def generation_prompt(self) -> str:
+        """Return what the template prints to open an assistant turn, "" where it prints nothing."""
+        probe = Conversation(messages=({"role": "user", "content": "x"},), tools=None, train=(None,))
+        try:
+            closed = self.render_plain(probe)
+            opened = self.render_plain(probe, add_generation_prompt=True)
+        except TemplateError:
+            return ""
+        return opened.removeprefix(closed) if opened.startswith(closed) else ""
+
+    def _render(
+        self, template: jinja2.Template, messages: list[dict[str, Any]], tools: Any, *, add_generation_prompt: bool
+    ) -> str:
+        try:
+            return template.render(
+                **self._variables,
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as exc:
+            raise TemplateError(f"the template {self.name!r} refuses it: {exc}") from exc
+
+
+def _traced_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    return {
+        key: value if key == "role" else traced(value, index, "reasoning_content" if key in _REASONING_NAMES else key)
+        for key, value in _with_reasoning_names(message).items()
+    }
+
+
+def _with_reasoning_names(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Give reasoning under the names that templates read, as transformers does."""
+    reasoning = next((message[name] for name in _REASONING_NAMES if message.get(name) is not None), None)
+    if reasoning is None:
+        return dict(message)
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+class _TracingCodeGenerator(CodeGenerator):
+    """Compiles `a ~ b` to the environment's own join, which keeps marks."""
+
+    def visit_Concat(self, node: jinja2.nodes.Concat, frame: Frame) -> None:
+        self.write("concat((")
+        for part in node.nodes:
+            self.write("str(")
+            self.visit(part, frame)
+            self.write("), ")
+        self.write("))")
+
+
+class _TracingEnvironment(ImmutableSandboxedEnvironment):
+    code_generator_class = _TracingCodeGenerator
+
+    @staticmethod
+    def concat(parts: Any) -> str:  # type: ignore[override]
+        return join("", parts)
+
+
+class _GenerationBlocks(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}`: what an assistant wrote, marked as one block."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja's own declaration)
+
+    def parse(self, parser: Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Macro) -> str:
+        text = caller()
+        if not isinstance(text, Traced):
+            return Traced(text, (Mark(0, len(text), -1, GENERATION, 0),))
+        return Traced(str(text), (Mark(0, len(text), -1, GENERATION, 0), *text.marks))
+
+
+def _environment(date: str, *, tracing: bool) -> ImmutableSandboxedEnvironment:
+    cls = _TracingEnvironment if tracing else ImmutableSandboxedEnvironment
+    environment = cls(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols], cache_size=0
+    )
+    environment.filters["tojson"] = _to_json
+    environment.filters["join"] = _join_filter
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime(date)
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json_marked(text, value)
+
+
+@jinja2.pass_environment
+def _join_filter(
+    environment: jinja2.Environment, value: Any, d: str = "", attribute: str | int | None = None
+) -> str:
+    if attribute is not None:
+        value = [environment.getitem(item, attribute) for item in value]
+    return join(str(d), [str(item) for item in value])
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(str(message))
+
+
+def _strftime(date: str) -> Callable[[str], str]:
+    def strftime_now(form: str) -> str:
+        if not date:
+            raise jinja2.TemplateError('it prints today\'s date; set template.date = "YYYY-MM-DD" to fix the day')
+        return datetime.datetime.fromisoformat(date).strftime(form)
+
+    return strftime_now
+
+
+@cache
+def _has_generation_block(text: str) -> bool:
+    found = False
+
+    class Finder(_GenerationBlocks):
+        def parse(self, parser: Parser) -> jinja2.nodes.Node:
+            nonlocal found
+            found = True
+            return super().parse(parser)
+
+    jinja2.Environment(extensions=[Finder, jinja2.ext.loopcontrols]).parse(text)
+    return found
