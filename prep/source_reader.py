@@ -1,0 +1,131 @@
+"""A resolved source -> its chunks, in order. Decompresses and cuts, parses nothing: workers do that.
+
+No chunk leaves here unless the file it came from is still the one that was hashed, so that nothing read from a
+changed file can be stored under the old hash.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import IO, Any, Literal
+
+from prep import hub_source
+from prep.chunks import Chunk
+from prep.raw_lines import MAX_BYTES, MAX_LINES, array_groups, decompressed_blocks, line_groups
+from prep.sources import FileStamp, ResolvedSource, SourceFile
+from shared.errors import DataError
+
+_SLICE_ROWS = 256  # the step in which Arrow rows are added to a chunk
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    file: str
+    first_line: int | None
+    num_rows: int
+    kind: Literal["lines", "arrow"]
+    payload: bytes
+
+
+def iter_chunks(source: ResolvedSource, *, source_index: int) -> Iterator[Chunk]:
+    """Yield the chunks of `source`. Raises DataError for a file that is damaged, cut off or being written to."""
+    first_row = 0
+    for index, piece in enumerate(_pieces(source)):
+        yield Chunk(
+            source=source_index,
+            index=index,
+            first_row=first_row,
+            num_rows=piece.num_rows,
+            file=piece.file,
+            first_line=piece.first_line,
+            kind=piece.kind,
+            payload=piece.payload,
+        )
+        first_row += piece.num_rows
+
+
+def _pieces(source: ResolvedSource) -> Iterator[_Piece]:
+    if source.hub_id is not None:
+        yield from _table_pieces(source, source.hub_id)
+    elif source.directory is not None:
+        yield from _table_pieces(source, str(source.directory))
+    else:
+        for file in source.files:
+            yield from _file_pieces(file)
+
+
+def _file_pieces(file: SourceFile) -> Iterator[_Piece]:
+    try:
+        stream = file.path.open("rb")
+    except OSError as exc:
+        raise DataError(f"{file.name} cannot be read: {exc}") from exc
+    with stream:
+        _check_unchanged(file, os.fstat(stream.fileno()))
+        for piece in _parquet_pieces(file, stream) if file.format == "parquet" else _line_pieces(file, stream):
+            _check_unchanged(file, os.fstat(stream.fileno()))
+            yield piece
+
+
+def _line_pieces(file: SourceFile, stream: IO[bytes]) -> Iterator[_Piece]:
+    blocks = decompressed_blocks(stream, name=file.name, compression=file.compression)
+    if file.format == "json":
+        for group in array_groups(blocks, name=file.name):
+            yield _Piece(file.name, None, group.num_rows, "lines", group.payload)
+        return
+    first_line = 1
+    for group in line_groups(blocks):
+        if group.num_rows:
+            yield _Piece(file.name, first_line, group.num_rows, "lines", group.payload)
+        first_line += group.num_lines
+
+
+def _parquet_pieces(file: SourceFile, stream: IO[bytes]) -> Iterator[_Piece]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        batches = pq.ParquetFile(stream).iter_batches(batch_size=MAX_LINES)
+        yield from _arrow_pieces(file.name, batches)
+    except (pa.ArrowException, OSError) as exc:
+        raise DataError(f"{file.name} cannot be read as Parquet: {exc}; fetch or write the file again") from exc
+
+
+def _table_pieces(source: ResolvedSource, location: str) -> Iterator[_Piece]:
+    tables = hub_source.iter_tables(location, split=source.split, revision=source.revision, batch_rows=MAX_LINES)
+    batches = (batch for table in tables for batch in table.to_batches())
+    for piece in _arrow_pieces(source.name, batches):
+        for file in source.files:
+            _check_unchanged(file, file.path.stat())
+        yield piece
+
+
+def _arrow_pieces(name: str, batches: Iterable[Any]) -> Iterator[_Piece]:
+    """Yield Arrow IPC streams of at most MAX_LINES rows, closed at about MAX_BYTES."""
+    rows: list[Any] = []
+    num_rows = num_bytes = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _SLICE_ROWS):
+            part = batch.slice(start, _SLICE_ROWS)
+            if rows and (num_rows + part.num_rows > MAX_LINES or num_bytes + part.nbytes > MAX_BYTES):
+                yield _Piece(name, None, num_rows, "arrow", _ipc_stream(rows))
+                rows, num_rows, num_bytes = [], 0, 0
+            rows.append(part)
+            num_rows += part.num_rows
+            num_bytes += part.nbytes
+    if rows:
+        yield _Piece(name, None, num_rows, "arrow", _ipc_stream(rows))
+
+
+def _ipc_stream(batches: list[Any]) -> bytes:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def _check_unchanged(file: SourceFile, status: os.stat_result) -> None:
+    if not FileStamp.of(status).same_content(file.stamp):
+        raise DataError(f"{file.path} changed while it was being read; build again when nothing writes to it")
