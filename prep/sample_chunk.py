@@ -13,9 +13,9 @@ import numpy.typing as npt
 from prep.align import align
 from prep.carriage import uncarried, without_message
 from prep.conversation import Conversation, content_hash, parse_conversation, prompt_hash
-from prep.encode import Encoder, EncoderSpec
+from prep.encode import Encoded, Encoder, EncoderSpec
 from prep.mask import TRAIN_UNSET
-from prep.sources import Chunk, parse_chunk
+from prep.chunks import Chunk, parse_chunk
 from prep.spans import ROLE_KINDS, Rendered, SpanRules, find_spans, learn_rules
 from prep.template import ChatTemplate, TemplateText
 from shared.errors import DataError, TemplateError
@@ -55,6 +55,14 @@ class ChunkResult:
     facts: dict[str, Any]  # JSON: what is counted and listed of the chunk
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    number: int
+    where: str
+    conversation: Conversation
+    rendered: Rendered
+
+
 class ChunkBuilder:
     """Template and tokenizer, made ready once per process."""
 
@@ -70,22 +78,19 @@ class ChunkBuilder:
         """Turn the rows of a chunk into columns. Raises DataError only where the tokenizer backends disagree."""
         rejects: list[tuple[int, str, str]] = []  # row, reason, detail
         missing: list[tuple[int, str]] = []
-        kept: list[tuple[int, Conversation, Rendered]] = []
+        kept: list[_Kept] = []
         dropped_messages = rows = 0
-        for row, record in parse_chunk(chunk):
+        for row, where, record in parse_chunk(chunk):
             rows += 1
-            where = chunk.where(row)
             try:
                 if isinstance(record, DataError):
                     raise record
                 conversation = parse_conversation(record, where=where)
-            except TemplateError:
-                raise
             except DataError as exc:
                 rejects.append((row, "malformed", str(exc)))
                 continue
             try:
-                conversation, rendered, reason, dropped = self._render(conversation, where)
+                conversation, rendered, reason, dropped = self._render(conversation)
             except TemplateError as exc:
                 rejects.append((row, "unverifiable", f"{where}: {exc}"))
                 continue
@@ -93,8 +98,8 @@ class ChunkBuilder:
                 missing.append((row, reason))
             else:
                 dropped_messages += dropped
-                kept.append((row, conversation, rendered))
-        columns, by_hand, refereed = self._columns(kept, chunk, rejects)
+                kept.append(_Kept(row, where, conversation, rendered))
+        columns, by_hand, refereed = self._columns(kept, rejects)
         facts = {
             "rows": rows,
             "samples": len(columns["sample_row"]),
@@ -107,9 +112,7 @@ class ChunkBuilder:
         }
         return ChunkResult(columns, facts)
 
-    def _render(
-        self, conversation: Conversation, where: str
-    ) -> tuple[Conversation, Rendered | None, str, int]:
+    def _render(self, conversation: Conversation) -> tuple[Conversation, Rendered | None, str, int]:
         """Render until the template carries everything. Returns no rendering, and why, where it cannot."""
         dropped = 0
         while True:
@@ -130,35 +133,29 @@ class ChunkBuilder:
         return conversation, rendered, "", dropped
 
     def _columns(
-        self, kept: list[tuple[int, Conversation, Rendered]], chunk: Chunk, rejects: list[tuple[int, str, str]]
+        self, kept: list[_Kept], rejects: list[tuple[int, str, str]]
     ) -> tuple[dict[str, npt.NDArray[Any]], int, int]:
         try:
-            encoded = self._encoder.encode([rendered for _, _, rendered in kept])
+            encoded = self._encoder.encode([row.rendered for row in kept])
         except DataError:  # some row cannot be encoded safely: find out which, leave it out, go on
-            good = []
-            for row, conversation, rendered in kept:
-                try:
-                    self._encoder.encode([rendered])
-                    good.append((row, conversation, rendered))
-                except DataError as exc:
-                    rejects.append((row, "unverifiable", f"{chunk.where(row)}: {exc}"))
-            kept = good
-            encoded = self._encoder.encode([rendered for _, _, rendered in kept])
-        rows = [rendered for _, _, rendered in kept]
+            kept = [row for row in kept if not self._cannot_encode(row, rejects)]
+            encoded = self._encoder.encode([row.rendered for row in kept])
+        rows = [row.rendered for row in kept]
         aligned = align(encoded, rows)
-        hashes = [content_hash(conversation) for _, conversation, _ in kept]
-        refereed = self._referee(encoded, rows, hashes, [chunk.where(row) for row, _, _ in kept])
-        order = [(c, m.index) for _, c, rendered in kept for m in rendered.messages]
+        hashes = [content_hash(row.conversation) for row in kept]
+        refereed = self._referee(encoded, kept, hashes)
+        conversations = [row.conversation for row in kept]
+        order = [(row.conversation, m.index) for row in kept for m in row.rendered.messages]
         columns = {
             "tokens": encoded.tokens,
             "kind": aligned.kind,
             "sample_offsets": encoded.row_offsets,
-            "sample_row": np.asarray([row for row, _, _ in kept]),
+            "sample_row": np.asarray([row.number for row in kept]),
             "sample_messages": aligned.row_messages,
             "message_offsets": aligned.message_offsets,
             "message_role": np.asarray([ROLE_KINDS[c.messages[i]["role"]] for c, i in order]),
             "message_train": np.asarray([TRAIN_UNSET if c.train[i] is None else int(bool(c.train[i])) for c, i in order]),
-            "prompt_hash": np.frombuffer(b"".join(prompt_hash(c) for _, c, _ in kept), np.uint8),
+            "prompt_hash": np.frombuffer(b"".join(map(prompt_hash, conversations)), np.uint8),
             "content_hash": np.frombuffer(b"".join(hashes), np.uint8),
         }
         typed = {
@@ -167,16 +164,24 @@ class ChunkBuilder:
         }
         return typed, encoded.rows_by_hand, refereed
 
-    def _referee(self, encoded: Any, rows: list[Rendered], hashes: list[bytes], where: list[str]) -> int:
+    def _cannot_encode(self, row: _Kept, rejects: list[tuple[int, str, str]]) -> bool:
+        try:
+            self._encoder.encode([row.rendered])
+        except DataError as exc:
+            rejects.append((row.number, "unverifiable", f"{row.where}: {exc}"))
+            return True
+        return False
+
+    def _referee(self, encoded: Encoded, kept: list[_Kept], hashes: list[bytes]) -> int:
         """Compare a sample of rows with the Hugging Face tokenizer, id by id."""
         checked = 0
-        for index, row in enumerate(rows):
+        for index, row in enumerate(kept):
             if hashes[index][0] % REFEREE_EVERY:
                 continue
             ids = encoded.tokens[encoded.row_offsets[index] : encoded.row_offsets[index + 1]]
-            if not self._encoder.agrees_with_reference(row, ids):
+            if not self._encoder.agrees_with_reference(row.rendered, ids):
                 raise DataError(
-                    f"{where[index]}: gigatoken and the Hugging Face tokenizer give different ids for this row; "
+                    f"{row.where}: gigatoken and the Hugging Face tokenizer give different ids for this row; "
                     'set tokenizer.backend = "transformers" and report the row'
                 )
             checked += 1
