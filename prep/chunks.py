@@ -70,8 +70,6 @@ def _parse_line(line: bytes, where: str, *, exact_integers: bool) -> dict[str, A
         bad_utf8 = exc.msg.startswith("str is not valid UTF-8")
         what = "not valid UTF-8" if bad_utf8 else f"not valid JSON at character {exc.pos + 1}: {exc.msg}"
         return DataError(f"{where}: {what}; correct the row")
-    except ValueError as exc:  # json's limit on the digits of an integer
-        return DataError(f"{where}: {exc}; correct the row")
     if not isinstance(record, dict):
         return DataError(f"{where}: the row is of type {type(record).__name__}; expected an object with messages")
     return record
