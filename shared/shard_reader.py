@@ -6,6 +6,7 @@
 
 import errno
 import json
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,7 +18,15 @@ import numpy.typing as npt
 
 from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
 from shared.hashing import sha256_file
-from shared.shard_format import COLUMNS, MANIFEST_NAME, TOKENIZER_DIR, FileEntry, Manifest, manifest_from_json
+from shared.shard_format import (
+    COLUMNS,
+    MANIFEST_NAME,
+    TOKENIZER_DIR,
+    FileEntry,
+    Manifest,
+    manifest_from_json,
+    npy_header,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,17 +173,26 @@ def _map_column(folder: Path, name: str, files: dict[str, FileEntry], counts: di
         "pack_loss_tokens": counts["P"],
         "seq_origin": counts["S"],
     }.get(name, counts["T"])
+    expected = npy_header(dtype, (rows, *tail))
+    size = len(expected) + rows * math.prod(tail) * np.dtype(dtype).itemsize
     try:
-        # a file without data cannot be mapped
-        array: npt.NDArray[Any] = np.asarray(np.load(file, mmap_mode="r" if rows else None, allow_pickle=False))
-    except (ValueError, EOFError) as exc:
-        raise ChecksumError(f"{file} is not a whole .npy file ({exc}); build or pull the set again") from exc
+        with file.open("rb") as opened:
+            header = opened.read(len(expected))
+        if header != expected or files[file.name].bytes != size:
+            raise ChecksumError(
+                f"{file} begins with {_header_text(header)} in {files[file.name].bytes} bytes; "
+                f"expected {_header_text(expected)} in {size}; build or pull the set again"
+            )
+        if not rows:  # nothing to map
+            return np.empty((0, *tail), dtype)
+        return np.asarray(np.memmap(file, dtype, mode="r", offset=len(expected), shape=(rows, *tail)))
     except OSError as exc:
         advice = "; each shard keeps 7 files open, raise `ulimit -n`" if exc.errno == errno.EMFILE else ""
         raise ArtifactError(f"cannot read {file}: {exc.strerror}{advice}") from exc
-    if array.dtype != np.dtype(dtype) or array.shape != (rows, *tail) or not array.flags.c_contiguous:
-        raise ChecksumError(f"{file} holds {array.dtype.str} {array.shape}; expected {dtype} {(rows, *tail)}, C order")
-    return array
+
+
+def _header_text(header: bytes) -> str:
+    return repr(header[10:].decode("ascii", errors="replace").strip())
 
 
 def _check_ends(file: Path, offsets: npt.NDArray[np.int64], end: int) -> None:
