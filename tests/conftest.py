@@ -1,4 +1,4 @@
-"""Lets tests import the helper modules beside them (`shard_sets`): under importlib mode pytest does not add the folder."""
+"""Lets tests import helper modules beside them (`shard_sets`): in importlib mode pytest does not add the folder."""
 
 import sys
 from pathlib import Path

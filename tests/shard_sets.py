@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from shared import atomic, config
-from shared.hashing import digest
+from shared.hashing import digest, sha256_bytes
 from shared.shard_format import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -20,7 +20,6 @@ from shared.shard_format import (
     Totals,
     fingerprint_of,
 )
-from shared.hashing import sha256_bytes
 from shared.shard_writer import write_shard
 
 

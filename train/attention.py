@@ -6,6 +6,9 @@ Letters: N tokens, H query heads, K key heads, D head size.
 """
 
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,7 +60,7 @@ def per_sequence(
         raise ConfigError(f"{type(module).__name__} caps its attention scores, which needs model.attention = 'flash'")
     window = options.get("sliding_window")
     outputs = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         mask = _window_mask(end - start, window, query.device) if window is not None and end - start > window else None
         outputs.append(
             scaled_dot_product_attention(
@@ -83,11 +86,9 @@ def flash(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """FlashAttention 2's kernel for rows of many sequences."""
-    from flash_attn import flash_attn_varlen_func
-
     bounds = _checked_bounds(module, attention_mask, options)
     window = options.get("sliding_window")
-    output = flash_attn_varlen_func(
+    output = import_module("flash_attn").flash_attn_varlen_func(
         *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),  # [N, heads, D]
         cu_seqlens_q=bounds,
         cu_seqlens_k=bounds,
@@ -118,7 +119,9 @@ def varlen(
         raise ConfigError(f"{type(module).__name__} needs score caps or dropout; that needs model.attention = 'flash'")
     window = options.get("sliding_window")
     output = varlen_attn(
-        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),  # [N, heads, D]
+        query[0].transpose(0, 1),  # [N, H, D]
+        key[0].transpose(0, 1),  # [N, K, D]
+        value[0].transpose(0, 1),
         bounds,
         bounds,
         options["max_length_q"],
@@ -159,6 +162,4 @@ def _no_mask(*_args: Any, **_options: Any) -> None:
 
 
 def _has_flash_attention() -> bool:
-    from importlib.util import find_spec
-
     return find_spec("flash_attn") is not None

@@ -1,20 +1,14 @@
-"""The process group: the only place that reads or sets what a launcher puts in the environment.
-
-One process needs no launcher: it is rank 0 of 1. Many come from torchrun, which sets the same variables.
-"""
+"""The process group, and the few messages between ranks that are not gradients."""
 
 import contextlib
 import importlib
-import logging
-import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-logger = logging.getLogger(__name__)
+from train.ranks import describe_single_process, launched, read_place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +16,6 @@ class Ranks:
     """Where this process stands."""
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
     control_group: dist.ProcessGroup | None
@@ -35,20 +28,18 @@ class Ranks:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Join the process group that the environment describes, or one of a single process, and leave it at the end."""
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-    rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    """Join the process group that the launcher described, or one of a single process, and leave it at the end."""
+    if not launched():
+        describe_single_process()
+    place = read_place()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
     _init_deepspeed("nccl" if device.type == "cuda" else "gloo")
     try:
-        control_group = dist.new_group(backend="gloo") if world_size > 1 else None
-        yield Ranks(
-            rank=rank, local_rank=local_rank, world_size=world_size, device=device, control_group=control_group
-        )
+        control_group = dist.new_group(backend="gloo") if place.world_size > 1 else None
+        yield Ranks(rank=place.rank, world_size=place.world_size, device=device, control_group=control_group)
     finally:
         dist.destroy_process_group()
 
@@ -100,9 +91,3 @@ def _init_deepspeed(backend: str) -> None:
     # module resolves to torch's and patches nothing
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

@@ -111,7 +111,8 @@ def consolidated_weights(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def _parameter_groups(model: LossModel, weight_decay: float) -> list[dict[str, Any]]:
-    matrices, vectors = [], []
+    matrices: list[torch.nn.Parameter] = []
+    vectors: list[torch.nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (matrices if _num_dimensions(parameter) >= 2 else vectors).append(parameter)

@@ -90,7 +90,7 @@ def chunked_cross_entropy(
     hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """Return sum of weight x cross-entropy over chunks of rows that share one buffer of logits."""
-    loss = _ChunkedCrossEntropy.apply(hidden, head, targets, weights)
+    loss = _ChunkedCrossEntropy.apply(hidden, head, targets, weights)  # type: ignore[no-untyped-call]
     assert isinstance(loss, torch.Tensor)
     return loss
 
@@ -102,7 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         rows_per_chunk = max(1, min(len(hidden), _LOGITS_PER_CHUNK // len(head)))
@@ -131,7 +131,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         scaled = [None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in (grad_hidden, grad_head)]
         return (*scaled, None, None)

@@ -50,9 +50,7 @@ class LossModel(torch.nn.Module):
         return weighted_cross_entropy(hidden, head, batch.targets, batch.weights, uniform=batch.uniform_weight)
 
 
-def build_model(
-    model: ModelConfig, manifest: Manifest, *, attention: str, dtype: torch.dtype, seed: int
-) -> LossModel:
+def build_model(model: ModelConfig, manifest: Manifest, *, attention: str, dtype: torch.dtype, seed: int) -> LossModel:
     """Return the model to train, in training mode, checked against the shard set that it is to be trained on.
 
     Under ZeRO-3 the caller keeps an HfDeepSpeedConfig alive meanwhile, so that weights are sharded as they are made.
@@ -83,8 +81,8 @@ def model_config(model: ModelConfig, manifest: Manifest) -> PretrainedConfig:
         raise ConfigError("no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe")
     if config.vocab_size <= manifest.max_token_id and not model.resize_vocab:
         raise ConfigError(
-            f"the model knows {config.vocab_size} tokens, the shards hold token {manifest.max_token_id}: they were made "
-            f"with another tokenizer ({manifest.tokenizer.name}). If it is the right one with tokens added, set "
+            f"the model knows {config.vocab_size} tokens, the shards hold token {manifest.max_token_id}: they were "
+            f"made with another tokenizer ({manifest.tokenizer.name}). If it is the right one with tokens added, set "
             "model.resize_vocab = true"
         )
     limit = _get(config, "max_position_embeddings")
@@ -101,7 +99,9 @@ def check_supported(config: PretrainedConfig) -> None:
     name = config.model_type
     for key in _LOGIT_CHANGES:
         if _get(config, key) not in (None, 1, 1.0):
-            raise ConfigError(f"model type {name!r} changes its logits ({key} = {_get(config, key)}); not supported yet")
+            raise ConfigError(
+                f"model type {name!r} changes its logits ({key} = {_get(config, key)}); not supported yet"
+            )
     layers = set(_get(config, "layer_types") or ()) | set(_get(config, "layers_block_type") or ())
     if foreign := sorted(layers - _ATTENTION_LAYERS):
         raise ConfigError(

@@ -1,0 +1,28 @@
+"""What the two commands share: an error that a user can act on becomes one line on stderr and an exit code."""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
+
+from shared.errors import SftError, StoppedOnRequest
+
+
+@contextlib.contextmanager
+def reporting_errors(verbosity: int = 0, *, rank: int = 0) -> Iterator[None]:
+    """Turn an SftError of the block into one line and SystemExit; the traceback comes with verbosity above 0.
+
+    Anything else is a bug and keeps its traceback. Ranks above 0 put their number in front.
+    """
+    try:
+        yield
+    except SftError as exc:
+        if verbosity > 0:
+            traceback.print_exc()
+        message = " ".join(str(exc).split())
+        where = f"rank {rank}: " if rank else ""
+        if not isinstance(exc, StoppedOnRequest):
+            sys.stderr.write(f"{where}error: {message}\n")
+        elif not rank:
+            sys.stderr.write(f"{message}\n")
+        raise SystemExit(exc.exit_code) from exc

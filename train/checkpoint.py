@@ -1,0 +1,224 @@
+"""Checkpoints: whole or absent, checked before they are read, and never the newest one removed.
+
+    checkpoints/step-00000500/
+      state.json            step, counters, identity of the run, number of ranks, size and sha256 of every other file
+      run.json              a copy of the run's config.json, so that an export needs this directory only
+      model/config.json     the transformers config of the model
+      engine/state/*.pt     DeepSpeed's state, one part per rank
+      rng/rank-00000.safetensors
+
+All ranks write into `.tmp-step-...`; after a barrier each hashes and flushes a share of the files, and rank 0 writes
+state.json and renames. DeepSpeed's files are pickles: they are read only from the run's own directory, and only after
+their digests match.
+"""
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from shared import atomic
+from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
+from shared.hashing import sha256_file
+from train.distributed import Ranks, barrier, broadcast_from_main, gather_to_main
+from train.metrics import Counters
+from train.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+STATE_NAME = "state.json"
+RUN_NAME = "run.json"
+MODEL_DIR = "model"
+ENGINE_DIR = "engine"
+ENGINE_TAG = "state"
+_PREFIX = "step-"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainState:
+    """What a checkpoint holds besides the engine's state."""
+
+    step: int
+    """Updates done."""
+    counters: Counters
+    window_losses: list[float]
+    """Losses of the steps since the last record, so that a resumed run logs what an undisturbed one does."""
+
+
+def save_checkpoint(
+    engine: Any, state: TrainState, *, run: RunDir, ranks: Ranks, identity: dict[str, Any], keep_last: int
+) -> Path:
+    """Commit a checkpoint of all ranks, then remove those older than the newest `keep_last`; return its path."""
+    final = run.checkpoints / f"{_PREFIX}{state.step:08d}"
+    staged = run.checkpoints / f".tmp-{final.name}"
+    if ranks.is_main:
+        shutil.rmtree(staged, ignore_errors=True)
+        (staged / "rng").mkdir(parents=True)
+    barrier(ranks)
+    engine.save_checkpoint(str(staged / ENGINE_DIR), tag=ENGINE_TAG, save_latest=False)
+    save_file(_rng_state(ranks.device), staged / "rng" / f"rank-{ranks.rank:05d}.safetensors")
+    if ranks.is_main:
+        shutil.copyfile(run.config, staged / RUN_NAME)
+        engine.module.model.config.save_pretrained(staged / MODEL_DIR)
+    barrier(ranks)
+    files = _hash_together(staged, ranks)
+    if ranks.is_main:
+        stage = engine.zero_optimization_stage()
+        _commit(staged, final, state, identity=identity, ranks=ranks, zero_stage=stage, files=files)
+        for old in list_checkpoints(run.checkpoints)[:-keep_last]:
+            _remove(old)
+    barrier(ranks)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the committed checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit())
+
+
+def read_state_file(path: Path) -> dict[str, Any]:
+    """Return state.json of the checkpoint at `path`. Raises IncompleteArtifactError or ArtifactError."""
+    file = path / STATE_NAME
+    try:
+        data = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        raise IncompleteArtifactError(
+            f"{path} is not a whole checkpoint: it has no {STATE_NAME}{_way_out(path)}"
+        ) from exc
+    except ValueError as exc:
+        raise ArtifactError(f"{file} is not valid JSON ({exc}){_way_out(path)}") from exc
+    if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
+        seen = data.get("format_version") if isinstance(data, dict) else None
+        raise ArtifactError(f"{file}: format_version is {seen!r}; this program reads {FORMAT_VERSION}{_way_out(path)}")
+    return data
+
+
+def load_checkpoint(engine: Any, path: Path, *, ranks: Ranks) -> TrainState:
+    """Check every file of the checkpoint at `path`, then put its state into `engine` and the random generators.
+
+    Raises ChecksumError, IncompleteArtifactError or ArtifactError, the same on every rank, before anything is read.
+    """
+    data = read_state_file(path)
+    for name, seen, here in (
+        ("number of ranks", data["world_size"], ranks.world_size),
+        ("engine.zero_stage", data["zero_stage"], engine.zero_optimization_stage()),
+    ):
+        if seen != here:
+            raise ArtifactError(
+                f"{path} was written with {name} = {seen}, now it is {here}; that change is not supported, "
+                f"put {name} back to {seen}"
+            )
+    _check_files(path, data["files"], ranks)
+    loaded, _ = engine.load_checkpoint(str(path / ENGINE_DIR), tag=ENGINE_TAG, load_lr_scheduler_states=False)
+    if loaded is None:
+        raise ArtifactError(f"DeepSpeed found no state in {path / ENGINE_DIR}{_way_out(path)}")
+    _restore_rng(load_file(path / "rng" / f"rank-{ranks.rank:05d}.safetensors"), ranks.device)
+    return TrainState(
+        step=data["step"], counters=Counters(**data["counters"]), window_losses=list(data["window_losses"])
+    )
+
+
+def check_digest(path: Path, name: str, entry: dict[str, Any]) -> None:
+    """Raise IncompleteArtifactError or ChecksumError unless file `name` of the checkpoint is as it was committed."""
+    file = path / name
+    try:
+        size = file.stat().st_size
+    except FileNotFoundError as exc:
+        raise IncompleteArtifactError(f"{file} is missing{_way_out(path)}") from exc
+    if size != entry["bytes"]:
+        raise IncompleteArtifactError(f"{file} has {size} bytes, {STATE_NAME} says {entry['bytes']}{_way_out(path)}")
+    if sha256_file(file) != entry["sha256"]:
+        raise ChecksumError(f"{file}: its bytes have changed since it was written{_way_out(path)}")
+
+
+def _commit(
+    staged: Path,
+    final: Path,
+    state: TrainState,
+    *,
+    identity: dict[str, Any],
+    ranks: Ranks,
+    zero_stage: int,
+    files: dict[str, dict[str, Any]],
+) -> None:
+    content = {
+        "format_version": FORMAT_VERSION,
+        "step": state.step,
+        "counters": asdict(state.counters),
+        "window_losses": state.window_losses,
+        "identity": identity,
+        "world_size": ranks.world_size,
+        "zero_stage": zero_stage,
+        "files": files,
+    }
+    atomic.write_json(staged / STATE_NAME, content)
+    for folder, _, _ in os.walk(staged, topdown=False):
+        atomic.fsync_dir(Path(folder))
+    atomic.replace_dir(staged, final)
+
+
+def _hash_together(staged: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """Hash and flush every file, a share per rank; rank 0 gets the digests of all."""
+    own: dict[str, dict[str, Any]] = {}
+    for file in _share(sorted(path for path in staged.rglob("*") if path.is_file()), ranks):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+        own[file.relative_to(staged).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    merged: dict[str, dict[str, Any]] = {}
+    for part in gather_to_main(own, ranks):
+        assert isinstance(part, dict)
+        merged.update(part)
+    return merged
+
+
+def _check_files(path: Path, files: dict[str, dict[str, Any]], ranks: Ranks) -> None:
+    """Check a share per rank and raise the first error on all: a rank that raised alone would leave others waiting."""
+    problem: ArtifactError | None = None
+    try:
+        for name in _share(sorted(files), ranks):
+            check_digest(path, name, files[name])
+    except ArtifactError as exc:
+        problem = exc
+    problems = gather_to_main(problem, ranks)
+    first = broadcast_from_main(next((found for found in problems if found is not None), None), ranks)
+    if isinstance(first, ArtifactError):
+        raise first
+
+
+def _share(items: list[T], ranks: Ranks) -> list[T]:
+    return items[ranks.rank :: ranks.world_size]
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that a crash half-way leaves no directory that looks whole."""
+    doomed = path.with_name(f".tmp-{path.name}-old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def _way_out(path: Path) -> str:
+    older = [other.name for other in list_checkpoints(path.parent) if other.name < path.name]
+    return f"; remove {path} to go on from {older[-1]}" if older else f"; remove {path} to start again"
+
+
+def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _restore_rng(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -1,0 +1,62 @@
+"""How much arithmetic a step needs, and what the device could do: the two sides of MFU."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+# dense bf16 peaks in FLOP/s by a part of the device's name, the longer names first
+_PEAKS = (
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCost:
+    """FLOPs of forward and backward, as FLOPs = tokens x body + loss_tokens x head + squared_lengths x attention.
+
+    A parameter of the body costs 6 per token (2 forward, 4 backward); embeddings cost nothing; the head is run for
+    loss tokens only, 6 x hidden x vocabulary each. Causal attention over a sequence of length L multiplies queries
+    with keys and scores with values, 2 x 2 x (L^2 / 2) x heads x head_size forward and twice that backward: 6 x L^2 x
+    heads x head_size per layer, summed over sequences, not over packs. Recomputation is not counted.
+    """
+
+    body: float
+    head: float
+    attention: float
+
+    def flops(self, *, tokens: int, loss_tokens: int, squared_lengths: int) -> float:
+        return tokens * self.body + loss_tokens * self.head + squared_lengths * self.attention
+
+
+def model_cost(network: PreTrainedModel) -> ModelCost:
+    """Return the cost of `network`; call it before its weights are sharded, or with their full counts known."""
+    embeddings = {id(network.get_input_embeddings().weight), id(network.get_output_embeddings().weight)}
+    body = sum(_num_elements(p) for p in network.parameters() if id(p) not in embeddings)
+    config = network.config
+    head_size = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+    return ModelCost(
+        body=6.0 * body,
+        head=6.0 * config.hidden_size * config.vocab_size,
+        attention=6.0 * config.num_hidden_layers * config.num_attention_heads * head_size,
+    )
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the dense bf16 peak of `device` in FLOP/s, or None where it is not known: then there is no MFU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS if part in name), None)
+
+
+def _num_elements(parameter: torch.nn.Parameter) -> int:
+    """Under ZeRO-3 a parameter is empty outside the forward pass and keeps its size in `ds_numel`."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

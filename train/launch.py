@@ -1,0 +1,119 @@
+"""Start the ranks of a run on this machine, and say how it ended: torchrun would turn every exit code into 1."""
+
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+
+from shared import atomic
+from shared.errors import ArtifactError, ConfigError, DataError, PrerequisiteError, SftError, StoppedOnRequest
+from train.prepare import Prepared, TrainRequest, check_ranks
+from train.ranks import launched
+from train.run_dir import read_status
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_TO_SAVE = 600
+_ERRORS: dict[object, type[SftError]] = {
+    error.exit_code: error for error in (ConfigError, DataError, ArtifactError, PrerequisiteError, StoppedOnRequest)
+}
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def choose_num_ranks(wanted: int | None) -> int:
+    """Return `wanted`, or all visible GPUs, or 1."""
+    if wanted is not None:
+        return wanted
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def run_or_launch(prepared: Prepared, num_ranks: int | None) -> None:
+    """Train in this process, or start the ranks and wait for them. Raises the SftError that ended the run."""
+    if launched():
+        if num_ranks is not None:
+            raise ConfigError("--nproc-per-node starts ranks, but this process is one already; leave it out")
+    else:
+        chosen = choose_num_ranks(num_ranks)
+        check_ranks(prepared, chosen)
+        if chosen > 1:
+            launch(prepared, chosen)
+            return
+    from train.run import run_rank
+
+    run_rank(prepared)
+
+
+def launch(prepared: Prepared, num_ranks: int) -> None:
+    """Run torchrun and pass signals on to it. Raises the SftError that the run left in status.json."""
+    with atomic.exclusive_lock(prepared.run.lock, f"training in {prepared.run.path}"):
+        pass  # said here, it is one line; a rank that finds the lock taken fails within torchrun's report
+    old_status = _last_change(prepared.run.status)
+    with subprocess.Popen(torchrun_command(prepared.request, num_ranks)) as process:
+
+        def forward(number: int, _frame: FrameType | None) -> None:
+            process.send_signal(number)
+
+        before = {number: signal.signal(number, forward) for number in _FORWARDED}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if code == 0:
+        return
+    status = read_status(prepared.run) if _last_change(prepared.run.status) != old_status else None
+    error = _ERRORS.get((status or {}).get("exit_code"))
+    if status is None or error is None:
+        raise SftError(f"the ranks ended with exit code {code}; what they wrote above says why")
+    raise error(status["message"])
+
+
+def torchrun_command(request: TrainRequest, num_ranks: int) -> list[str]:
+    """Return the command that starts the ranks.
+
+    The ranks run the console script, never `-m train`: the working directory may hold a train.py. torchrun itself runs
+    with -P for the same reason. It must pass SIGUSR1 on, and wait for a save before it kills.
+    """
+    return [
+        *(sys.executable, "-P", "-m", "torch.distributed.run"),
+        *("--standalone", "--nproc-per-node", str(num_ranks), "--max-restarts", "0"),
+        *("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
+        *("--shutdown-timeout", str(_SECONDS_TO_SAVE)),
+        *("--no-python", str(console_script())),
+        *rank_arguments(request),
+    ]
+
+
+def rank_arguments(request: TrainRequest) -> list[str]:
+    """Return the command line of a rank: that of `request`."""
+    arguments = ["--shards", str(request.shards), "--resume", request.resume]
+    for name, value in (
+        ("--recipe", request.recipe),
+        ("--model", request.model),
+        ("--output", request.output),
+        ("--max-steps", request.max_steps),
+        ("--stop-after", request.stop_after),
+    ):
+        if value is not None:
+            arguments += [name, str(value)]
+    for setting in request.settings:
+        arguments += ["--set", setting]
+    return arguments + ["-v"] * max(0, request.verbosity) + ["-q"] * max(0, -request.verbosity)
+
+
+def console_script() -> Path:
+    """Return the sft-train beside this Python. Raises PrerequisiteError if there is none."""
+    beside = Path(sys.executable).with_name("sft-train")
+    found = beside if beside.exists() else shutil.which("sft-train")
+    if found is None:
+        raise PrerequisiteError("no command sft-train to start the ranks with; install this package with pip")
+    return Path(found)
+
+
+def _last_change(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None

@@ -1,0 +1,183 @@
+"""What a run reports: metrics.jsonl, the console line, and Weights & Biases if asked. All three show the same record.
+
+    step, epoch                              updates done; passes over the packs that lie behind
+    learning_rate                            of the last update
+    train_loss                               mean over the window's steps of the exact loss of the global batch,
+                                             normalised as loss.norm says; null if they held no loss token
+    grad_norm                                of the last update, before clipping
+    loss_tokens                              targets in the window
+    total_tokens, total_tokens_including_padding      since the start of the run, over all ranks
+    per_device_tps, per_device_tps_including_padding  tokens per second and rank, over the window
+    step_seconds, data_seconds               mean per step: all of it, and the wait for data
+    mfu                                      see train/flops.py; null where the device's peak is not known
+    memory_gib                               peak on this rank: of the GPU, or of the process on a CPU
+
+A window is the steps since the last record (`log.every_steps`).
+"""
+
+import json
+import logging
+import resource
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from shared import atomic
+from train.config import LogConfig
+from train.distributed import Ranks, sum_over_ranks
+from train.feed import StepBatch
+from train.flops import ModelCost
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True)
+class Counters:
+    """Totals since the start of the run; part of every checkpoint."""
+
+    tokens: int = 0
+    positions: int = 0
+    loss_tokens: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class Window:
+    """The steps since the last record. Losses stay on the device until someone looks."""
+
+    losses: list[torch.Tensor] = field(default_factory=list)  # this rank's part, fp32 [1] each
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    tokens: int = 0
+    positions: int = 0
+    loss_tokens: int = 0
+    squared_lengths: int = 0
+    data_seconds: float = 0.0
+
+    def add(self, batch: StepBatch, loss: torch.Tensor, *, data_seconds: float) -> None:
+        if batch.num_loss_tokens:
+            self.losses.append(loss)
+        self.steps += 1
+        self.tokens += batch.num_tokens
+        self.positions += batch.num_positions
+        self.loss_tokens += batch.num_loss_tokens
+        self.squared_lengths += batch.squared_lengths
+        self.data_seconds += data_seconds
+
+    def global_losses(self, ranks: Ranks) -> list[float]:
+        """Return the loss of each step of the window that had one, over all ranks: the one wait for the device."""
+        if not self.losses:
+            return []
+        losses: list[float] = sum_over_ranks(torch.cat(self.losses), ranks).tolist()
+        return losses
+
+
+def make_record(
+    window: Window, losses: list[float], counters: Counters, *, ranks: Ranks, cost: ModelCost, peak: float | None
+) -> dict[str, Any]:
+    """Return the part of a record that follows from the window and the counters."""
+    seconds = time.perf_counter() - window.started
+    steps = max(1, window.steps)
+    flops = cost.flops(tokens=window.tokens, loss_tokens=window.loss_tokens, squared_lengths=window.squared_lengths)
+    return {
+        "train_loss": sum(losses) / len(losses) if losses else None,
+        "loss_tokens": window.loss_tokens,
+        "total_tokens": counters.tokens,
+        "total_tokens_including_padding": counters.positions,
+        "per_device_tps": window.tokens / seconds / ranks.world_size,
+        "per_device_tps_including_padding": window.positions / seconds / ranks.world_size,
+        "step_seconds": seconds / steps,
+        "data_seconds": window.data_seconds / steps,
+        "mfu": None if peak is None else flops / seconds / ranks.world_size / peak,
+        "memory_gib": _peak_memory_gib(ranks.device),
+    }
+
+
+class MetricsLog:
+    """Rank 0's records: appended to metrics.jsonl, shown on the console, sent to Weights & Biases."""
+
+    def __init__(
+        self, path: Path, *, config: LogConfig, run_name: str, wandb_id: str, recipe: dict[str, Any], after_step: int
+    ) -> None:
+        """Open the log of a run that goes on after step `after_step`: later records, and a torn last line, go away."""
+        keep_records(path, up_to_step=after_step)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._wandb = _start_wandb(path.parent, config, run_name, wandb_id, recipe)
+
+    def write(self, record: dict[str, Any], *, total_steps: int) -> None:
+        self._file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
+        self._file.flush()
+        logger.info("%s", console_line(record, total_steps))
+        if self._wandb is not None:
+            self._wandb.log({key: value for key, value in record.items() if value is not None}, step=record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+
+
+def console_line(record: dict[str, Any], total_steps: int) -> str:
+    """Return one line with the numbers that people watch."""
+    loss = "-" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
+    parts = [
+        f"step {record['step']}/{total_steps}",
+        f"loss {loss}",
+        f"lr {record['learning_rate']:.2e}",
+        f"grad {record['grad_norm']:.3g}",
+        f"{record['per_device_tps']:,.0f} tok/s/device",
+        f"{record['step_seconds']:.2f} s/step",
+    ]
+    if record["mfu"] is not None:
+        parts.append(f"mfu {record['mfu']:.1%}")
+    return "  ".join(parts)
+
+
+def keep_records(path: Path, *, up_to_step: int) -> None:
+    """Drop the records of metrics.jsonl after step `up_to_step`, and a last line that a crash cut short."""
+    if not path.exists():
+        return
+    kept = [record for record in read_records(path) if record["step"] <= up_to_step]
+    lines = "".join(json.dumps(record, sort_keys=True, allow_nan=False) + "\n" for record in kept)
+    atomic.write_bytes(path, lines.encode("utf-8"))
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def _start_wandb(folder: Path, config: LogConfig, run_name: str, wandb_id: str, recipe: dict[str, Any]) -> Any:
+    if config.wandb == "off":
+        return None
+    try:
+        import wandb
+    except ImportError as exc:
+        from shared.errors import PrerequisiteError
+
+        raise PrerequisiteError(f"log.wandb = {config.wandb!r} needs the package wandb; install it or set off") from exc
+    return wandb.init(
+        project=config.wandb_project,
+        name=config.wandb_name or run_name,
+        id=wandb_id,
+        resume="allow",
+        mode=config.wandb,
+        dir=str(folder),
+        config=recipe,
+    )
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts it in KiB

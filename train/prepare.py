@@ -1,0 +1,116 @@
+"""Everything that can be decided and refused before torch is imported: recipe, shards, plan, run directory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import ArtifactError, ConfigError, DataError
+from shared.shard_reader import ShardSet, open_shard_set
+from train.config import TrainConfig, load_recipe
+from train.plan import PackOrder, check_divides, make_order, packs_per_step
+from train.run_dir import RunDir, check_identity, identity, read_description, read_status
+
+RUNS_DIR = Path("runs")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainRequest:
+    """The command line of `sft-train`, as given."""
+
+    shards: Path
+    recipe: str | None = None
+    model: str | None = None
+    output: Path | None = None
+    settings: tuple[str, ...] = ()
+    max_steps: int | None = None
+    stop_after: int | None = None
+    resume: str = "auto"
+    verbosity: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A run that is ready to start."""
+
+    request: TrainRequest
+    recipe: TrainConfig
+    shard_set: ShardSet
+    order: PackOrder
+    run: RunDir
+    identity: dict[str, Any]
+    resume_from: Path | None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run is trained and exported already."""
+        status = read_status(self.run)
+        return status is not None and status.get("state") == "complete" and self.run.model.is_dir()
+
+
+def prepare(request: TrainRequest) -> Prepared:
+    """Open and check what `request` names. Raises ConfigError, DataError or ArtifactError."""
+    shard_set = open_shard_set(request.shards)
+    manifest = shard_set.manifest
+    if not manifest.totals.loss_tokens:
+        raise DataError(f"{request.shards} has no loss tokens: every token is masked, there is nothing to learn from")
+    recipe_name = request.recipe or manifest.recipe
+    if not recipe_name:
+        raise ConfigError(
+            f"no recipe: {request.shards} names none; give --recipe NAME|FILE.toml (sft-train recipes lists what ships)"
+        )
+    recipe = load_recipe(recipe_name, request.settings, model=request.model, max_steps=request.max_steps)
+    if recipe.model.config is None and not recipe.model.name:
+        raise ConfigError("no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe")
+    order = make_order(
+        fingerprint=manifest.fingerprint,
+        seed=recipe.run.seed,
+        num_packs=manifest.totals.packs,
+        packs_per_step=packs_per_step(
+            packs=recipe.batch.packs_per_step, tokens=recipe.batch.tokens_per_step, max_seq_len=manifest.max_seq_len
+        ),
+        epochs=recipe.schedule.epochs,
+        max_steps=recipe.schedule.max_steps,
+    )
+    run = RunDir(request.output or RUNS_DIR / f"{recipe.name}-{manifest.name}")
+    found = identity(recipe, shard_set, order)
+    return Prepared(
+        request=request,
+        recipe=recipe,
+        shard_set=shard_set,
+        order=order,
+        run=run,
+        identity=found,
+        resume_from=_find_checkpoint(run, request.resume, found),
+    )
+
+
+def check_ranks(prepared: Prepared, world_size: int) -> None:
+    """Raise ConfigError unless the packs of a step divide over `world_size` ranks."""
+    check_divides(
+        packs_per_step=prepared.order.packs_per_step,
+        packs_per_micro_batch=prepared.recipe.batch.packs_per_micro_batch,
+        world_size=world_size,
+    )
+
+
+def _find_checkpoint(run: RunDir, resume: str, identity: dict[str, Any]) -> Path | None:
+    """Return the checkpoint to go on from, None to start at step 0."""
+    description = read_description(run)
+    if resume == "never":
+        if description is not None:
+            raise ArtifactError(f"{run.path} holds a run already; remove it, or name another directory with --output")
+        return None
+    if description is not None:
+        check_identity(description["identity"], identity, run.path)
+    committed = sorted(path for path in run.checkpoints.glob("step-*") if path.is_dir())
+    if resume == "auto":
+        return committed[-1] if committed else None
+    wanted = Path(resume)
+    if not wanted.is_dir():
+        raise ArtifactError(f"--resume {resume}: there is no such checkpoint; expected auto, never or its directory")
+    if wanted.resolve() not in [path.resolve() for path in committed]:
+        raise ArtifactError(
+            f"--resume {resume} is not a checkpoint of {run.path}; reading a foreign one is not supported, since "
+            "DeepSpeed's files can run code"
+        )
+    return wanted

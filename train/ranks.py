@@ -1,0 +1,37 @@
+"""Where this process stands among the ranks, as its launcher said: the only place that reads or sets its variables.
+
+One process needs no launcher: it is rank 0 of 1. Many come from torchrun, which sets the same variables.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankPlace:
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def launched() -> bool:
+    """Return whether a launcher started this process as one of its ranks."""
+    return "RANK" in os.environ
+
+
+def read_place() -> RankPlace:
+    """Return what the launcher said; rank 0 of 1 without one."""
+    return RankPlace(
+        rank=int(os.environ.get("RANK", "0")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+
+
+def describe_single_process() -> None:
+    """Set the variables that torch and DeepSpeed look for, for a process group of one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

@@ -1,0 +1,187 @@
+"""One rank of a run, from an empty process to an exported model: puts the parts together around the loop."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from shared import atomic, config
+from shared.errors import SftError, StoppedOnRequest
+from shared.hashing import seed_from
+from train import loop
+from train.attention import choose_attention
+from train.checkpoint import TrainState, load_checkpoint
+from train.distributed import Ranks, barrier, process_group
+from train.engine import choose_dtype, consolidated_weights, deepspeed_config, shard_while_building, start_engine
+from train.feed import Feed
+from train.flops import model_cost
+from train.metrics import Counters, MetricsLog, read_records
+from train.model import build_model
+from train.prepare import Prepared, check_ranks
+from train.run_dir import RunDir, describe, read_description, read_status, write_status
+from train.stop import watching_signals
+
+logger = logging.getLogger(__name__)
+
+
+def run_rank(prepared: Prepared) -> None:
+    """Train, or go on training, and export. Raises SftError, StoppedOnRequest among them, as status.json then says."""
+    with watching_signals() as wish, process_group() as ranks, _locked(prepared.run, ranks), _outcome(prepared.run):
+        check_ranks(prepared, ranks.world_size)
+        if ranks.is_main:
+            _open_run(prepared)
+        barrier(ranks)
+        engine, parts_cost = _start(prepared, ranks)
+        start = _starting_state(prepared, engine, ranks)
+        log = _open_log(prepared, start.step) if ranks.is_main else None
+        feed = Feed(
+            shard_set=prepared.shard_set,
+            order=prepared.order,
+            norm=prepared.recipe.loss.norm,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            packs_per_micro_batch=prepared.recipe.batch.packs_per_micro_batch,
+        )
+        parts = loop.Parts(
+            prepared=prepared, ranks=ranks, engine=engine, feed=feed, cost=parts_cost, log=log, wish=wish
+        )
+        try:
+            loop.train(parts, start)
+        finally:
+            if log is not None:
+                log.close()
+        _finish(prepared, engine, ranks)
+
+
+def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, Any]:
+    """Return the engine and what a step costs."""
+    recipe = prepared.recipe
+    dtype = choose_dtype(recipe.engine.dtype, ranks.device)
+    attention = choose_attention(recipe.model.attention, device=ranks.device, dtype=dtype)
+    settings = deepspeed_config(recipe.engine, recipe.optim, dtype=dtype)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    sharding = shard_while_building(settings)
+    model = build_model(
+        recipe.model,
+        prepared.shard_set.manifest,
+        attention=attention,
+        dtype=dtype,
+        seed=seed_from("weights", recipe.run.seed),
+    )
+    cost = model_cost(model.model)
+    engine = start_engine(model, recipe.optim, settings)
+    del sharding
+    torch.manual_seed(seed_from("dropout", recipe.run.seed, ranks.rank))
+    _announce(prepared, ranks, attention=attention, dtype=dtype)
+    return engine, cost
+
+
+def _starting_state(prepared: Prepared, engine: Any, ranks: Ranks) -> TrainState:
+    if prepared.resume_from is None:
+        return TrainState(step=0, counters=Counters(), window_losses=[])
+    state = load_checkpoint(engine, prepared.resume_from, ranks=ranks)
+    logger.info("going on after step %d, from %s", state.step, prepared.resume_from)
+    return state
+
+
+def _open_run(prepared: Prepared) -> None:
+    """Write what the run is, on rank 0, holding its lock."""
+    run = prepared.run
+    atomic.remove_leftovers(run.path)
+    atomic.remove_leftovers(run.checkpoints)
+    old = read_description(run)
+    description = describe(prepared.recipe, prepared.shard_set, prepared.order)
+    if old is not None:
+        description["wandb_id"] = old["wandb_id"]
+    atomic.write_json(run.config, description)
+
+
+def _open_log(prepared: Prepared, after_step: int) -> MetricsLog:
+    description = read_description(prepared.run)
+    assert description is not None
+    return MetricsLog(
+        prepared.run.metrics,
+        config=prepared.recipe.log,
+        run_name=prepared.run.path.name,
+        wandb_id=description["wandb_id"],
+        recipe=config.to_plain(prepared.recipe),
+        after_step=after_step,
+    )
+
+
+def _finish(prepared: Prepared, engine: Any, ranks: Ranks) -> None:
+    """Export the model and draw the loss; the tokenizer comes into play here and no earlier."""
+    weights = consolidated_weights(engine)
+    if ranks.is_main:
+        from train.export import export_model
+        from train.model_card import card_facts
+        from train.plot import plot_runs
+
+        run = prepared.run
+        description = read_description(run)
+        assert description is not None
+        records = read_records(run.metrics)
+        export_model(
+            state_dict=weights,
+            model_config=engine.module.model.config,
+            shard_set=prepared.shard_set,
+            card=card_facts(description, prepared.shard_set.manifest, records),
+            out_dir=run.model,
+        )
+        plot_runs([run.path], run.plot)
+        steps = prepared.order.total_steps
+        write_status(run, "complete", exit_code=0, message=f"trained {steps} steps, model in {run.model}")
+        logger.info("done: %d steps, model in %s, loss in %s", steps, run.model, run.plot)
+    barrier(ranks)
+
+
+@contextlib.contextmanager
+def _locked(run: RunDir, ranks: Ranks) -> Iterator[None]:
+    """Rank 0 keeps other runs out of the directory."""
+    if not ranks.is_main:
+        yield
+        return
+    with atomic.exclusive_lock(run.lock, f"training in {run.path}"):
+        write_status(run, "running", exit_code=None, message="")
+        yield
+
+
+@contextlib.contextmanager
+def _outcome(run: RunDir) -> Iterator[None]:
+    """Record how the block ends. The first rank to fail says why: what others then see is only its absence."""
+    try:
+        yield
+    except BaseException as exc:
+        stopped = isinstance(exc, StoppedOnRequest)
+        code = exc.exit_code if isinstance(exc, SftError) else 1
+        status = read_status(run)
+        if status is not None and status.get("state") == "running":
+            message = str(exc) or type(exc).__name__
+            write_status(run, "stopped" if stopped else "failed", exit_code=code, message=message)
+        raise
+
+
+def _announce(prepared: Prepared, ranks: Ranks, *, attention: str, dtype: torch.dtype) -> None:
+    order, recipe, totals = prepared.order, prepared.recipe, prepared.shard_set.manifest.totals
+    per_micro_batch = recipe.batch.packs_per_micro_batch
+    logger.info(
+        "%s: %d packs, %s tokens (%s loss tokens); %d steps of %d packs = %d ranks x %d micro-batches x %d packs",
+        prepared.shard_set.manifest.name,
+        totals.packs,
+        f"{totals.tokens:,}",
+        f"{totals.loss_tokens:,}",
+        order.total_steps,
+        order.packs_per_step,
+        ranks.world_size,
+        order.packs_per_step // ranks.world_size // per_micro_batch,
+        per_micro_batch,
+    )
+    logger.info(
+        "%s, %s, attention %s, ZeRO stage %d",
+        ranks.device,
+        dtype,
+        attention.removeprefix("sft_"),
+        recipe.engine.zero_stage,
+    )

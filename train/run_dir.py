@@ -1,0 +1,150 @@
+"""The run directory: what lies where, the run's description, and how the run stands.
+
+runs/NAME/
+  config.json     the resolved recipe, the shard set, versions: what a resume must agree with
+  status.json     how the run stands, for launchers and requeue scripts: the state and the exit code
+  metrics.jsonl   one object per logged step
+  checkpoints/    step-00000500/ ...
+  model/          the trained model in Hugging Face format
+  loss.png
+"""
+
+import json
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from shared import atomic, config
+from shared.errors import ArtifactError, ConfigError, FingerprintMismatchError
+from shared.shard_reader import ShardSet
+from train.config import TrainConfig
+from train.plan import PackOrder
+
+logger = logging.getLogger(__name__)
+
+State = Literal["running", "complete", "stopped", "failed"]
+
+_VERSIONED = ("torch", "transformers", "deepspeed", "liger-kernel", "numpy", "sft-shards")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def plot(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+
+def identity(recipe: TrainConfig, shard_set: ShardSet, order: PackOrder) -> dict[str, Any]:
+    """Return what must not change within a run: all that the weights after a step depend on.
+
+    Left out on purpose: logging, checkpoint frequency, number of ranks, packs per micro-batch, attention kernel,
+    gradient checkpointing and ZeRO stage, which change speed and memory only.
+    """
+    plain = config.to_plain(recipe)
+    return {
+        "shards": shard_set.manifest.fingerprint,
+        "model": {key: plain["model"][key] for key in ("name", "revision", "config", "resize_vocab")},
+        "optim": plain["optim"],
+        "schedule": plain["schedule"],
+        "loss": plain["loss"],
+        "run": plain["run"],
+        "engine": {"dtype": recipe.engine.dtype},
+        "packs_per_step": order.packs_per_step,
+        "total_steps": order.total_steps,
+    }
+
+
+def describe(recipe: TrainConfig, shard_set: ShardSet, order: PackOrder) -> dict[str, Any]:
+    """Return the content of config.json for a new run."""
+    manifest = shard_set.manifest
+    return {
+        "recipe": config.to_plain(recipe),
+        "shards": {"path": str(shard_set.path.resolve()), "name": manifest.name, "fingerprint": manifest.fingerprint},
+        "identity": identity(recipe, shard_set, order),
+        "wandb_id": secrets.token_hex(8),
+        "versions": {name: _version(name) for name in _VERSIONED},
+    }
+
+
+def read_description(run: RunDir) -> dict[str, Any] | None:
+    """Return config.json, or None where there is no run yet. Raises ArtifactError if it is damaged."""
+    data = _read_json(run.config)
+    if data is not None and not (isinstance(data.get("identity"), dict) and isinstance(data.get("wandb_id"), str)):
+        raise ArtifactError(f"{run.config} does not describe a run; use another --output")
+    return data
+
+
+def check_identity(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> None:
+    """Raise FingerprintMismatchError for other shards and ConfigError for another recipe than the run began with."""
+    if old.get("shards") != new["shards"]:
+        raise FingerprintMismatchError(
+            f"{where} was trained on shards with fingerprint {str(old.get('shards'))[:16]}..., these have "
+            f"{new['shards'][:16]}...; name those shards, or start another run with --output"
+        )
+    changed = config.differences(old, new)
+    if changed:
+        key, before, after = changed[0]
+        more = f" ({len(changed) - 1} more differ)" if len(changed) > 1 else ""
+        raise ConfigError(
+            f"{where} was begun with {key} = {json.dumps(before)}, now it is {json.dumps(after)}{more}; "
+            "put it back to go on with that run, or start another with --output"
+        )
+
+
+def write_status(run: RunDir, state: State, *, exit_code: int | None, message: str) -> None:
+    """Record how the run stands; `exit_code` is None while it runs."""
+    atomic.write_json(run.status, {"state": state, "exit_code": exit_code, "message": message})
+
+
+def read_status(run: RunDir) -> dict[str, Any] | None:
+    """Return status.json, or None where there is none."""
+    return _read_json(run.status)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as exc:
+        raise ArtifactError(f"cannot read {path}: {exc}; remove it or use another --output") from exc
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path} holds no JSON object; remove it or use another --output")
+    return data
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
