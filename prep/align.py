@@ -1,8 +1,8 @@
 """Spans of text -> kinds of tokens: who wrote each token, and where each message begins.
 
-    bytes    <|assistant|>\\n\\n\\nHello<|endoftext|>        the answer is "\\n\\nHello"
-    tokens   < | assistant | >\\n\\n\\n Hello <eos>
-    kind     0 0     0     0    A|S      A    T           A|S: it also covers bytes of the header (STRADDLES)
+bytes    <|assistant|>\\n\\n\\nHello<|endoftext|>        the answer is "\\n\\nHello"
+tokens   < | assistant | >\\n\\n\\n Hello <eos>
+kind     0 0     0     0    A|S      A    T           A|S: it also covers bytes of the header (STRADDLES)
 """
 
 from collections.abc import Sequence

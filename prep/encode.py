@@ -65,9 +65,16 @@ class Encoder:
         self._hf_text.encode_special_tokens = True  # "special" added tokens are plain text to this one
         normalizer = self._json.get("normalizer")
         self._normal_form = normalizer["type"] if normalizer else None
-        self._has_byte_lengths = _is_byte_level(self._json) and self._normal_form in (None, "NFC", "NFKC", "NFD", "NFKD")
+        self._has_byte_lengths = _is_byte_level(self._json) and self._normal_form in (
+            None,
+            "NFC",
+            "NFKC",
+            "NFD",
+            "NFKD",
+        )
         self.vocab_size = 1 + max(
-            max(self._json["model"]["vocab"].values(), default=0) if isinstance(self._json["model"]["vocab"], dict)
+            max(self._json["model"]["vocab"].values(), default=0)
+            if isinstance(self._json["model"]["vocab"], dict)
             else len(self._json["model"]["vocab"]) - 1,
             max((token["id"] for token in self._json["added_tokens"]), default=0),
         )
@@ -106,6 +113,10 @@ class Encoder:
     def agrees_with_reference(self, row: Rendered, ids: npt.NDArray[np.int32]) -> bool:
         """Say whether `ids` are what the Hugging Face tokenizer makes of the row, message text kept plain."""
         return np.array_equal(ids, self._encode_by_hand(row)[0])
+
+    def batch_ids(self, text: str) -> list[int]:
+        """Return the configured backend's ids of any text."""
+        return self._encode_batch([text.encode("utf-8")])[0].tolist()
 
     def ids_of(self, text: str) -> list[int]:
         """Return the Hugging Face tokenizer's ids of any text."""

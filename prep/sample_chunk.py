@@ -128,7 +128,10 @@ class ChunkBuilder:
             conversation = without_message(conversation, lost[0])
             dropped += 1
         rendered = find_spans(text, conversation, self._rules)
-        if content_hash(conversation)[0] % AUDIT_EVERY == 0 and self._template.render_plain(conversation) != rendered.text:
+        if (
+            content_hash(conversation)[0] % AUDIT_EVERY == 0
+            and self._template.render_plain(conversation) != rendered.text
+        ):
             raise TemplateError(f"the template {self._template.name!r} prints another text when it is not traced")
         return conversation, rendered, "", dropped
 
@@ -154,7 +157,9 @@ class ChunkBuilder:
             "sample_messages": aligned.row_messages,
             "message_offsets": aligned.message_offsets,
             "message_role": np.asarray([ROLE_KINDS[c.messages[i]["role"]] for c, i in order]),
-            "message_train": np.asarray([TRAIN_UNSET if c.train[i] is None else int(bool(c.train[i])) for c, i in order]),
+            "message_train": np.asarray(
+                [TRAIN_UNSET if c.train[i] is None else int(bool(c.train[i])) for c, i in order]
+            ),
             "prompt_hash": np.frombuffer(b"".join(map(prompt_hash, conversations)), np.uint8),
             "content_hash": np.frombuffer(b"".join(hashes), np.uint8),
         }

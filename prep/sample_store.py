@@ -123,7 +123,9 @@ def _make_chunks(path: Path, spec: ChunkSpec, chunks: Iterator[Chunk], workers: 
         for chunk in chunks:
             target = _chunk_dir(path, chunk.index)
             waiting[chunk.index] = None if target.is_dir() else pool.submit(_work, chunk, target)
-            while (running := [f for f in waiting.values() if f is not None and not f.done()]) and len(running) > workers:
+            while (running := [f for f in waiting.values() if f is not None and not f.done()]) and len(
+                running
+            ) > workers:
                 wait(running, return_when=FIRST_COMPLETED)
             while due in waiting and ((found := waiting[due]) is None or found.done()):
                 yield _finished(path, due, waiting.pop(due))
@@ -175,6 +177,6 @@ def _commit(builder: ChunkBuilder, chunk: Chunk, target: Path) -> None:
             for name in COLUMNS:
                 np.save(aside / f"{name}.npy", result.columns[name], allow_pickle=False)
             atomic.write_json(aside / _FACTS, result.facts)
-    except OSError:
+    except (OSError, ArtifactError):
         if not target.is_dir():  # else another process committed the same chunk first: the same bytes
             raise

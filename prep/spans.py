@@ -237,4 +237,3 @@ def _without_overlaps(spans: list[Span]) -> list[Span]:
             result.append(span._replace(start=start))
             cursor = span.end
     return result
-

@@ -200,9 +200,7 @@ def _to_json(
 
 
 @jinja2.pass_environment
-def _join_filter(
-    environment: jinja2.Environment, value: Any, d: str = "", attribute: str | int | None = None
-) -> str:
+def _join_filter(environment: jinja2.Environment, value: Any, d: str = "", attribute: str | int | None = None) -> str:
     if attribute is not None:
         value = [environment.getitem(item, attribute) for item in value]
     return join(str(d), [str(item) for item in value])

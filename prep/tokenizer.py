@@ -85,7 +85,9 @@ def load_tokenizer(files: TokenizerFiles) -> LoadedTokenizer:
         raise DataError(f"{files.directory}: transformers cannot load this tokenizer: {exc}") from exc
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise PrerequisiteError(f"{files.name}: not a fast tokenizer; save it with transformers as tokenizer.json first")
+        raise PrerequisiteError(
+            f"{files.name}: not a fast tokenizer; save it with transformers as tokenizer.json first"
+        )
     named = {name: getattr(tokenizer, name) for name in _NAMED_TOKENS if getattr(tokenizer, name, None)}
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     control = dict.fromkeys([*added, *([named["eos_token"]] if "eos_token" in named else [])])
@@ -98,7 +100,9 @@ def load_tokenizer(files: TokenizerFiles) -> LoadedTokenizer:
     )
 
 
-def write_tokenizer(out: Path, loaded: LoadedTokenizer, encoder_json: str, template: TemplateText) -> dict[str, FileEntry]:
+def write_tokenizer(
+    out: Path, loaded: LoadedTokenizer, encoder_json: str, template: TemplateText
+) -> dict[str, FileEntry]:
     """Write the tokenizer that was used, with the template that was used, as transformers loads them.
 
     It adds nothing of its own: BOS is in the ids only where the template printed it, so no post-processor is kept.
@@ -115,9 +119,7 @@ def write_tokenizer(out: Path, loaded: LoadedTokenizer, encoder_json: str, templ
     (out / "tokenizer.json").write_bytes(canonical_json(json.loads(encoder_json)))
     (out / "tokenizer_config.json").write_bytes(canonical_json(config))
     (out / "chat_template.jinja").write_bytes(template.text.encode("utf-8"))
-    return {
-        path.name: FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path)) for path in sorted(out.iterdir())
-    }
+    return {path.name: FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path)) for path in sorted(out.iterdir())}
 
 
 def _hash_files(directory: Path) -> dict[str, str]:

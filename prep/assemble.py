@@ -1,0 +1,125 @@
+"""Packed sequences -> the column files of shards: copy tokens out of the sample stores in pack order.
+
+Packs are dealt to shards in order, a shard closing before it would exceed `shard_tokens`; a pack never crosses shards.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.config import MaskConfig
+from prep.mask import loss_mask_of
+from prep.sample_store import SampleStore
+from shared.shard_format import KIND_MASK, Kind, ShardEntry
+from shared.shard_writer import write_shard
+
+Ints = npt.NDArray[np.int64]
+
+SHARD_TOKENS = 1 << 27  # 512 MiB of int32
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    shards: list[ShardEntry]
+    terminators: dict[int, int]  # token id -> how often it ends a trained turn
+    max_token_id: int
+    loss_tokens: Ints  # by source
+
+
+def assemble(
+    out: Path,
+    *,
+    stores: Sequence[SampleStore],
+    sequences: npt.NDArray[np.void],  # SEQUENCE [S] of all sources, in pack order
+    source_of: Ints,  # [S]
+    pack_offsets: Ints,  # [P+1] in sequences
+    policy: MaskConfig,
+    shard_tokens: int = SHARD_TOKENS,
+    on_sequences: Callable[[int], None],
+) -> Assembled:
+    """Write all shards below `out`; `on_sequences` is told how many sequences were copied."""
+    source = _Columns(stores, policy)
+    lengths = sequences["length"].astype(np.int64)
+    ends = np.concatenate(([0], np.cumsum(lengths)))  # [S+1]
+    shards: list[ShardEntry] = []
+    counts: dict[int, int] = {}
+    max_token_id = 0
+    loss_tokens = np.zeros(len(stores), np.int64)
+    first_pack = 0
+    while first_pack < len(pack_offsets) - 1:
+        begin = pack_offsets[first_pack]
+        limit = ends[begin] + shard_tokens
+        last_pack = int(np.searchsorted(ends[pack_offsets], limit, side="right")) - 1
+        last_pack = max(last_pack, first_pack + 1)
+        part = slice(begin, pack_offsets[last_pack])
+        columns = _gather(source, sequences[part], source_of[part], on_sequences)
+        columns["pack_offsets"] = pack_offsets[first_pack : last_pack + 1] - begin
+        per_sequence = _sums(columns["loss_mask"], columns["seq_offsets"])
+        columns["pack_loss_tokens"] = np.add.reduceat(per_sequence, columns["pack_offsets"][:-1]).astype(np.int32)
+        np.add.at(loss_tokens, source_of[part], per_sequence)
+        shards.append(write_shard(out, len(shards), columns))
+        max_token_id = max(max_token_id, int(columns["tokens"].max()))
+        for token, count in _terminators(columns).items():
+            counts[token] = counts.get(token, 0) + count
+        first_pack = last_pack
+    return Assembled(shards, counts, max_token_id, loss_tokens)
+
+
+class _Columns:
+    """Maps the columns of one chunk at a time of need; masks are computed once per chunk."""
+
+    def __init__(self, stores: Sequence[SampleStore], policy: MaskConfig) -> None:
+        self._stores = stores
+        self._policy = policy
+
+    def of(self, source: int, chunk: int) -> tuple[npt.NDArray[Any], ...]:
+        """Return (tokens, kind, loss_mask, sample_offsets) of a chunk."""
+        stored = self._stores[source].chunks[chunk]
+        samples = stored.samples()
+        return stored.column("tokens"), samples.kind, loss_mask_of(samples, self._policy), samples.sample_offsets
+
+
+def _gather(
+    columns: _Columns, sequences: npt.NDArray[np.void], source_of: Ints, on_sequences: Callable[[int], None]
+) -> dict[str, npt.NDArray[Any]]:
+    """Copy sequences into new columns, chunk by chunk: each chunk is mapped and masked once per shard."""
+    offsets = np.concatenate(([0], np.cumsum(sequences["length"], dtype=np.int64)))
+    tokens = np.empty(offsets[-1], np.int32)
+    kind = np.empty(offsets[-1], np.uint8)
+    mask = np.empty(offsets[-1], np.uint8)
+    order = np.lexsort((sequences["sample"], sequences["chunk"], source_of))
+    key = source_of[order] * (1 << 32) + sequences["chunk"][order]
+    bounds = np.flatnonzero(np.diff(key, prepend=-1, append=-1))
+    for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        members = order[first:last]
+        from_tokens, from_kind, from_mask, from_offsets = columns.of(
+            int(source_of[members[0]]), int(sequences["chunk"][members[0]])
+        )
+        starts = from_offsets[sequences["sample"][members]]
+        for start, length, at in zip(
+            starts.tolist(), sequences["length"][members].tolist(), offsets[members].tolist(), strict=True
+        ):
+            tokens[at : at + length] = from_tokens[start : start + length]
+            kind[at : at + length] = from_kind[start : start + length]
+            mask[at : at + length] = from_mask[start : start + length]
+        on_sequences(len(members))
+    origin = np.zeros((len(sequences), 3), np.int64)
+    origin[:, 0] = source_of
+    origin[:, 1] = sequences["row"]
+    return {"tokens": tokens, "kind": kind, "loss_mask": mask, "seq_offsets": offsets, "seq_origin": origin}
+
+
+def _sums(mask: npt.NDArray[np.uint8], offsets: Ints) -> Ints:
+    return np.add.reduceat(mask, offsets[:-1], dtype=np.int64)
+
+
+def _terminators(columns: dict[str, npt.NDArray[Any]]) -> dict[int, int]:
+    """Count the ids of trained terminators that are one token long."""
+    ends = ((columns["kind"] & KIND_MASK) == Kind.TERMINATOR) & (columns["loss_mask"] == 1)
+    alone = ends & ~np.append(False, ends[:-1]) & ~np.append(ends[1:], False)
+    ids, counts = np.unique(columns["tokens"][alone], return_counts=True)
+    return dict(zip(ids.tolist(), counts.tolist(), strict=True))

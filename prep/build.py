@@ -1,0 +1,295 @@
+"""`sft-prep build`: compose the stages, once; an existing set is left alone or refused, never overwritten by surprise.
+
+inputs -> sample store per source -> selection -> packs -> shards -> manifest, all in a directory beside, renamed last
+"""
+
+import contextlib
+import json
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.assemble import assemble
+from prep.config import MixtureConfig
+from prep.encode import Encoder, EncoderSpec, encoder_spec
+from prep.inputs import Inputs, resolve_inputs
+from prep.pack import pack_best_fit
+from prep.progress import progress
+from prep.report import Tally, check_budgets, make_manifest, write_rejects
+from prep.sample_chunk import ChunkSpec
+from prep.sample_store import SampleStore, StoredChunk, ensure_store
+from prep.selection import Selection, select
+from prep.source_reader import iter_chunks
+from prep.sources import ResolvedSource
+from prep.tokenizer import CANARY_TEXT, LoadedTokenizer, load_tokenizer, write_tokenizer
+from shared import atomic, config
+from shared.errors import ArtifactError, DataError
+from shared.shard_format import BUILD_INFO_NAME, MANIFEST_NAME, TOKENIZER_DIR, Manifest
+from shared.shard_reader import read_manifest
+
+Ints = npt.NDArray[np.int64]
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_DIFFERENCES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """A mixture and where its set and its samples lie."""
+
+    mixture: MixtureConfig
+    base: Path  # the directory that paths in the mixture are relative to
+    out: Path
+    store: Path
+    workers: int
+    rehash: bool
+
+
+def build(plan: BuildPlan, *, rebuild: bool) -> Manifest:
+    """Make the shard set, or return the manifest of the one that is there if it was made from the same inputs.
+
+    Raises ArtifactError where a set made from other inputs is in the way and `rebuild` is not asked for.
+    """
+    with atomic.exclusive_lock(plan.out.parent / f".{plan.out.name}.lock", f"building {plan.out}"):
+        inputs = resolve_inputs(plan.mixture, plan.base, _memory_of(plan))
+        if plan.out.exists() and not rebuild:
+            manifest = _existing(plan.out, inputs)
+            logger.info("%s is up to date (%s)", plan.out, manifest.fingerprint[:16])
+            return manifest
+        return _build(plan, inputs)
+
+
+def explain(plan: BuildPlan) -> list[str]:
+    """Return, line by line, what a build would do and why a set that is there does or does not match."""
+    inputs = resolve_inputs(plan.mixture, plan.base, _memory_of(plan))
+    if not plan.out.exists():
+        return [f"{plan.out} does not exist: a build would make it"]
+    manifest = read_manifest(plan.out)
+    changed = config.differences(manifest.inputs, inputs.tree)
+    if not changed:
+        return [f"{plan.out} is up to date: every input is the same"]
+    return [f"{plan.out} was made from other inputs:", *_difference_lines(changed)]
+
+
+def dry_run(plan: BuildPlan) -> list[str]:
+    """Tokenise (the samples stay in the store) and pack, and say what a build would write."""
+    inputs = resolve_inputs(plan.mixture, plan.base, _memory_of(plan))
+    stores, tallies, _, _ = _samples(plan, inputs, load_tokenizer(inputs.tokenizer))
+    selections = _select(inputs, stores)
+    sequences, _, pack_offsets = _pack(inputs, selections)
+    tokens, packs = int(sequences["length"].sum(dtype=np.int64)), len(pack_offsets) - 1
+    lines = [
+        f"{plan.out} would hold {packs:,} packs of {plan.mixture.max_seq_len:,}, {len(sequences):,} sequences, "
+        f"{tokens:,} tokens, {int(sequences['loss_tokens'].sum(dtype=np.int64)):,} loss tokens, "
+        f"density {tokens / (packs * plan.mixture.max_seq_len):.2%}, about {tokens * 6 / 2**20:,.1f} MiB"
+    ]
+    for source, tally, selection in zip(inputs.sources, tallies, selections, strict=True):
+        lost = [f"rejected {len(tally.rejects):,}", f"uncarried {len(tally.uncarried):,}"]
+        lost += [f"{reason} {count:,}" for reason, count in sorted(selection.dropped.items())]
+        lines.append(f"  {source.name}: {tally.rows:,} rows, {len(selection.sequences):,} sequences; {', '.join(lost)}")
+    return lines
+
+
+def _memory_of(plan: BuildPlan) -> dict[str, Any]:
+    if plan.rehash:
+        return {}
+    try:
+        return dict(json.loads((plan.out / BUILD_INFO_NAME).read_bytes())["known"])
+    except (OSError, ValueError, KeyError):
+        return {}  # only a memory: without it, files are hashed again
+
+
+def _existing(out: Path, inputs: Inputs) -> Manifest:
+    manifest = read_manifest(out)
+    changed = config.differences(manifest.inputs, inputs.tree)
+    if changed:
+        lines = _difference_lines(changed)
+        raise ArtifactError(
+            f"{out} was made from other inputs: {'; '.join(lines)}. Give another --out, or --rebuild to replace it"
+        )
+    return manifest
+
+
+def _difference_lines(changed: list[tuple[str, Any, Any]]) -> list[str]:
+    lines = [f"{key}: {_show(old)} -> {_show(new)}" for key, old, new in changed[:_SHOWN_DIFFERENCES]]
+    more = len(changed) - len(lines)
+    return [*lines, f"and {more} more"] if more else lines
+
+
+def _show(value: Any) -> str:
+    text = "absent" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
+    began = time.monotonic()
+    loaded = load_tokenizer(inputs.tokenizer)
+    stores, tallies, spec, backend = _samples(plan, inputs, loaded)
+    tokenised = time.monotonic()
+    selections = _select(inputs, stores)
+    sequences, source_of, pack_offsets = _pack(inputs, selections)
+    packed = time.monotonic()
+    with _replacing(plan.out) as aside:
+        with progress("writing", len(sequences), "sequences") as advance:
+            assembled = assemble(
+                aside,
+                stores=stores,
+                sequences=sequences,
+                source_of=source_of,
+                pack_offsets=pack_offsets,
+                policy=inputs.mixture.mask,
+                on_sequences=advance,
+            )
+        tokenizer_files = write_tokenizer(aside / TOKENIZER_DIR, loaded, spec.tokenizer_json, inputs.template)
+        write_rejects(aside, inputs, tallies, selections)
+        manifest = make_manifest(inputs, loaded, spec, tokenizer_files, assembled, tallies, selections)
+        seconds = {"tokenise": tokenised - began, "pack": packed - tokenised, "write": time.monotonic() - packed}
+        atomic.write_json(aside / BUILD_INFO_NAME, _build_info(plan, inputs, backend, seconds))
+        atomic.write_json(aside / MANIFEST_NAME, config.to_plain(manifest))
+    return manifest
+
+
+def _samples(
+    plan: BuildPlan, inputs: Inputs, loaded: LoadedTokenizer
+) -> tuple[list[SampleStore], list[Tally], EncoderSpec, str]:
+    """Return the sample store of every source, what they add up to, and what encoded them."""
+    spec, backend = _choose_backend(loaded, inputs.mixture.tokenizer.backend)
+    chunk_spec = ChunkSpec(
+        template=inputs.template,
+        special_tokens=loaded.special_tokens,
+        date=inputs.mixture.template.date,
+        encoder=spec,
+        drop_messages=inputs.mixture.rows.unknown == "drop_message",
+    )
+    stores, tallies = [], []
+    for index, source in enumerate(inputs.sources):
+        tally = Tally()
+        stores.append(_tokenise(plan, inputs, index, source, chunk_spec, backend, tally))
+        tallies.append(tally)
+    check_budgets(inputs, tallies)
+    return stores, tallies, spec, backend
+
+
+def _tokenise(
+    plan: BuildPlan,
+    inputs: Inputs,
+    index: int,
+    source: ResolvedSource,
+    spec: ChunkSpec,
+    backend: str,
+    tally: Tally,
+) -> SampleStore:
+    rows = inputs.mixture.rows
+    with progress(f"tokenising {source.name}", None, "rows") as advance:
+
+        def on_chunk(chunk: StoredChunk) -> None:
+            tally.add(chunk.facts)
+            if rows.on_error == "stop" and tally.rejects:
+                _, reason, detail = tally.rejects[0]
+                raise DataError(
+                    f'{detail} ({reason}); correct the row, or set rows.on_error = "skip" to leave such rows out'
+                )
+            if rows.unknown == "error" and tally.uncarried:
+                row, reason = tally.uncarried[0]
+                raise DataError(
+                    f"source {source.name!r} row {row}: the template {inputs.template.name!r} cannot carry it "
+                    f'({reason}); use a template that can, or set rows.unknown = "leave_out"'
+                )
+            advance(chunk.facts["rows"], f"{tally.tokens:,} tokens")
+
+        return ensure_store(
+            plan.store / inputs.store_key(source, backend),
+            spec=spec,
+            chunks=partial(iter_chunks, source, source_index=index),
+            workers=plan.workers,
+            on_chunk=on_chunk,
+        )
+
+
+def _select(inputs: Inputs, stores: list[SampleStore]) -> list[Selection]:
+    mixture = inputs.mixture
+    return [
+        select(
+            store,
+            entry,
+            source.name,
+            lengths=mixture.lengths,
+            mask=mixture.mask,
+            max_seq_len=mixture.max_seq_len,
+            seed=mixture.seed,
+        )
+        for store, entry, source in zip(stores, mixture.sources, inputs.sources, strict=True)
+    ]
+
+
+def _pack(inputs: Inputs, selections: list[Selection]) -> tuple[npt.NDArray[np.void], Ints, Ints]:
+    """Return all sequences in pack order, the source of each, and the pack offsets."""
+    sequences = np.concatenate([selection.sequences for selection in selections])
+    counts = [len(selection.sequences) for selection in selections]
+    source_of = np.repeat(np.arange(len(selections)), counts)
+    if not len(sequences):
+        raise DataError(
+            f"no row of {', '.join(source.name for source in inputs.sources)} can be used: every one was left out; "
+            "sft-prep build -v says why, or look at template and lengths.min_loss_tokens"
+        )
+    order, pack_offsets = pack_best_fit(
+        sequences["length"].astype(np.int64), capacity=inputs.mixture.max_seq_len, tie=sequences["tie"]
+    )
+    return sequences[order], source_of[order], pack_offsets
+
+
+@contextlib.contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """Yield a staged directory that becomes `out`, in the place of what is there. Call it under the lock of `out`."""
+    atomic.remove_leftovers(out.parent, out.name)
+    if not out.exists():
+        with atomic.staged_dir(out) as aside:
+            yield aside
+        return
+    new = out.with_name(f"{out.name}.new")
+    atomic.remove_leftovers(out.parent, new.name)
+    shutil.rmtree(new, ignore_errors=True)
+    with atomic.staged_dir(new) as aside:
+        yield aside
+    atomic.replace_dir(new, out)
+
+
+def _choose_backend(loaded: LoadedTokenizer, asked: str) -> tuple[EncoderSpec, str]:
+    """Return gigatoken where it takes this tokenizer and gives the referee's ids for the canary, else transformers."""
+    fallback = encoder_spec(loaded.tokenizer_json, loaded.control_tokens, "transformers")
+    if asked == "transformers":
+        return fallback, "transformers"
+    spec = encoder_spec(loaded.tokenizer_json, loaded.control_tokens, "gigatoken")
+    encoder = Encoder(spec)
+    try:
+        ids = encoder.batch_ids(CANARY_TEXT)
+    except Exception as exc:  # gigatoken refuses with plain exceptions of its own; the referee then does the work
+        logger.warning("gigatoken does not take this tokenizer (%s); encoding with transformers, which is slower", exc)
+        return fallback, "transformers"
+    if ids != encoder.ids_of(CANARY_TEXT):
+        logger.warning("gigatoken gives other ids than transformers for this tokenizer; encoding with transformers")
+        return fallback, "transformers"
+    return spec, "gigatoken"
+
+
+def _build_info(plan: BuildPlan, inputs: Inputs, backend: str, seconds: dict[str, float]) -> dict[str, Any]:
+    return {
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "versions": inputs.tree["versions"],
+        "workers": plan.workers,
+        "backend": backend,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "known": inputs.memory(),
+    }

@@ -1,0 +1,209 @@
+"""The command line of sft-prep: options and one call each. The only module of prep that prints."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def _check_own_shared() -> None:
+    """Stop where another package named `shared` hides ours: the name is a common one."""
+    import shared
+
+    here, found = Path(__file__).resolve().parent.parent, [Path(place).resolve().parent for place in shared.__path__]
+    if found != [here]:
+        sys.stderr.write(
+            f"error: the package `shared` was imported from {found[0] if found else 'nowhere'}, expected {here}; "
+            "run the console script sft-prep, without PYTHONPATH\n"
+        )
+        raise SystemExit(6)
+
+
+def _logging_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option("-v", "--verbose", is_flag=True, help="Say more, and give tracebacks with errors.")(command)
+    return click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")(command)
+
+
+@contextlib.contextmanager
+def _reporting(*, verbose: bool = False, quiet: bool = False) -> Iterator[None]:
+    from shared import log
+    from shared.command import reporting_errors
+
+    verbosity = 1 if verbose else -1 if quiet else 0
+    log.configure(verbosity)
+    with reporting_errors(verbosity):
+        yield
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sft-shards")
+def cli() -> None:
+    """Turn conversations into verified, packed, memory-mapped token shards.
+
+    \b
+    Example:
+      sft-prep build --mixture demo
+      sft-prep inspect data_cache/demo
+    """
+
+
+def _mixture_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        (
+            click.option("--mixture", required=True, metavar="NAME|FILE.toml", help="A mixture that ships, or a file."),
+            click.option("--out", type=click.Path(path_type=Path), help="Where the set goes. [data_cache/NAME]"),
+            click.option(
+                "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override: mask.boundary=inside."
+            ),
+            click.option("--store", type=click.Path(path_type=Path), help="Sample store. [.samples beside --out]"),
+            click.option("--workers", type=click.IntRange(min=1), help="Processes. [all cores]"),
+            click.option("--rehash", is_flag=True, help="Hash every source file again, whatever its time stamp."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _plan(
+    mixture: str, out: Path | None, settings: tuple[str, ...], store: Path | None, workers: int | None, *, rehash: bool
+) -> Any:
+    from prep.build import BuildPlan
+    from prep.config import load_mixture
+
+    loaded, base = load_mixture(mixture, settings)
+    out = out or Path("data_cache") / loaded.name
+    cores = len(os.sched_getaffinity(0))
+    return BuildPlan(loaded, base, out, store or out.parent / ".samples", workers or cores, rehash)
+
+
+@cli.command(epilog="Example: sft-prep build --mixture demo")
+@_mixture_options
+@click.option("--rebuild", is_flag=True, help="Replace a set that was made from other inputs.")
+@click.option("--dry-run", is_flag=True, help="Tokenise and pack, say what would be written, write no set.")
+@_logging_options
+def build(
+    mixture: str,
+    out: Path | None,
+    settings: tuple[str, ...],
+    store: Path | None,
+    workers: int | None,
+    rehash: bool,
+    rebuild: bool,
+    dry_run: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Make a shard set. Does nothing if it is there and made from the same inputs."""
+    with _reporting(verbose=verbose, quiet=quiet):
+        plan = _plan(mixture, out, settings, store, workers, rehash=rehash)
+        if dry_run:
+            from prep.build import dry_run as measure
+
+            click.echo("\n".join(measure(plan)))
+            return
+        from prep.build import build as make
+        from prep.report import summary_lines
+
+        click.echo("\n".join(summary_lines(make(plan, rebuild=rebuild), plan.out)))
+
+
+@cli.command(epilog="Example: sft-prep explain --mixture demo")
+@_mixture_options
+@_logging_options
+def explain(
+    mixture: str,
+    out: Path | None,
+    settings: tuple[str, ...],
+    store: Path | None,
+    workers: int | None,
+    rehash: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Say what a build would do, and field by field why a set that is there does or does not match."""
+    with _reporting(verbose=verbose, quiet=quiet):
+        from prep.build import explain as compare
+
+        click.echo("\n".join(compare(_plan(mixture, out, settings, store, workers, rehash=rehash))))
+
+
+@cli.command(epilog="Example: sft-prep inspect data_cache/demo --pack 0")
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option("--pack", type=click.IntRange(min=0), help="Show one pack.")
+@click.option("--row", metavar="SOURCE:ROW", help="Show the sequences of one source row.")
+@click.option("--sample", type=click.IntRange(min=1), help="Show so many packs, spread over the set. [1]")
+@click.option("--ids", is_flag=True, help="Print token ids too.")
+@click.option("--color/--no-color", default=None, help="Colour. [on a terminal]")
+@_logging_options
+def inspect(
+    shards: Path,
+    pack: int | None,
+    row: str | None,
+    sample: int | None,
+    ids: bool,
+    color: bool | None,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Show tokens: who wrote them, which are trained, which row they came from."""
+    with _reporting(verbose=verbose, quiet=quiet):
+        from prep.preview import inspect_lines
+        from shared.shard_reader import open_shard_set
+
+        use_color = sys.stdout.isatty() if color is None else color
+        for line in inspect_lines(open_shard_set(shards), pack=pack, row=row, sample=sample, ids=ids, color=use_color):
+            click.echo(line, color=use_color)
+
+
+@cli.command(epilog="Example: sft-prep stats data_cache/demo --json")
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@_logging_options
+def stats(shards: Path, as_json: bool, verbose: bool, quiet: bool) -> None:
+    """Count rows, tokens and loss tokens by source, lengths, density."""
+    with _reporting(verbose=verbose, quiet=quiet):
+        from prep.stats import stats as measure
+        from prep.stats import stats_lines
+        from shared.shard_reader import open_shard_set
+
+        found = open_shard_set(shards)
+        if as_json:
+            click.echo(json.dumps(measure(found), indent=2))
+        else:
+            click.echo("\n".join(stats_lines(found)))
+
+
+@cli.command(epilog="Example: sft-prep verify data_cache/demo")
+@click.argument("shards", type=click.Path(path_type=Path))
+@_logging_options
+def verify(shards: Path, verbose: bool, quiet: bool) -> None:
+    """Prove a set again from its shards alone: hashes, bounds, masks. The exit code says."""
+    with _reporting(verbose=verbose, quiet=quiet):
+        from prep.verify import verify as prove
+
+        click.echo("\n".join(prove(shards)))
+
+
+@cli.command(epilog="Example: sft-prep mixtures")
+def mixtures() -> None:
+    """List the mixtures that ship."""
+    with _reporting():
+        from prep.config import load_mixture, shipped_mixtures
+
+        for name in shipped_mixtures():
+            mixture, _ = load_mixture(name)
+            click.echo(
+                f"{name:<16} tokenizer {mixture.tokenizer.name}, template {mixture.template.name}, "
+                f"max_seq_len {mixture.max_seq_len}, sources {len(mixture.sources)}"
+            )
+
+
+def main() -> None:
+    """Run the command line."""
+    _check_own_shared()
+    cli(prog_name="sft-prep")

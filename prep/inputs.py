@@ -1,0 +1,80 @@
+"""Everything that determines the content of a shard set, known before the build and cheap to know; its digest.
+
+`explain` compares two of these trees field by field: that is why a cached set does or does not match.
+"""
+
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from prep.config import MixtureConfig
+from prep.sources import ResolvedSource, remember, resolve_source
+from prep.template import TemplateText, load_template
+from prep.tokenizer import TokenizerFiles, remember_tokenizer, resolve_tokenizer
+from shared import config
+from shared.errors import ConfigError
+from shared.hashing import digest
+from shared.shard_format import FORMAT_VERSION
+
+SPAN_CODE_VERSION = 1  # bump when the same rows would give other tokens, kinds or messages
+_LIBRARIES = ("gigatoken", "jinja2", "orjson", "tokenizers", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    mixture: MixtureConfig
+    tokenizer: TokenizerFiles
+    template: TemplateText
+    sources: tuple[ResolvedSource, ...]
+    tree: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return digest(self.tree)
+
+    def memory(self) -> dict[str, Any]:
+        """Return what the next build may trust instead of hashing again; holds paths, goes to build_info.json."""
+        return {**remember(self.sources), **remember_tokenizer(self.mixture.tokenizer, self.tokenizer)}
+
+    def store_key(self, source: ResolvedSource, backend: str) -> str:
+        """Return the name of the sample store of one source: a hash of all that decides its samples."""
+        return digest(
+            {
+                "source": source.identity(),
+                "tokenizer": self.tree["tokenizer"],
+                "template": self.tree["template"],
+                "date": self.mixture.template.date,
+                "drop_messages": self.mixture.rows.unknown == "drop_message",
+                "backend": backend,
+                "code": self.tree["code"],
+                "versions": self.tree["versions"],
+            }
+        )[:32]
+
+
+def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) -> Inputs:
+    """Find and hash all inputs. Raises ConfigError, DataError."""
+    tokenizer = resolve_tokenizer(mixture.tokenizer, base, known)
+    template = load_template(mixture.template, base, tokenizer.chat_template())
+    sources = tuple(resolve_source(source, base, known) for source in mixture.sources)
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two sources are named {name!r}; give one of them another `name`")
+    plain = config.to_plain(mixture)
+    plain["tokenizer"]["name"] = tokenizer.name
+    plain["template"]["name"] = template.name
+    for entry, source in zip(plain["sources"], sources, strict=True):
+        entry["path"] = source.hub_id or source.name
+        entry["name"] = source.name
+    tree = {
+        "format_version": FORMAT_VERSION,
+        "code": SPAN_CODE_VERSION,
+        "config": plain,
+        "tokenizer": {"revision": tokenizer.revision, "files": tokenizer.sha256},
+        "template": template.sha256,
+        "sources": {source.name: source.identity() for source in sources},
+        "versions": {name: metadata.version(name) for name in _LIBRARIES},
+    }
+    return Inputs(mixture, tokenizer, template, sources, tree)

@@ -1,0 +1,205 @@
+"""What is counted, listed and said of a build: budgets, the rejects file, the manifest."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prep.assemble import Assembled
+from prep.encode import Encoder, EncoderSpec
+from prep.inputs import Inputs
+from prep.selection import Selection
+from prep.tokenizer import CANARY_TEXT, LoadedTokenizer
+from shared.errors import DataError
+from shared.shard_format import (
+    FORMAT_VERSION,
+    REJECTS_NAME,
+    FileEntry,
+    Kind,
+    Manifest,
+    SourceEntry,
+    TemplateEntry,
+    TokenizerEntry,
+    Totals,
+    fingerprint_of,
+)
+
+_EXAMPLES = 5
+
+
+@dataclass
+class Tally:
+    """What the chunks of one source add up to."""
+
+    rows: int = 0
+    tokens: int = 0
+    rows_by_hand: int = 0
+    rows_refereed: int = 0
+    messages_dropped: int = 0
+    rejects: list[tuple[int, str, str]] = field(default_factory=list)  # row, reason, detail
+    uncarried: list[tuple[int, str]] = field(default_factory=list)  # row, reason
+
+    def add(self, facts: dict[str, Any]) -> None:
+        """Add the facts of one chunk."""
+        self.rows += facts["rows"]
+        self.tokens += facts["tokens"]
+        self.rows_by_hand += facts["rows_by_hand"]
+        self.rows_refereed += facts["rows_refereed"]
+        self.messages_dropped += facts["messages_dropped"]
+        self.rejects += [(row, reason, detail) for row, reason, detail in facts["rejects"]]
+        self.uncarried += [(row, reason) for row, reason in facts["uncarried"]]
+
+
+def check_budgets(inputs: Inputs, tallies: list[Tally]) -> None:
+    """Raise DataError, with reasons and examples, where more rows are lost than the mixture allows."""
+    rows = sum(tally.rows for tally in tallies)
+    policy = inputs.mixture.rows
+    rejects = [(s.name, *r) for s, tally in zip(inputs.sources, tallies, strict=True) for r in tally.rejects]
+    if len(rejects) > policy.reject_budget * rows:
+        reasons = Counter(f"{name}: {reason}" for name, _, reason, _ in rejects)
+        raise DataError(
+            f"{len(rejects):,} of {rows:,} rows are malformed or unverifiable, more than rows.reject_budget = "
+            f"{policy.reject_budget} allows. {_table(reasons)}. "
+            f"For example: {'; '.join(detail for *_, detail in rejects[:_EXAMPLES])}"
+        )
+    lost = [(s.name, *u) for s, tally in zip(inputs.sources, tallies, strict=True) for u in tally.uncarried]
+    if len(lost) > policy.max_uncarried * rows:
+        reasons = Counter(f"{name}: {reason}" for name, _, reason in lost)
+        raise DataError(
+            f"{len(lost):,} of {rows:,} rows hold something that the template {inputs.template.name!r} would drop, "
+            f"more than rows.max_uncarried = {policy.max_uncarried} allows. {_table(reasons)}. "
+            "Use a template that carries them"
+        )
+
+
+def write_rejects(out: Path, inputs: Inputs, tallies: list[Tally], selections: list[Selection]) -> None:
+    """List every row that was left out or cut: one JSON object a line, by source and row, zstd-compressed."""
+    import zstandard
+
+    lines = []
+    for source, tally, selection in zip(inputs.sources, tallies, selections, strict=True):
+        events = [(row, reason, detail) for row, reason, detail in tally.rejects]
+        events += [(row, "uncarried", reason) for row, reason in tally.uncarried]
+        events += selection.listed
+        for row, reason, detail in sorted(events):
+            event = {"source": source.name, "row": row, "reason": reason, "detail": detail}
+            lines.append(json.dumps(event, sort_keys=True, ensure_ascii=False) + "\n")
+    (out / REJECTS_NAME).write_bytes(zstandard.compress("".join(lines).encode("utf-8", "replace")))
+
+
+def make_manifest(
+    inputs: Inputs,
+    loaded: LoadedTokenizer,
+    spec: EncoderSpec,
+    tokenizer_files: dict[str, FileEntry],
+    assembled: Assembled,
+    tallies: list[Tally],
+    selections: list[Selection],
+) -> Manifest:
+    """Return the manifest of a set whose shards are written."""
+    mixture = inputs.mixture
+    encoder = Encoder(spec)
+    totals = {
+        key: sum(getattr(shard, key) for shard in assembled.shards)
+        for key in ("packs", "sequences", "tokens", "loss_tokens")
+    }
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        name=mixture.name,
+        fingerprint=fingerprint_of(
+            max_seq_len=mixture.max_seq_len,
+            tokenizer_files=tokenizer_files,
+            template_sha256=inputs.template.sha256,
+            source_names=[source.name for source in inputs.sources],
+            shards=assembled.shards,
+        ),
+        inputs_digest=inputs.digest,
+        inputs=inputs.tree,
+        config=inputs.tree["config"],
+        recipe=mixture.recipe,
+        tokenizer=TokenizerEntry(
+            name=inputs.tokenizer.name,
+            revision=inputs.tokenizer.revision,
+            files=tokenizer_files,
+            vocab_size=encoder.vocab_size,
+            bos_token_id=loaded.special_ids.get("bos_token"),
+            eos_token_id=loaded.special_ids.get("eos_token"),
+            pad_token_id=loaded.special_ids.get("pad_token"),
+            terminator_ids=tuple(sorted(assembled.terminators, key=lambda i: (-assembled.terminators[i], i))),
+            canary_ids=tuple(encoder.ids_of(CANARY_TEXT)),
+        ),
+        chat_template=TemplateEntry(name=inputs.template.name, sha256=inputs.template.sha256),
+        kinds={kind.name.lower(): int(kind) for kind in Kind},
+        max_seq_len=mixture.max_seq_len,
+        max_token_id=assembled.max_token_id,
+        sources=tuple(
+            _source_entry(inputs, index, tally, selection, int(assembled.loss_tokens[index]))
+            for index, (tally, selection) in enumerate(zip(tallies, selections, strict=True))
+        ),
+        totals=Totals(density=totals["tokens"] / (totals["packs"] * mixture.max_seq_len), **totals),
+        shards=tuple(assembled.shards),
+    )
+
+
+def summary_lines(manifest: Manifest, out: Path) -> list[str]:
+    """Return what a build says at its end: the set, then a line for each source, nothing left out unsaid."""
+    totals = manifest.totals
+    lines = [
+        f"{out}: {totals.packs:,} packs of {manifest.max_seq_len:,}, {totals.sequences:,} sequences, "
+        f"{totals.tokens:,} tokens, {totals.loss_tokens:,} loss tokens, density {totals.density:.2%}",
+        f"fingerprint {manifest.fingerprint}",
+    ]
+    for source in manifest.sources:
+        left_out = {f"rejected ({k})": v for k, v in source.rows_rejected.items()}
+        left_out |= {f"uncarried ({k})": v for k, v in source.rows_uncarried.items()}
+        left_out |= {f"left out ({k})": v for k, v in source.rows_dropped.items()}
+        left_out |= {"truncated": source.rows_truncated} if source.rows_truncated else {}
+        left_out |= {"without terminator": source.rows_without_terminator} if source.rows_without_terminator else {}
+        notes = "".join(f"; {what} {count:,}" for what, count in left_out.items())
+        lines.append(
+            f"  {source.name}: {source.rows_used:,} of {source.rows_read:,} rows, {source.tokens:,} tokens, "
+            f"{source.loss_tokens:,} loss tokens{notes}"
+        )
+    return lines
+
+
+def _source_entry(inputs: Inputs, index: int, tally: Tally, selection: Selection, loss_tokens: int) -> SourceEntry:
+    source, asked = inputs.sources[index], inputs.mixture.sources[index]
+    used = selection.sequences
+    _, first = np.unique(used["row"], return_index=True)  # a repeated row counts once
+    rows = used[first]
+    return SourceEntry(
+        name=source.name,
+        hub_id=source.hub_id,
+        revision=source.revision,
+        content_sha256=source.content_sha256,
+        rows_read=tally.rows,
+        rows_used=len(rows),
+        rows_rejected=_counts(reason for _, reason, _ in tally.rejects),
+        rows_uncarried=_counts(reason for _, reason in tally.uncarried),
+        rows_dropped=dict(sorted(selection.dropped.items())),
+        rows_truncated=int((rows["length"] < rows["full_length"]).sum()),
+        rows_without_terminator=int((~rows["terminated"]).sum()),
+        tokens=int(used["length"].sum(dtype=np.int64)),
+        loss_tokens=loss_tokens,
+        details={
+            "sequences": len(used),
+            "fraction": asked.fraction,
+            "rows": asked.rows,
+            "epochs": asked.epochs,
+            "rows_by_hand": tally.rows_by_hand,
+            "rows_refereed": tally.rows_refereed,
+            "messages_dropped": tally.messages_dropped,
+        },
+    )
+
+
+def _counts(reasons: Any) -> dict[str, int]:
+    return dict(sorted(Counter(reasons).items()))
+
+
+def _table(reasons: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
