@@ -38,6 +38,8 @@ format: env
 bench: env
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
 
+# the demo's outputs and what tools leave behind; never your own shard sets and runs
 clean:
-	rm -rf build runs data_cache/*/ *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf runs/demo data_cache/demo build *.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find prep train shared tests -name __pycache__ -prune -exec rm -rf {} +
