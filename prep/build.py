@@ -26,10 +26,9 @@ from prep.pack import pack_best_fit
 from prep.progress import progress
 from prep.report import Tally, check_budgets, make_manifest, write_rejects
 from prep.sample_chunk import ChunkSpec
-from prep.sample_store import SampleStore, StoredChunk, ensure_store
+from prep.sample_store import ChunkWorkers, SampleStore, StoredChunk, ensure_store
 from prep.selection import Selection, select
 from prep.source_reader import iter_chunks
-from prep.sources import ResolvedSource
 from prep.tokenizer import CANARY_TEXT, LoadedTokenizer, load_tokenizer, write_tokenizer
 from shared import atomic, config
 from shared.errors import ArtifactError, DataError
@@ -171,24 +170,19 @@ def _samples(
         encoder=spec,
         drop_messages=inputs.mixture.rows.unknown == "drop_message",
     )
-    stores, tallies = [], []
-    for index, source in enumerate(inputs.sources):
-        tally = Tally()
-        stores.append(_tokenise(plan, inputs, index, source, chunk_spec, backend, tally))
-        tallies.append(tally)
+    tallies = [Tally() for _ in inputs.sources]
+    with ChunkWorkers(chunk_spec, plan.workers) as workers:
+        stores = [
+            _tokenise(inputs, index, plan.store / inputs.store_key(source, backend), workers, tallies[index])
+            for index, source in enumerate(inputs.sources)
+        ]
     check_budgets(inputs, tallies)
     return stores, tallies, spec, backend
 
 
-def _tokenise(
-    plan: BuildPlan,
-    inputs: Inputs,
-    index: int,
-    source: ResolvedSource,
-    spec: ChunkSpec,
-    backend: str,
-    tally: Tally,
-) -> SampleStore:
+def _tokenise(inputs: Inputs, index: int, path: Path, workers: ChunkWorkers, tally: Tally) -> SampleStore:
+    """Return the sample store of one source at `path`, and add up its chunks in `tally`."""
+    source = inputs.sources[index]
     rows = inputs.mixture.rows
     with progress(f"tokenising {source.name}", None, "rows") as advance:
 
@@ -208,11 +202,7 @@ def _tokenise(
             advance(chunk.facts["rows"], f"{tally.tokens:,} tokens")
 
         return ensure_store(
-            plan.store / inputs.store_key(source, backend),
-            spec=spec,
-            chunks=partial(iter_chunks, source, source_index=index),
-            workers=plan.workers,
-            on_chunk=on_chunk,
+            path, chunks=partial(iter_chunks, source, source_index=index), workers=workers, on_chunk=on_chunk
         )
 
 

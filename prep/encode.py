@@ -46,7 +46,7 @@ class Encoded:
 
 
 def encoder_spec(tokenizer_json: str, control_tokens: Sequence[str], backend: str) -> EncoderSpec:
-    """Return the spec for a tokenizer.json: nothing may be added to, cut from or padded around what a template prints."""
+    """Return the spec for a tokenizer.json: nothing may be added to, cut from or padded around a template's text."""
     data = json.loads(tokenizer_json)
     data.update(truncation=None, padding=None, post_processor=None)
     return EncoderSpec(json.dumps(data, ensure_ascii=False), tuple(control_tokens), backend)
@@ -78,9 +78,9 @@ class Encoder:
             else len(self._json["model"]["vocab"]) - 1,
             max((token["id"] for token in self._json["added_tokens"]), default=0),
         )
+        self._control_ids = {token: _known_id(self._hf, token) for token in spec.control_tokens}
         self.is_control = np.zeros(self.vocab_size, np.bool_)
-        for token in spec.control_tokens:
-            self.is_control[self._hf.token_to_id(token)] = True
+        self.is_control[list(self._control_ids.values())] = True
 
     def encode(self, rows: Sequence[Rendered]) -> Encoded:
         """Encode rendered rows. Raises DataError where a control token would come from the text of a message."""
@@ -116,7 +116,7 @@ class Encoder:
 
     def batch_ids(self, text: str) -> list[int]:
         """Return the configured backend's ids of any text."""
-        return self._encode_batch([text.encode("utf-8")])[0].tolist()
+        return list(map(int, self._encode_batch([text.encode("utf-8")])[0]))
 
     def ids_of(self, text: str) -> list[int]:
         """Return the Hugging Face tokenizer's ids of any text."""
@@ -203,7 +203,7 @@ class Encoder:
         cursor = 0
         for first, last in self._template_control(row):
             text_between(cursor, first)
-            ids.append(self._hf.token_to_id(row.text[first:last]))
+            ids.append(self._control_ids[row.text[first:last]])
             starts.append(first)
             ends.append(last)
             cursor = last
@@ -243,6 +243,13 @@ def byte_positions(text: str) -> Ints:
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
     return np.concatenate(([0], np.cumsum(widths)))
+
+
+def _known_id(tokenizer: Any, token: str) -> int:
+    index = tokenizer.token_to_id(token)
+    if index is None:
+        raise DataError(f"the tokenizer names {token!r} as a special token but has no id for it; correct its files")
+    return int(index)
 
 
 def _touches_text(row: Rendered, start: int, end: int) -> bool:

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Advance(Protocol):
-    def __call__(self, done: int, note: str = "") -> None:
+    def __call__(self, done: int, note: str = "", /) -> None:
         """Add `done` units of work; `note` is shown beside the rate."""
 
 

@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from prep.align import align
 from prep.carriage import uncarried, without_message
+from prep.chunks import Chunk, parse_chunk
 from prep.conversation import Conversation, content_hash, parse_conversation, prompt_hash
 from prep.encode import Encoded, Encoder, EncoderSpec
 from prep.mask import TRAIN_UNSET
-from prep.chunks import Chunk, parse_chunk
 from prep.spans import ROLE_KINDS, Rendered, SpanRules, find_spans, learn_rules
 from prep.template import ChatTemplate, TemplateText
 from shared.errors import DataError, TemplateError
@@ -148,8 +148,8 @@ class ChunkBuilder:
         hashes = [content_hash(row.conversation) for row in kept]
         refereed = self._referee(encoded, kept, hashes)
         conversations = [row.conversation for row in kept]
-        order = [(row.conversation, m.index) for row in kept for m in row.rendered.messages]
-        columns = {
+        order = [(row.conversation, m.message) for row in kept for m in row.rendered.messages]
+        columns: dict[str, npt.NDArray[Any]] = {
             "tokens": encoded.tokens,
             "kind": aligned.kind,
             "sample_offsets": encoded.row_offsets,

@@ -73,12 +73,41 @@ class SampleStore:
     chunks: tuple[StoredChunk, ...]
 
 
+class ChunkWorkers:
+    """Processes that turn chunks into committed columns; started when the first chunk needs them."""
+
+    def __init__(self, spec: ChunkSpec, workers: int) -> None:
+        self._spec = spec
+        self._workers = workers
+        self._builder: ChunkBuilder | None = None
+        # fresh interpreters: a fork would inherit the threads and locks of the tokenizer libraries
+        self._pool = ProcessPoolExecutor(
+            workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(spec,)
+        )
+        self.max_waiting = 2 * workers
+
+    def __enter__(self) -> "ChunkWorkers":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, chunk: Chunk, target: Path) -> "Future[None]":
+        """Commit `chunk` to the directory `target`; with one worker, here and now."""
+        if self._workers > 1:
+            return self._pool.submit(_work, chunk, target)
+        self._builder = self._builder or ChunkBuilder(self._spec)
+        _commit(self._builder, chunk, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
 def ensure_store(
     path: Path,
     *,
-    spec: ChunkSpec,
     chunks: Callable[[], Iterator[Chunk]],
-    workers: int,
+    workers: ChunkWorkers,
     on_chunk: Callable[[StoredChunk], None],
 ) -> SampleStore:
     """Return the store at `path`, making what it lacks. `on_chunk` is called for each chunk, in order.
@@ -96,44 +125,27 @@ def ensure_store(
             return SampleStore(path, stored)
         atomic.remove_leftovers(path)
         made = []
-        for chunk in _make_chunks(path, spec, chunks(), workers):
+        for chunk in _make_chunks(path, chunks(), workers):
             on_chunk(chunk)
             made.append(chunk)
         atomic.write_json(complete, {"chunks": len(made)})
         return SampleStore(path, tuple(made))
 
 
-def _make_chunks(path: Path, spec: ChunkSpec, chunks: Iterator[Chunk], workers: int) -> Iterator[StoredChunk]:
+def _make_chunks(path: Path, chunks: Iterator[Chunk], workers: ChunkWorkers) -> Iterator[StoredChunk]:
     """Yield every chunk in order, making the missing ones."""
-    if workers == 1:
-        builder: ChunkBuilder | None = None
-        for chunk in chunks:
-            target = _chunk_dir(path, chunk.index)
-            if not target.is_dir():
-                builder = builder or ChunkBuilder(spec)
-                _commit(builder, chunk, target)
-            yield StoredChunk(target)
-        return
-    # fresh interpreters: a fork would inherit the threads and locks of the tokenizer libraries
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(spec,))
     waiting: dict[int, Future[None] | None] = {}  # chunk -> None where it is on disk already
     due = 0
-    try:
-        for chunk in chunks:
-            target = _chunk_dir(path, chunk.index)
-            waiting[chunk.index] = None if target.is_dir() else pool.submit(_work, chunk, target)
-            while (running := [f for f in waiting.values() if f is not None and not f.done()]) and len(
-                running
-            ) > workers:
-                wait(running, return_when=FIRST_COMPLETED)
-            while due in waiting and ((found := waiting[due]) is None or found.done()):
-                yield _finished(path, due, waiting.pop(due))
-                due += 1
-        for index in sorted(waiting):
-            yield _finished(path, index, waiting[index])
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for chunk in chunks:
+        target = _chunk_dir(path, chunk.index)
+        waiting[chunk.index] = None if target.is_dir() else workers.submit(chunk, target)
+        while len(running := [f for f in waiting.values() if f is not None and not f.done()]) >= workers.max_waiting:
+            wait(running, return_when=FIRST_COMPLETED)
+        while due in waiting and ((found := waiting[due]) is None or found.done()):
+            yield _finished(path, due, waiting.pop(due))
+            due += 1
+    for index in sorted(waiting):
+        yield _finished(path, index, waiting[index])
 
 
 def _finished(path: Path, index: int, future: "Future[None] | None") -> StoredChunk:

@@ -54,7 +54,7 @@ class Span(NamedTuple):
 
 
 class RenderedMessage(NamedTuple):
-    index: int  # in the conversation
+    message: int  # its index in the conversation
     start: int  # first character behind the message before it
 
 
@@ -82,9 +82,9 @@ def learn_rules(template: ChatTemplate, control_tokens: list[str], eos_token: st
     control = re.compile("|".join(map(re.escape, sorted(control_tokens, key=lambda t: (-len(t), t)))) or r"(?!)")
     prompt = template.generation_prompt()
     closing = {eos_token} if eos_token else set()
-    if text := _probe(template, {"content": "PROBE-ANSWER"}):
-        if last := control.search(text, text.rfind("PROBE-ANSWER")):
-            closing.add(last[0])
+    text = _probe(template, {"content": "PROBE-ANSWER"})
+    if text and (last := control.search(text, text.rfind("PROBE-ANSWER"))):
+        closing.add(last[0])
     reasoning = _probe(template, {"content": "PROBE-ANSWER", "reasoning_content": "PROBE-REASON"})
     return SpanRules(
         has_generation_marks=template.has_generation_marks,
@@ -185,7 +185,7 @@ def _region_around(text: str, marks: list[Mark], floor: int, limit: int, rules: 
 def _turn_spans(
     text: str, message: int, marks: list[Mark], region: tuple[int, int], rules: SpanRules
 ) -> Iterator[Span]:
-    """Cover a region: the assistant's text by its fields, the template's words inside it by their neighbour, its end."""
+    """Cover a region: text by its fields, the template's words in it by their neighbour, then the terminator."""
     start, end = region
     pieces: list[tuple[int, int, Kind, bool]] = []
     cursor, before = start, Kind.ASSISTANT

@@ -155,7 +155,7 @@ class _TracingEnvironment(ImmutableSandboxedEnvironment):
     code_generator_class = _TracingCodeGenerator
 
     @staticmethod
-    def concat(parts: Any) -> str:  # type: ignore[override]
+    def concat(parts: Any) -> str:
         return join("", parts)
 
 

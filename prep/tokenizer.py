@@ -26,7 +26,10 @@ FILE_NAMES = (
     "tokenizer_config.json",
     "vocab.json",
 )
-CANARY_TEXT = "Don't panic: 3.14159 x 10^8 m/s,\n\n\t\tna\u00efve caf\u00e9  \u6771\u4eac \U0001f642 <think>def f(x):\n    return 12345</think>\r\n"
+CANARY_TEXT = (
+    "Don't panic: 3.14159 x 10^8 m/s,\n\n\t\tna\u00efve caf\u00e9  \u6771\u4eac \U0001f642 "
+    "<think>def f(x):\n    return 12345</think>\r\n"
+)
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -76,7 +79,7 @@ def remember_tokenizer(config: TokenizerConfig, files: TokenizerFiles) -> dict[s
 
 
 def load_tokenizer(files: TokenizerFiles) -> LoadedTokenizer:
-    """Load through transformers, so that ids are those which inference will use. Raises PrerequisiteError, DataError."""
+    """Load through transformers: its ids are those of inference. Raises PrerequisiteError, DataError."""
     from transformers import AutoTokenizer
 
     try:
