@@ -1,0 +1,272 @@
+"""Prove a shard set again from its own files: hashes, bounds, counts and masks. Nothing is taken from the build's word.
+
+Reads a shard in blocks of whole packs, so memory does not grow with its size.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.config import MaskConfig
+from prep.mask_proof import MaskFault, prove_mask
+from shared import config
+from shared.errors import ArtifactError, ChecksumError, ConfigError
+from shared.hashing import canonical_json
+from shared.shard_format import EVAL_DIR, KIND_MASK, MANIFEST_NAME, Manifest
+from shared.shard_reader import ShardSet, check_hashes, open_shard_set
+
+Ints = npt.NDArray[np.int64]
+
+_BLOCK_TOKENS = 1 << 23
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Whole packs of one shard; token positions count from the block's first token."""
+
+    shard: int
+    first_pack: int  # in the shard
+    first_sequence: int  # in the shard
+    tokens: npt.NDArray[np.int32]  # [T]
+    mask: npt.NDArray[np.uint8]  # [T]
+    kind: npt.NDArray[np.uint8]  # [T]
+    seq_offsets: Ints  # [S+1], from 0 to T
+    pack_offsets: Ints  # [P+1], from 0 to S
+    pack_loss_tokens: npt.NDArray[np.int32]  # [P]
+    source_of: Ints  # [S]
+
+
+@dataclass
+class _Sums:
+    """What the blocks add up to."""
+
+    max_token_id: int
+    tokens: Ints  # [sources]
+    loss_tokens: Ints  # [sources]
+    turns_left_out: int = 0
+
+
+def verify(path: Path) -> list[str]:
+    """Return what was proved of the shard set at `path`, one line each, its `eval` set included.
+
+    Raises ChecksumError, IncompleteArtifactError or ArtifactError for the first thing that does not hold, saying where.
+    """
+    check_hashes(path)
+    shard_set = open_shard_set(path)
+    manifest = shard_set.manifest
+    _check_canonical(path)
+    policy = _mask_policy(manifest, path)
+    _check_manifest_counts(manifest, path)
+    sums = _Sums(-1, *np.zeros((2, len(manifest.sources)), np.int64))
+    for shard in range(len(shard_set.shards)):
+        _check_bounds(shard_set, shard)
+        for block in _blocks(shard_set, shard):
+            _check_values(shard_set, block)
+            _check_sums(shard_set, block, sums)
+            if policy is not None:
+                _check_mask(shard_set, block, policy, sums)
+    _check_totals(shard_set, sums)
+    _check_origins(shard_set)
+    lines = _report(shard_set, policy, sums)
+    if (path / EVAL_DIR).exists():
+        lines += verify(path / EVAL_DIR)
+    return lines
+
+
+def _report(shard_set: ShardSet, policy: MaskConfig | None, sums: _Sums) -> list[str]:
+    manifest, totals = shard_set.manifest, shard_set.manifest.totals
+    files = [entry for shard in manifest.shards for entry in shard.files.values()]
+    size = sum(entry.bytes for entry in files) / 2**20
+    masks = "not proved: the manifest's config has no mask policy"
+    if policy is not None:
+        masks = f"{totals.loss_tokens:,} loss tokens follow train_on = {policy.train_on}, boundary = {policy.boundary}"
+        what = "tokens" if policy.train_on == "all" else "turns"
+        masks += f"; {sums.turns_left_out:,} {what} left out, as `train: false` does" if sums.turns_left_out else ""
+    return [
+        f"{shard_set.path}: holds",
+        f"  fingerprint  {manifest.fingerprint}",
+        f"  hashes       {len(files) + len(manifest.tokenizer.files)} files, {size:,.1f} MiB of columns",
+        f"  bounds       {totals.packs:,} packs of at most {manifest.max_seq_len:,}, {totals.sequences:,} sequences",
+        f"  counts       {totals.tokens:,} tokens, totals and {len(manifest.sources)} sources add up",
+        f"  masks        {masks}",
+    ]
+
+
+def _check_canonical(path: Path) -> None:
+    data = (path / MANIFEST_NAME).read_bytes()
+    if canonical_json(json.loads(data)) != data:
+        raise ChecksumError(f"{path / MANIFEST_NAME} is not canonical JSON; it was changed by hand, build again")
+
+
+def _mask_policy(manifest: Manifest, path: Path) -> MaskConfig | None:
+    if "mask" not in manifest.config:
+        return None
+    try:
+        return config.build(MaskConfig, manifest.config["mask"], f"{path / MANIFEST_NAME}: config.mask")
+    except ConfigError as exc:
+        raise ArtifactError(f"{exc}; verify with the sft-prep that built the set") from exc
+
+
+def _check_manifest_counts(manifest: Manifest, path: Path) -> None:
+    totals = manifest.totals
+    space = totals.packs * manifest.max_seq_len
+    if abs(totals.density - (totals.tokens / space if space else 0.0)) > 1e-9:
+        raise ArtifactError(f"{path}: density is {totals.density}; tokens / (packs x max_seq_len) is not")
+    names = [source.name for source in manifest.sources]
+    if len(set(names)) != len(names):
+        raise ArtifactError(f"{path}: source names {names} are not distinct")
+
+
+def _check_bounds(shard_set: ShardSet, shard: int) -> None:
+    columns, where = shard_set.shards[shard], _shard_name(shard_set, shard)
+    for name in ("seq_offsets", "pack_offsets"):
+        falling = np.flatnonzero(np.diff(columns[name]) <= 0)
+        if len(falling):
+            raise ArtifactError(f"{where}: {name}[{falling[0] + 1}] is not above the one before it; build again")
+    lengths = np.diff(columns["seq_offsets"][columns["pack_offsets"]])
+    long = np.flatnonzero(lengths > shard_set.manifest.max_seq_len)
+    if len(long):
+        raise ArtifactError(
+            f"{where} pack {long[0]} has {lengths[long[0]]} tokens; max_seq_len is {shard_set.manifest.max_seq_len}"
+        )
+    origin, sources = columns["seq_origin"], shard_set.manifest.sources
+    wrong = (origin < 0).any(axis=1) | (origin[:, 0] >= len(sources))
+    rows_read = np.array([*(source.rows_read for source in sources), 0], np.int64)
+    wrong |= origin[:, 1] >= rows_read[np.where(wrong, len(sources), origin[:, 0])]
+    if wrong.any():
+        sequence = int(np.flatnonzero(wrong)[0])
+        raise ArtifactError(f"{where} sequence {sequence}: origin {origin[sequence].tolist()} is no row of a source")
+
+
+def _blocks(shard_set: ShardSet, shard: int) -> Iterator[_Block]:
+    columns = shard_set.shards[shard]
+    pack_ends = columns["seq_offsets"][columns["pack_offsets"]]  # int64 [P+1] in tokens
+    first = 0
+    while first < len(pack_ends) - 1:
+        last = max(first + 1, int(np.searchsorted(pack_ends, pack_ends[first] + _BLOCK_TOKENS, side="right")) - 1)
+        sequences = slice(columns["pack_offsets"][first], columns["pack_offsets"][last])
+        tokens = slice(pack_ends[first], pack_ends[last])
+        yield _Block(
+            shard=shard,
+            first_pack=first,
+            first_sequence=int(sequences.start),
+            tokens=columns["tokens"][tokens],
+            mask=columns["loss_mask"][tokens],
+            kind=columns["kind"][tokens],
+            seq_offsets=columns["seq_offsets"][sequences.start : sequences.stop + 1] - tokens.start,
+            pack_offsets=columns["pack_offsets"][first : last + 1] - sequences.start,
+            pack_loss_tokens=columns["pack_loss_tokens"][first:last],
+            source_of=columns["seq_origin"][sequences, 0],
+        )
+        first = last
+
+
+def _check_values(shard_set: ShardSet, block: _Block) -> None:
+    manifest = shard_set.manifest
+    known = np.zeros(256, np.bool_)
+    known[list(manifest.kinds.values())] = True
+    limit = min(manifest.max_token_id, manifest.tokenizer.vocab_size - 1)
+    first_tokens = np.zeros(len(block.mask), np.bool_)
+    first_tokens[block.seq_offsets[:-1]] = True
+    for wrong, what in (
+        ((block.tokens < 0) | (block.tokens > limit), f"its id is not between 0 and {limit}"),
+        (block.mask > 1, "its loss mask is neither 0 nor 1"),
+        (first_tokens & (block.mask != 0), "it is the first of its sequence, yet trained"),
+        (~known[block.kind & KIND_MASK], "its kind is not one that the manifest lists"),
+    ):
+        if wrong.any():
+            raise _fault(shard_set, block, MaskFault(int(np.flatnonzero(wrong)[0]), what))
+
+
+def _check_sums(shard_set: ShardSet, block: _Block, sums: _Sums) -> None:
+    running = np.concatenate(([0], np.cumsum(block.mask, dtype=np.int64)))  # [T+1]
+    per_sequence = np.diff(running[block.seq_offsets])
+    per_pack = np.diff(running[block.seq_offsets][block.pack_offsets])
+    wrong = np.flatnonzero(per_pack != block.pack_loss_tokens)
+    if len(wrong):
+        pack = int(wrong[0])
+        raise ArtifactError(
+            f"{_shard_name(shard_set, block.shard)} pack {block.first_pack + pack}: pack_loss_tokens is "
+            f"{block.pack_loss_tokens[pack]}, its loss mask sums to {per_pack[pack]}; build again"
+        )
+    minimum = shard_set.manifest.config.get("lengths", {}).get("min_loss_tokens", 0)
+    few = np.flatnonzero(per_sequence < minimum)
+    if len(few):
+        what = f"its sequence has {per_sequence[few[0]]} loss tokens; lengths.min_loss_tokens is {minimum}"
+        raise _fault(shard_set, block, MaskFault(int(block.seq_offsets[few[0]]), what))
+    sums.max_token_id = max(sums.max_token_id, int(block.tokens.max()))
+    lengths = np.diff(block.seq_offsets)
+    np.add.at(sums.tokens, block.source_of, lengths)
+    np.add.at(sums.loss_tokens, block.source_of, per_sequence)
+
+
+def _check_mask(shard_set: ShardSet, block: _Block, policy: MaskConfig, sums: _Sums) -> None:
+    details = [shard_set.manifest.sources[index].details for index in np.unique(block.source_of)]
+    flagged = any(detail.get("messages_untrained", 1) for detail in details)  # a set that does not say may have them
+    proof = prove_mask(block.kind, block.mask, block.seq_offsets, policy=policy, may_be_flagged=flagged)
+    if proof.fault is not None:
+        raise _fault(shard_set, block, proof.fault)
+    sums.turns_left_out += proof.turns_left_out
+
+
+def _check_totals(shard_set: ShardSet, sums: _Sums) -> None:
+    manifest, path = shard_set.manifest, shard_set.path
+    if manifest.totals.tokens and sums.max_token_id != manifest.max_token_id:
+        raise ArtifactError(f"{path}: max_token_id is {manifest.max_token_id}, the largest id is {sums.max_token_id}")
+    for index, entry in enumerate(manifest.shards):
+        loss_tokens = int(shard_set.shards[index]["pack_loss_tokens"].sum(dtype=np.int64))
+        if loss_tokens != entry.loss_tokens:
+            raise ArtifactError(
+                f"{path}/{entry.path}: loss_tokens is {entry.loss_tokens}, its packs hold {loss_tokens}"
+            )
+    for index, source in enumerate(manifest.sources):
+        for name, said, found in (
+            ("tokens", source.tokens, sums.tokens[index]),
+            ("loss_tokens", source.loss_tokens, sums.loss_tokens[index]),
+        ):
+            if said != found:
+                raise ArtifactError(f"{path}: source {source.name!r} has {name} = {said}, its sequences hold {found}")
+
+
+def _check_origins(shard_set: ShardSet) -> None:
+    """Each (source, row, start) occurs once, or as often as the source's `epochs` repeat it."""
+    origin = np.concatenate([shard["seq_origin"] for shard in shard_set.shards] or [np.zeros((0, 3), np.int64)])
+    distinct, counts = np.unique(origin, axis=0, return_counts=True)
+    for index, source in enumerate(shard_set.manifest.sources):
+        own = distinct[:, 0] == index
+        epochs: Any = source.details.get("epochs")
+        allowed = int(np.ceil(epochs)) if epochs else 1
+        often = np.flatnonzero(own & (counts > allowed))
+        if len(often):
+            raise ArtifactError(
+                f"{shard_set.path}: source {source.name!r} row {distinct[often[0], 1]} is used {counts[often[0]]} "
+                f"times; expected at most {allowed}"
+            )
+        rows = len(np.unique(distinct[own, 1]))
+        if rows != source.rows_used:
+            raise ArtifactError(
+                f"{shard_set.path}: source {source.name!r} has rows_used = {source.rows_used}, its sequences come "
+                f"from {rows} rows"
+            )
+
+
+def _fault(shard_set: ShardSet, block: _Block, fault: MaskFault) -> ArtifactError:
+    sequence = int(np.searchsorted(block.seq_offsets, fault.token, side="right")) - 1
+    pack = int(np.searchsorted(block.pack_offsets, sequence, side="right")) - 1
+    within = sequence - int(block.pack_offsets[pack])
+    source, row, _ = shard_set.shards[block.shard]["seq_origin"][block.first_sequence + sequence].tolist()
+    name = shard_set.manifest.sources[source].name
+    token = fault.token - int(block.seq_offsets[sequence])
+    return ArtifactError(
+        f"{_shard_name(shard_set, block.shard)} pack {block.first_pack + pack}, sequence {within} ({name} row {row}), "
+        f"token {token}: {fault.what}; build the set again"
+    )
+
+
+def _shard_name(shard_set: ShardSet, shard: int) -> str:
+    return f"{shard_set.path}/{shard_set.manifest.shards[shard].path}"
