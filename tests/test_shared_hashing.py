@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared import hashing
 
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 JSON_VALUES = st.recursive(
     st.none()
     | st.booleans()
@@ -46,11 +47,13 @@ def test_digests_are_golden(value: object, expected: str) -> None:
     assert hashing.digest(value) == expected
 
 
+@PATIENT
 @given(JSON_VALUES)
 def test_canonical_json_reads_back_as_the_value(value: object) -> None:
     assert json.loads(hashing.canonical_json(value)) == value
 
 
+@PATIENT
 @given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), st.integers()))
 def test_the_order_of_keys_does_not_matter(value: dict[str, int]) -> None:
     assert hashing.digest(value) == hashing.digest(dict(reversed(value.items())))

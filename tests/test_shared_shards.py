@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shard_sets import random_packs, write_shard_set
 
@@ -48,7 +48,7 @@ def small(tmp_path: Path) -> Path:
 # --- round trip ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(packs=PACKS, packs_per_shard=st.integers(1, 4))
 def test_every_pack_reads_back_as_it_was_written(
     packs: list[list[tuple[list[int], list[int]]]], packs_per_shard: int
