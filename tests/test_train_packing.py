@@ -20,7 +20,7 @@ TOLERANCE = 2e-5
 
 COMMON = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "pad_token_id": 0,
+    "num_key_value_heads": 2,
 }  # fmt: skip
 MODELS = {
     "llama": {"model_type": "llama", **COMMON},

@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib
+import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,7 +38,7 @@ def process_group() -> Iterator[Ranks]:
     if torch.cuda.is_available():
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
-    _init_deepspeed("nccl" if device.type == "cuda" else "gloo")
+    _init_deepspeed(device.type)
     try:
         control_group = dist.new_group(backend="gloo") if place.world_size > 1 else None
         yield Ranks(rank=place.rank, world_size=place.world_size, device=device, control_group=control_group)
@@ -84,10 +86,15 @@ def broadcast_from_main(value: object, ranks: Ranks) -> object:
     return holder[0]
 
 
-def _init_deepspeed(backend: str) -> None:
+def _init_deepspeed(device_type: str) -> None:
+    os.environ.setdefault(
+        "DS_ACCELERATOR", device_type
+    )  # or DeepSpeed looks for one itself, and warns if it finds none
     import deepspeed
 
+    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):  # it calls them by their old names in every step
+        warnings.filterwarnings("ignore", message=f".*{name}.*deprecated", category=FutureWarning)
     # it would compile a shared-memory kernel, and fail where there is no compiler; a plain `import ... as` of this
     # module resolves to torch's and patches nothing
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    deepspeed.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", verbose=False)

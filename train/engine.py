@@ -1,6 +1,5 @@
-"""DeepSpeed behind four functions: its config, generated from ours; start; one step; the weights at the end."""
+"""DeepSpeed behind few functions: its config, generated from ours; start; gradients; update; the weights at the end."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +34,7 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, *, dtype: torch.d
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
         "contiguous_gradients": True,
-        "overlap_comm": True,
+        "overlap_comm": engine.zero_stage > 1,
         "reduce_bucket_size": 50_000_000,
     }
     if engine.zero_stage == 3:
@@ -74,31 +73,33 @@ def start_engine(model: LossModel, optim: OptimConfig, config: dict[str, Any]) -
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, optim.weight_decay), lr=optim.learning_rate, betas=optim.betas, eps=optim.eps
     )
-    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if config["zero_optimization"]["stage"] < 3:
         engine.optimizer.check_grad_overflow = True  # off by default in fp32: a NaN would reach the weights
     return engine
 
 
-def run_step(engine: Any, micro_batches: Sequence[MicroBatch], *, learning_rate: float, ranks: Ranks) -> torch.Tensor:
-    """Run every micro-batch forward and backward, then one update; return this rank's part of the loss, fp32 [1].
+def accumulate(engine: Any, micro_batches: Sequence[MicroBatch], ranks: Ranks) -> torch.Tensor:
+    """Run every micro-batch forward and backward; return this rank's part of the step's loss, fp32 [1].
 
     Losses already carry their weight in the step's loss. DeepSpeed averages gradients over ranks, so each loss is
-    multiplied by their number. Raises DataError before the update if a gradient is not finite.
+    multiplied by their number.
     """
     total = torch.zeros(1, dtype=torch.float32, device=ranks.device)
     for batch in micro_batches:
         loss = engine(batch.to(ranks.device))
         engine.backward(loss * ranks.world_size, scale_wrt_gas=False)
         total += loss.detach()
+    return total
+
+
+def update(engine: Any, *, learning_rate: float) -> None:
+    """Apply the accumulated gradients. Raises DataError, with the weights unchanged, if one is not finite."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     engine.step()
     if engine.optimizer.overflow:
         raise DataError("the loss or a gradient is not finite; the weights were left as they were")
-    return total
 
 
 def consolidated_weights(engine: Any) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 from shared.errors import DataError, StoppedOnRequest
 from train.checkpoint import TrainState, save_checkpoint
 from train.distributed import Ranks, any_rank
-from train.engine import run_step
+from train.engine import accumulate, update
 from train.feed import Feed, StepBatch
 from train.flops import ModelCost, peak_flops
 from train.metrics import Counters, MetricsLog, Window, make_record
@@ -49,7 +49,8 @@ def train(parts: Parts, start: TrainState) -> None:
             batch.step, peak=recipe.optim.learning_rate, schedule=recipe.schedule, total_steps=total_steps
         )
         # ------------------------------------------------------------------------------------------------
-        loss = _run_step(parts, batch, rate)
+        loss = accumulate(parts.engine, batch.micro_batches, parts.ranks)
+        _update(parts, batch, rate)
         step = batch.step + 1
         window.add(batch, loss, data_seconds=data_seconds)
         counters.tokens += batch.num_tokens
@@ -72,9 +73,9 @@ def train(parts: Parts, start: TrainState) -> None:
         fetch_started = time.perf_counter()
 
 
-def _run_step(parts: Parts, batch: StepBatch, rate: float) -> torch.Tensor:
+def _update(parts: Parts, batch: StepBatch, rate: float) -> None:
     try:
-        return run_step(parts.engine, batch.micro_batches, learning_rate=rate, ranks=parts.ranks)
+        update(parts.engine, learning_rate=rate)
     except DataError as exc:
         packs = ", ".join(str(pack_id) for pack_id in batch.pack_ids[:8])
         more = f" and {len(batch.pack_ids) - 8} more" if len(batch.pack_ids) > 8 else ""

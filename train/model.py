@@ -149,7 +149,7 @@ def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedC
         "max_position_embeddings": max(int(known.get("max_position_embeddings") or 0), manifest.max_seq_len),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        "pad_token_id": None,  # nothing is padded, and torch would never train the embedding of that token
     }
     try:
         config = AutoConfig.for_model(model_type, **{**derived, **values})
