@@ -1,5 +1,6 @@
 """Tiny shard sets for tests, written with the real writer."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +42,24 @@ def random_packs(
     return packs
 
 
+def word_tokenizer(vocab_size: int) -> dict[str, bytes]:
+    """The files of a tokenizer whose word N is token N, with a chat template: enough for an export."""
+    words = {f"w{index}": index for index in range(vocab_size)}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "w1"}
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"}, "decoder": None, "model": model,
+        "added_tokens": [{"id": 0, "content": "w0", "special": True, "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False}],
+    }  # fmt: skip
+    template = "{% for message in messages %}{{ message['content'] }} w0 {% endfor %}"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w0", "chat_template": template}
+    return {
+        "tokenizer.json": json.dumps(tokenizer).encode(),
+        "tokenizer_config.json": json.dumps(settings).encode(),
+    }
+
+
 def write_shard_set(
     path: Path,
     packs: Sequence[Sequence[tuple[list[int], list[int]]]],
@@ -57,7 +76,7 @@ def write_shard_set(
     """Write a complete shard set of `packs` (sequences of tokens and loss mask) at `path`; return `path`."""
     path.mkdir(parents=True)
     files = {}
-    for file_name, data in (tokenizer_files or {"tokenizer.json": b"{}"}).items():
+    for file_name, data in (tokenizer_files or word_tokenizer(vocab_size)).items():
         (path / TOKENIZER_DIR).mkdir(exist_ok=True)
         (path / TOKENIZER_DIR / file_name).write_bytes(data)
         files[file_name] = FileEntry(bytes=len(data), sha256=sha256_bytes(data))

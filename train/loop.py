@@ -63,8 +63,10 @@ def train(parts: Parts, start: TrainState) -> None:
             window = Window()
         stopping = not is_last and _should_stop(parts, steps_done=step - start.step)
         if is_last or stopping or step % recipe.checkpoint.every_steps == 0:
+            saving_started = time.perf_counter()
             losses = window.global_losses(parts.ranks)
             saved = _save(parts, TrainState(step=step, counters=counters, window_losses=losses))
+            window.started += time.perf_counter() - saving_started  # a save is no part of the speed of training
             if stopping:
                 raise StoppedOnRequest(f"stopped after step {step} of {total_steps}, saved in {saved}")
         if step == start.step + 1:

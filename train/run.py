@@ -2,10 +2,12 @@
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 
 from shared import atomic, config
 from shared.errors import SftError, StoppedOnRequest
@@ -61,7 +63,7 @@ def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, Any]:
     dtype = choose_dtype(recipe.engine.dtype, ranks.device)
     attention = choose_attention(recipe.model.attention, device=ranks.device, dtype=dtype)
     settings = deepspeed_config(recipe.engine, recipe.optim, dtype=dtype)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _quiet_libraries()
     sharding = shard_while_building(settings)
     model = build_model(
         recipe.model,
@@ -76,6 +78,13 @@ def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, Any]:
     torch.manual_seed(seed_from("dropout", recipe.run.seed, ranks.rank))
     _announce(prepared, ranks, attention=attention, dtype=dtype)
     return engine, cost
+
+
+def _quiet_libraries() -> None:
+    """DeepSpeed tells every save at INFO; transformers draws progress bars, also into files."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
 
 
 def _starting_state(prepared: Prepared, engine: Any, ranks: Ranks) -> TrainState:
