@@ -1,18 +1,10 @@
-"""Checkpoints: whole or absent, checked before they are read, and never the newest one removed.
-
-    checkpoints/step-00000500/
-      state.json            step, counters, identity of the run, number of ranks, size and sha256 of every other file
-      run.json              a copy of the run's config.json, so that an export needs this directory only
-      model/config.json     the transformers config of the model
-      engine/state/*.pt     DeepSpeed's state, one part per rank
-      rng/rank-00000.safetensors
+"""Save and load checkpoints (their layout: checkpoint_files.py); never is the newest complete one removed.
 
 All ranks write into `.tmp-step-...`; after a barrier each hashes and flushes a share of the files, and rank 0 writes
 state.json and renames. DeepSpeed's files are pickles: they are read only from the run's own directory, and only after
 their digests match.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -24,21 +16,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared import atomic
-from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
+from shared.errors import ArtifactError
 from shared.hashing import sha256_file
+from train.checkpoint_files import (
+    ENGINE_DIR,
+    ENGINE_TAG,
+    FORMAT_VERSION,
+    MODEL_DIR,
+    PREFIX,
+    RUN_NAME,
+    STATE_NAME,
+    check_digest,
+    list_checkpoints,
+    read_state_file,
+    way_out,
+)
 from train.distributed import Ranks, barrier, broadcast_from_main, gather_to_main
 from train.metrics import Counters
 from train.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-STATE_NAME = "state.json"
-RUN_NAME = "run.json"
-MODEL_DIR = "model"
-ENGINE_DIR = "engine"
-ENGINE_TAG = "state"
-_PREFIX = "step-"
 
 T = TypeVar("T")
 
@@ -58,7 +55,7 @@ def save_checkpoint(
     engine: Any, state: TrainState, *, run: RunDir, ranks: Ranks, identity: dict[str, Any], keep_last: int
 ) -> Path:
     """Commit a checkpoint of all ranks, then remove those older than the newest `keep_last`; return its path."""
-    final = run.checkpoints / f"{_PREFIX}{state.step:08d}"
+    final = run.checkpoints / f"{PREFIX}{state.step:08d}"
     staged = run.checkpoints / f".tmp-{final.name}"
     if ranks.is_main:
         shutil.rmtree(staged, ignore_errors=True)
@@ -80,64 +77,20 @@ def save_checkpoint(
     return final
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the committed checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit())
-
-
-def read_state_file(path: Path) -> dict[str, Any]:
-    """Return state.json of the checkpoint at `path`. Raises IncompleteArtifactError or ArtifactError."""
-    file = path / STATE_NAME
-    try:
-        data = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as exc:
-        raise IncompleteArtifactError(
-            f"{path} is not a whole checkpoint: it has no {STATE_NAME}{_way_out(path)}"
-        ) from exc
-    except ValueError as exc:
-        raise ArtifactError(f"{file} is not valid JSON ({exc}){_way_out(path)}") from exc
-    if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
-        seen = data.get("format_version") if isinstance(data, dict) else None
-        raise ArtifactError(f"{file}: format_version is {seen!r}; this program reads {FORMAT_VERSION}{_way_out(path)}")
-    return data
-
-
 def load_checkpoint(engine: Any, path: Path, *, ranks: Ranks) -> TrainState:
     """Check every file of the checkpoint at `path`, then put its state into `engine` and the random generators.
 
     Raises ChecksumError, IncompleteArtifactError or ArtifactError, the same on every rank, before anything is read.
     """
     data = read_state_file(path)
-    for name, seen, here in (
-        ("number of ranks", data["world_size"], ranks.world_size),
-        ("engine.zero_stage", data["zero_stage"], engine.zero_optimization_stage()),
-    ):
-        if seen != here:
-            raise ArtifactError(
-                f"{path} was written with {name} = {seen}, now it is {here}; that change is not supported, "
-                f"put {name} back to {seen}"
-            )
     _check_files(path, data["files"], ranks)
     loaded, _ = engine.load_checkpoint(str(path / ENGINE_DIR), tag=ENGINE_TAG, load_lr_scheduler_states=False)
     if loaded is None:
-        raise ArtifactError(f"DeepSpeed found no state in {path / ENGINE_DIR}{_way_out(path)}")
+        raise ArtifactError(f"DeepSpeed found no state in {path / ENGINE_DIR}{way_out(path)}")
     _restore_rng(load_file(path / "rng" / f"rank-{ranks.rank:05d}.safetensors"), ranks.device)
     return TrainState(
         step=data["step"], counters=Counters(**data["counters"]), window_losses=list(data["window_losses"])
     )
-
-
-def check_digest(path: Path, name: str, entry: dict[str, Any]) -> None:
-    """Raise IncompleteArtifactError or ChecksumError unless file `name` of the checkpoint is as it was committed."""
-    file = path / name
-    try:
-        size = file.stat().st_size
-    except FileNotFoundError as exc:
-        raise IncompleteArtifactError(f"{file} is missing{_way_out(path)}") from exc
-    if size != entry["bytes"]:
-        raise IncompleteArtifactError(f"{file} has {size} bytes, {STATE_NAME} says {entry['bytes']}{_way_out(path)}")
-    if sha256_file(file) != entry["sha256"]:
-        raise ChecksumError(f"{file}: its bytes have changed since it was written{_way_out(path)}")
 
 
 def _commit(
@@ -204,11 +157,6 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
     shutil.rmtree(doomed)
-
-
-def _way_out(path: Path) -> str:
-    older = [other.name for other in list_checkpoints(path.parent) if other.name < path.name]
-    return f"; remove {path} to go on from {older[-1]}" if older else f"; remove {path} to start again"
 
 
 def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
 """The command `sft-train`: options, one call, and the only place where errors become exit codes."""
 
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -23,6 +24,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--stop-after", type=click.IntRange(min=1), help="Save and stop after so many steps of this call.")
 @click.option("--nproc-per-node", type=click.IntRange(min=1), help="Ranks to start here; default: GPUs, or 1.")
 @click.option("--resume", metavar="auto|never|DIR", default="auto", show_default=True, help="Where to go on from.")
+@click.option("--under-launcher", is_flag=True, hidden=True)
 @click.option("-v", "--verbose", count=True, help="More on stderr, and tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Warnings and errors only.")
 @click.pass_context
@@ -37,6 +39,7 @@ def cli(
     stop_after: int | None,
     nproc_per_node: int | None,
     resume: str,
+    under_launcher: bool,
     verbose: int,
     quiet: bool,
 ) -> None:
@@ -46,9 +49,10 @@ def cli(
     if shards is None:
         raise click.UsageError("Missing option '--shards'.", context)
     verbosity = -1 if quiet else verbose
-    with _reporting(verbosity):
+    with _reporting(verbosity, quiet_stop=under_launcher):
         from train.launch import run_or_launch
         from train.prepare import TrainRequest, prepare
+        from train.ranks import read_place
 
         request = TrainRequest(
             shards=shards,
@@ -65,8 +69,8 @@ def cli(
         if prepared.is_complete:
             click.echo(f"{prepared.run.path} is complete: the model is in {prepared.run.model}")
             return
-        run_or_launch(prepared, nproc_per_node)
-        click.echo(prepared.run.model)
+        if run_or_launch(prepared, nproc_per_node) and read_place().rank == 0:
+            click.echo(prepared.run.model)
 
 
 @cli.command(epilog="Example: sft-train export runs/demo/checkpoints/step-00000100 model-100")
@@ -125,14 +129,22 @@ def main() -> None:
     cli(prog_name="sft-train")
 
 
-def _reporting(verbosity: int = 0) -> AbstractContextManager[None]:
+@contextmanager
+def _reporting(verbosity: int = 0, *, quiet_stop: bool = False) -> Iterator[None]:
+    """`quiet_stop`: a stop on request is left to status.json and our launcher; torchrun would report a failure."""
     from shared import log
     from shared.command import reporting_errors
+    from shared.errors import StoppedOnRequest
     from train.ranks import launched, read_place
 
     rank = read_place().rank
     log.configure(verbosity, rank=rank if launched() else None)
-    return reporting_errors(verbosity, rank=rank)
+    with reporting_errors(verbosity, rank=rank):
+        try:
+            yield
+        except StoppedOnRequest:
+            if not quiet_stop:
+                raise
 
 
 def _check_shared() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from train.ranks import describe_single_process, launched, read_place
+from train.ranks import described_as_single, launched, read_place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,19 +31,23 @@ class Ranks:
 @contextlib.contextmanager
 def process_group() -> Iterator[Ranks]:
     """Join the process group that the launcher described, or one of a single process, and leave it at the end."""
-    if not launched():
-        describe_single_process()
+    with contextlib.nullcontext() if launched() else described_as_single():
+        ranks = _join()
+        try:
+            yield ranks
+        finally:
+            importlib.import_module("deepspeed.comm").destroy_process_group()
+
+
+def _join() -> Ranks:
     place = read_place()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
     _init_deepspeed(device.type)
-    try:
-        control_group = dist.new_group(backend="gloo") if place.world_size > 1 else None
-        yield Ranks(rank=place.rank, world_size=place.world_size, device=device, control_group=control_group)
-    finally:
-        dist.destroy_process_group()
+    control_group = dist.new_group(backend="gloo") if place.world_size > 1 else None
+    return Ranks(rank=place.rank, world_size=place.world_size, device=device, control_group=control_group)
 
 
 def barrier(ranks: Ranks) -> None:

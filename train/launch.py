@@ -32,8 +32,11 @@ def choose_num_ranks(wanted: int | None) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def run_or_launch(prepared: Prepared, num_ranks: int | None) -> None:
-    """Train in this process, or start the ranks and wait for them. Raises the SftError that ended the run."""
+def run_or_launch(prepared: Prepared, num_ranks: int | None) -> bool:
+    """Train in this process, or start ranks and wait for them; return whether it was this process.
+
+    Raises the SftError that ended the run.
+    """
     if launched():
         if num_ranks is not None:
             raise ConfigError("--nproc-per-node starts ranks, but this process is one already; leave it out")
@@ -42,10 +45,11 @@ def run_or_launch(prepared: Prepared, num_ranks: int | None) -> None:
         check_ranks(prepared, chosen)
         if chosen > 1:
             launch(prepared, chosen)
-            return
+            return False
     from train.run import run_rank
 
     run_rank(prepared)
+    return True
 
 
 def launch(prepared: Prepared, num_ranks: int) -> None:
@@ -64,9 +68,9 @@ def launch(prepared: Prepared, num_ranks: int) -> None:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-    if code == 0:
-        return
     status = read_status(prepared.run) if _last_change(prepared.run.status) != old_status else None
+    if code == 0 and (status is None or status.get("exit_code") == 0):
+        return
     error = _ERRORS.get((status or {}).get("exit_code"))
     if status is None or error is None:
         raise SftError(f"the ranks ended with exit code {code}; what they wrote above says why")
@@ -91,7 +95,7 @@ def torchrun_command(request: TrainRequest, num_ranks: int) -> list[str]:
 
 def rank_arguments(request: TrainRequest) -> list[str]:
     """Return the command line of a rank: that of `request`."""
-    arguments = ["--shards", str(request.shards), "--resume", request.resume]
+    arguments = ["--under-launcher", "--shards", str(request.shards), "--resume", request.resume]
     for name, value in (
         ("--recipe", request.recipe),
         ("--model", request.model),

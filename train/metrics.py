@@ -116,7 +116,7 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def console_line(record: dict[str, Any], total_steps: int) -> str:
@@ -174,6 +174,7 @@ def _start_wandb(folder: Path, config: LogConfig, run_name: str, wandb_id: str, 
         mode=config.wandb,
         dir=str(folder),
         config=recipe,
+        settings=wandb.Settings(console="off", silent=True),  # it would wrap stderr, where our log goes
     )
 
 

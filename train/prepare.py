@@ -6,6 +6,7 @@ from typing import Any
 
 from shared.errors import ArtifactError, ConfigError, DataError
 from shared.shard_reader import ShardSet, open_shard_set
+from train.checkpoint_files import list_checkpoints, read_state_file
 from train.config import TrainConfig, load_recipe
 from train.plan import PackOrder, check_divides, make_order, packs_per_step
 from train.run_dir import RunDir, check_identity, identity, read_description, read_status
@@ -85,12 +86,24 @@ def prepare(request: TrainRequest) -> Prepared:
 
 
 def check_ranks(prepared: Prepared, world_size: int) -> None:
-    """Raise ConfigError unless the packs of a step divide over `world_size` ranks."""
+    """Raise ConfigError or ArtifactError unless `world_size` ranks can run the steps and read the checkpoint."""
     check_divides(
         packs_per_step=prepared.order.packs_per_step,
         packs_per_micro_batch=prepared.recipe.batch.packs_per_micro_batch,
         world_size=world_size,
     )
+    if prepared.resume_from is None:
+        return
+    state = read_state_file(prepared.resume_from)
+    for name, seen, here in (
+        ("--nproc-per-node", state["world_size"], world_size),
+        ("engine.zero_stage", state["zero_stage"], prepared.recipe.engine.zero_stage),
+    ):
+        if seen != here:
+            raise ArtifactError(
+                f"{prepared.resume_from} was written with {name} = {seen}, now it is {here}; that change is not "
+                f"supported, put it back to {seen}"
+            )
 
 
 def _find_checkpoint(run: RunDir, resume: str, identity: dict[str, Any]) -> Path | None:
@@ -102,7 +115,7 @@ def _find_checkpoint(run: RunDir, resume: str, identity: dict[str, Any]) -> Path
         return None
     if description is not None:
         check_identity(description["identity"], identity, run.path)
-    committed = sorted(path for path in run.checkpoints.glob("step-*") if path.is_dir())
+    committed = list_checkpoints(run.checkpoints)
     if resume == "auto":
         return committed[-1] if committed else None
     wanted = Path(resume)

@@ -3,8 +3,10 @@
 One process needs no launcher: it is rank 0 of 1. Many come from torchrun, which sets the same variables.
 """
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -29,9 +31,20 @@ def read_place() -> RankPlace:
     )
 
 
-def describe_single_process() -> None:
-    """Set the variables that torch and DeepSpeed look for, for a process group of one."""
+@contextlib.contextmanager
+def described_as_single() -> Iterator[None]:
+    """Set, while the block runs, the variables that torch and DeepSpeed look for, for a process group of one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    before = {name: os.environ.get(name) for name in single}
+    os.environ.update(single)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,67 @@
+"""What a checkpoint consists of on disk: found, described and checked without torch or DeepSpeed.
+
+    checkpoints/step-00000500/
+      state.json            step, counters, identity of the run, number of ranks, size and sha256 of every other file
+      run.json              a copy of the run's config.json, so that an export needs this directory only
+      model/config.json     the transformers config of the model
+      engine/state/*.pt     DeepSpeed's state, one part per rank
+      rng/rank-00000.safetensors
+
+A directory named step-N is whole: it was renamed into place. state.json names every other file with its digest.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
+from shared.hashing import sha256_file
+
+FORMAT_VERSION = 1
+STATE_NAME = "state.json"
+RUN_NAME = "run.json"
+MODEL_DIR = "model"
+ENGINE_DIR = "engine"
+ENGINE_TAG = "state"
+PREFIX = "step-"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the committed checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit())
+
+
+def read_state_file(path: Path) -> dict[str, Any]:
+    """Return state.json of the checkpoint at `path`. Raises IncompleteArtifactError or ArtifactError."""
+    file = path / STATE_NAME
+    try:
+        data = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        raise IncompleteArtifactError(
+            f"{path} is not a whole checkpoint: it has no {STATE_NAME}{way_out(path)}"
+        ) from exc
+    except ValueError as exc:
+        raise ArtifactError(f"{file} is not valid JSON ({exc}){way_out(path)}") from exc
+    if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
+        seen = data.get("format_version") if isinstance(data, dict) else None
+        raise ArtifactError(f"{file}: format_version is {seen!r}; this program reads {FORMAT_VERSION}{way_out(path)}")
+    return data
+
+
+def check_digest(path: Path, name: str, entry: dict[str, Any]) -> None:
+    """Raise IncompleteArtifactError or ChecksumError unless file `name` of the checkpoint is as it was committed."""
+    file = path / name
+    try:
+        size = file.stat().st_size
+    except FileNotFoundError as exc:
+        raise IncompleteArtifactError(f"{file} is missing{way_out(path)}") from exc
+    if size != entry["bytes"]:
+        raise IncompleteArtifactError(f"{file} has {size} bytes, {STATE_NAME} says {entry['bytes']}{way_out(path)}")
+    if sha256_file(file) != entry["sha256"]:
+        raise ChecksumError(f"{file}: its bytes have changed since it was written{way_out(path)}")
+
+
+def way_out(path: Path) -> str:
+    """Return what to do about a checkpoint that cannot be used: the older one to fall back on."""
+    older = [other.name for other in list_checkpoints(path.parent) if other.name < path.name]
+    return f"; remove {path} to go on from {older[-1]}" if older else f"; remove {path} to start again"
