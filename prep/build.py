@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.assemble import assemble
+from prep.chunks import Chunk
 from prep.config import MixtureConfig
-from prep.encode import Encoder, EncoderSpec, encoder_spec
+from prep.encode import Encoder, encoder_spec
 from prep.inputs import Inputs, resolve_inputs
 from prep.pack import pack_best_fit
 from prep.progress import progress
@@ -83,7 +83,7 @@ def explain(plan: BuildPlan) -> list[str]:
 def dry_run(plan: BuildPlan) -> list[str]:
     """Tokenise (the samples stay in the store) and pack, and say what a build would write."""
     inputs = resolve_inputs(plan.mixture, plan.base, _memory_of(plan))
-    stores, tallies, _, _ = _samples(plan, inputs, load_tokenizer(inputs.tokenizer))
+    stores, tallies, _ = _samples(plan, inputs, load_tokenizer(inputs.tokenizer))
     selections = _select(inputs, stores)
     sequences, _, pack_offsets = _pack(inputs, selections)
     tokens, packs = int(sequences["length"].sum(dtype=np.int64)), len(pack_offsets) - 1
@@ -133,7 +133,7 @@ def _show(value: Any) -> str:
 def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
     began = time.monotonic()
     loaded = load_tokenizer(inputs.tokenizer)
-    stores, tallies, spec, backend = _samples(plan, inputs, loaded)
+    stores, tallies, encoder = _samples(plan, inputs, loaded)
     tokenised = time.monotonic()
     selections = _select(inputs, stores)
     sequences, source_of, pack_offsets = _pack(inputs, selections)
@@ -149,42 +149,52 @@ def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
                 policy=inputs.mixture.mask,
                 on_sequences=advance,
             )
-        tokenizer_files = write_tokenizer(aside / TOKENIZER_DIR, loaded, spec.tokenizer_json, inputs.template)
+        tokenizer_files = write_tokenizer(aside / TOKENIZER_DIR, loaded, encoder.spec.tokenizer_json, inputs.template)
         write_rejects(aside, inputs, tallies, selections)
-        manifest = make_manifest(inputs, loaded, spec, tokenizer_files, assembled, tallies, selections)
+        manifest = make_manifest(inputs, loaded, encoder, tokenizer_files, assembled, tallies, selections)
         seconds = {"tokenise": tokenised - began, "pack": packed - tokenised, "write": time.monotonic() - packed}
-        atomic.write_json(aside / BUILD_INFO_NAME, _build_info(plan, inputs, backend, seconds))
+        atomic.write_json(aside / BUILD_INFO_NAME, _build_info(plan, inputs, encoder.spec.backend, seconds))
         atomic.write_json(aside / MANIFEST_NAME, config.to_plain(manifest))
     return manifest
 
 
 def _samples(
     plan: BuildPlan, inputs: Inputs, loaded: LoadedTokenizer
-) -> tuple[list[SampleStore], list[Tally], EncoderSpec, str]:
+) -> tuple[list[SampleStore], list[Tally], Encoder]:
     """Return the sample store of every source, what they add up to, and what encoded them."""
-    spec, backend = _choose_backend(loaded, inputs.mixture.tokenizer.backend)
+    encoder = _choose_encoder(loaded, inputs.mixture.tokenizer.backend)
     chunk_spec = ChunkSpec(
         template=inputs.template,
         special_tokens=loaded.special_tokens,
         date=inputs.mixture.template.date,
-        encoder=spec,
+        encoder=encoder.spec,
         drop_messages=inputs.mixture.rows.unknown == "drop_message",
     )
     tallies = [Tally() for _ in inputs.sources]
     with ChunkWorkers(chunk_spec, plan.workers) as workers:
         stores = [
-            _tokenise(inputs, index, plan.store / inputs.store_key(source, backend), workers, tallies[index])
+            _tokenise(
+                inputs, index, plan.store / inputs.store_key(source, encoder.spec.backend), workers, tallies[index]
+            )
             for index, source in enumerate(inputs.sources)
         ]
     check_budgets(inputs, tallies)
-    return stores, tallies, spec, backend
+    return stores, tallies, encoder
 
 
 def _tokenise(inputs: Inputs, index: int, path: Path, workers: ChunkWorkers, tally: Tally) -> SampleStore:
     """Return the sample store of one source at `path`, and add up its chunks in `tally`."""
     source = inputs.sources[index]
     rows = inputs.mixture.rows
-    with progress(f"tokenising {source.name}", None, "rows") as advance:
+    read: dict[int, int] = {}  # chunk index -> bytes of the source's files up to its end
+    done: list[int] = []  # the same for the chunks that are committed
+
+    def chunks() -> Iterator[Chunk]:
+        for chunk in iter_chunks(source, source_index=index):
+            read[chunk.index] = chunk.source_bytes_read
+            yield chunk
+
+    with progress(f"tokenising {source.name}", sum(file.stamp.size for file in source.files), "bytes") as advance:
 
         def on_chunk(chunk: StoredChunk) -> None:
             tally.add(chunk.facts)
@@ -199,11 +209,11 @@ def _tokenise(inputs: Inputs, index: int, path: Path, workers: ChunkWorkers, tal
                     f"source {source.name!r} row {row}: the template {inputs.template.name!r} cannot carry it "
                     f'({reason}); use a template that can, or set rows.unknown = "leave_out"'
                 )
-            advance(chunk.facts["rows"], f"{tally.tokens:,} tokens")
+            bytes_read = read.pop(len(done), 0)
+            advance(max(0, bytes_read - (done[-1] if done else 0)), f"{tally.rows:,} rows, {tally.tokens:,} tokens")
+            done.append(bytes_read)
 
-        return ensure_store(
-            path, chunks=partial(iter_chunks, source, source_index=index), workers=workers, on_chunk=on_chunk
-        )
+        return ensure_store(path, chunks=chunks, workers=workers, on_chunk=on_chunk)
 
 
 def _select(inputs: Inputs, stores: list[SampleStore]) -> list[Selection]:
@@ -254,22 +264,18 @@ def _replacing(out: Path) -> Iterator[Path]:
     atomic.replace_dir(new, out)
 
 
-def _choose_backend(loaded: LoadedTokenizer, asked: str) -> tuple[EncoderSpec, str]:
+def _choose_encoder(loaded: LoadedTokenizer, asked: str) -> Encoder:
     """Return gigatoken where it takes this tokenizer and gives the referee's ids for the canary, else transformers."""
-    fallback = encoder_spec(loaded.tokenizer_json, loaded.control_tokens, "transformers")
-    if asked == "transformers":
-        return fallback, "transformers"
-    spec = encoder_spec(loaded.tokenizer_json, loaded.control_tokens, "gigatoken")
-    encoder = Encoder(spec)
-    try:
-        ids = encoder.batch_ids(CANARY_TEXT)
-    except Exception as exc:  # gigatoken refuses with plain exceptions of its own; the referee then does the work
-        logger.warning("gigatoken does not take this tokenizer (%s); encoding with transformers, which is slower", exc)
-        return fallback, "transformers"
-    if ids != encoder.ids_of(CANARY_TEXT):
-        logger.warning("gigatoken gives other ids than transformers for this tokenizer; encoding with transformers")
-        return fallback, "transformers"
-    return spec, "gigatoken"
+    if asked == "auto":
+        encoder = Encoder(encoder_spec(loaded.tokenizer_json, loaded.control_tokens, "gigatoken"))
+        try:
+            if encoder.batch_ids(CANARY_TEXT) == encoder.ids_of(CANARY_TEXT):
+                return encoder
+            reason = "it gives other ids"
+        except Exception as exc:  # gigatoken refuses with plain exceptions of its own; the referee then does the work
+            reason = str(exc)
+        logger.warning("gigatoken cannot encode for this tokenizer (%s); transformers does, more slowly", reason)
+    return Encoder(encoder_spec(loaded.tokenizer_json, loaded.control_tokens, "transformers"))
 
 
 def _build_info(plan: BuildPlan, inputs: Inputs, backend: str, seconds: dict[str, float]) -> dict[str, Any]:

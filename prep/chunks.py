@@ -34,6 +34,8 @@ class Chunk:
     kind: Literal["lines", "arrow"]
     payload: bytes
     """JSON lines, or an Arrow IPC stream."""
+    source_bytes_read: int = 0
+    """How far into the files of the source this is: for people who wait. 0 where it is not known."""
 
     def where(self, row: int, line: int | None) -> str:
         """Return how messages name a row of this chunk."""

@@ -58,11 +58,9 @@ class Encoder:
     def __init__(self, spec: EncoderSpec) -> None:
         import tokenizers
 
-        self._spec = spec
+        self.spec = spec
         self._json = json.loads(spec.tokenizer_json)
         self._hf = tokenizers.Tokenizer.from_str(spec.tokenizer_json)
-        self._hf_text = tokenizers.Tokenizer.from_str(spec.tokenizer_json)
-        self._hf_text.encode_special_tokens = True  # "special" added tokens are plain text to this one
         normalizer = self._json.get("normalizer")
         self._normal_form = normalizer["type"] if normalizer else None
         self._has_byte_lengths = _is_byte_level(self._json) and self._normal_form in (
@@ -123,7 +121,7 @@ class Encoder:
         return list(self._hf.encode(text, add_special_tokens=False).ids)
 
     def _encode_batch(self, texts: list[bytes]) -> tuple[npt.NDArray[np.int32], Ints]:
-        if self._spec.backend == "gigatoken":
+        if self.spec.backend == "gigatoken":
             layout = self._gigatoken.encode_batch(texts, parallel=False).layout
             offsets = np.asarray(layout.offsets.data, dtype=np.int64)
             ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(np.int32)
@@ -134,10 +132,19 @@ class Encoder:
         return np.concatenate([*rows, np.zeros(0, np.int32)]), offsets
 
     @cached_property
+    def _hf_text(self) -> Any:
+        """The Hugging Face tokenizer to which added tokens with `special: true` are plain text."""
+        import tokenizers
+
+        tokenizer = tokenizers.Tokenizer.from_str(self.spec.tokenizer_json)
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    @cached_property
     def _gigatoken(self) -> Any:
         import gigatoken
 
-        return gigatoken.Tokenizer.from_json(self._spec.tokenizer_json)
+        return gigatoken.Tokenizer.from_json(self.spec.tokenizer_json)
 
     @cached_property
     def token_num_bytes(self) -> Ints:
@@ -233,7 +240,7 @@ class Encoder:
     def _control_pattern(self) -> Any:
         import re
 
-        return re.compile("|".join(map(re.escape, sorted(self._spec.control_tokens, key=lambda t: (-len(t), t)))))
+        return re.compile("|".join(map(re.escape, sorted(self.spec.control_tokens, key=lambda t: (-len(t), t)))))
 
 
 def byte_positions(text: str) -> Ints:

@@ -18,8 +18,8 @@ class Advance(Protocol):
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int | None, unit: str) -> Iterator[Advance]:
-    """Yield a function that reports work done, in `unit`s of `total` (None where it is not known)."""
+def progress(title: str, total: int, unit: str) -> Iterator[Advance]:
+    """Yield a function that reports work done, in `unit`s of `total` (0 where it is not known)."""
     if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
         with _bar(title, total, unit) as advance:
             yield advance
@@ -28,7 +28,7 @@ def progress(title: str, total: int | None, unit: str) -> Iterator[Advance]:
 
 
 @contextlib.contextmanager
-def _bar(title: str, total: int | None, unit: str) -> Iterator[Advance]:
+def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -41,7 +41,7 @@ def _bar(title: str, total: int | None, unit: str) -> Iterator[Advance]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total, rate="")
+        task = bar.add_task(title, total=total or None, rate="")
         began, done = time.monotonic(), 0
 
         def advance(number: int, note: str = "") -> None:
@@ -53,7 +53,7 @@ def _bar(title: str, total: int | None, unit: str) -> Iterator[Advance]:
         yield advance
 
 
-def _lines(title: str, total: int | None, unit: str) -> Advance:
+def _lines(title: str, total: int, unit: str) -> Advance:
     began = shown = time.monotonic()
     done = 0
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prep.assemble import Assembled
-from prep.encode import Encoder, EncoderSpec
+from prep.encode import Encoder
 from prep.inputs import Inputs
 from prep.selection import Selection
 from prep.tokenizer import CANARY_TEXT, LoadedTokenizer
@@ -39,6 +39,7 @@ class Tally:
     rows_by_hand: int = 0
     rows_refereed: int = 0
     messages_dropped: int = 0
+    messages_untrained: int = 0  # with `train: false` of their own
     rejects: list[tuple[int, str, str]] = field(default_factory=list)  # row, reason, detail
     uncarried: list[tuple[int, str]] = field(default_factory=list)  # row, reason
 
@@ -49,6 +50,7 @@ class Tally:
         self.rows_by_hand += facts["rows_by_hand"]
         self.rows_refereed += facts["rows_refereed"]
         self.messages_dropped += facts["messages_dropped"]
+        self.messages_untrained += facts["messages_untrained"]
         self.rejects += [(row, reason, detail) for row, reason, detail in facts["rejects"]]
         self.uncarried += [(row, reason) for row, reason in facts["uncarried"]]
 
@@ -93,7 +95,7 @@ def write_rejects(out: Path, inputs: Inputs, tallies: list[Tally], selections: l
 def make_manifest(
     inputs: Inputs,
     loaded: LoadedTokenizer,
-    spec: EncoderSpec,
+    encoder: Encoder,
     tokenizer_files: dict[str, FileEntry],
     assembled: Assembled,
     tallies: list[Tally],
@@ -101,7 +103,6 @@ def make_manifest(
 ) -> Manifest:
     """Return the manifest of a set whose shards are written."""
     mixture = inputs.mixture
-    encoder = Encoder(spec)
     totals = {
         key: sum(getattr(shard, key) for shard in assembled.shards)
         for key in ("packs", "sequences", "tokens", "loss_tokens")
@@ -193,6 +194,7 @@ def _source_entry(inputs: Inputs, index: int, tally: Tally, selection: Selection
             "rows_by_hand": tally.rows_by_hand,
             "rows_refereed": tally.rows_refereed,
             "messages_dropped": tally.messages_dropped,
+            "messages_untrained": tally.messages_untrained,
         },
     )
 

@@ -15,7 +15,7 @@ from prep.carriage import uncarried, without_message
 from prep.chunks import Chunk, parse_chunk
 from prep.conversation import Conversation, content_hash, parse_conversation, prompt_hash
 from prep.encode import Encoded, Encoder, EncoderSpec
-from prep.mask import TRAIN_UNSET
+from prep.mask import TRAIN_NO, TRAIN_UNSET
 from prep.spans import ROLE_KINDS, Rendered, SpanRules, find_spans, learn_rules
 from prep.template import ChatTemplate, TemplateText
 from shared.errors import DataError, TemplateError
@@ -107,6 +107,7 @@ class ChunkBuilder:
             "rejects": sorted(rejects),
             "uncarried": missing,
             "messages_dropped": dropped_messages,
+            "messages_untrained": int((columns["message_train"] == TRAIN_NO).sum()),
             "rows_by_hand": by_hand,
             "rows_refereed": refereed,
         }

@@ -14,7 +14,7 @@ from prep.mask import loss_mask_of
 from prep.sample_store import SampleStore, StoredChunk
 from shared.errors import DataError
 from shared.hashing import seed_from
-from shared.shard_format import KIND_MASK, Kind
+from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, Kind
 
 Ints = npt.NDArray[np.int64]
 
@@ -74,15 +74,16 @@ def _measure(index: int, chunk: StoredChunk, policy: MaskConfig, max_seq_len: in
     full = np.diff(offsets)
     used = np.minimum(full, max_seq_len)
     running = np.concatenate(([0], np.cumsum(mask, dtype=np.int64)))  # [N+1]
-    trained = np.flatnonzero(mask)  # token positions
-    last = running[offsets[:-1] + used] - 1  # index into `trained` of each sample's last trained token
+    written = mask & np.isin(samples.kind & KIND_MASK, ASSISTANT_KINDS)  # what assistants were to say
+    trained = np.flatnonzero(written)  # token positions
+    last = np.searchsorted(trained, offsets[:-1] + used) - 1  # of each sample's last one, an index into `trained`
     result["chunk"] = index
     result["sample"] = np.arange(len(result))
     result["row"] = chunk.column("sample_row")
     result["length"] = used
     result["full_length"] = full
     result["loss_tokens"] = running[offsets[:-1] + used] - running[offsets[:-1]]
-    some = result["loss_tokens"] > 0
+    some = (last >= 0) & (trained[np.maximum(last, 0)] >= offsets[:-1]) if len(trained) else np.zeros(len(last), bool)
     result["terminated"][some] = (samples.kind[trained[last[some]]] & KIND_MASK) == Kind.TERMINATOR
     return result
 

@@ -7,6 +7,7 @@ changed file can be stored under the old hash.
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import IO, Any, Literal
 
 from prep import hub_source
@@ -25,11 +26,13 @@ class _Piece:
     num_rows: int
     kind: Literal["lines", "arrow"]
     payload: bytes
+    position: int = 0  # bytes of the file that are read
 
 
 def iter_chunks(source: ResolvedSource, *, source_index: int) -> Iterator[Chunk]:
     """Yield the chunks of `source`. Raises DataError for a file that is damaged, cut off or being written to."""
     first_row = 0
+    size_before = {file.name: before for file, before in zip(source.files, _sizes_before(source), strict=True)}
     for index, piece in enumerate(_pieces(source)):
         yield Chunk(
             source=source_index,
@@ -40,8 +43,14 @@ def iter_chunks(source: ResolvedSource, *, source_index: int) -> Iterator[Chunk]
             first_line=piece.first_line,
             kind=piece.kind,
             payload=piece.payload,
+            source_bytes_read=size_before.get(piece.file, 0) + piece.position,
         )
         first_row += piece.num_rows
+
+
+def _sizes_before(source: ResolvedSource) -> Iterator[int]:
+    """Yield for every file the bytes of the files before it."""
+    return accumulate((file.stamp.size for file in source.files[:-1]), initial=0) if source.files else iter(())
 
 
 def _pieces(source: ResolvedSource) -> Iterator[_Piece]:
@@ -70,12 +79,12 @@ def _line_pieces(file: SourceFile, stream: IO[bytes]) -> Iterator[_Piece]:
     blocks = decompressed_blocks(stream, name=file.name, compression=file.compression)
     if file.format == "json":
         for group in array_groups(blocks, name=file.name):
-            yield _Piece(file.name, None, group.num_rows, "lines", group.payload)
+            yield _Piece(file.name, None, group.num_rows, "lines", group.payload, stream.tell())
         return
     first_line = 1
     for group in line_groups(blocks):
         if group.num_rows:
-            yield _Piece(file.name, first_line, group.num_rows, "lines", group.payload)
+            yield _Piece(file.name, first_line, group.num_rows, "lines", group.payload, stream.tell())
         first_line += group.num_lines
 
 
