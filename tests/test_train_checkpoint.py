@@ -1,0 +1,117 @@
+"""Checkpoints on disk: what is kept, what is refused, and with which words."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from train_runs import status, train_here, write_inputs
+
+from train.checkpoint_files import list_checkpoints, read_state_file
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Shard set, recipe, and a run stopped after step 5 with the checkpoints of steps 4 and 5."""
+    folder = tmp_path_factory.mktemp("stopped")
+    shards, recipe = write_inputs(folder)
+    run = folder / "run"
+    assert train_here("--shards", shards, "--recipe", recipe, "--output", run, "--stop-after", 5).exit_code == 75
+    return shards, recipe, run
+
+
+@pytest.fixture
+def again(stopped: tuple[Path, Path, Path], tmp_path: Path) -> tuple[Path, tuple[object, ...]]:
+    """A copy of that run, and the command that goes on with it."""
+    shards, recipe, run = stopped
+    copy = shutil.copytree(run, tmp_path / "run")
+    return copy, ("--shards", shards, "--recipe", recipe, "--output", copy, "--stop-after", 1, "-q")
+
+
+def test_the_last_two_are_kept_and_hold_what_an_export_needs(stopped: tuple[Path, Path, Path]) -> None:
+    run = stopped[2]
+    kept = list_checkpoints(run / "checkpoints")
+    assert [path.name for path in kept] == ["step-00000004", "step-00000005"]
+    state = read_state_file(kept[-1])
+    assert state["step"] == 5
+    files = {path.relative_to(kept[-1]).as_posix() for path in kept[-1].rglob("*") if path.is_file()}
+    assert files == {*state["files"], "state.json"}
+    assert {"run.json", "model/config.json", "rng/rank-00000.safetensors"} < files
+    assert json.loads((kept[-1] / "run.json").read_text()) == json.loads((run / "config.json").read_text())
+
+
+def test_leftovers_of_a_dead_writer_are_ignored_and_removed(again: tuple[Path, tuple[object, ...]]) -> None:
+    run, call = again
+    torn = run / "checkpoints" / ".tmp-step-00000006"
+    (torn / "engine").mkdir(parents=True)
+    (torn / "engine" / "half").write_bytes(b"x")
+    assert train_here(*call).exit_code == 75
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000005", "step-00000006"]
+
+
+def damage(run: Path, kind: str) -> None:
+    newest = run / "checkpoints" / "step-00000005"
+    state = next((newest / "engine" / "state").glob("*optim_states.pt"))
+    match kind:
+        case "flipped byte":
+            data = bytearray(state.read_bytes())
+            data[len(data) // 2] ^= 1
+            state.write_bytes(data)
+        case "cut short":
+            state.write_bytes(state.read_bytes()[:-1])
+        case "missing":
+            state.unlink()
+        case "no state.json":
+            (newest / "state.json").unlink()
+        case "other version":
+            content = json.loads((newest / "state.json").read_text())
+            (newest / "state.json").write_text(json.dumps({**content, "format_version": 99}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("flipped byte", "its bytes have changed since it was written"),
+        ("cut short", "state.json says"),
+        ("missing", "is missing"),
+        ("no state.json", "is not a whole checkpoint"),
+        ("other version", "format_version is 99; this program reads 1"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_the_older_one_offered(
+    kind: str, message: str, again: tuple[Path, tuple[object, ...]]
+) -> None:
+    run, call = again
+    damage(run, kind)
+    result = train_here(*call)
+    assert result.exit_code == 5
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert f"remove {run / 'checkpoints' / 'step-00000005'} to go on from step-00000004" in result.stderr
+    shutil.rmtree(run / "checkpoints" / "step-00000005")
+    assert train_here(*call).exit_code == 75
+    assert "after step 5 of 8" in status(run)["message"]
+
+
+def test_another_number_of_ranks_is_refused_before_anything_starts(again: tuple[Path, tuple[object, ...]]) -> None:
+    result = train_here(*again[1], "--nproc-per-node", 2)
+    assert result.exit_code == 5
+    assert "was written with --nproc-per-node = 1, now it is 2" in result.stderr
+
+
+def test_a_failed_save_loses_nothing(again: tuple[Path, tuple[object, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full while DeepSpeed writes: the checkpoints before it stay, and the next call goes on from them."""
+    run, call = again
+
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("train.checkpoint.save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            train_here(*call)
+    assert status(run)["state"] == "failed"
+    kept = [path.name for path in list_checkpoints(run / "checkpoints")]
+    assert kept == ["step-00000004", "step-00000005"]
+    assert train_here(*call).exit_code == 75
+    assert [path.name for path in (run / "checkpoints").glob(".tmp-*")] == []

@@ -1,0 +1,119 @@
+"""The loss without logits of the whole row: equal to plain torch, in chunks, weighted, and by Liger's kernel."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from train import loss as loss_module
+from train.loss import chunked_cross_entropy, uniform_weight
+
+ROWS, HIDDEN, VOCAB = 37, 24, 91
+
+Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@pytest.fixture
+def case() -> Case:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, HIDDEN, generator=generator)
+    head = torch.randn(VOCAB, HIDDEN, generator=generator)
+    targets = torch.randint(0, VOCAB, (ROWS,), generator=generator)
+    return hidden, head, targets, torch.rand(ROWS, generator=generator)
+
+
+def with_gradients(function: object, hidden: torch.Tensor, head: torch.Tensor, *rest: object) -> list[torch.Tensor]:
+    hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    loss = function(hidden, head, *rest)  # type: ignore[operator]
+    (loss * 3.0).backward()
+    assert hidden.grad is not None
+    assert head.grad is not None
+    return [loss.detach(), hidden.grad, head.grad]
+
+
+def plain(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    losses = torch.nn.functional.cross_entropy((hidden @ head.t()).double(), targets, reduction="none")
+    return (losses * weights).sum()
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 5, 36, 37, 1000])
+def test_chunks_equal_plain_torch(rows_per_chunk: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", rows_per_chunk * VOCAB)
+    for found, expected in zip(with_gradients(chunked_cross_entropy, *case), with_gradients(plain, *case), strict=True):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=2e-6, atol=2e-6)
+
+
+def test_large_logits_do_not_overflow(case: Case) -> None:
+    hidden, head, targets, weights = case
+    big = (hidden * 1e3, head, targets, weights)
+    for found, expected in zip(with_gradients(chunked_cross_entropy, *big), with_gradients(plain, *big), strict=True):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_bf16_sums_in_fp32(case: Case) -> None:
+    hidden, head, targets, weights = case
+    half = (hidden.bfloat16(), head.bfloat16(), targets, weights)
+    exact = with_gradients(plain, half[0].double(), half[1].double(), targets, weights)
+    for found, expected in zip(with_gradients(chunked_cross_entropy, *half), exact, strict=True):
+        scale = expected.abs().max()
+        assert ((found.double() - expected).abs().max() / scale).item() < 0.02
+
+
+def test_no_gradient_is_computed_where_none_is_asked(case: Case) -> None:
+    hidden, head, targets, weights = case
+    assert not chunked_cross_entropy(hidden, head, targets, weights).requires_grad
+    frozen_head = hidden.clone().requires_grad_()
+    chunked_cross_entropy(frozen_head, head, targets, weights).backward()
+    assert frozen_head.grad is not None
+
+
+def test_memory_holds_one_chunk_of_logits_not_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor made has at most _LOGITS_PER_CHUNK elements: never [rows, vocabulary]."""
+    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 8 * 4000)
+    hidden = torch.randn(1000, 8, requires_grad=True)
+    head = torch.randn(4000, 8, requires_grad=True)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        chunked_cross_entropy(hidden, head, torch.zeros(1000, dtype=torch.int64), torch.ones(1000)).backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest <= 4 * 8 * 4000 * 2
+    assert 20 * largest < 4 * 1000 * 4000
+
+
+def test_norms() -> None:
+    assert uniform_weight("token", 8) == 0.125
+    assert uniform_weight("token", 0) == 1.0
+    assert uniform_weight("sum", 8) == 1.0
+    assert uniform_weight("sample", 8) is None
+
+
+LIGER = """
+import torch
+from train.loss import chunked_cross_entropy, liger_cross_entropy
+generator = torch.Generator().manual_seed(0)
+data = torch.randn(48, 32, generator=generator), torch.randn(128, 32, generator=generator)
+targets = torch.randint(0, 128, (48,), generator=generator)
+results = []
+for function in (lambda h, w: liger_cross_entropy(h, w, targets) * 0.25,
+                 lambda h, w: chunked_cross_entropy(h, w, targets, torch.full((48,), 0.25))):
+    hidden, head = (tensor.clone().requires_grad_() for tensor in data)
+    loss = function(hidden, head)
+    (loss * 3.0).backward()
+    results.append((loss.detach(), hidden.grad, head.grad))
+for liger, ours in zip(*results, strict=True):
+    torch.testing.assert_close(liger, ours, rtol=2e-6, atol=2e-6)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_ligers_kernel_under_tritons_interpreter_equals_the_cpu_loss() -> None:
+    """In a process of its own: the interpreter must be chosen before triton is imported."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", LIGER], capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.stdout == "equal\n", done.stderr
