@@ -1,0 +1,127 @@
+"""Write the files of the demo mixture: conversations per skill, held-out questions, a small tokenizer.
+
+    python prep/demo/generate.py        writes into this folder the files that ship
+
+Everything follows from one seed, and tests/test_prep_demo.py generates it all again and compares. What a held-out
+question asks about (`Exercise.key`) occurs in no training question of its skill.
+"""
+
+import gzip
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from prep.demo.skills import SKILLS, Exercise
+from shared import atomic
+from shared.hashing import canonical_json, seed_from
+
+TRAIN_ROWS = 2000  # per skill
+HELD_OUT_ROWS = 60  # per skill
+VOCAB_LIMIT = 512
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+Row = dict[str, Any]
+
+_SEED = 20
+# what a system message asks for, and the form of the answers then
+_MANNERS = (("Answer in a sentence.", "The answer is {}."), ("Shout.", "{}!"))
+_MANNERS_SHARE = 0.25
+# words with the space before them, digits one by one: the pattern of the Qwen tokenizers
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def generate() -> dict[str, bytes]:
+    """Return the content of every file, by its path in this folder."""
+    train = {skill: _train_rows(skill) for skill in SKILLS}
+    held_out = [row for skill in SKILLS for row in _held_out(skill).values()]
+    files = {f"{skill}.jsonl.gz": gzip.compress(_json_lines(rows), mtime=0) for skill, rows in train.items()}
+    files["heldout.jsonl"] = _json_lines(held_out)
+    tokenizer = train_tokenizer(row for rows in train.values() for row in rows)
+    files["tokenizer/tokenizer.json"] = canonical_json(json.loads(tokenizer.to_str()))
+    files["tokenizer/tokenizer_config.json"] = canonical_json(
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": TURN_END,
+            "pad_token": END_OF_TEXT,
+            "clean_up_tokenization_spaces": False,
+        }
+    )
+    return files
+
+
+def train_tokenizer(rows: Iterable[Row]) -> Tokenizer:
+    """Return a byte-level BPE tokenizer of the rows' text; its control tokens are special."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [AddedToken(text, special=True, normalized=False) for text in (END_OF_TEXT, TURN_START, TURN_END)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_LIMIT,
+        special_tokens=control,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (f"{message['role']}\n{message['content']}" for row in rows for message in row["messages"])
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _held_out(skill: str) -> dict[str, Row]:
+    """Return the held-out rows of a skill by the key of their exercise."""
+    rng = random.Random(seed_from("demo", _SEED, skill, "held out"))
+    rows: dict[str, Row] = {}
+    while len(rows) < HELD_OUT_ROWS:
+        exercise = SKILLS[skill](rng)
+        rows.setdefault(exercise.key, {"skill": skill, "messages": _messages(exercise, rng)})
+    return rows
+
+
+def _train_rows(skill: str) -> list[Row]:
+    """Return training rows without repeats, none of which asks about what a held-out row asks about."""
+    held_out_keys = _held_out(skill).keys()
+    rng = random.Random(seed_from("demo", _SEED, skill, "train"))
+    rows: dict[str, Row] = {}
+    while len(rows) < TRAIN_ROWS:
+        exercise = SKILLS[skill](rng)
+        row = {"messages": _messages(exercise, rng)}
+        if exercise.key not in held_out_keys:
+            rows.setdefault(json.dumps(row), row)
+    return list(rows.values())
+
+
+def _messages(exercise: Exercise, rng: random.Random) -> list[dict[str, str]]:
+    messages, form = [], "{}"
+    if rng.random() < _MANNERS_SHARE:
+        manner, form = rng.choice(_MANNERS)
+        messages.append({"role": "system", "content": manner})
+    for question, answer in exercise.turns:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": form.format(answer)})
+    return messages
+
+
+def _json_lines(rows: Iterable[Row]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode("utf-8")
+
+
+def main() -> None:
+    """Write the files beside this one."""
+    folder = Path(__file__).parent
+    for name, data in generate().items():
+        atomic.write_bytes(folder / name, data)
+
+
+if __name__ == "__main__":
+    main()
