@@ -1,0 +1,162 @@
+"""A trained model as a directory that transformers loads: weights, tokenizer, chat template, generation config, card.
+
+The directory is whole or absent: it is written aside, read back, and renamed into place.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+
+from shared import atomic
+from shared.errors import ArtifactError, FingerprintMismatchError
+from shared.hashing import canonical_json
+from shared.shard_format import TokenizerEntry
+from shared.shard_reader import ShardSet, open_shard_set
+from train.checkpoint_files import ENGINE_DIR, ENGINE_TAG, MODEL_DIR, RUN_NAME, check_digest, read_state_file
+from train.engine import WEIGHTS_PREFIX
+from train.metrics import read_records
+from train.model_card import CardFacts, card_facts, render_card
+from train.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+
+def export_model(
+    *,
+    state_dict: dict[str, torch.Tensor],
+    model_config: PretrainedConfig,
+    shard_set: ShardSet,
+    card: CardFacts,
+    out_dir: Path,
+) -> None:
+    """Write the model to `out_dir`, in the place of an older export; one process calls it, with the full weights.
+
+    Raises ArtifactError, with `out_dir` as it was, if the weights do not fill the model that the config describes.
+    """
+    aside = out_dir.with_name(f".tmp-whole-{out_dir.name}-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with atomic.staged_dir(aside) as staged:
+        _write_tokenizer(staged, shard_set)
+        _write_weights(staged, state_dict, model_config, generation_config(shard_set.manifest.tokenizer))
+        (staged / "README.md").write_text(render_card(card), encoding="utf-8")
+        _check_loads(staged)
+    atomic.replace_dir(aside, out_dir)
+
+
+def export_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
+    """Write the model of a checkpoint to `out_dir`, which must not exist. Needs the shard set where the run had it.
+
+    Raises ArtifactError for a checkpoint that is not whole or has changed, and for another shard set in that place.
+    """
+    if out_dir.exists():
+        raise ArtifactError(f"{out_dir} exists; give a path that does not, or remove it")
+    state = read_state_file(checkpoint_dir)
+    for name, entry in state["files"].items():
+        check_digest(checkpoint_dir, name, entry)
+    description = json.loads((checkpoint_dir / RUN_NAME).read_bytes())
+    shard_set = _shards_of(description, checkpoint_dir)
+    config = AutoConfig.from_pretrained(checkpoint_dir / MODEL_DIR)
+    metrics = RunDir(checkpoint_dir.resolve().parent.parent).metrics
+    records = [record for record in _records(metrics) if record["step"] <= state["step"]]
+    export_model(
+        state_dict=_offline_weights(checkpoint_dir, config.dtype or torch.float32),
+        model_config=config,
+        shard_set=shard_set,
+        card=card_facts(description, shard_set.manifest, records),
+        out_dir=out_dir,
+    )
+
+
+def generation_config(tokenizer: TokenizerEntry) -> GenerationConfig:
+    """Return greedy generation that stops at every id which ended a trained turn, and at EOS."""
+    ends = dict.fromkeys(tokenizer.terminator_ids)
+    if tokenizer.eos_token_id is not None:
+        ends[tokenizer.eos_token_id] = None
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=list(ends) or None, pad_token_id=_pad_token_id(tokenizer)
+    )
+
+
+def _pad_token_id(tokenizer: TokenizerEntry) -> int | None:
+    """Batches of prompts need some pad; training never saw one, and the attention mask hides it."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id, *tokenizer.terminator_ids):
+        if token_id is not None:
+            return token_id
+    return None
+
+
+def _write_tokenizer(staged: Path, shard_set: ShardSet) -> None:
+    """Copy the tokenizer that was trained with; a pad token, where it has none, goes into its config only."""
+    for name in shard_set.manifest.tokenizer.files:
+        shutil.copyfile(shard_set.tokenizer_dir / name, staged / name)
+    pad_token_id = _pad_token_id(shard_set.manifest.tokenizer)
+    if shard_set.manifest.tokenizer.pad_token_id is None and pad_token_id is not None:
+        tokenizer = AutoTokenizer.from_pretrained(staged)
+        file = staged / "tokenizer_config.json"
+        settings = json.loads(file.read_bytes()) if file.exists() else {}
+        settings["pad_token"] = tokenizer.convert_ids_to_tokens(pad_token_id)
+        file.write_bytes(canonical_json(settings))
+
+
+def _write_weights(
+    staged: Path, state_dict: dict[str, torch.Tensor], config: PretrainedConfig, generation: GenerationConfig
+) -> None:
+    dtypes = Counter(tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point())
+    config.dtype = dtypes.most_common(1)[0][0] if dtypes else torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    tied = set(model.all_tied_weights_keys)
+    weights = {name: tensor.contiguous() for name, tensor in state_dict.items() if name not in tied}
+    needed = model.state_dict().keys() - tied
+    if missing := sorted(needed - weights.keys()):
+        raise ArtifactError(f"the weights lack {len(missing)} parameters of the model, e.g. {missing[0]}")
+    model.generation_config = generation
+    model.save_pretrained(staged, state_dict=weights)
+
+
+def _check_loads(staged: Path) -> None:
+    """Compare names and shapes as transformers does when it loads, without holding the weights a second time."""
+    _, loading = AutoModelForCausalLM.from_pretrained(
+        staged, device_map={"": "meta"}, dtype="auto", output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found := sorted(str(key) for key in loading[kind]):
+            raise ArtifactError(
+                f"the export would load with {len(found)} {kind.replace('_', ' ')}, e.g. {found[0]}; nothing was kept"
+            )
+
+
+def _shards_of(description: dict[str, Any], checkpoint_dir: Path) -> ShardSet:
+    path, fingerprint = Path(description["shards"]["path"]), description["shards"]["fingerprint"]
+    shard_set = open_shard_set(path)
+    if shard_set.manifest.fingerprint != fingerprint:
+        raise FingerprintMismatchError(
+            f"{checkpoint_dir} was trained on shards with fingerprint {fingerprint[:16]}..., {path} now has "
+            f"{shard_set.manifest.fingerprint[:16]}...; put the shard set back that it was trained on"
+        )
+    return shard_set
+
+
+def _records(metrics: Path) -> list[dict[str, Any]]:
+    return read_records(metrics) if metrics.exists() else []
+
+
+def _offline_weights(checkpoint_dir: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Put the ranks' parts together on one CPU, from the fp32 master weights, in the dtype that was trained."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints its progress; stdout is for results
+        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint_dir / ENGINE_DIR), tag=ENGINE_TAG)
+    return {
+        name.removeprefix(WEIGHTS_PREFIX): tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }

@@ -1,0 +1,138 @@
+"""The README.md of an exported model: what it was trained on, how, with what, and how to use it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.shard_format import Manifest, SourceEntry, Totals
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardFacts:
+    """Lineage of a model. Local paths are cut to their last part: a card is made to be published."""
+
+    base_model: str
+    """Hub id, or the name of a local directory; empty for random weights."""
+    base_on_hub: bool
+    base_revision: str
+    shards_name: str
+    fingerprint: str
+    max_seq_len: int
+    tokenizer: str
+    chat_template: str
+    sources: tuple[SourceEntry, ...]
+    totals: Totals
+    recipe: dict[str, Any]
+    """The resolved recipe."""
+    versions: dict[str, str]
+    final: dict[str, Any]
+    """The last record of metrics.jsonl; empty where nothing was logged."""
+
+
+def card_facts(description: Mapping[str, Any], manifest: Manifest, records: Sequence[Mapping[str, Any]]) -> CardFacts:
+    """Collect the facts from a run's config.json, its shard set and its metrics."""
+    recipe = json.loads(json.dumps(description["recipe"]))
+    name, on_hub = recipe["model"]["name"], True
+    if Path(name).is_absolute():
+        name, on_hub = Path(name).name, False
+        recipe["model"]["name"] = name
+    return CardFacts(
+        base_model=name,
+        base_on_hub=bool(name) and on_hub,
+        base_revision=recipe["model"]["revision"] if name and on_hub else "",
+        shards_name=manifest.name,
+        fingerprint=manifest.fingerprint,
+        max_seq_len=manifest.max_seq_len,
+        tokenizer=manifest.tokenizer.name,
+        chat_template=manifest.chat_template.name,
+        sources=manifest.sources,
+        totals=manifest.totals,
+        recipe=recipe,
+        versions={key: value for key, value in sorted(description["versions"].items()) if value},
+        final=dict(records[-1]) if records else {},
+    )
+
+
+def render_card(facts: CardFacts) -> str:
+    """Return the card as Markdown with the hub's YAML front matter."""
+    return "\n".join(
+        [
+            _front_matter(facts),
+            f"# {facts.recipe['name']} on {facts.shards_name}\n",
+            _origin(facts),
+            _USE,
+            "## Data\n",
+            f"Shard set `{facts.shards_name}`, fingerprint `{facts.fingerprint}`.\n",
+            _sources_table(facts),
+            f"Tokenizer `{facts.tokenizer}`, chat template `{facts.chat_template}`, sequences of up to "
+            f"{facts.max_seq_len} tokens, packed. Loss tokens are those that the model was trained to predict.\n",
+            "## Result\n",
+            _final_table(facts.final),
+            "## Recipe\n",
+            f"```json\n{json.dumps(facts.recipe, indent=2, sort_keys=True)}\n```\n",
+            "## Software\n",
+            ", ".join(f"{name} {version}" for name, version in facts.versions.items()) + "\n",
+            "## License\n",
+            "Not determined here: it follows from the base model and from the sources above. Find out before you "
+            "publish the model.\n",
+        ]
+    )
+
+
+_USE = """## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # the directory of this file
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+messages = [{"role": "user", "content": "..."}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+The chat template prints every special token that the model was trained with, BOS included where there was one:
+encode its text without adding any.
+"""
+
+
+def _front_matter(facts: CardFacts) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "license: unknown"]
+    if facts.base_on_hub:
+        lines.append(f"base_model: {json.dumps(facts.base_model)}")
+    lines.append("tags:")
+    lines += ["- sft", "- conversational"]
+    return "\n".join([*lines, "---", ""])
+
+
+def _origin(facts: CardFacts) -> str:
+    if not facts.base_model:
+        return "Trained from random weights.\n"
+    kind = f"revision `{facts.base_revision}`" if facts.base_on_hub else "a local directory"
+    return f"Fine-tuned from `{facts.base_model}` ({kind}).\n"
+
+
+def _sources_table(facts: CardFacts) -> str:
+    lines = ["| source | revision | rows | tokens | loss tokens |", "|---|---|---:|---:|---:|"]
+    for source in facts.sources:
+        where = source.revision or (f"sha256 {source.content_sha256[:16]}" if source.content_sha256 else "")
+        name = source.hub_id or source.name
+        lines.append(f"| {name} | {where} | {source.rows_used:,} | {source.tokens:,} | {source.loss_tokens:,} |")
+    rows = sum(source.rows_used for source in facts.sources)
+    lines.append(f"| **all** | | {rows:,} | {facts.totals.tokens:,} | {facts.totals.loss_tokens:,} |")
+    return "\n".join(lines) + "\n"
+
+
+def _final_table(final: Mapping[str, Any]) -> str:
+    names = ("step", "epoch", "train_loss", "learning_rate", "total_tokens", "per_device_tps")
+    shown = {name: final[name] for name in names if final.get(name) is not None}
+    if not shown:
+        return "Nothing was logged.\n"
+    lines = ["| metric | last record |", "|---|---:|"]
+    lines += [f"| {name} | {value:,.6g} |" if isinstance(value, float) else f"| {name} | {value:,} |"
+              for name, value in shown.items()]  # fmt: skip
+    return "\n".join(lines) + "\n"
