@@ -1,7 +1,7 @@
 """Program for tests: the gradients of step 0 by the real engine, for several jobs. Run by torchrun or alone.
 
-Arguments: shard set, directory of models, output directory, packs per step, then jobs
-MODEL:NORM:PACKS_PER_MICRO_BATCH:ZERO_STAGE; job N writes N.pt.
+Arguments: shard set, directory of models, output directory, then jobs
+MODEL:NORM:PACKS_PER_STEP:PACKS_PER_MICRO_BATCH:ZERO_STAGE; job N writes N.pt.
 """
 
 import sys
@@ -38,11 +38,11 @@ def feed_for(shard_set: ShardSet, norm: str, *, packs_per_step: int, per_micro: 
     )  # type: ignore[arg-type]
 
 
-def main(shards: str, models: str, out_dir: str, packs_per_step: str, *jobs: str) -> None:
+def main(shards: str, models: str, out_dir: str, *jobs: str) -> None:
     shard_set = open_shard_set(Path(shards))
     with process_group() as ranks:
         for number, job in enumerate(jobs):
-            kind, norm, per_micro, stage = job.split(":")
+            kind, norm, packs_per_step, per_micro, stage = job.split(":")
             feed = feed_for(
                 shard_set, norm, packs_per_step=int(packs_per_step), per_micro=int(per_micro), rank=ranks.rank,
                 world=ranks.world_size,

@@ -209,10 +209,11 @@ def test_the_installed_command_runs_where_other_packages_have_our_names(
     (tmp_path / "train.py").write_text("raise SystemExit('the wrong train')")
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "__init__.py").write_text("raise SystemExit('the wrong shared')")
-    call = ("--shards", inputs[0], "--recipe", inputs[1], "--max-steps", 1, "--nproc-per-node", 2)
+    call = ("--shards", inputs[0], "--recipe", inputs[1], "--stop-after", 1, "--nproc-per-node", 2)
     done = subprocess.run(command(*call), capture_output=True, text=True, cwd=tmp_path, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "runs/tiny-tiny/model\n"
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.endswith("stopped after step 1 of 8, saved in runs/tiny-tiny/checkpoints/step-00000001\n")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -52,8 +52,10 @@ def cli(
     with _reporting(verbosity, quiet_stop=under_launcher):
         from train.launch import run_or_launch
         from train.prepare import TrainRequest, prepare
-        from train.ranks import read_place
+        from train.ranks import die_with_parent, read_place
 
+        if under_launcher:
+            die_with_parent()
         request = TrainRequest(
             shards=shards,
             recipe=recipe,

@@ -11,7 +11,7 @@ from types import FrameType
 from shared import atomic
 from shared.errors import ArtifactError, ConfigError, DataError, PrerequisiteError, SftError, StoppedOnRequest
 from train.prepare import Prepared, TrainRequest, check_ranks
-from train.ranks import launched
+from train.ranks import die_with_parent, launched
 from train.run_dir import read_status
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def launch(prepared: Prepared, num_ranks: int) -> None:
     with atomic.exclusive_lock(prepared.run.lock, f"training in {prepared.run.path}"):
         pass  # said here, it is one line; a rank that finds the lock taken fails within torchrun's report
     old_status = _last_change(prepared.run.status)
-    with subprocess.Popen(torchrun_command(prepared.request, num_ranks)) as process:
+    with subprocess.Popen(torchrun_command(prepared.request, num_ranks), preexec_fn=die_with_parent) as process:
 
         def forward(number: int, _frame: FrameType | None) -> None:
             process.send_signal(number)

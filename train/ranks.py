@@ -4,10 +4,15 @@ One process needs no launcher: it is rank 0 of 1. Many come from torchrun, which
 """
 
 import contextlib
+import ctypes
 import os
+import signal
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +34,16 @@ def read_place() -> RankPlace:
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it dies.
+
+    torchrun starts ranks in sessions of their own: were the launcher killed, they would train on, unseen, and keep the
+    lock of the run.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextlib.contextmanager
