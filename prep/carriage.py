@@ -1,7 +1,8 @@
 """Does a rendering hold all that its conversation says? A template that drops a message or a field says nothing of it.
 
 Whitespace that a template strips is not a loss. Nor is the reasoning of an earlier turn, where the template is one
-that prints the reasoning of the last turn: models of that family are meant to forget it.
+that prints the reasoning of the last turn: models of that family are meant to forget it. What the last message reasons
+must be there.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 from prep.conversation import Conversation
 from prep.spans import SpanRules
+from prep.template import reasoning_of
 from prep.trace import Mark, Traced
 
 _TEXT = ("content", "reasoning_content", "function_calls", "functions")
@@ -29,7 +31,7 @@ def uncarried(text: Traced, conversation: Conversation, rules: SpanRules) -> tup
             if role == "system" and not message["content"].strip():
                 continue  # an empty system message says nothing
             return index, f"{role} message"
-        for field in _missing_fields(message, marks, rules):
+        for field in _missing_fields(message, marks, rules, is_last=index == len(conversation.messages) - 1):
             return index, f"{role}.{field}"
     return None
 
@@ -44,10 +46,18 @@ def without_message(conversation: Conversation, index: int) -> Conversation:
     )
 
 
-def _missing_fields(message: Mapping[str, Any], marks: list[Mark], rules: SpanRules) -> Iterator[str]:
+def _missing_fields(message: Mapping[str, Any], marks: list[Mark], rules: SpanRules, *, is_last: bool) -> Iterator[str]:
     for field in _TEXT:
-        value = message.get(field)
-        if isinstance(value, str) and value.strip() and not _text_is_there(field, value, message, marks, rules):
+        value = reasoning_of(message) if field == "reasoning_content" else message.get(field)
+        if not isinstance(value, str) or not value.strip():
+            continue
+        pieces = sorted(mark for mark in marks if mark.field == field)
+        if rules.carries_reasoning and message["role"] == "assistant":
+            if field == "reasoning_content" and not is_last:
+                continue
+            if field == "content" and value.count("</think>") == 1:
+                value = _answer_of(value, is_last=is_last)
+        if not _text_is_there(value, pieces):
             yield field
     for call, value in enumerate(message.get("tool_calls") or ()):
         function = value.get("function", value)
@@ -58,17 +68,19 @@ def _missing_fields(message: Mapping[str, Any], marks: list[Mark], rules: SpanRu
                 return
 
 
-def _text_is_there(field: str, value: str, message: Mapping[str, Any], marks: list[Mark], rules: SpanRules) -> bool:
-    if field == "reasoning_content" and rules.carries_reasoning:
-        return True
+def _answer_of(value: str, *, is_last: bool) -> str:
+    """Return `value` with blanks for what a template that knows reasoning may print in its own way, or forget."""
+    end = value.index("</think>")
+    if not is_last:
+        return " " * (end + len("</think>")) + value[end + len("</think>") :]
+    return value.replace("<think>", " " * len("<think>"), 1).replace("</think>", " " * len("</think>"))
+
+
+def _text_is_there(value: str, pieces: list[Mark]) -> bool:
+    if any(mark.source_start < 0 for mark in pieces):
+        return True  # printed whole, as JSON
     position = 0
-    if field == "content" and message["role"] == "assistant" and rules.carries_reasoning:
-        position = max(0, value.rfind("</think>") + len("</think>")) if "</think>" in value else 0
-    for mark in sorted(mark for mark in marks if mark.field == field):
-        if mark.source_start < 0:
-            return True
-    pieces = sorted((m.source_start, m.source_start + m.end - m.start) for m in marks if m.field == field)
-    for start, end in pieces:
+    for start, end in sorted((mark.source_start, mark.source_start + mark.end - mark.start) for mark in pieces):
         if start > position and value[position:start].strip():
             return False
         position = max(position, end)

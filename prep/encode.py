@@ -76,6 +76,7 @@ class Encoder:
             else len(self._json["model"]["vocab"]) - 1,
             max((token["id"] for token in self._json["added_tokens"]), default=0),
         )
+        self._stand_ins = {token: chr(0x10F000 + index) for index, token in enumerate(spec.control_tokens)}
         self._control_ids = {token: _known_id(self._hf, token) for token in spec.control_tokens}
         self.is_control = np.zeros(self.vocab_size, np.bool_)
         self.is_control[list(self._control_ids.values())] = True
@@ -84,13 +85,18 @@ class Encoder:
         """Encode rendered rows. Raises DataError where a control token would come from the text of a message."""
         texts = [row.text.encode("utf-8") for row in rows]
         byte_offsets = np.concatenate(([0], np.cumsum([len(text) for text in texts], dtype=np.int64)))
-        ids, row_offsets = self._encode_batch(texts)
-        start, end, exact = self._byte_ranges(ids, row_offsets, byte_offsets, rows)
-        by_hand = ~exact
-        by_hand |= self._rows_with_typed_control(ids, start, end, row_offsets, rows, byte_offsets)
-        if not by_hand.any():
+        if self._has_byte_lengths:
+            ids, row_offsets = self._encode_batch(texts)
+            start, end, exact = self._byte_ranges(ids, row_offsets, byte_offsets, rows)
+            by_hand = ~exact
+            control = np.flatnonzero(self.is_control[ids])
+            typed = control[_touch(start[control], end[control], *_text_bounds(rows, byte_offsets))]
+            by_hand[np.searchsorted(row_offsets, typed, side="right") - 1] = True
+        else:
+            by_hand = np.ones(len(rows), np.bool_)
+        if len(rows) and not by_hand.any():
             return Encoded(ids, start, end, row_offsets, byte_offsets, 0)
-        pieces: list[tuple[Any, Any, Any]] = []
+        pieces: list[tuple[Any, Any, Any]] = [(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))]
         for index, row in enumerate(rows):
             if by_hand[index]:
                 row_ids, row_start, row_end = self._encode_by_hand(row)
@@ -99,14 +105,8 @@ class Encoder:
                 part = slice(row_offsets[index], row_offsets[index + 1])
                 pieces.append((ids[part], start[part], end[part]))
         lengths = [len(piece[0]) for piece in pieces]
-        return Encoded(
-            np.concatenate([piece[0] for piece in pieces]),
-            np.concatenate([piece[1] for piece in pieces]),
-            np.concatenate([piece[2] for piece in pieces]),
-            np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
-            byte_offsets,
-            int(by_hand.sum()),
-        )
+        tokens, starts, ends = (np.concatenate(column) for column in zip(*pieces, strict=True))
+        return Encoded(tokens, starts, ends, np.cumsum(lengths, dtype=np.int64), byte_offsets, int(by_hand.sum()))
 
     def agrees_with_reference(self, row: Rendered, ids: npt.NDArray[np.int32]) -> bool:
         """Say whether `ids` are what the Hugging Face tokenizer makes of the row, message text kept plain."""
@@ -132,12 +132,19 @@ class Encoder:
         return np.concatenate([*rows, np.zeros(0, np.int32)]), offsets
 
     @cached_property
-    def _hf_text(self) -> Any:
-        """The Hugging Face tokenizer to which added tokens with `special: true` are plain text."""
+    def _plain(self) -> Any:
+        """The Hugging Face tokenizer to which control tokens are plain text, and their stand-ins the control tokens."""
         import tokenizers
 
-        tokenizer = tokenizers.Tokenizer.from_str(self.spec.tokenizer_json)
-        tokenizer.encode_special_tokens = True
+        data = json.loads(self.spec.tokenizer_json)
+        for token in data["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in self._stand_ins
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
+        flags = {token["content"]: token for token in data["added_tokens"]}
+        for token, stand_in in self._stand_ins.items():
+            sides = {side: flags[token][side] for side in ("lstrip", "rstrip")} if token in flags else {}
+            tokenizer.add_tokens([tokenizers.AddedToken(stand_in, normalized=False, **sides)])
+        tokenizer.encode_special_tokens = True  # "special" added tokens are plain text to this one
         return tokenizer
 
     @cached_property
@@ -174,54 +181,52 @@ class Encoder:
             ends += np.repeat(byte_offsets[:-1] - bounds[:-1], np.diff(row_offsets))
         return ends - lengths, ends, exact
 
-    def _rows_with_typed_control(
-        self,
-        ids: npt.NDArray[np.int32],
-        start: Ints,
-        end: Ints,
-        row_offsets: Ints,
-        rows: Sequence[Rendered],
-        byte_offsets: Ints,
-    ) -> npt.NDArray[np.bool_]:
-        """Say which rows have a control token that touches the text of a message, bool [R]."""
-        flagged = np.zeros(len(rows), np.bool_)
-        control_at = np.flatnonzero(self.is_control[ids])
-        row_of = np.searchsorted(row_offsets, control_at, side="right") - 1
-        for token, index in zip(control_at.tolist(), row_of.tolist(), strict=True):
-            if flagged[index]:
-                continue
-            base = byte_offsets[index]
-            flagged[index] = _touches_text(rows[index], int(start[token] - base), int(end[token] - base))
-        return flagged
-
     def _encode_by_hand(self, row: Rendered) -> tuple[npt.NDArray[np.int32], Ints, Ints]:
-        """Encode one row around the control tokens that its template printed, byte ranges from the offsets."""
+        """Encode one row with the Hugging Face tokenizer, byte ranges from its offsets."""
+        encoding = self._hf.encode(row.text, add_special_tokens=False)
+        found = np.asarray(encoding.ids, np.int32), np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        if self._typed_control(row, *found).any():
+            found = self._encode_with_stand_ins(row)
+            for token in found[0][self._typed_control(row, *found)].tolist():
+                name = self._hf.id_to_token(token)
+                raise DataError(f"the tokenizer makes the control token {name!r} from the plain text of a message")
+        ids, offsets = found
         byte_at = byte_positions(row.text)
-        ids: list[int] = []
-        starts: list[int] = []
-        ends: list[int] = []
+        return ids, byte_at[offsets[:, 0]], byte_at[offsets[:, 1]]
 
-        def text_between(first: int, last: int) -> None:
-            encoding = self._hf_text.encode(row.text[first:last], add_special_tokens=False)
-            ids.extend(encoding.ids)
-            starts.extend(a + first for a, _ in encoding.offsets)
-            ends.extend(b + first for _, b in encoding.offsets)
+    def _encode_with_stand_ins(self, row: Rendered) -> tuple[npt.NDArray[np.int32], Ints]:
+        """Return ids and character offsets, where only what the template printed can be a control token.
 
+        text        a <|im_end|> b<|im_end|>        somebody typed the first
+        encoded     a <|im_end|> b#                 # is the stand-in; to this tokenizer <|im_end|> is plain text
+        """
+        if any(stand_in in row.text for stand_in in self._stand_ins.values()):
+            raise DataError("a typed control token together with private-use characters of plane 16 cannot be encoded")
+        pieces: list[str] = []
+        places: list[Ints] = []  # character of the text at every character of what is encoded
         cursor = 0
         for first, last in self._template_control(row):
-            text_between(cursor, first)
-            ids.append(self._control_ids[row.text[first:last]])
-            starts.append(first)
-            ends.append(last)
+            pieces += [row.text[cursor:first], self._stand_ins[row.text[first:last]]]
+            places.append(np.arange(cursor, first + 1))
             cursor = last
-        text_between(cursor, len(row.text))
-        tokens = np.asarray(ids, np.int32)
-        start, end = byte_at[np.asarray(starts, np.int64)], byte_at[np.asarray(ends, np.int64)]
-        for token in np.flatnonzero(self.is_control[tokens]).tolist():
-            if _touches_text(row, int(start[token]), int(end[token])):
-                name = self._hf.id_to_token(int(tokens[token]))
-                raise DataError(f"the tokenizer makes the control token {name!r} from the plain text of a message")
-        return tokens, start, end
+        pieces.append(row.text[cursor:])
+        places.append(np.arange(cursor, len(row.text) + 1))
+        encoding = self._plain.encode("".join(pieces), add_special_tokens=False)
+        ids = np.asarray(encoding.ids, np.int32)
+        for token, stand_in in self._stand_ins.items():
+            ids[ids == self._plain.token_to_id(stand_in)] = self._control_ids[token]
+        return ids, np.concatenate(places)[np.asarray(encoding.offsets, np.int64).reshape(-1, 2)]
+
+    def _typed_control(self, row: Rendered, ids: npt.NDArray[np.int32], offsets: Ints) -> npt.NDArray[np.bool_]:
+        """Say which tokens are control tokens made from text of a message, bool [N]; blanks beside one do not count."""
+        typed = np.zeros(len(ids), np.bool_)
+        for token in np.flatnonzero(self.is_control[ids]).tolist():
+            first, last = offsets[token].tolist()
+            blanks = len(row.text[first:last]) - len(row.text[first:last].lstrip())
+            last = first + len(row.text[first:last].rstrip())
+            first += blanks
+            typed[token] = any(span.is_text and span.start < last and first < span.end for span in row.spans)
+        return typed
 
     def _template_control(self, row: Rendered) -> list[tuple[int, int]]:
         """Return the character ranges of the control tokens that the template printed."""
@@ -259,9 +264,20 @@ def _known_id(tokenizer: Any, token: str) -> int:
     return int(index)
 
 
-def _touches_text(row: Rendered, start: int, end: int) -> bool:
-    byte_at = byte_positions(row.text)
-    return any(span.is_text and byte_at[span.start] < end and start < byte_at[span.end] for span in row.spans)
+def _text_bounds(rows: Sequence[Rendered], byte_offsets: Ints) -> tuple[Ints, Ints]:
+    """Return first and last byte of every text that a conversation brought into the chunk, in order."""
+    bounds = [np.zeros((0, 2), np.int64)]
+    for row, base in zip(rows, byte_offsets[:-1], strict=True):
+        texts = [(span.start, span.end) for span in row.spans if span.is_text]
+        if texts:
+            bounds.append(byte_positions(row.text)[np.asarray(texts)] + base)
+    starts, ends = np.concatenate(bounds).T
+    return starts, ends
+
+
+def _touch(start: Ints, end: Ints, text_start: Ints, text_end: Ints) -> npt.NDArray[np.bool_]:
+    """Say for every byte range whether it shares a byte with one of the texts, which are ordered and disjoint."""
+    return np.searchsorted(text_end, start, side="right") < np.searchsorted(text_start, end, side="left")
 
 
 def _is_byte_level(data: dict[str, Any]) -> bool:

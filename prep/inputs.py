@@ -17,7 +17,7 @@ from shared.errors import ConfigError
 from shared.hashing import digest
 from shared.shard_format import FORMAT_VERSION
 
-SPAN_CODE_VERSION = 1  # bump when the same rows would give other tokens, kinds or messages
+SPAN_CODE_VERSION = 2  # bump when the same rows would give other tokens, kinds or messages
 _LIBRARIES = ("gigatoken", "jinja2", "orjson", "tokenizers", "transformers")
 
 

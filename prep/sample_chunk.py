@@ -18,6 +18,7 @@ from prep.encode import Encoded, Encoder, EncoderSpec
 from prep.mask import TRAIN_NO, TRAIN_UNSET
 from prep.spans import ROLE_KINDS, Rendered, SpanRules, find_spans, learn_rules
 from prep.template import ChatTemplate, TemplateText
+from prep.typed_control import check_typed_control
 from shared.errors import DataError, TemplateError
 
 REFEREE_EVERY = 128  # one row in so many, by content hash, is encoded again by the Hugging Face tokenizer
@@ -129,6 +130,7 @@ class ChunkBuilder:
             conversation = without_message(conversation, lost[0])
             dropped += 1
         rendered = find_spans(text, conversation, self._rules)
+        check_typed_control(self._template, conversation, rendered, self._rules.control)
         if (
             content_hash(conversation)[0] % AUDIT_EVERY == 0
             and self._template.render_plain(conversation) != rendered.text

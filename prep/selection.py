@@ -53,6 +53,7 @@ def select(
     too_long = rows["full_length"] > max_seq_len
     if lengths.over_length == "drop":
         rows = _leave_out(rows, too_long, "over_length", f"over {max_seq_len} tokens", dropped, listed)
+    rows = _leave_out(rows, rows["length"] == 0, "empty", "renders to nothing", dropped, listed)
     few = rows["loss_tokens"] < lengths.min_loss_tokens
     rows = _leave_out(rows, few, "few_loss_tokens", f"under {lengths.min_loss_tokens} loss tokens", dropped, listed)
     rows["tie"] = _mix(rows["row"].astype(np.uint64) ^ np.uint64(seed_from(seed, "order", name)))

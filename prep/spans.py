@@ -10,7 +10,7 @@ control token behind its text. All else is TEMPLATE.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -77,13 +77,13 @@ class SpanRules:
     carries_reasoning: bool  # the template prints the reasoning of a last turn; earlier turns may lose it by design
 
 
-def learn_rules(template: ChatTemplate, control_tokens: list[str], eos_token: str) -> SpanRules:
+def learn_rules(template: ChatTemplate, control_tokens: Sequence[str], eos_token: str) -> SpanRules:
     """Probe a template once: what opens a turn, what closes it, whether it carries reasoning."""
     control = re.compile("|".join(map(re.escape, sorted(control_tokens, key=lambda t: (-len(t), t)))) or r"(?!)")
     prompt = template.generation_prompt()
     closing = {eos_token} if eos_token else set()
     text = _probe(template, {"content": "PROBE-ANSWER"})
-    if text and (last := control.search(text, text.rfind("PROBE-ANSWER"))):
+    if "PROBE-ANSWER" in text and (last := control.search(text, text.rfind("PROBE-ANSWER"))):
         closing.add(last[0])
     reasoning = _probe(template, {"content": "PROBE-ANSWER", "reasoning_content": "PROBE-REASON"})
     return SpanRules(
@@ -99,9 +99,9 @@ def learn_rules(template: ChatTemplate, control_tokens: list[str], eos_token: st
 def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Rendered:
     """Return the spans of a rendering. Raises TemplateError where they cannot be proved."""
     own: dict[int, list[Mark]] = {}
-    foreign: list[Mark] = []
+    foreign: list[Mark] = []  # text that is no message's own: tools, names, ids
     for mark in text.marks:
-        if mark.field == GENERATION:
+        if mark.message == GENERATION:
             continue
         if mark.message >= 0 and mark.field.split("/", 1)[0] in TEXT_FIELDS:
             own.setdefault(mark.message, []).append(mark)
@@ -110,7 +110,7 @@ def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Re
             foreign.append(mark)
     order = sorted(own, key=lambda index: (min(mark.start for mark in own[index]), index))
     regions = _generation_regions(text, own, conversation) if rules.has_generation_marks else None
-    spans: list[Span] = []
+    spans = [Span(m.start, m.end, Kind.TEMPLATE, -1, m.start, m.end, True) for m in foreign]
     messages: list[RenderedMessage] = []
     previous_end = 0
     for position, index in enumerate(order):
@@ -120,17 +120,17 @@ def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Re
             if regions is not None:
                 found = regions[index]
             else:
-                limit = min(mark.start for mark in own[order[position + 1]]) if position + 1 < len(order) else len(text)
-                found = [_region_around(text, marks, previous_end, limit, rules)]
+                following = own[order[position + 1]] if position + 1 < len(order) else []
+                floor, limit = _surroundings(text, marks, previous_end, [*foreign, *following])
+                found = [_region_around(text, marks, floor, limit, rules)]
             for start, end in found:
-                inside = [mark for mark in marks if start <= mark.start and mark.end <= end]
+                inside = sorted(mark for mark in [*marks, *foreign] if start <= mark.start and mark.end <= end)
                 spans += _turn_spans(text, position, inside, (start, end), rules)
             previous_end = max(previous_end, found[-1][1])
         else:
             kind = ROLE_KINDS[conversation.messages[index]["role"]]
             spans += [Span(m.start, m.end, kind, position, m.start, m.end, True) for m in marks if m.start < m.end]
             previous_end = max(previous_end, marks[-1].end)
-    spans += [Span(m.start, m.end, Kind.TEMPLATE, -1, m.start, m.end, True) for m in foreign]
     return Rendered(str.__getitem__(text, slice(None)), _without_overlaps(spans), messages)
 
 
@@ -140,6 +140,14 @@ def _probe(template: ChatTemplate, answer: dict[str, str]) -> str:
         return template.render_plain(Conversation(messages=messages, tools=None, train=(None, None)))
     except TemplateError:
         return ""
+
+
+def _surroundings(text: str, marks: list[Mark], floor: int, others: list[Mark]) -> tuple[int, int]:
+    """Return the bounds of the template's own words around a message: the nearest text that a conversation brought."""
+    first, last = min(mark.start for mark in marks), max(mark.end for mark in marks)
+    before = max((mark.end for mark in others if mark.end <= first), default=0)
+    behind = min((mark.start for mark in others if mark.start >= last), default=len(text))
+    return max(floor, before), behind
 
 
 def _check_verbatim(text: Traced, mark: Mark, conversation: Conversation) -> None:
@@ -153,7 +161,7 @@ def _check_verbatim(text: Traced, mark: Mark, conversation: Conversation) -> Non
 def _generation_regions(
     text: Traced, own: dict[int, list[Mark]], conversation: Conversation
 ) -> dict[int, list[tuple[int, int]]]:
-    blocks = sorted((mark.start, mark.end) for mark in text.marks if mark.field == GENERATION)
+    blocks = sorted((mark.start, mark.end) for mark in text.marks if mark.message == GENERATION)
     regions: dict[int, list[tuple[int, int]]] = {}
     for index, marks in own.items():
         if conversation.messages[index]["role"] != "assistant":
@@ -174,12 +182,28 @@ def _region_around(text: str, marks: list[Mark], floor: int, limit: int, rules: 
     if rules.generation_prompt:
         found = text.rfind(rules.generation_prompt, floor, first)
         start = found + len(rules.generation_prompt) if found >= 0 else first
-    stop = rules.control.search(text, last, limit)
+    stop = _terminator(text, last, limit, marks, rules)
     if stop and (stop[0] in rules.closing or stop[0] not in rules.opening):
         return start, stop.end()
-    if marks[-1].field.startswith(("tool_calls", "function_calls")):
+    if _ends_in_tool_call(marks):
         raise TemplateError("the template closes a tool call without a control token, so its end cannot be proved")
     return start, last
+
+
+def _terminator(text: str, start: int, end: int, marks: list[Mark], rules: SpanRules) -> re.Match[str] | None:
+    """Return the first control token behind a message's text; behind a tool call, one that is known to end turns.
+
+    Some templates close a call and the list of calls with control tokens before the one that ends the turn.
+    """
+    if _ends_in_tool_call(marks):
+        for found in rules.control.finditer(text, start, end):
+            if found[0] in rules.closing:
+                return found
+    return rules.control.search(text, start, end)
+
+
+def _ends_in_tool_call(marks: list[Mark]) -> bool:
+    return max(marks, key=lambda mark: (mark.end, mark.start)).field.startswith(("tool_calls", "function_calls"))
 
 
 def _turn_spans(
@@ -190,12 +214,12 @@ def _turn_spans(
     pieces: list[tuple[int, int, Kind, bool]] = []
     cursor, before = start, Kind.ASSISTANT
     for mark in marks:
-        kind = FIELD_KINDS[mark.field.split("/", 1)[0]]
+        kind = FIELD_KINDS.get(mark.field.split("/", 1)[0], before)
         if mark.start > cursor:
             pieces.append((cursor, mark.start, _kind_between(before, kind), False))
         pieces.append((max(cursor, mark.start), mark.end, kind, True))
         cursor, before = max(cursor, mark.end), kind
-    stop = rules.control.search(text, cursor, end)
+    stop = _terminator(text, cursor, end, marks, rules)
     if stop:
         pieces.append((cursor, stop.start(), before, False))
         pieces.append((stop.start(), stop.end(), Kind.TERMINATOR, False))
@@ -225,15 +249,18 @@ def _inline_reasoning(text: str, start: int, end: int, kind: Kind, is_text: bool
 
 
 def _without_overlaps(spans: list[Span]) -> list[Span]:
-    """Order the spans; where a template prints text inside text, the span that starts later is cut."""
+    """Order the spans; where a template prints text of a message inside its text, the span that starts later is cut."""
     spans.sort()
     if all(a.end <= b.start for a, b in pairwise(spans)):
         return spans
     result: list[Span] = []
-    cursor = 0
-    for span in spans:
-        start = max(span.start, cursor)
+    for span in sorted(spans, key=lambda span: (span.start, span.message < 0)):
+        before = result[-1] if result else None
+        if before and span.start < before.end and -1 != span.message != before.message:
+            raise TemplateError(
+                "the template prints the texts of two messages as one, so it cannot be proved whose it is"
+            )
+        start = max(span.start, before.end) if before else span.start
         if start < span.end:
             result.append(span._replace(start=start))
-            cursor = span.end
     return result

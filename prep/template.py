@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from types import BuiltinMethodType
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.filters
 import jinja2.nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.parser import Parser
-from jinja2.runtime import Macro
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from prep.config import TemplateConfig
@@ -120,7 +122,9 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as exc:
+        except (
+            jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError
+        ) as exc:  # fmt: skip
             raise TemplateError(f"the template {self.name!r} refuses it: {exc}") from exc
 
 
@@ -131,9 +135,14 @@ def _traced_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     }
 
 
+def reasoning_of(message: Mapping[str, Any]) -> Any:
+    """Return the reasoning of a message, whatever name it came under; None without any."""
+    return next((message[name] for name in _REASONING_NAMES if message.get(name) is not None), None)
+
+
 def _with_reasoning_names(message: Mapping[str, Any]) -> dict[str, Any]:
     """Give reasoning under the names that templates read, as transformers does."""
-    reasoning = next((message[name] for name in _REASONING_NAMES if message.get(name) is not None), None)
+    reasoning = reasoning_of(message)
     if reasoning is None:
         return dict(message)
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
@@ -158,6 +167,11 @@ class _TracingEnvironment(ImmutableSandboxedEnvironment):
     def concat(parts: Any) -> str:
         return join("", parts)
 
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(function, BuiltinMethodType) and function.__name__ == "join" and type(function.__self__) is str:
+            return join(function.__self__, *args, **kwargs)
+        return super().call(context, function, *args, **kwargs)
+
 
 class _GenerationBlocks(jinja2.ext.Extension):
     """`{% generation %} ... {% endgeneration %}`: what an assistant wrote, marked as one block."""
@@ -172,8 +186,8 @@ class _GenerationBlocks(jinja2.ext.Extension):
     def _mark(self, caller: Macro) -> str:
         text = caller()
         if not isinstance(text, Traced):
-            return Traced(text, (Mark(0, len(text), -1, GENERATION, 0),))
-        return Traced(str(text), (Mark(0, len(text), -1, GENERATION, 0), *text.marks))
+            return Traced(text, (Mark(0, len(text), GENERATION, "", 0),))
+        return Traced(str(text), (Mark(0, len(text), GENERATION, "", 0), *text.marks))
 
 
 def _environment(date: str, *, tracing: bool) -> ImmutableSandboxedEnvironment:
@@ -182,7 +196,8 @@ def _environment(date: str, *, tracing: bool) -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols], cache_size=0
     )
     environment.filters["tojson"] = _to_json
-    environment.filters["join"] = _join_filter
+    if tracing:
+        environment.filters["join"] = _join_filter
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime(date)
     return environment
@@ -202,8 +217,8 @@ def _to_json(
 @jinja2.pass_environment
 def _join_filter(environment: jinja2.Environment, value: Any, d: str = "", attribute: str | int | None = None) -> str:
     if attribute is not None:
-        value = [environment.getitem(item, attribute) for item in value]
-    return join(str(d), [str(item) for item in value])
+        value = map(jinja2.filters.make_attrgetter(environment, attribute), value)
+    return join(str(d), map(str, value))
 
 
 def _raise_exception(message: str) -> None:

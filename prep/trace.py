@@ -12,7 +12,7 @@ same as without tracing. Text of unknown origin has no mark: the row then counts
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, SupportsIndex
 
-GENERATION = "generation"  # the field name of a mark made by a {% generation %} block
+GENERATION = -2  # the message index of a mark made by a {% generation %} block; no row can bring one
 
 
 class Mark(NamedTuple):
@@ -85,13 +85,11 @@ class Traced(str):
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
         head, middle, _ = str.partition(self, sep)
-        cut = len(head) + len(middle)
-        return self._cut(0, len(head)), middle, self._cut(cut, len(self))
+        return self._cut_three(len(head), len(head) + len(middle))
 
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         head, middle, _ = str.rpartition(self, sep)
-        cut = len(head) + len(middle)
-        return self._cut(0, len(head)), middle, self._cut(cut, len(self))
+        return self._cut_three(len(head), len(head) + len(middle))
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
         if not old:
@@ -105,19 +103,16 @@ class Traced(str):
         kept = []
         for mark in self.marks:
             first, last = max(mark.start, start), min(mark.end, end)
-            if first < last or (mark.start == mark.end and start <= mark.start <= end):
-                skipped = first - mark.start
-                kept.append(
-                    mark._replace(
-                        start=first - start,
-                        end=last - start,
-                        source_start=mark.source_start if mark.source_start < 0 else mark.source_start + skipped,
-                    )
-                )
-        if not kept and self.marks and start >= end:
             # an empty piece of a message is still that message's: an all-blank answer has a place too
-            kept = [self.marks[0]._replace(start=0, end=0, source_start=0)]
+            if first < last or (first == last and (mark.start == mark.end or start == end)):
+                skipped = 0 if mark.source_start < 0 else first - mark.start
+                kept.append(
+                    mark._replace(start=first - start, end=last - start, source_start=mark.source_start + skipped)
+                )
         return Traced(str.__getitem__(self, slice(start, end)), tuple(kept))
+
+    def _cut_three(self, first: int, second: int) -> tuple[str, str, str]:
+        return self._cut(0, first), self._cut(first, second), self._cut(second, len(self))
 
     def _located(self, pieces: list[str], gap: int) -> list[str]:
         found, position = [], 0
@@ -129,11 +124,19 @@ class Traced(str):
 
 
 class TracedDict(dict[str, Any]):
-    """A dict from a conversation (a tool, a tool call, its arguments): its JSON is marked as a whole."""
+    """A dict from a conversation (a tool, a tool call, its arguments), keys too; its JSON is marked as a whole."""
 
     def __init__(self, value: dict[str, Any], message: int, field: str) -> None:
-        super().__init__({key: traced(item, message, f"{field}/{key}") for key, item in value.items()})
+        super().__init__(
+            {
+                traced(key, message, f"{field}/{key}"): traced(item, message, f"{field}/{key}")
+                for key, item in value.items()
+            }
+        )
         self._traced_origin = (message, field)  # a public name would hide a key of that name from the template
+
+    def __str__(self) -> str:
+        return json_marked(repr(self), self)
 
 
 class TracedList(list[Any]):
@@ -142,6 +145,9 @@ class TracedList(list[Any]):
     def __init__(self, value: list[Any], message: int, field: str) -> None:
         super().__init__(traced(item, message, f"{field}/{index}") for index, item in enumerate(value))
         self._traced_origin = (message, field)  # a public name would hide a key of that name from the template
+
+    def __str__(self) -> str:
+        return json_marked(repr(self), self)
 
 
 def traced(value: Any, message: int, field: str) -> Any:
@@ -172,7 +178,7 @@ def join(separator: str, parts: Iterable[str]) -> str:
 
 
 def json_marked(text: str, value: Any) -> str:
-    """Return `text`, the JSON of `value`, marked with the origins found in `value`."""
+    """Return `text`, the JSON (or repr) of `value`, marked with the origins found in `value`."""
     origins = dict.fromkeys(_origins(value))
     return Traced(text, tuple(Mark(0, len(text), *origin, -1) for origin in origins)) if origins else text
 
@@ -181,9 +187,10 @@ def _origins(value: Any) -> Iterator[tuple[int, str]]:
     if isinstance(value, TracedDict | TracedList):
         yield value._traced_origin
     elif isinstance(value, Traced):
-        yield from ((mark.message, mark.field) for mark in value.marks)
+        yield from ((mark.message, mark.field) for mark in value.marks if mark.message != GENERATION)
     elif isinstance(value, dict):
-        for item in value.values():
+        for key, item in value.items():
+            yield from _origins(key)
             yield from _origins(item)
     elif isinstance(value, list | tuple):
         for item in value:
