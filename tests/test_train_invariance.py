@@ -71,9 +71,7 @@ def models(shard_set: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def run_ranks(
-    num_ranks: int, shards: Path, models: Path, out: Path, packs_per_step: int, jobs: tuple[str, ...]
-) -> Results:
+def run_ranks(num_ranks: int, shards: Path, models: Path, out: Path, jobs: tuple[str, ...]) -> Results:
     out.mkdir()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     command = [sys.executable, *(launcher if num_ranks > 1 else []), str(PROGRAM), str(shards), str(models), str(out)]
