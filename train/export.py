@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from shared import atomic
 from shared.errors import ArtifactError, FingerprintMismatchError
@@ -49,6 +49,7 @@ def export_model(
         _write_weights(staged, state_dict, model_config, generation_config(shard_set.manifest.tokenizer))
         (staged / "README.md").write_text(render_card(card), encoding="utf-8")
         _check_loads(staged)
+        _share_modes(staged, like=staged / "README.md")
     atomic.replace_dir(aside, out_dir)
 
 
@@ -100,11 +101,16 @@ def _write_tokenizer(staged: Path, shard_set: ShardSet) -> None:
         shutil.copyfile(shard_set.tokenizer_dir / name, staged / name)
     pad_token_id = _pad_token_id(shard_set.manifest.tokenizer)
     if shard_set.manifest.tokenizer.pad_token_id is None and pad_token_id is not None:
-        tokenizer = AutoTokenizer.from_pretrained(staged)
         file = staged / "tokenizer_config.json"
         settings = json.loads(file.read_bytes()) if file.exists() else {}
-        settings["pad_token"] = tokenizer.convert_ids_to_tokens(pad_token_id)
+        settings["pad_token"] = _added_token(staged / "tokenizer.json", pad_token_id)
         file.write_bytes(canonical_json(settings))
+
+
+def _added_token(tokenizer_json: Path, token_id: int) -> str | None:
+    """Return the text of an added token; None for a token of the plain vocabulary, which can't be told from text."""
+    added = json.loads(tokenizer_json.read_bytes()).get("added_tokens", [])
+    return next((str(entry["content"]) for entry in added if entry["id"] == token_id), None)
 
 
 def _write_weights(
@@ -133,6 +139,12 @@ def _check_loads(staged: Path) -> None:
             raise ArtifactError(
                 f"the export would load with {len(found)} {kind.replace('_', ' ')}, e.g. {found[0]}; nothing was kept"
             )
+
+
+def _share_modes(folder: Path, *, like: Path) -> None:
+    """Give every file the mode of a plainly written one: safetensors makes files that only their owner reads."""
+    for file in folder.iterdir():
+        file.chmod(like.stat().st_mode)
 
 
 def _shards_of(description: dict[str, Any], checkpoint_dir: Path) -> ShardSet:

@@ -1,0 +1,72 @@
+"""The plot: an image of every run, whatever its records lack."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.errors import ArtifactError
+from train.plot import moving_mean, plot_runs
+
+
+def _run(path: Path, *, steps: int, loss: float | None = 2.0) -> Path:
+    path.mkdir(parents=True)
+    records = [
+        {
+            "step": step,
+            "train_loss": None if loss is None or step == 2 else loss / step,
+            "learning_rate": 1e-3 / step,
+            "per_device_tps": 1000.0,
+        }
+        for step in range(1, steps + 1)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def _size(image: Path) -> tuple[int, int]:
+    data = image.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+@pytest.mark.parametrize("steps", [1, 5, 200])
+def test_one_run_becomes_an_image(tmp_path: Path, steps: int) -> None:
+    plot_runs([_run(tmp_path / "a", steps=steps)], tmp_path / "loss.png")
+    width, height = _size(tmp_path / "loss.png")
+    assert width > 800
+    assert height > 400
+
+
+def test_runs_of_the_same_name_are_drawn_over_one_another(tmp_path: Path) -> None:
+    runs = [_run(tmp_path / "x" / "run", steps=50), _run(tmp_path / "y" / "run", steps=60)]
+    plot_runs(runs, tmp_path / "both.png")
+    plot_runs(runs[:1], tmp_path / "one.png")
+    assert (tmp_path / "both.png").read_bytes() != (tmp_path / "one.png").read_bytes()
+
+
+def test_a_run_without_any_loss_still_gives_an_image(tmp_path: Path) -> None:
+    plot_runs([_run(tmp_path / "a", steps=3, loss=None)], tmp_path / "loss.png")
+    _size(tmp_path / "loss.png")
+
+
+def test_a_directory_that_is_no_run_is_an_error_and_leaves_no_image(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="holds no records"):
+        plot_runs([tmp_path], tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_plotting_does_not_change_matplotlib_for_others(tmp_path: Path) -> None:
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    plot_runs([_run(tmp_path / "a", steps=5)], tmp_path / "loss.png")
+    assert dict(mpl.rcParams) == before
+
+
+def test_moving_mean_equals_the_mean_of_each_neighbourhood() -> None:
+    values = np.random.default_rng(0).normal(size=30)
+    for width in (1, 2, 3, 8):
+        expected = [values[max(0, i - width // 2) : i + width // 2 + 1].mean() for i in range(30)]
+        np.testing.assert_allclose(moving_mean(values, width), expected, atol=1e-12)
