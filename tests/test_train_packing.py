@@ -29,6 +29,23 @@ MODELS = {
     "qwen3-tied": {"model_type": "qwen3", **COMMON, "head_dim": 8, "tie_word_embeddings": True},
     "mistral-window": {"model_type": "mistral", **COMMON, "head_dim": 8, "sliding_window": 5},
     "granite": {"model_type": "granite", **COMMON, "logits_scaling": 3.0},
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        **COMMON,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 16,
+    },
     "cohere": {"model_type": "cohere", **COMMON, "logit_scale": 0.25},
 }
 
@@ -178,6 +195,10 @@ def test_attention_refuses_a_model_that_passes_no_bounds(shard_set: ShardSet) ->
         ({"model_type": "llama", **COMMON, "max_position_embeddings": 8}, "takes 8 positions"),
         ({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1}, "mamba"),
         ({"model_type": "phi", **COMMON}, "no plain LM head"),
+        ({"model_type": "recurrent_gemma", **COMMON}, "layers of type recurrent"),
+        ({"model_type": "qwen3_next", **COMMON}, "layers of type linear_attention"),
+        ({"model_type": "bloom"}, "does not let its attention be replaced"),
+        ({"model_type": "llama", **COMMON, "num_attention_heads": 5}, "model.config"),
     ],
 )
 def test_a_model_that_cannot_be_trained_right_is_refused(

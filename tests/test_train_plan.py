@@ -106,6 +106,11 @@ def test_ranks_run_packs_of_similar_cost_at_the_same_time() -> None:
     assert sorted_wait < 0.6 * unsorted_wait
 
 
+def test_packs_of_a_micro_batch_are_dealt_forwards_and_backwards() -> None:
+    ranks = split_step(np.arange(4), np.array([40, 30, 20, 10]), world_size=2, packs_per_micro_batch=2)
+    assert [[micro_batch.tolist() for micro_batch in rank] for rank in ranks] == [[[0, 3]], [[1, 2]]]
+
+
 def test_what_divides_is_accepted_and_the_rest_names_it() -> None:
     for world, per_micro in product((1, 2, 4, 8), (1, 2)):
         check_divides(packs_per_step=16, packs_per_micro_batch=per_micro, world_size=world)

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,9 @@ def train(parts: Parts, start: TrainState) -> None:
             saved = _save(parts, TrainState(step=step, counters=counters, window_losses=losses))
             window.started += time.perf_counter() - saving_started  # a save is no part of the speed of training
             if stopping:
-                raise StoppedOnRequest(f"stopped after step {step} of {total_steps}, saved in {saved}")
+                raise StoppedOnRequest(
+                    f"stopped after step {step} of {total_steps}, saved in {saved}; run the same command again to go on"
+                )
         if step == start.step + 1:
             gc.collect()
             gc.freeze()  # what lives now lives to the end: later collections, and the stalls they cause, stay small
@@ -89,6 +92,8 @@ def _update(parts: Parts, batch: StepBatch, rate: float) -> None:
 
 def _log(parts: Parts, window: Window, counters: Counters, *, step: int, rate: float) -> None:
     losses = window.global_losses(parts.ranks)
+    if not all(math.isfinite(loss) for loss in losses):
+        raise DataError(f"step {step}: the loss is not finite, though the gradients were; lower optim.learning_rate")
     if parts.log is None:
         return
     peak = peak_flops(parts.ranks.device)

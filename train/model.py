@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from shared.errors import ArtifactError, ConfigError
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # what models of transformers do to their logits besides the head; only the first two are linear and handled
 _LOGIT_CHANGES = ("final_logit_softcapping", "lm_head_multiplier", "output_multiplier_scale", "dim_model_base")
+_LAYER_KEYS = ("layer_types", "layers_block_type", "block_types", "_block_types")
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 
 
@@ -60,7 +62,7 @@ def build_model(model: ModelConfig, manifest: Manifest, *, attention: str, dtype
     check_supported(config)
     torch.manual_seed(seed)
     if model.config is not None:
-        network = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+        network = _random_weights(config, attention=attention, dtype=dtype)
     else:
         network = _load_weights(model, config, attention=attention, dtype=dtype)
     check_head(network)
@@ -102,7 +104,7 @@ def check_supported(config: PretrainedConfig) -> None:
             raise ConfigError(
                 f"model type {name!r} changes its logits ({key} = {_get(config, key)}); not supported yet"
             )
-    layers = set(_get(config, "layer_types") or ()) | set(_get(config, "layers_block_type") or ())
+    layers = {kind for key in _LAYER_KEYS for kind in _get(config, key) or ()}
     if foreign := sorted(layers - _ATTENTION_LAYERS):
         raise ConfigError(
             f"model type {name!r} has layers of type {', '.join(foreign)}, which carry state from one sequence of a "
@@ -135,9 +137,11 @@ def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedC
     values = dict(table)
     model_type = values.pop("model_type", None)
     try:
-        known = AutoConfig.for_model(model_type).to_dict()
+        plain = AutoConfig.for_model(model_type)
     except (ValueError, KeyError, AttributeError) as exc:
         raise ConfigError(f"model.config.model_type = {model_type!r} is not a model type of transformers") from exc
+    defaults = plain.to_dict()
+    known = {*defaults, *plain.attribute_map, "head_dim"}  # the last is read by many and declared by few
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -146,23 +150,32 @@ def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedC
     tokenizer = manifest.tokenizer
     derived = {
         "vocab_size": max(tokenizer.vocab_size, manifest.max_token_id + 1),
-        "max_position_embeddings": max(int(known.get("max_position_embeddings") or 0), manifest.max_seq_len),
+        "max_position_embeddings": max(int(defaults.get("max_position_embeddings") or 0), manifest.max_seq_len),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": None,  # nothing is padded, and torch would never train the embedding of that token
     }
     try:
         config = AutoConfig.for_model(model_type, **{**derived, **values})
-    except (ValueError, TypeError) as exc:
+    except (ValueError, TypeError, StrictDataclassError) as exc:
         raise ConfigError(f"model.config is not a valid {model_type!r} config: {_one_line(exc)}") from exc
     assert isinstance(config, PretrainedConfig)
     return config
 
 
+def _random_weights(config: PretrainedConfig, *, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        network = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    except ValueError as exc:
+        raise ConfigError(f"model.config cannot be built: {_one_line(exc)}") from exc
+    assert isinstance(network, PreTrainedModel)
+    return network
+
+
 def _config_of_pretrained(model: ModelConfig) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(model.name, revision=model.revision, trust_remote_code=False)
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, StrictDataclassError) as exc:
         raise ArtifactError(f"cannot read the model {model.name!r}: {_one_line(exc)}") from exc
     assert isinstance(config, PretrainedConfig)
     return config
