@@ -85,6 +85,6 @@ def _message_starts(encoded: Encoded, rows: Sequence[Rendered], message: Ints) -
     starts = np.searchsorted(encoded.token_end, bounds, side="right")
     shared = np.flatnonzero(starts < len(message))
     shared = shared[encoded.token_start[starts[shared]] < bounds[shared]]
-    starts[shared] += message[starts[shared]] != shared
+    starts[shared] += message[starts[shared]] < shared
     row_of = np.searchsorted(row_messages, np.arange(len(starts)), side="right") - 1
     return np.clip(starts, encoded.row_offsets[row_of], encoded.row_offsets[row_of + 1]), row_messages
