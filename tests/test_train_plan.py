@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError
@@ -17,6 +17,7 @@ def order_of(num_packs: int, per_step: int, epochs: float, *, seed: int = 0, fin
     )
 
 
+@settings(deadline=None, max_examples=60)
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_permute_is_a_permutation(size: int, key: int) -> None:
     assert sorted(permute(np.arange(size), size, key)) == list(range(size))
@@ -51,6 +52,7 @@ def test_the_order_is_golden() -> None:
 GOLDEN = [[9, 8, 3, 0], [6, 7, 1, 2], [4, 5, 5, 4], [1, 9, 6, 0], [2, 3, 8, 7]]
 
 
+@settings(deadline=None, max_examples=60)
 @given(num_packs=st.integers(1, 50), per_step=st.integers(1, 20), epochs=st.integers(1, 4), seed=st.integers(0, 99))
 def test_every_pack_once_per_epoch(num_packs: int, per_step: int, epochs: int, seed: int) -> None:
     order = order_of(num_packs, per_step, epochs, seed=seed)
@@ -80,6 +82,7 @@ def test_max_steps_sets_the_length_and_every_step_is_full() -> None:
     assert [len(order.step(step)) for step in range(7)] == [4] * 7
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     num_packs=st.integers(1, 24), world_size=st.integers(1, 5), per_micro_batch=st.integers(1, 3),
     costs=st.lists(st.integers(1, 10**6), min_size=24, max_size=24),
