@@ -74,8 +74,6 @@ def start_engine(model: LossModel, optim: OptimConfig, config: dict[str, Any]) -
         _parameter_groups(model, optim.weight_decay), lr=optim.learning_rate, betas=optim.betas, eps=optim.eps
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    if config["zero_optimization"]["stage"] < 3:
-        engine.optimizer.check_grad_overflow = True  # off by default in fp32: a NaN would reach the weights
     return engine
 
 

@@ -18,7 +18,7 @@ from train.checkpoint import TrainState, load_checkpoint
 from train.distributed import Ranks, barrier, process_group
 from train.engine import choose_dtype, consolidated_weights, deepspeed_config, shard_while_building, start_engine
 from train.feed import Feed
-from train.flops import model_cost
+from train.flops import ModelCost, model_cost
 from train.metrics import Counters, MetricsLog, read_records
 from train.model import build_model
 from train.prepare import Prepared, check_ranks
@@ -35,7 +35,7 @@ def run_rank(prepared: Prepared) -> None:
         if ranks.is_main:
             _open_run(prepared)
         barrier(ranks)
-        engine, parts_cost = _start(prepared, ranks)
+        engine, cost = _start(prepared, ranks)
         start = _starting_state(prepared, engine, ranks)
         log = _open_log(prepared, start.step) if ranks.is_main else None
         feed = Feed(
@@ -46,9 +46,7 @@ def run_rank(prepared: Prepared) -> None:
             world_size=ranks.world_size,
             packs_per_micro_batch=prepared.recipe.batch.packs_per_micro_batch,
         )
-        parts = loop.Parts(
-            prepared=prepared, ranks=ranks, engine=engine, feed=feed, cost=parts_cost, log=log, wish=wish
-        )
+        parts = loop.Parts(prepared=prepared, ranks=ranks, engine=engine, feed=feed, cost=cost, log=log, wish=wish)
         try:
             loop.train(parts, start)
         finally:
@@ -57,7 +55,7 @@ def run_rank(prepared: Prepared) -> None:
         _finish(prepared, engine, ranks)
 
 
-def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, Any]:
+def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
     """Return the engine and what a step costs."""
     recipe = prepared.recipe
     dtype = choose_dtype(recipe.engine.dtype, ranks.device)
