@@ -13,6 +13,7 @@ import numpy.typing as npt
 from prep.align import align
 from prep.carriage import uncarried, without_message
 from prep.chunks import Chunk, parse_chunk
+from prep.compiled import CompiledTemplate
 from prep.conversation import Conversation, content_hash, parse_conversation, prompt_hash
 from prep.encode import Encoded, Encoder, EncoderSpec
 from prep.mask import TRAIN_NO, TRAIN_UNSET
@@ -73,6 +74,7 @@ class ChunkBuilder:
         self._rules: SpanRules = learn_rules(
             self._template, list(spec.encoder.control_tokens), spec.special_tokens.get("eos_token", "")
         )
+        self._compiled = CompiledTemplate(self._template, self._rules)
         self._drop_messages = spec.drop_messages
 
     def build(self, chunk: Chunk) -> ChunkResult:
@@ -116,6 +118,10 @@ class ChunkBuilder:
 
     def _render(self, conversation: Conversation) -> tuple[Conversation, Rendered | None, str, int]:
         """Render until the template carries everything. Returns no rendering, and why, where it cannot."""
+        compiled = self._compiled.render(conversation)
+        if compiled is not None:
+            self._check(conversation, compiled)
+            return conversation, compiled, "", 0
         dropped = 0
         while True:
             try:
@@ -130,13 +136,16 @@ class ChunkBuilder:
             conversation = without_message(conversation, lost[0])
             dropped += 1
         rendered = find_spans(text, conversation, self._rules)
+        self._check(conversation, rendered)
+        return conversation, rendered, "", dropped
+
+    def _check(self, conversation: Conversation, rendered: Rendered) -> None:
         check_typed_control(self._template, conversation, rendered, self._rules.control)
         if (
             content_hash(conversation)[0] % AUDIT_EVERY == 0
             and self._template.render_plain(conversation) != rendered.text
         ):
             raise TemplateError(f"the template {self._template.name!r} prints another text when it is not traced")
-        return conversation, rendered, "", dropped
 
     def _columns(
         self, kept: list[_Kept], rejects: list[tuple[int, str, str]]

@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from prep.config import TemplateConfig
 from prep.conversation import Conversation
-from prep.trace import GENERATION, Mark, Traced, join, json_marked, traced
+from prep.trace import Traced, join, json_marked, traced
 from shared.errors import ConfigError, TemplateError
 from shared.hashing import sha256_bytes
 
@@ -81,10 +81,12 @@ class ChatTemplate:
 
     def __init__(self, template: TemplateText, special_tokens: Mapping[str, str], date: str = "") -> None:
         self.name = template.name
+        self._text = template.text
+        self._date = date
         self._variables = dict(special_tokens)
         try:
-            self._traced = _environment(date, tracing=True).from_string(template.text)
-            self._plain = _environment(date, tracing=False).from_string(template.text)
+            self._traced = _environment(TracingEnvironment, date).from_string(template.text)
+            self._plain = _environment(ImmutableSandboxedEnvironment, date).from_string(template.text)
         except jinja2.TemplateSyntaxError as exc:
             raise ConfigError(f"template {template.name!r}, line {exc.lineno}: {exc.message}") from exc
         self.has_generation_marks = "generation" in template.text and _has_generation_block(template.text)
@@ -100,6 +102,16 @@ class ChatTemplate:
         """Render as transformers does."""
         messages = [_with_reasoning_names(message) for message in conversation.messages]
         return self._render(self._plain, messages, conversation.tools, add_generation_prompt=add_generation_prompt)
+
+    def render_messages(self, messages: list[dict[str, Any]], environment: type["TracingEnvironment"]) -> str:
+        """Render messages that carry marks of their own, in an environment of that class. Raises TemplateError."""
+        template = _environment(environment, self._date).from_string(self._text)
+        return self._render(template, messages, None, add_generation_prompt=False)
+
+    def filters(self) -> set[str]:
+        """Return the names of the filters that the template uses."""
+        tree = _environment(ImmutableSandboxedEnvironment, self._date).parse(self._text)
+        return {node.name for node in tree.find_all(jinja2.nodes.Filter)}
 
     def generation_prompt(self) -> str:
         """Return what the template prints to open an assistant turn, "" where it prints nothing."""
@@ -160,7 +172,7 @@ class _TracingCodeGenerator(CodeGenerator):
         self.write("))")
 
 
-class _TracingEnvironment(ImmutableSandboxedEnvironment):
+class TracingEnvironment(ImmutableSandboxedEnvironment):
     code_generator_class = _TracingCodeGenerator
 
     @staticmethod
@@ -185,18 +197,15 @@ class _GenerationBlocks(jinja2.ext.Extension):
 
     def _mark(self, caller: Macro) -> str:
         text = caller()
-        if not isinstance(text, Traced):
-            return Traced(text, (Mark(0, len(text), GENERATION, "", 0),))
-        return Traced(str(text), (Mark(0, len(text), GENERATION, "", 0), *text.marks))
+        return (text if isinstance(text, Traced) else Traced(text)).in_block()
 
 
-def _environment(date: str, *, tracing: bool) -> ImmutableSandboxedEnvironment:
-    cls = _TracingEnvironment if tracing else ImmutableSandboxedEnvironment
+def _environment(cls: type[ImmutableSandboxedEnvironment], date: str) -> ImmutableSandboxedEnvironment:
     environment = cls(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols], cache_size=0
     )
     environment.filters["tojson"] = _to_json
-    if tracing:
+    if issubclass(cls, TracingEnvironment):
         environment.filters["join"] = _join_filter
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime(date)

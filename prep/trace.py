@@ -99,6 +99,10 @@ class Traced(str):
     def join(self, parts: Iterable[str], /) -> str:
         return join(self, parts)
 
+    def in_block(self) -> "Traced":
+        """Return the same text, marked as what one {% generation %} block printed."""
+        return Traced(self, (Mark(0, str.__len__(self), GENERATION, "", 0), *self.marks))
+
     def _cut(self, start: int, end: int) -> str:
         kept = []
         for mark in self.marks:

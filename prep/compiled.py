@@ -1,0 +1,179 @@
+"""A chat template compiled for a shape of conversation: fixed strings with slots, filled without running Jinja.
+
+A shape is the sequence of roles. The template runs once on stand-in contents that write down what it asks of them
+(`prep/probe.py`); its output gives the pieces, the spans, and guards: the questions and answers that other contents
+must repeat. A conversation whose contents give another answer, or that has more than roles and contents, takes the
+traced way through Jinja. So does every shape that cannot be followed, or that a second set of stand-ins contradicts.
+
+    pieces   <|user|>\\n  [0]  \\n<|assistant|>\\n  [1]  <|endoftext|>      guards: none
+    spans                [USER]                   [ASSISTANT][TERMINATOR]
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+from prep.carriage import uncarried
+from prep.conversation import Conversation
+from prep.probe import QUESTIONS, Guard, Probe, Record, plain
+from prep.spans import Rendered, RenderedMessage, Span, SpanRules, find_spans
+from prep.template import ChatTemplate, TracingEnvironment
+from prep.trace import Mark, Traced, join
+from shared.errors import TemplateError
+from shared.shard_format import Kind
+
+# filters that pass contents on, or look at them through questions that a probe writes down
+_FOLLOWED_FILTERS = frozenset(
+    ("trim", "tojson", "string", "default", "d", "list", "selectattr", "rejectattr", "map", "first", "last", "length",
+     "count", "join", "reverse", "items")
+)  # fmt: skip
+_STAND_INS = ("Stand-in {}: a short line", "Zweiter Text {},\n\nmit Absatz, caf\u00e9 und \u6771\u4eac")
+_MAX_MESSAGES = 64  # longer conversations are too rare to share a shape
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Rendered pieces: text, or the index of the message whose content stands there."""
+
+    pieces: tuple[str | int, ...]
+    spans: tuple[tuple[int, int, Kind, int, int, int, bool], ...]  # as Span, positions as piece boundaries
+    messages: tuple[tuple[int, int], ...]  # as RenderedMessage, start as a piece boundary
+    guards: tuple[Guard, ...]
+    plain_contents: tuple[int, ...]  # messages whose content may not hold inline reasoning
+
+    def render(self, conversation: Conversation) -> Rendered | None:
+        """Return what the template prints, or None where the contents give a guard another answer."""
+        contents = [message["content"] for message in conversation.messages]
+        for message, question, argument, answer in self.guards:
+            if QUESTIONS[question](contents[message], argument) is not answer:
+                return None
+        if any("<think>" in contents[message] for message in self.plain_contents):
+            return None
+        texts = [piece if isinstance(piece, str) else contents[piece] for piece in self.pieces]
+        at = [0, *accumulate(map(len, texts))]
+        spans = [
+            Span(at[start], at[end], kind, message, at[first], at[last], is_text)
+            for start, end, kind, message, first, last, is_text in self.spans
+            if at[start] < at[end]
+        ]
+        return Rendered("".join(texts), spans, [RenderedMessage(m, at[start]) for m, start in self.messages])
+
+
+class CompiledTemplate:
+    """The shapes of one template, compiled when they are first met."""
+
+    def __init__(self, template: ChatTemplate, rules: SpanRules) -> None:
+        self._template = template
+        self._rules = rules
+        self._shapes: dict[tuple[str, ...], Shape | None] = {}
+        self._can_follow = template.filters() <= _FOLLOWED_FILTERS
+
+    def render(self, conversation: Conversation) -> Rendered | None:
+        """Return what the template prints, or None where only Jinja can say."""
+        if not self._can_follow or conversation.tools is not None or len(conversation.messages) > _MAX_MESSAGES:
+            return None
+        if any(len(message) != 2 for message in conversation.messages):
+            return None
+        roles = tuple(message["role"] for message in conversation.messages)
+        if roles not in self._shapes:
+            self._shapes[roles] = self._compile(roles)
+        shape = self._shapes[roles]
+        return None if shape is None else shape.render(conversation)
+
+    def _compile(self, roles: tuple[str, ...]) -> Shape | None:
+        probe = _conversation(roles, _STAND_INS[0])
+        record = Record()
+        messages = [
+            {"role": role, "content": Probe.of(text, (Mark(0, len(text), index, "content", 0),), record, index)}
+            for index, (role, text) in enumerate((m["role"], m["content"]) for m in probe.messages)
+        ]
+        try:
+            text = self._template.render_messages(messages, RecordingEnvironment)
+            if not isinstance(text, Traced) or not record.followed:
+                return None
+            if uncarried(text, probe, self._rules) is not None:
+                return None
+            shape = _shape(text, find_spans(text, probe, self._rules), probe, tuple(sorted(record.guards, key=repr)))
+            return shape if shape and all(self._agrees(shape, _conversation(roles, s)) for s in _STAND_INS) else None
+        except TemplateError:
+            return None
+
+    def _agrees(self, shape: Shape, conversation: Conversation) -> bool:
+        rendered = shape.render(conversation)
+        text = self._template.render(conversation)
+        return rendered is not None and rendered == find_spans(text, conversation, self._rules)
+
+
+class RecordingEnvironment(TracingEnvironment):
+    """Joins probes into a probe that is nobody's content: asking it anything ends the following."""
+
+    @staticmethod
+    def concat(parts: Any) -> str:
+        parts = list(parts)
+        text = join("", map(plain, parts))
+        record = next((part.record for part in parts if isinstance(part, Probe)), None)
+        return Probe.of(text, text.marks, record) if record is not None and isinstance(text, Traced) else text
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.filters["length"] = self.filters["count"] = _length
+
+
+def _length(value: Any) -> int:
+    if isinstance(value, Probe):
+        value.record.followed = False
+        return str.__len__(value)
+    return len(value)
+
+
+def _conversation(roles: tuple[str, ...], text: str) -> Conversation:
+    messages = tuple({"role": role, "content": text.format(index)} for index, role in enumerate(roles))
+    return Conversation(messages=messages, tools=None, train=(None,) * len(roles))
+
+
+def _shape(text: Traced, rendered: Rendered, probe: Conversation, guards: tuple[Guard, ...]) -> Shape | None:
+    slots = sorted(mark for mark in text.marks if mark.message >= 0)
+    for mark in slots:
+        if (mark.source_start, mark.end - mark.start) != (0, len(probe.messages[mark.message]["content"])):
+            return None  # a content that is printed in part or changed is no slot
+    cuts = {0, len(rendered.text)}
+    for span in rendered.spans:
+        cuts |= {span.start, span.end, span.region_start, span.region_end}
+    cuts |= {message.start for message in rendered.messages}
+    pieces: list[str | int] = []
+    starts: list[int] = []
+    cursor = 0
+    ending = Mark(len(rendered.text), len(rendered.text), -1, "", 0)
+    for mark in [*slots, ending]:
+        end = mark.start
+        if end < cursor:
+            return None  # slots that overlap
+        inner = sorted({cursor, end, *(cut for cut in cuts if cursor < cut < end)})
+        for first, last in pairwise(inner):
+            starts.append(first)
+            pieces.append(rendered.text[first:last])
+        if mark is not ending:
+            if any(mark.start < cut < mark.end for cut in cuts):
+                return None
+            starts.append(mark.start)
+            pieces.append(mark.message)
+            cursor = mark.end
+    boundary = {position: index for index, position in enumerate([*starts, len(rendered.text)])}
+    return Shape(
+        pieces=tuple(pieces),
+        spans=tuple(
+            (
+                boundary[span.start],
+                boundary[span.end],
+                span.kind,
+                span.message,
+                boundary[span.region_start],
+                boundary[span.region_end],
+                span.is_text,
+            )
+            for span in rendered.spans
+        ),
+        messages=tuple((message.message, boundary[message.start]) for message in rendered.messages),
+        guards=guards,
+        plain_contents=tuple(index for index, m in enumerate(probe.messages) if m["role"] == "assistant"),
+    )
