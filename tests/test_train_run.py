@@ -76,6 +76,8 @@ def test_a_run_stopped_and_started_again_logs_the_same_losses_and_ends_with_equa
     expected = [loss for _, loss in losses(whole)]
     windows = [range(start, min(start + log_every, 8)) for start in range(0, 8, log_every)]
     assert losses(run) == [(w[-1] + 1, sum(expected[i] for i in w) / len(w)) for w in windows]
+    counted = {record["step"]: record["total_tokens"] for record in records(whole)}
+    assert [record["total_tokens"] for record in records(run)] == [counted[w[-1] + 1] for w in windows]
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(run)[name]), name
 
