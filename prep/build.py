@@ -29,9 +29,10 @@ from prep.sample_chunk import ChunkSpec
 from prep.sample_store import ChunkWorkers, SampleStore, StoredChunk, ensure_store
 from prep.selection import Selection, select
 from prep.source_reader import iter_chunks
+from prep.template import ChatTemplate
 from prep.tokenizer import CANARY_TEXT, LoadedTokenizer, load_tokenizer, write_tokenizer
 from shared import atomic, config
-from shared.errors import ArtifactError, DataError
+from shared.errors import ArtifactError, ConfigError, DataError
 from shared.shard_format import BUILD_INFO_NAME, MANIFEST_NAME, TOKENIZER_DIR, Manifest
 from shared.shard_reader import read_manifest
 
@@ -162,6 +163,7 @@ def _samples(
     plan: BuildPlan, inputs: Inputs, loaded: LoadedTokenizer
 ) -> tuple[list[SampleStore], list[Tally], Encoder]:
     """Return the sample store of every source, what they add up to, and what encoded them."""
+    _check_bos(inputs, loaded)
     encoder = _choose_encoder(loaded, inputs.mixture.tokenizer.backend)
     chunk_spec = ChunkSpec(
         template=inputs.template,
@@ -262,6 +264,20 @@ def _replacing(out: Path) -> Iterator[Path]:
     with atomic.staged_dir(new) as aside:
         yield aside
     atomic.replace_dir(new, out)
+
+
+def _check_bos(inputs: Inputs, loaded: LoadedTokenizer) -> None:
+    """Raise ConfigError where `add_bos` would print nothing, or a second BOS."""
+    if not inputs.mixture.template.add_bos:
+        return
+    bos = loaded.special_tokens.get("bos_token")
+    if bos is None:
+        raise ConfigError(f"template.add_bos = true, but the tokenizer {inputs.tokenizer.name!r} has no BOS token")
+    template = ChatTemplate(inputs.template, loaded.special_tokens, inputs.mixture.template.date)
+    if template.opening().startswith(bos * 2):
+        raise ConfigError(
+            f"template.add_bos = true, but the template {inputs.template.name!r} prints {bos!r} itself; leave it false"
+        )
 
 
 def _choose_encoder(loaded: LoadedTokenizer, asked: str) -> Encoder:

@@ -32,6 +32,9 @@ from shared.hashing import sha256_bytes
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
+_QUESTION = Conversation(messages=({"role": "user", "content": "x"},), tools=None, train=(None,))
+
+
 @dataclass(frozen=True, slots=True)
 class TemplateText:
     name: str
@@ -115,13 +118,19 @@ class ChatTemplate:
 
     def generation_prompt(self) -> str:
         """Return what the template prints to open an assistant turn, "" where it prints nothing."""
-        probe = Conversation(messages=({"role": "user", "content": "x"},), tools=None, train=(None,))
         try:
-            closed = self.render_plain(probe)
-            opened = self.render_plain(probe, add_generation_prompt=True)
+            closed = self.render_plain(_QUESTION)
+            opened = self.render_plain(_QUESTION, add_generation_prompt=True)
         except TemplateError:
             return ""
         return opened.removeprefix(closed) if opened.startswith(closed) else ""
+
+    def opening(self) -> str:
+        """Return how the template prints a first question, "" where it refuses one."""
+        try:
+            return self.render_plain(_QUESTION)
+        except TemplateError:
+            return ""
 
     def _render(
         self, template: jinja2.Template, messages: list[dict[str, Any]], tools: Any, *, add_generation_prompt: bool
@@ -207,9 +216,28 @@ def _environment(cls: type[ImmutableSandboxedEnvironment], date: str) -> Immutab
     environment.filters["tojson"] = _to_json
     if issubclass(cls, TracingEnvironment):
         environment.filters["join"] = _join_filter
+    environment.globals["namespace"] = _Namespace
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime(date)
     return environment
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's namespace without underscore names, which could reach Python's internals: the rule of transformers."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        for name in dict(*args[1:], **kwargs):
+            _check_plain_name(name)
+        jinja2.utils.Namespace.__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_plain_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_plain_name(name: str) -> None:
+    if name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot have the attribute {name!r}; rename it")
 
 
 def _to_json(

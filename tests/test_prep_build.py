@@ -279,3 +279,19 @@ def test_a_failing_build_leaves_the_old_set_as_it_was(
 def listed(out: Path) -> list[dict[str, Any]]:
     data = zstandard.decompress((out / "rejects.jsonl.zst").read_bytes()).decode("utf-8")
     return [json.loads(line) for line in data.splitlines()]
+
+
+def test_add_bos_without_a_bos_or_with_a_second_one_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [chat("a", "b")])
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ bos_token }}{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}")
+    tables = {**mixture_of([rows], tokenizer), "template": {"name": str(own), "add_bos": True}}
+    with pytest.raises(ConfigError, match="prints '<|endoftext|>' itself".replace("|", r"\|")):
+        build(plan_of(tables, tmp_path / "out"), rebuild=False)
+    bare = shutil.copytree(tokenizer, tmp_path / "bare")
+    (bare / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}'
+    )
+    tables = {**mixture_of([rows], bare), "template": {"name": "chatml", "add_bos": True}}
+    with pytest.raises(ConfigError, match="has no BOS token"):
+        build(plan_of(tables, tmp_path / "out"), rebuild=False)
