@@ -12,16 +12,15 @@
 The marks say what the colours say, so that a pipe or a log loses nothing.
 """
 
-import json
 from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from prep.choice import choose, sequences_of
 from prep.token_text import TokenText, printable
-from shared.errors import ConfigError
-from shared.shard_format import KIND_MASK, REJECTS_NAME, STRADDLES
+from shared.shard_format import KIND_MASK, STRADDLES
 from shared.shard_reader import ShardSet
 
 _COLORS = {
@@ -50,22 +49,11 @@ def inspect_lines(
 
     Raises ConfigError for a pack or row that the set does not have, ArtifactError for an unreadable tokenizer.
     """
-    if sum(choice is not None for choice in (pack, row, sample)) > 1:
-        raise ConfigError("--pack, --row and --sample are given together; give one of them")
+    chosen = choose(shard_set, pack=pack, row=row, sample=sample)
     printer = _Printer(shard_set, color=color, ids=ids)
-    if row is not None:
-        found = _find_row(shard_set, row)
-        yield printer.legend()
-        for pack_id, sequence in found:
-            yield from printer.pack(pack_id, only=sequence)
-        return
-    if pack is not None and not 0 <= pack < shard_set.num_packs:
-        raise ConfigError(f"--pack {pack}: the set has packs 0 to {shard_set.num_packs - 1}")
-    count = min(sample or 1, shard_set.num_packs)
-    chosen = [pack] if pack is not None else [index * shard_set.num_packs // count for index in range(count)]
     yield printer.legend()
-    for pack_id in chosen:
-        yield from printer.pack(pack_id)
+    for pack_id, sequence in chosen:
+        yield from printer.pack(pack_id, only=sequence)
 
 
 class _Printer:
@@ -84,22 +72,19 @@ class _Printer:
         return f"+ trained   ~ also covers bytes outside the text that its kind names   kinds: {kinds}"
 
     def pack(self, pack_id: int, *, only: int | None = None) -> Iterator[str]:
-        pack = self._set.pack(pack_id)
-        kinds = self._set.kinds(pack_id)
+        sequences = list(sequences_of(self._set, pack_id))
         yield (
-            f"== pack {pack_id} of {self._set.num_packs}: {len(pack.seq_origin)} sequences, {len(pack.tokens)} of "
-            f"{self._set.manifest.max_seq_len} tokens, {int(pack.loss_mask.sum(dtype=np.int64))} trained"
+            f"== pack {pack_id} of {self._set.num_packs}: {len(sequences)} sequences, "
+            f"{sum(len(sequence.tokens) for sequence in sequences)} of {self._set.manifest.max_seq_len} tokens, "
+            f"{sum(sequence.num_loss_tokens for sequence in sequences)} trained"
         )
-        for index, origin in enumerate(pack.seq_origin.tolist()):
-            if only is not None and index != only:
-                continue
-            part = slice(pack.seq_offsets[index], pack.seq_offsets[index + 1])
-            yield f"-- sequence {index}: {self._origin(*origin)}, {_counts(pack.loss_mask[part])}"
-            yield from self._sequence(pack.tokens[part], kinds[part], pack.loss_mask[part])
-
-    def _origin(self, source: int, row: int, start: int) -> str:
-        place = f"{printable(self._set.manifest.sources[source].name.encode())} row {row}"
-        return f"{place} from token {start} of its sample" if start else place
+        for sequence in sequences:
+            if only is None or sequence.index == only:
+                place = f"{sequence.source} row {sequence.row}"
+                place += f" from token {sequence.start} of its sample" if sequence.start else ""
+                counts = f"{len(sequence.tokens)} tokens, {sequence.num_loss_tokens} trained"
+                yield f"-- sequence {sequence.index}: {place}, {counts}"
+                yield from self._sequence(sequence.tokens, sequence.kinds, sequence.loss_mask)
 
     def _sequence(
         self, tokens: npt.NDArray[np.int32], kinds: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8]
@@ -135,45 +120,3 @@ def _split_lines(data: bytes) -> list[str]:
     lines = data.split(b"\n")
     texts = [printable(line) + "\\n" for line in lines[:-1]]
     return [*texts, printable(lines[-1])] if lines[-1] or not texts else texts
-
-
-def _counts(mask: npt.NDArray[np.uint8]) -> str:
-    return f"{len(mask)} tokens, {int(mask.sum(dtype=np.int64))} trained"
-
-
-def _find_row(shard_set: ShardSet, row: str) -> list[tuple[int, int]]:
-    """Return (pack, sequence within the pack) of every sequence of a row, in order."""
-    name, separator, number = row.rpartition(":")
-    names = [source.name for source in shard_set.manifest.sources]
-    if not separator or not number.isdecimal() or name not in names:
-        raise ConfigError(f"--row {row!r}: expected SOURCE:ROW with a source among {', '.join(names)}")
-    found: list[tuple[int, int]] = []
-    for first_pack, columns in zip(shard_set.pack_starts, shard_set.shards, strict=True):
-        origin = columns["seq_origin"]
-        matches = (origin[:, 0] == names.index(name)) & (origin[:, 1] == int(number))
-        sequences = np.flatnonzero(matches)
-        packs = np.searchsorted(columns["pack_offsets"], sequences, side="right") - 1
-        within = sequences - columns["pack_offsets"][packs]
-        found += zip((packs + first_pack).tolist(), within.tolist(), strict=True)
-    if not found:
-        why = _why_left_out(shard_set, name, int(number))
-        raise ConfigError(f"--row {row!r}: no sequence of this row is in the set: {why}")
-    return found
-
-
-def _why_left_out(shard_set: ShardSet, name: str, row: int) -> str:
-    """Return what the build's list of left-out rows says of a row."""
-    import zstandard
-
-    try:
-        data = (shard_set.path / REJECTS_NAME).read_bytes()
-    except FileNotFoundError:
-        return f"the source has {_rows_read(shard_set, name)} rows, and {REJECTS_NAME} is not there to say why"
-    for line in zstandard.ZstdDecompressor().stream_reader(data).read().split(b"\n"):
-        if line and (event := json.loads(line))["source"] == name and event["row"] == row:
-            return printable(f"{event['reason']}: {event['detail']}".encode())
-    return f"the source has rows 0 to {_rows_read(shard_set, name) - 1}, and this one was not chosen"
-
-
-def _rows_read(shard_set: ShardSet, name: str) -> int:
-    return next(source.rows_read for source in shard_set.manifest.sources if source.name == name)

@@ -1,0 +1,144 @@
+"""Which packs and sequences a person asked to see, and what the set says of each: its row, its place in the row.
+
+SOURCE:ROW  ->  [(pack, sequence within the pack), ...]      --pack N  ->  [(N, None)]: the whole pack
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.token_text import printable
+from shared.errors import ConfigError
+from shared.shard_format import REJECTS_NAME
+from shared.shard_reader import ShardSet
+
+Chosen = list[tuple[int, int | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class ShownSequence:
+    """One sequence of a pack, with the columns that people look at."""
+
+    index: int
+    source_index: int
+    source: str  # printable
+    row: int
+    start: int  # position of its first token within the sample
+    tokens: npt.NDArray[np.int32]  # [T]
+    kinds: npt.NDArray[np.uint8]  # [T]
+    loss_mask: npt.NDArray[np.uint8]  # [T]
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.loss_mask.sum(dtype=np.int64))
+
+
+def choose(
+    shard_set: ShardSet, *, pack: int | None = None, row: str | None = None, sample: int | None = None
+) -> Chosen:
+    """Return (pack, sequence) pairs of one pack, of a row (`SOURCE:ROW`), or of `sample` packs spread over the set.
+
+    None in place of a sequence means the whole pack. Raises ConfigError for a pack or row that the set does not have.
+    """
+    if sum(choice is not None for choice in (pack, row, sample)) > 1:
+        raise ConfigError("--pack, --row and --sample are given together; give one of them")
+    if row is not None:
+        return _find_row(shard_set, row)
+    if pack is not None:
+        if not 0 <= pack < shard_set.num_packs:
+            raise ConfigError(f"--pack {pack}: the set has packs 0 to {shard_set.num_packs - 1}")
+        return [(pack, None)]
+    count = min(sample or 1, shard_set.num_packs)
+    return [(index * shard_set.num_packs // count, None) for index in range(count)]
+
+
+def sequences_of(shard_set: ShardSet, pack_id: int) -> Iterator[ShownSequence]:
+    """Yield the sequences of a pack, in order."""
+    pack, kinds = shard_set.pack(pack_id), shard_set.kinds(pack_id)
+    for index, (source, row, start) in enumerate(pack.seq_origin.tolist()):
+        part = slice(pack.seq_offsets[index], pack.seq_offsets[index + 1])
+        name = printable(shard_set.manifest.sources[source].name.encode())
+        yield ShownSequence(index, source, name, row, start, pack.tokens[part], kinds[part], pack.loss_mask[part])
+
+
+def notes_on(shard_set: ShardSet, sequences: list[ShownSequence]) -> dict[tuple[int, int, int], str]:
+    """Return what became of the samples that are not whole, by (source index, row, start): cut, or split into which."""
+    wanted = {(sequence.source_index, sequence.row) for sequence in sequences}
+    names = [source.name for source in shard_set.manifest.sources]
+    said = {
+        (names.index(event["source"]), event["row"]): printable(f"{event['reason']}: {event['detail']}".encode())
+        for event in left_out_events(shard_set)
+        if event["source"] in names and (names.index(event["source"]), event["row"]) in wanted
+    }
+    fragments = _fragment_starts(shard_set, wanted)
+    notes = {}
+    for sequence in sequences:
+        origin = (sequence.source_index, sequence.row)
+        words = [said[origin]] if origin in said else []
+        starts = fragments[origin]
+        if len(starts) > 1 or sequence.start:
+            last = sequence.start + len(sequence.tokens) - 1
+            place = f"fragment {starts.index(sequence.start) + 1} of {len(starts)}"
+            words.append(f"{place}: tokens {sequence.start:,} to {last:,} of its sample")
+        if words:
+            notes[(*origin, sequence.start)] = "; ".join(words)
+    return notes
+
+
+def left_out_events(shard_set: ShardSet) -> Iterator[dict[str, str | int]]:
+    """Yield what the build listed of rows that it left out or cut: nothing where the list is not there."""
+    import zstandard
+
+    try:
+        data = (shard_set.path / REJECTS_NAME).read_bytes()
+    except FileNotFoundError:
+        return
+    for line in zstandard.ZstdDecompressor().stream_reader(data).read().split(b"\n"):
+        if line:
+            yield json.loads(line)
+
+
+def _fragment_starts(shard_set: ShardSet, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
+    """Return where the fragments of each wanted row begin, in order; a whole sample has the one start 0."""
+    starts: dict[tuple[int, int], set[int]] = {origin: set() for origin in wanted}
+    rows = np.array(sorted({row for _, row in wanted}), np.int64)
+    for columns in shard_set.shards:
+        origins = columns["seq_origin"]
+        for source, row, start in origins[np.isin(origins[:, 1], rows)].tolist():
+            if (source, row) in wanted:
+                starts[source, row].add(start)
+    return {origin: sorted(found) for origin, found in starts.items()}
+
+
+def _find_row(shard_set: ShardSet, row: str) -> Chosen:
+    """Return (pack, sequence within the pack) of every sequence of a row, in order."""
+    name, separator, number = row.rpartition(":")
+    names = [source.name for source in shard_set.manifest.sources]
+    if not separator or not number.isdecimal() or name not in names:
+        raise ConfigError(f"--row {row!r}: expected SOURCE:ROW with a source among {', '.join(names)}")
+    found: Chosen = []
+    for first_pack, columns in zip(shard_set.pack_starts, shard_set.shards, strict=True):
+        origin = columns["seq_origin"]
+        matches = (origin[:, 0] == names.index(name)) & (origin[:, 1] == int(number))
+        sequences = np.flatnonzero(matches)
+        packs = np.searchsorted(columns["pack_offsets"], sequences, side="right") - 1
+        within = sequences - columns["pack_offsets"][packs]
+        found += zip((packs + first_pack).tolist(), within.tolist(), strict=True)
+    if not found:
+        why = _why_left_out(shard_set, name, int(number))
+        raise ConfigError(f"--row {row!r}: no sequence of this row is in the set: {why}")
+    return found
+
+
+def _why_left_out(shard_set: ShardSet, name: str, row: int) -> str:
+    """Return what the build's list of left-out rows says of a row."""
+    for event in left_out_events(shard_set):
+        if event["source"] == name and event["row"] == row:
+            return printable(f"{event['reason']}: {event['detail']}".encode())
+    rows = next(source.rows_read for source in shard_set.manifest.sources if source.name == name)
+    if not (shard_set.path / REJECTS_NAME).is_file():
+        return f"the source has {rows} rows, and {REJECTS_NAME} is not there to say why"
+    return f"the source has rows 0 to {rows - 1}, and this one was not chosen"
