@@ -139,6 +139,7 @@ def explain(
 @click.option("--sample", type=click.IntRange(min=1), help="Show so many packs, spread over the set. [1]")
 @click.option("--ids", is_flag=True, help="Print token ids too.")
 @click.option("--color/--no-color", default=None, help="Colour. [on a terminal]")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page for a browser instead.")
 @_logging_options
 def inspect(
     shards: Path,
@@ -147,6 +148,7 @@ def inspect(
     sample: int | None,
     ids: bool,
     color: bool | None,
+    html: Path | None,
     verbose: bool,
     quiet: bool,
 ) -> None:
@@ -155,16 +157,23 @@ def inspect(
         from prep.preview import inspect_lines
         from shared.shard_reader import open_shard_set
 
+        found = open_shard_set(shards)
+        if html is not None:
+            from prep.page import write_page
+
+            click.echo(write_page(found, html, pack=pack, row=row, sample=sample))
+            return
         use_color = sys.stdout.isatty() if color is None else color
-        for line in inspect_lines(open_shard_set(shards), pack=pack, row=row, sample=sample, ids=ids, color=use_color):
+        for line in inspect_lines(found, pack=pack, row=row, sample=sample, ids=ids, color=use_color):
             click.echo(line, color=use_color)
 
 
 @cli.command(epilog="Example: sft-prep stats data_cache/demo --json")
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw lengths and sources as well.")
 @_logging_options
-def stats(shards: Path, as_json: bool, verbose: bool, quiet: bool) -> None:
+def stats(shards: Path, as_json: bool, plot: Path | None, verbose: bool, quiet: bool) -> None:
     """Count rows, tokens and loss tokens by source, lengths, density."""
     with _reporting(verbose=verbose, quiet=quiet):
         from prep.stats import stats as measure
@@ -172,6 +181,10 @@ def stats(shards: Path, as_json: bool, verbose: bool, quiet: bool) -> None:
         from shared.shard_reader import open_shard_set
 
         found = open_shard_set(shards)
+        if plot is not None:
+            from prep.stats_plot import plot_stats
+
+            plot_stats(found, plot)
         if as_json:
             click.echo(json.dumps(measure(found), indent=2))
         else:
@@ -187,6 +200,66 @@ def verify(shards: Path, verbose: bool, quiet: bool) -> None:
         from prep.verify import verify as prove
 
         click.echo("\n".join(prove(shards)))
+
+
+def _transfer_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        (
+            click.option(
+                "--revision", metavar="NAME", help="Of a hub data set: branch (pull: tag or commit too). [main]"
+            ),
+            click.option("--replace", is_flag=True, help="Put the set in the place of another one."),
+            click.option("--workers", type=click.IntRange(min=1), default=4, help="Files at the same time. [4]"),
+        )
+    ):
+        command = option(command)
+    return _logging_options(command)
+
+
+@cli.command(epilog="Example: sft-prep push data_cache/demo user/demo-shards")
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private/--public", default=True, help="Who may see a data set that is made. [--private]")
+@_transfer_options
+def push(
+    shards: Path,
+    repo: str,
+    private: bool,
+    revision: str | None,
+    replace: bool,
+    workers: int,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Verify a set, compress it, and send it to a hub data set or a directory.
+
+    REPO is user/name or hf://user/name, or a directory: ./NAME, an absolute path, or any that exists.
+    What is there already is not sent again; a push that was stopped goes on.
+    """
+    with _reporting(verbose=verbose, quiet=quiet):
+        from prep.push import PushOptions
+        from prep.push import push as send
+
+        options = PushOptions(revision=revision, public=not private, replace=replace, workers=workers)
+        click.echo("\n".join(send(shards, repo, options)))
+
+
+@cli.command(epilog="Example: sft-prep pull user/demo-shards data_cache/demo")
+@click.argument("repo")
+@click.argument("out", required=False, type=click.Path(path_type=Path))
+@_transfer_options
+def pull(
+    repo: str, out: Path | None, revision: str | None, replace: bool, workers: int, verbose: bool, quiet: bool
+) -> None:
+    """Fetch a pushed set to OUT, check every digest, verify it. [data_cache/NAME]
+
+    A pull that was stopped goes on; a set that is there is checked, and only what is damaged is fetched again.
+    """
+    with _reporting(verbose=verbose, quiet=quiet):
+        from prep.pull import PullOptions
+        from prep.pull import pull as fetch
+
+        click.echo("\n".join(fetch(repo, out, PullOptions(revision=revision, replace=replace, workers=workers))))
 
 
 @cli.command(epilog="Example: sft-prep mixtures")

@@ -9,47 +9,13 @@ import pytest
 import tokenizers
 import zstandard
 from lettered_sets import Columns, write_lettered_set
+from text_sets import EOS, byte_tokenizer, write_text_set
 
 from prep.preview import inspect_lines
 from prep.stats import stats, stats_lines
 from prep.token_text import TokenText
 from shared.errors import ArtifactError, ConfigError
 from shared.shard_reader import ShardSet, open_shard_set
-
-EOS = "<|end|>"
-
-
-def byte_tokenizer() -> tokenizers.Tokenizer:
-    """A byte-level tokenizer without merges: a token for each byte, and EOS with the id 256."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[])
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens([EOS])
-    return tokenizer
-
-
-def write_text_set(path: Path, *parts: tuple[str, str, str], spoil: Any = None) -> ShardSet:
-    """One pack with one sequence, made of (text, letter of its kind, trained or not)."""
-    tokenizer = byte_tokenizer()
-    ids: list[int] = []
-    letters = digits = ""
-    for text, letter, digit in parts:
-        part = tokenizer.encode(text).ids
-        ids += part
-        letters += letter * len(part)
-        digits += digit * len(part)
-    write_lettered_set(
-        path,
-        [[[(letters, digits)]]],
-        tokens=ids,
-        tokenizer_json=tokenizer.to_str().encode(),
-        max_seq_len=200,
-        spoil=spoil,
-    )
-    return open_shard_set(path)
 
 
 def body(shard_set: ShardSet, **options: Any) -> list[str]:
