@@ -4,15 +4,17 @@ Every random choice is a hash of (seed, source name, row), so it does not depend
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from prep.config import LengthsConfig, MaskConfig, SourceConfig
+from prep.cut import OverLength, cut
 from prep.mask import loss_mask_of
 from prep.sample_store import SampleStore, StoredChunk
-from shared.errors import DataError
+from shared.errors import DataError, SampleTooLongError
 from shared.hashing import seed_from
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, Kind
 
@@ -23,11 +25,12 @@ SEQUENCE = np.dtype(
         ("chunk", "<i4"),
         ("sample", "<i4"),  # within the chunk
         ("row", "<i8"),  # within the source
+        ("first", "<i4"),  # first token used, within the sample
         ("length", "<i4"),  # tokens used
         ("full_length", "<i4"),  # tokens of the whole sample
         ("loss_tokens", "<i4"),
         ("terminated", "|b1"),  # the last trained token is a terminator
-        ("tie", "<u8"),  # hash of (seed, source, row, repeat)
+        ("tie", "<u8"),  # hash of (seed, source, row, first, repeat)
     ]
 )
 
@@ -41,12 +44,40 @@ class Selection:
     listed: list[tuple[int, str, str]] = field(default_factory=list)  # row, what happened, detail
 
 
+@dataclass(frozen=True, slots=True)
+class Usable:
+    """The rows of one source that pass every policy but the choice of how many: what the choice is made from."""
+
+    rows: npt.NDArray[np.void]  # SEQUENCE [S], by row
+    dropped: Counter[str] = field(default_factory=Counter)
+    listed: list[tuple[int, str, str]] = field(default_factory=list)
+
+    def without(self, which: npt.NDArray[np.bool_], reason: str, detail: Callable[[int], str]) -> "Usable":
+        """Return what is left without the rows that `which` marks, bool [S]; `detail` is told an index into `rows`."""
+        gone, first = np.unique(self.rows["row"][which], return_index=True)
+        if not len(gone):
+            return self
+        where = np.flatnonzero(which)[first]
+        listed = [(int(row), reason, detail(at)) for row, at in zip(gone, where.tolist(), strict=True)]
+        dropped = Counter(self.dropped)
+        dropped[reason] += len(gone)
+        return Usable(self.rows[~np.isin(self.rows["row"], gone)], dropped, self.listed + listed)
+
+
 def select(
     store: SampleStore, source: SourceConfig, name: str, *, lengths: LengthsConfig, mask: MaskConfig,
     max_seq_len: int, seed: int,
 ) -> Selection:  # fmt: skip
     """Return the sequences of a source. Raises DataError where the source cannot give the rows that are asked for."""
-    parts = [_measure(index, chunk, mask, max_seq_len) for index, chunk in enumerate(store.chunks)]
+    usable = usable_rows(store, name, lengths=lengths, mask=mask, max_seq_len=max_seq_len, seed=seed)
+    return choose(usable, source, name, seed=seed)
+
+
+def usable_rows(
+    store: SampleStore, name: str, *, lengths: LengthsConfig, mask: MaskConfig, max_seq_len: int, seed: int
+) -> Usable:
+    """Return the sequences of all rows that fit, render to something and carry enough loss."""
+    parts = [_measure(index, chunk, mask, lengths.over_length, max_seq_len) for index, chunk in enumerate(store.chunks)]
     rows = np.concatenate([*parts, np.zeros(0, SEQUENCE)])
     dropped: Counter[str] = Counter()
     listed: list[tuple[int, str, str]] = []
@@ -57,35 +88,45 @@ def select(
     few = rows["loss_tokens"] < lengths.min_loss_tokens
     rows = _leave_out(rows, few, "few_loss_tokens", f"under {lengths.min_loss_tokens} loss tokens", dropped, listed)
     rows["tie"] = _mix(rows["row"].astype(np.uint64) ^ np.uint64(seed_from(seed, "order", name)))
-    chosen = _choose(rows, source, name, seed)
-    if len(rows) > len(np.unique(chosen["row"])):
-        dropped["not_chosen"] = len(rows) - len(np.unique(chosen["row"]))
+    return Usable(rows, dropped, listed)
+
+
+def choose(usable: Usable, source: SourceConfig, name: str, *, seed: int) -> Selection:
+    """Return as many of the usable rows as `source` asks for. Raises DataError where there are too few."""
+    dropped, listed = Counter(usable.dropped), list(usable.listed)
+    chosen = _choose(usable.rows, source, name, seed)
+    if len(usable.rows) > len(np.unique(chosen["row"])):
+        dropped["not_chosen"] = len(usable.rows) - len(np.unique(chosen["row"]))
     for row, used, full in _cut_rows(chosen):
         listed.append((row, "truncated", f"{full} tokens cut to {used}"))
     return Selection(chosen, dropped, sorted(listed))
 
 
-def _measure(index: int, chunk: StoredChunk, policy: MaskConfig, max_seq_len: int) -> npt.NDArray[np.void]:
+def _measure(
+    index: int, chunk: StoredChunk, policy: MaskConfig, over_length: OverLength, max_seq_len: int
+) -> npt.NDArray[np.void]:
     samples = chunk.samples()
-    offsets = samples.sample_offsets
-    result = np.zeros(len(offsets) - 1, SEQUENCE)
+    pieces = cut(samples, over_length, max_seq_len)
+    result = np.zeros(len(pieces.sample), SEQUENCE)
     if not len(result):
         return result
     mask = loss_mask_of(samples, policy)
-    full = np.diff(offsets)
-    used = np.minimum(full, max_seq_len)
+    begin = samples.sample_offsets[pieces.sample] + pieces.first  # [F] in tokens of the chunk
+    end = begin + pieces.length
+    some = np.flatnonzero(pieces.length > 0)
+    mask[begin[some]] = 0  # the first token of a sequence cannot be predicted, that of a later fragment neither
     running = np.concatenate(([0], np.cumsum(mask, dtype=np.int64)))  # [N+1]
-    written = mask & np.isin(samples.kind & KIND_MASK, ASSISTANT_KINDS)  # what assistants were to say
-    trained = np.flatnonzero(written)  # token positions
-    last = np.searchsorted(trained, offsets[:-1] + used) - 1  # of each sample's last one, an index into `trained`
+    written = np.flatnonzero(mask & np.isin(samples.kind & KIND_MASK, ASSISTANT_KINDS))  # what assistants were to say
+    last = np.searchsorted(written, end) - 1  # of each piece's last one, an index into `written`
+    ended = (last >= 0) & (written[np.maximum(last, 0)] >= begin) if len(written) else np.zeros(len(last), np.bool_)
     result["chunk"] = index
-    result["sample"] = np.arange(len(result))
-    result["row"] = chunk.column("sample_row")
-    result["length"] = used
-    result["full_length"] = full
-    result["loss_tokens"] = running[offsets[:-1] + used] - running[offsets[:-1]]
-    some = (last >= 0) & (trained[np.maximum(last, 0)] >= offsets[:-1]) if len(trained) else np.zeros(len(last), bool)
-    result["terminated"][some] = (samples.kind[trained[last[some]]] & KIND_MASK) == Kind.TERMINATOR
+    result["sample"] = pieces.sample
+    result["row"] = chunk.column("sample_row")[pieces.sample]
+    result["first"] = pieces.first
+    result["length"] = pieces.length
+    result["full_length"] = np.diff(samples.sample_offsets)[pieces.sample]
+    result["loss_tokens"] = running[end] - running[begin]
+    result["terminated"][ended] = (samples.kind[written[last[ended]]] & KIND_MASK) == Kind.TERMINATOR
     return result
 
 
@@ -99,29 +140,36 @@ def _leave_out(
     return rows[~which]
 
 
-def _choose(rows: npt.NDArray[np.void], source: SourceConfig, name: str, seed: int) -> npt.NDArray[np.void]:
-    draw = np.argsort(_mix(rows["row"].astype(np.uint64) ^ np.uint64(seed_from(seed, "choose", name))), kind="stable")
-    total = len(rows)
+def _choose(sequences: npt.NDArray[np.void], source: SourceConfig, name: str, seed: int) -> npt.NDArray[np.void]:
+    """Choose whole rows; a row's fragments stay together, its repeats follow one another."""
+    rows, row_of = np.unique(sequences["row"], return_inverse=True)
+    times = _times(rows, source, name, seed)[row_of]
+    repeated = np.repeat(sequences, times)
+    repeat = np.arange(len(repeated)) - np.repeat(np.cumsum(times) - times, times)
+    again = repeat > 0
+    repeated["tie"][again] = _mix(repeated["tie"][again] + repeat[again].astype(np.uint64))
+    return repeated
+
+
+def _times(rows: Ints, source: SourceConfig, name: str, seed: int) -> Ints:
+    """Return how often each row is used, int64 [rows]."""
+    draw = np.argsort(_mix(rows.astype(np.uint64) ^ np.uint64(seed_from(seed, "choose", name))), kind="stable")
+    total, whole, extra = len(rows), 0, len(rows)
     if source.rows is not None:
         if source.rows > total:
             raise DataError(
                 f"source {name!r}: rows = {source.rows}, but only {total} rows can be used; ask for fewer, "
                 "or set epochs to repeat them"
             )
-        return rows[np.sort(draw[: source.rows])]
-    if source.fraction is not None:
-        return rows[np.sort(draw[: round(source.fraction * total)])]
-    if source.epochs is not None:
+        extra = source.rows
+    elif source.fraction is not None:
+        extra = round(source.fraction * total)
+    elif source.epochs is not None:
         whole = int(source.epochs)
-        extra = np.zeros(total, np.int64)
-        extra[draw[: round((source.epochs - whole) * total)]] = 1
-        times = whole + extra
-        repeated = np.repeat(rows, times)
-        repeat = np.arange(len(repeated)) - np.repeat(np.cumsum(times) - times, times)
-        again = repeat > 0
-        repeated["tie"][again] = _mix(repeated["tie"][again] + repeat[again].astype(np.uint64))
-        return repeated
-    return rows
+        extra = round((source.epochs - whole) * total)
+    times = np.full(total, whole, np.int64)
+    times[draw[:extra]] += 1
+    return times
 
 
 def _cut_rows(rows: npt.NDArray[np.void]) -> list[tuple[int, int, int]]:
