@@ -1,0 +1,217 @@
+"""`sft-prep pull`: a pushed set back from a hub data set or a directory, every digest checked, whole or not at all.
+
+    transfer.json, manifest.json -> columns into `.tmp-NAME-pull` -> verify -> rename
+
+What lies there from a pull that was stopped, or in a damaged set that is pulled again, is kept where it is valid.
+"""
+
+import logging
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from prep.place import DirectoryPlace, Place, parse_repo
+from prep.progress import progress
+from prep.transfer import (
+    SUFFIX,
+    TRANSFER_NAME,
+    Contents,
+    Transfer,
+    check_file,
+    contents_of,
+    contents_of_set,
+    decompress,
+    fingerprints,
+    is_file_of,
+    transfer_from_json,
+)
+from prep.verify import verify
+from shared import atomic
+from shared.errors import ArtifactError, ChecksumError, ConfigError, FingerprintMismatchError, IncompleteArtifactError
+from shared.hashing import sha256_bytes
+from shared.shard_format import MANIFEST_NAME
+from shared.shard_reader import check_hashes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PullOptions:
+    revision: str | None
+    """Branch, tag or commit of a hub data set; None is its main branch."""
+    replace: bool
+    """Put the set in the place of another one."""
+    workers: int
+    """Files that are fetched at the same time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pushed:
+    """A pushed set: where it is and what it says it is."""
+
+    place: Place
+    transfer: Transfer
+    manifests: dict[str, bytes]
+    contents: Contents
+
+
+def pull(repo: str, out: Path | None, options: PullOptions) -> list[str]:
+    """Pull a set to `out` (by default `data_cache/` and the last part of `repo`) and return what to say.
+
+    Raises ChecksumError for bytes that are not the ones pushed, FingerprintMismatchError where another set is in the
+    way, IncompleteArtifactError where the push was not finished.
+    """
+    place = _open_place(repo, options)
+    pushed = _described(place)
+    out = out or Path("data_cache") / _name_of(repo)
+    fingerprint = f"fingerprint {fingerprints(pushed.contents.sets)}"
+    try:
+        with atomic.exclusive_lock(out.parent / f".{out.name}.lock", f"writing {out}"):
+            if _is_there(out, pushed, options):
+                return [f"{out} is up to date", fingerprint]
+            bytes_fetched = _pull(pushed, out.resolve(), workers=options.workers)
+    except OSError as exc:
+        raise ArtifactError(
+            f"cannot pull to {out}: {exc.strerror or exc}; what has arrived is kept beside it, the same command goes on"
+        ) from exc
+    size = sum(entry.bytes for entry in pushed.contents.columns.values())
+    return [
+        f"{out} is pulled from {place.label}: {len(pushed.contents.columns)} columns, {size / 2**20:,.1f} MiB, "
+        f"of which {bytes_fetched / 2**20:,.1f} MiB compressed were fetched now",
+        fingerprint,
+    ]
+
+
+def _open_place(repo: str, options: PullOptions) -> Place:
+    target = parse_repo(repo)
+    if isinstance(target, Path):
+        if options.revision is not None:
+            raise ConfigError(f"--revision is for hub data sets, {target} is a directory")
+        return DirectoryPlace(target)
+    from prep.hub_place import HubPlace, Visibility
+
+    hub = HubPlace(target, revision=options.revision, visibility=Visibility.PRIVATE, workers=options.workers)
+    hub.look()
+    return hub
+
+
+def _name_of(repo: str) -> str:
+    target = parse_repo(repo)
+    return target.resolve().name if isinstance(target, Path) else target.rpartition("/")[2]
+
+
+def _described(place: Place) -> _Pushed:
+    """Return what the place says it holds, proved to agree with itself."""
+    paths = place.paths()
+    if TRANSFER_NAME not in paths:
+        raise ArtifactError(f"{place.label} holds no set that sft-prep push put there: it has no {TRANSFER_NAME}")
+    if MANIFEST_NAME not in paths:
+        raise IncompleteArtifactError(
+            f"{place.label} holds an unfinished push: it has no {MANIFEST_NAME}; push the set again, it goes on"
+        )
+    transfer = transfer_from_json(place.read(TRANSFER_NAME), f"{place.label}: {TRANSFER_NAME}")
+    manifests = {path: place.read(path) for path in transfer.sets}
+    for path, entry in transfer.sets.items():
+        if sha256_bytes(manifests[path]) != entry.sha256:
+            raise ChecksumError(
+                f"{place.label}: {path} has sha256 {sha256_bytes(manifests[path])[:16]}..., {TRANSFER_NAME} says "
+                f"{entry.sha256[:16]}...; push the set again"
+            )
+    contents = contents_of(manifests, place.label)
+    for path, raw in contents.columns.items():
+        if path not in transfer.columns or transfer.columns[path].raw != raw:
+            raise ChecksumError(
+                f"{place.label}: {TRANSFER_NAME} and the manifest differ in {path}; push the set again with --replace"
+            )
+    return _Pushed(place, transfer, manifests, contents)
+
+
+def _is_there(out: Path, pushed: _Pushed, options: PullOptions) -> bool:
+    """Say whether `out` is the set, by its bytes. Raises where something else is in the way."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if (out / TRANSFER_NAME).exists() or not (out / MANIFEST_NAME).is_file():
+        raise ArtifactError(f"{out} is there and is no shard set; give another place, or move it away")
+    try:
+        there = contents_of_set(out)
+    except ArtifactError:
+        if options.replace:
+            return False
+        raise
+    if fingerprints(there.sets) != fingerprints(pushed.contents.sets):
+        if options.replace:
+            return False
+        raise FingerprintMismatchError(
+            f"{out} is the set with fingerprint {fingerprints(there.sets)}, {pushed.place.label} holds "
+            f"{fingerprints(pushed.contents.sets)}; give another place, or --replace to put that one there"
+        )
+    try:
+        for path in there.sets:
+            check_hashes((out / path).parent)
+    except (ChecksumError, IncompleteArtifactError) as exc:
+        logger.warning("%s; fetching what is damaged", exc)
+        return False
+    return True
+
+
+def _pull(pushed: _Pushed, out: Path, *, workers: int) -> int:
+    """Make the set beside `out` and put it there; return how many bytes of columns were fetched."""
+    staging = out.with_name(f".tmp-{out.name}-pull")
+    marker = pushed.place.read(TRANSFER_NAME)
+    if not (staging / TRANSFER_NAME).is_file() or (staging / TRANSFER_NAME).read_bytes() != marker:
+        shutil.rmtree(staging, ignore_errors=True)  # what lies there is of another set
+        staging.mkdir(parents=True)
+        atomic.write_bytes(staging / TRANSFER_NAME, marker)
+    scratch = staging / ".download"
+    shutil.rmtree(scratch, ignore_errors=True)
+
+    def bring(path: str) -> tuple[str, int]:
+        return path, _bring(pushed, path, staging, out, scratch)
+
+    bytes_fetched = 0
+    columns = pushed.contents.columns
+    total = sum(entry.bytes for entry in columns.values())
+    with progress("pull", total, "bytes") as advance, ThreadPoolExecutor(workers) as pool:
+        for path, number in pool.map(bring, [*columns, *pushed.contents.tokenizers]):
+            bytes_fetched += number
+            advance(columns[path].bytes if path in columns else 0, path)
+    for path, data in pushed.manifests.items():
+        atomic.write_bytes(staging / path, data)
+    verify(staging)
+    shutil.rmtree(scratch, ignore_errors=True)
+    (staging / TRANSFER_NAME).unlink()
+    atomic.fsync_tree(staging)
+    atomic.replace_dir(staging, out)
+    return bytes_fetched
+
+
+def _bring(pushed: _Pushed, path: str, staging: Path, out: Path, scratch: Path) -> int:
+    """See to one file of the set; return how many bytes of a column were fetched for it."""
+    place, target = pushed.place, staging / path
+    where = f"{place.label}: {path}"
+    expected = pushed.contents.columns.get(path) or pushed.contents.tokenizers[path]
+    if is_file_of(target, expected):
+        return 0
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if is_file_of(out / path, expected):
+        _link(out / path, target)
+        return 0
+    if path in pushed.contents.columns:
+        entry = pushed.transfer.columns[path]
+        with place.fetched(path + SUFFIX, scratch) as stored:
+            decompress(stored, target, entry, where=where + SUFFIX)
+        return entry.zstd.bytes
+    with place.fetched(path, scratch) as stored:
+        check_file(stored, expected, where=where)
+        shutil.copyfile(stored, target)
+    return 0
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)

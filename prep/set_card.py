@@ -1,0 +1,87 @@
+"""The README.md of a pushed set: what it is, where it comes from, how to get it. Nothing but what its manifest says."""
+
+import json
+
+from prep.transfer import EVAL_MANIFEST, Contents
+from shared.shard_format import Manifest
+
+CARD_NAME = "README.md"
+
+
+def render_set_card(contents: Contents) -> bytes:
+    """Return the card as Markdown with the hub's YAML front matter, in UTF-8."""
+    manifest, totals = contents.manifest, contents.manifest.totals
+    evaluation = []
+    if EVAL_MANIFEST in contents.sets:
+        evaluation = [f"An evaluation set lies in `eval/`, fingerprint `{contents.sets[EVAL_MANIFEST].fingerprint}`.\n"]
+    text = "\n".join(
+        [
+            _front_matter(manifest),
+            f"# {_cell(manifest.name)}\n",
+            "Conversations, tokenised once, masked and packed: a shard set for supervised fine-tuning.\n",
+            "| | |\n|---|---|",
+            f"| fingerprint | `{manifest.fingerprint}` |",
+            f"| packs | {totals.packs:,} of at most {manifest.max_seq_len:,} tokens, density {totals.density:.2%} |",
+            f"| sequences | {totals.sequences:,} |",
+            f"| tokens | {totals.tokens:,}, of which {totals.loss_tokens:,} carry loss |",
+            f"| tokenizer | {_cell(manifest.tokenizer.name)}{_revision(manifest.tokenizer.revision)} |",
+            f"| chat template | {_cell(manifest.chat_template.name)} |\n",
+            *evaluation,
+            "## Sources\n",
+            _sources_table(manifest),
+            _USE,
+        ]
+    )
+    return text.encode("utf-8")
+
+
+_USE = """## Use
+
+```sh
+sft-prep pull user/name data_cache/name     # this repository: downloads, checks every digest, decompresses
+sft-prep inspect data_cache/name
+sft-train --shards data_cache/name
+```
+
+Each column is an ordinary `.npy` file as one zstd frame; `transfer.json` has its sha256 before and after. A repository
+without `manifest.json` is a push that was not finished.
+
+## License
+
+Not determined here: it follows from the sources above.
+"""
+
+
+def _front_matter(manifest: Manifest) -> str:
+    lines = [
+        "---",
+        f"pretty_name: {json.dumps(manifest.name)}",
+        "viewer: false",
+        "tags:",
+        "- sft",
+        "- sft-shards",
+        "---",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _sources_table(manifest: Manifest) -> str:
+    lines = ["| source | revision | rows | tokens | loss tokens |", "|---|---|---:|---:|---:|"]
+    for source in manifest.sources:
+        where = source.revision or (f"sha256 {source.content_sha256[:16]}" if source.content_sha256 else "")
+        name = source.hub_id or source.name
+        lines.append(
+            f"| {_cell(name)} | {_cell(where)} | {source.rows_used:,} | {source.tokens:,} | {source.loss_tokens:,} |"
+        )
+    rows = sum(source.rows_used for source in manifest.sources)
+    lines.append(f"| **all** | | {rows:,} | {manifest.totals.tokens:,} | {manifest.totals.loss_tokens:,} |")
+    return "\n".join(lines) + "\n"
+
+
+def _revision(revision: str | None) -> str:
+    return f" at `{revision}`" if revision else ""
+
+
+def _cell(text: str) -> str:
+    """Return a name for one cell of a table, whatever is in it."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
