@@ -99,7 +99,7 @@ def _gather(
         from_tokens, from_kind, from_mask, from_offsets = columns.of(
             int(source_of[members[0]]), int(sequences["chunk"][members[0]])
         )
-        starts = from_offsets[sequences["sample"][members]]
+        starts = from_offsets[sequences["sample"][members]] + sequences["first"][members]
         for start, length, at in zip(
             starts.tolist(), sequences["length"][members].tolist(), offsets[members].tolist(), strict=True
         ):
@@ -107,9 +107,11 @@ def _gather(
             kind[at : at + length] = from_kind[start : start + length]
             mask[at : at + length] = from_mask[start : start + length]
         on_sequences(len(members))
+    mask[offsets[:-1]] = 0  # of a later fragment too: what comes before it is not in the sequence
     origin = np.zeros((len(sequences), 3), np.int64)
     origin[:, 0] = source_of
     origin[:, 1] = sequences["row"]
+    origin[:, 2] = sequences["first"]
     return {"tokens": tokens, "kind": kind, "loss_mask": mask, "seq_offsets": offsets, "seq_origin": origin}
 
 

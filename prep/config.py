@@ -5,6 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from prep.convert import FIELDS
 from shared import config
 from shared.errors import ConfigError
 
@@ -39,11 +40,18 @@ class MaskConfig:
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     boundary: Literal["overlap", "inside"] = "overlap"
     """Whether a token that straddles a trained text and its surroundings is trained (overlap) or not (inside)."""
+    reasoning: bool = True
+    """Train what assistants thought: `reasoning_content`, and `<think>...</think>` in their content."""
+    tool_calls: bool = True
+    """Train the tool calls of assistants, with the template's words around them."""
+    terminator: Literal["all", "last", "none"] = "all"
+    """Which terminators of assistant turns are trained. Without one a model does not learn to stop."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LengthsConfig:
-    over_length: Literal["truncate", "drop"] = "truncate"
+    over_length: Literal["truncate", "truncate_turns", "drop", "split", "error"] = "truncate"
+    """What happens to a sample over max_seq_len; see prep/cut.py. No terminator is made up at a cut."""
     min_loss_tokens: int = 1
 
     def __post_init__(self) -> None:
@@ -76,6 +84,16 @@ class SourceConfig:
     """Default: the file's stem, or the hub id."""
     split: str = "train"
     revision: str = "main"
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
+    """What its rows look like (prep/convert.py); `auto` goes by the keys of the first rows, for all of them."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Where the source has other names than its format: {prompt = "question", completion = "answer"}."""
+    min_tokens: int | None = None
+    """Leave out rows of fewer tokens, counted whole, before any cut."""
+    max_tokens: int | None = None
+    """Leave out rows of more tokens, counted whole, before any cut."""
+    min_loss_tokens: int | None = None
+    """Leave out rows that carry fewer loss tokens; besides lengths.min_loss_tokens, which holds for all sources."""
     fraction: float | None = None
     """Keep this share of the rows, chosen by seed."""
     rows: int | None = None
@@ -93,6 +111,55 @@ class SourceConfig:
             raise ConfigError(f"rows = {self.rows}; expected 1 or more")
         if self.epochs is not None and self.epochs <= 0:
             raise ConfigError(f"epochs = {self.epochs}; expected more than 0")
+        self._check_columns()
+        for key in ("min_tokens", "max_tokens", "min_loss_tokens"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"{key} = {value}; expected 1 or more")
+        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ConfigError(f"min_tokens = {self.min_tokens} is over max_tokens = {self.max_tokens}")
+
+    def _check_columns(self) -> None:
+        formats = FIELDS if self.format == "auto" else {self.format: FIELDS[self.format]}
+        if not any(set(self.columns) <= set(fields) for fields in formats.values()):
+            known = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in formats.items())
+            raise ConfigError(f"columns maps {', '.join(self.columns)}; expected fields of one format, of {known}")
+        if not all(self.columns.values()) or len(set(self.columns.values())) < len(self.columns):
+            raise ConfigError(f"columns = {self.columns}; expected a column of its own for each field")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DedupConfig:
+    exact: bool = False
+    """Of rows with equal messages, tools and train flags keep the first, in the order of the sources."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecontaminateConfig:
+    files: tuple[str, ...] = ()
+    """Files, globs or hub data sets whose questions must not be trained on; relative to the mixture file."""
+    split: str = "test"
+    """Of hub data sets and directories laid out like one."""
+    fields: tuple[str, ...] = ()
+    """The columns that hold the questions; default: what users say in the conversations there."""
+    ngram: int = 13
+    """A row goes if it shares so many words on end with a question; prep/word_grams.py says what a word is."""
+
+    def __post_init__(self) -> None:
+        if self.ngram < 1:
+            raise ConfigError(f"ngram = {self.ngram}; expected 1 or more words")
+        if self.fields and not self.files:
+            raise ConfigError("fields are given but no files; add files, or remove fields")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixingConfig:
+    temperature: float | None = None
+    """Make each source's share proportional to its tokens to the power of 1/temperature, the total unchanged."""
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and self.temperature <= 0:
+            raise ConfigError(f"temperature = {self.temperature}; expected more than 0 (1 changes nothing)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +175,9 @@ class MixtureConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     rows: RowsConfig = field(default_factory=RowsConfig)
+    dedup: DedupConfig = field(default_factory=DedupConfig)
+    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
 
     def __post_init__(self) -> None:
         if self.max_seq_len < 2:
@@ -116,6 +186,13 @@ class MixtureConfig:
             raise ConfigError("no sources; add a [[sources]] table with a path")
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name = {self.name!r}; expected a plain file name, it becomes data_cache/NAME")
+        for index, source in enumerate(self.sources if self.mixing.temperature is not None else ()):
+            for key in ("fraction", "rows", "epochs"):
+                if getattr(source, key) is not None:
+                    raise ConfigError(
+                        f"sources.{index}.{key} is set, and so is mixing.temperature, which decides how often each "
+                        "source is used; keep one of them"
+                    )
 
 
 def shipped_mixtures() -> dict[str, Path]:

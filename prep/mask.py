@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.config import MaskConfig
-from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, STRADDLES
+from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, STRADDLES, Kind
 
 Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -31,13 +31,18 @@ def loss_mask_of(samples: Samples, policy: MaskConfig) -> Bytes:
     """Return the loss mask of whole samples, uint8 [N]; the first token of a sample is never trained.
 
     "assistant": what assistants wrote and the terminators. "last_assistant": of that, the last assistant message only.
-    "all": every token. A message with `train: false` is left out under each of them.
+    "all": every token. A message with `train: false` is left out under each of them. Reasoning, tool calls and
+    terminators of assistants can be left out by kind; a token that covers text of two kinds has the kind of one.
     """
     mask = _trained_by_kind(policy)[samples.kind]
     untrained = samples.message_train == TRAIN_NO
     if policy.train_on == "last_assistant":
         untrained |= ~_is_last_assistant(samples)
-    ends = _message_ends(samples)
+    if policy.terminator == "last" and policy.train_on != "all":
+        ending = np.flatnonzero((samples.kind & KIND_MASK) == Kind.TERMINATOR)
+        owner = np.searchsorted(samples.message_offsets, ending, side="right") - 1
+        mask[ending[~_is_last_assistant(samples)[owner]]] = 0
+    ends = message_ends(samples)
     for index in np.flatnonzero(untrained).tolist():
         mask[samples.message_offsets[index] : ends[index]] = 0
     starts = samples.sample_offsets[:-1]
@@ -50,7 +55,12 @@ def _trained_by_kind(policy: MaskConfig) -> Bytes:
     values = np.arange(256)
     if policy.train_on == "all":
         return np.ones(256, np.uint8)
-    trained = np.isin(values & KIND_MASK, ASSISTANT_KINDS)
+    left_out = {
+        Kind.REASONING: not policy.reasoning,
+        Kind.TOOL_CALL: not policy.tool_calls,
+        Kind.TERMINATOR: policy.terminator == "none",
+    }
+    trained = np.isin(values & KIND_MASK, [kind for kind in ASSISTANT_KINDS if not left_out.get(kind)])
     if policy.boundary == "inside":
         trained &= (values & STRADDLES) == 0
     return trained.astype(np.uint8)
@@ -66,7 +76,8 @@ def _is_last_assistant(samples: Samples) -> npt.NDArray[np.bool_]:
     return result
 
 
-def _message_ends(samples: Samples) -> Ints:
+def message_ends(samples: Samples) -> Ints:
+    """Return the token behind each message, int64 [M]."""
     ends = np.append(samples.message_offsets[1:], samples.sample_offsets[-1])
     filled = np.diff(samples.sample_messages) > 0
     ends[samples.sample_messages[1:][filled] - 1] = samples.sample_offsets[1:][filled]

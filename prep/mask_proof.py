@@ -49,6 +49,8 @@ def prove_mask(kind: Bytes, mask: Bytes, seq_offsets: Ints, *, policy: MaskConfi
     if policy.train_on == "last_assistant":
         return MaskProof(_not_a_tail(kind, mask, trainable, seq_offsets), 0)
     missing = np.flatnonzero(trainable > mask)
+    if policy.terminator == "last" and policy.train_on == "assistant":
+        missing = missing[(kind[missing] & KIND_MASK) != Kind.TERMINATOR]  # of a turn before the last one, cut off
     if not len(missing):
         return MaskProof(None, 0)
     if not may_be_flagged:
@@ -62,9 +64,23 @@ def _trainable(kind: Bytes, seq_offsets: Ints, policy: MaskConfig) -> Bytes:
     """Return what the policy trains where no message says otherwise, by the code that made the mask, uint8 [T]."""
     if policy.train_on == "last_assistant":
         policy = replace(policy, train_on="assistant")
+    if policy.terminator == "last":
+        kind = _without_earlier_terminators(kind, seq_offsets)
+        policy = replace(policy, terminator="all")
     none = np.zeros(0, np.uint8)
     no_messages = np.zeros(len(seq_offsets), np.int64)
     return loss_mask_of(Samples(kind, seq_offsets, no_messages, none.astype(np.int64), none, none), policy)
+
+
+def _without_earlier_terminators(kind: Bytes, seq_offsets: Ints) -> Bytes:
+    """Return kinds in which only the last run of terminators of each sequence is one; the others become TEMPLATE."""
+    ending = (kind & KIND_MASK) == Kind.TERMINATOR
+    sequence_of = np.repeat(np.arange(len(seq_offsets) - 1), np.diff(seq_offsets))
+    begins = ending & ~np.append(False, ending[:-1] & (sequence_of[1:] == sequence_of[:-1]))[: len(kind)]
+    run_of = np.cumsum(begins)  # [T]
+    last_run = np.zeros(len(seq_offsets) - 1, np.int64)
+    np.maximum.at(last_run, sequence_of[ending], run_of[ending])
+    return np.where(ending & (run_of != last_run[sequence_of]), np.uint8(Kind.TEMPLATE), kind)
 
 
 def _not_a_tail(kind: Bytes, mask: Bytes, trainable: Bytes, seq_offsets: Ints) -> MaskFault | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from prep.assemble import Assembled
 from prep.encode import Encoder
@@ -172,6 +173,8 @@ def _source_entry(inputs: Inputs, index: int, tally: Tally, selection: Selection
     used = selection.sequences
     _, first = np.unique(used["row"], return_index=True)  # a repeated row counts once
     rows = used[first]
+    cut_short = rows["length"] < rows["full_length"]
+    is_split = inputs.mixture.lengths.over_length == "split"
     return SourceEntry(
         name=source.name,
         hub_id=source.hub_id,
@@ -182,8 +185,8 @@ def _source_entry(inputs: Inputs, index: int, tally: Tally, selection: Selection
         rows_rejected=_counts(reason for _, reason, _ in tally.rejects),
         rows_uncarried=_counts(reason for _, reason in tally.uncarried),
         rows_dropped=dict(sorted(selection.dropped.items())),
-        rows_truncated=int((rows["length"] < rows["full_length"]).sum()),
-        rows_without_terminator=int((~rows["terminated"]).sum()),
+        rows_truncated=0 if is_split else int(cut_short.sum()),
+        rows_without_terminator=int((~_last_of_each_row(used)["terminated"]).sum()),
         tokens=int(used["length"].sum(dtype=np.int64)),
         loss_tokens=loss_tokens,
         details={
@@ -193,10 +196,18 @@ def _source_entry(inputs: Inputs, index: int, tally: Tally, selection: Selection
             "epochs": asked.epochs,
             "rows_by_hand": tally.rows_by_hand,
             "rows_refereed": tally.rows_refereed,
+            "rows_split": int(cut_short.sum()) if is_split else 0,
             "messages_dropped": tally.messages_dropped,
             "messages_untrained": tally.messages_untrained,
         },
     )
+
+
+def _last_of_each_row(sequences: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+    """Return of each row the sequence that holds its end, or the latest there is."""
+    ordered = sequences[np.lexsort((sequences["first"], sequences["row"]))]
+    last: npt.NDArray[np.void] = ordered[np.append(np.diff(ordered["row"]) > 0, True)[: len(ordered)]]
+    return last
 
 
 def _counts(reasons: Any) -> dict[str, int]:

@@ -81,13 +81,22 @@ def usable_rows(
     rows = np.concatenate([*parts, np.zeros(0, SEQUENCE)])
     dropped: Counter[str] = Counter()
     listed: list[tuple[int, str, str]] = []
-    too_long = rows["full_length"] > max_seq_len
-    if lengths.over_length == "drop":
-        rows = _leave_out(rows, too_long, "over_length", f"over {max_seq_len} tokens", dropped, listed)
+    too_long = (rows["length"] == 0) & (rows["full_length"] > max_seq_len)  # of these the policy leaves nothing
+    if lengths.over_length == "error" and too_long.any():
+        row, _, full = _row_and_lengths(rows[too_long])[0]
+        raise SampleTooLongError(
+            f"source {name!r} row {row} has {full} tokens, more than max_seq_len = {max_seq_len}; raise it, or set "
+            'lengths.over_length to "truncate", "truncate_turns", "drop" or "split"'
+        )
+    what = "no answer ends within" if lengths.over_length == "truncate_turns" else "over"
+    rows = _leave_out(rows, too_long, "over_length", f"{what} {max_seq_len} tokens", dropped, listed)
     rows = _leave_out(rows, rows["length"] == 0, "empty", "renders to nothing", dropped, listed)
     few = rows["loss_tokens"] < lengths.min_loss_tokens
-    rows = _leave_out(rows, few, "few_loss_tokens", f"under {lengths.min_loss_tokens} loss tokens", dropped, listed)
+    reason = "fragments_with_few_loss_tokens" if lengths.over_length == "split" else "few_loss_tokens"
+    rows = _leave_out(rows, few, reason, f"under {lengths.min_loss_tokens} loss tokens", dropped, listed)
     rows["tie"] = _mix(rows["row"].astype(np.uint64) ^ np.uint64(seed_from(seed, "order", name)))
+    first = rows["first"].astype(np.uint64)
+    rows["tie"] = np.where(first > 0, _mix(rows["tie"] ^ first), rows["tie"])
     return Usable(rows, dropped, listed)
 
 
@@ -95,10 +104,14 @@ def choose(usable: Usable, source: SourceConfig, name: str, *, seed: int) -> Sel
     """Return as many of the usable rows as `source` asks for. Raises DataError where there are too few."""
     dropped, listed = Counter(usable.dropped), list(usable.listed)
     chosen = _choose(usable.rows, source, name, seed)
-    if len(usable.rows) > len(np.unique(chosen["row"])):
-        dropped["not_chosen"] = len(usable.rows) - len(np.unique(chosen["row"]))
-    for row, used, full in _cut_rows(chosen):
-        listed.append((row, "truncated", f"{full} tokens cut to {used}"))
+    not_chosen = len(np.unique(usable.rows["row"])) - len(np.unique(chosen["row"]))
+    if not_chosen:
+        dropped["not_chosen"] = not_chosen
+    cut_short = chosen[chosen["length"] < chosen["full_length"]]
+    if (chosen["first"] > 0).any():
+        listed += [(row, "split", f"{full} tokens in fragments") for row, _, full in _row_and_lengths(cut_short)]
+    else:
+        listed += [(row, "truncated", f"{full} tokens cut to {n}") for row, n, full in _row_and_lengths(cut_short)]
     return Selection(chosen, dropped, sorted(listed))
 
 
@@ -172,10 +185,10 @@ def _times(rows: Ints, source: SourceConfig, name: str, seed: int) -> Ints:
     return times
 
 
-def _cut_rows(rows: npt.NDArray[np.void]) -> list[tuple[int, int, int]]:
-    cut = rows[rows["length"] < rows["full_length"]]
-    _, first = np.unique(cut["row"], return_index=True)
-    return [(int(row["row"]), int(row["length"]), int(row["full_length"])) for row in cut[first]]
+def _row_and_lengths(sequences: npt.NDArray[np.void]) -> list[tuple[int, int, int]]:
+    """Return (row, tokens used, tokens of the whole sample) of each row once."""
+    _, first = np.unique(sequences["row"], return_index=True)
+    return [(int(row["row"]), int(row["length"]), int(row["full_length"])) for row in sequences[first]]
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
