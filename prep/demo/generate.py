@@ -19,7 +19,7 @@ from prep.demo.skills import SKILLS, Exercise
 from shared import atomic
 from shared.hashing import canonical_json, seed_from
 
-TRAIN_ROWS = 2000  # per skill
+TRAIN_ROWS = {"add": 3000, "pick": 4000, "reverse": 4000, "shift": 4000, "sort": 4000}
 HELD_OUT_ROWS = 60  # per skill
 VOCAB_LIMIT = 512
 
@@ -93,7 +93,7 @@ def _train_rows(skill: str) -> list[Row]:
     held_out_keys = _held_out(skill).keys()
     rng = random.Random(seed_from("demo", _SEED, skill, "train"))
     rows: dict[str, Row] = {}
-    while len(rows) < TRAIN_ROWS:
+    while len(rows) < TRAIN_ROWS[skill]:
         exercise = SKILLS[skill](rng)
         row = {"messages": _messages(exercise, rng)}
         if exercise.key not in held_out_keys:

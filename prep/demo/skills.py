@@ -21,7 +21,7 @@ class Exercise:
 
 Skill = Callable[[random.Random], Exercise]
 
-_FOLLOW_UP_SHARE = 0.4
+_FOLLOW_UP_SHARE = 0.5
 
 
 def reverse(rng: random.Random) -> Exercise:
@@ -58,13 +58,14 @@ def pick(rng: random.Random) -> Exercise:
 
 
 def add(rng: random.Random) -> Exercise:
-    """Add two numbers below 100 with the working: ones, then tens with the carry, then the sum."""
+    """Add two numbers below 100 with the working: ones, tens, the carry where there is one, the sum."""
     a, b = rng.randint(10, 99), rng.randint(10, 99)
-    ones = a % 10 + b % 10
-    tens = a // 10 + b // 10 + ones // 10
-    working = f"{a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}+{ones // 10}={tens}"
+    ones, tens = a % 10 + b % 10, a // 10 + b // 10
+    steps = [f"{a % 10}+{b % 10}={ones}", f"{a // 10}+{b // 10}={tens}"]
+    if ones > 9:
+        steps.append(f"{tens}+1={tens + 1}")
     wording = rng.choice(("What is {}+{}?", "Add {} and {}."))
-    return Exercise(f"{min(a, b)} {max(a, b)}", ((wording.format(a, b), f"{working}: {a + b}"),))
+    return Exercise(f"{min(a, b)} {max(a, b)}", ((wording.format(a, b), f"{', '.join(steps)}: {a + b}"),))
 
 
 SKILLS: dict[str, Skill] = {"add": add, "pick": pick, "reverse": reverse, "shift": shift, "sort": sort_digits}
@@ -78,14 +79,14 @@ _PICKS: dict[str, Callable[[str], str]] = {
 
 
 def _draw_digits(rng: random.Random) -> str:
-    return "".join(rng.sample(string.digits, rng.randint(3, 5)))
+    return "".join(rng.sample(string.digits, rng.choice((3, 4, 4))))
 
 
 def _follow_up(rng: random.Random, answer: str) -> tuple[tuple[str, str], ...]:
     """Ask about the last answer without naming it again."""
     if rng.random() >= _FOLLOW_UP_SHARE:
         return ()
-    kind = rng.choice(("reverse", "sort", "shift", *_PICKS))
+    kind = rng.choice(("reverse", "sort", "shift", "first", "last"))
     if kind in _PICKS:
         return ((f"Now only the {kind} digit.", _PICKS[kind](answer)),)
     changed = {"reverse": answer[::-1], "sort": "".join(sorted(answer)), "shift": _shifted(answer)}
