@@ -91,6 +91,7 @@ def _draw_lengths(axes: Any, lengths: npt.NDArray[np.int64], found: dict[str, An
     bounds = np.unique(np.round(np.geomspace(low, high + 1, 61))) - 0.5
     axes.hist(lengths, bins=bounds if len(bounds) > 1 else [low - 0.5, low + 0.5], color=_TOKENS)
     axes.set_xscale("log", base=2)
+    axes.set_xlim(low / 1.5, high * 1.8)  # a power of two, and room for the last label
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else "")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(axis="y")
@@ -109,7 +110,7 @@ def _draw_lengths(axes: Any, lengths: npt.NDArray[np.int64], found: dict[str, An
 
 def _draw_fill(axes: Any, fill: npt.NDArray[np.float64], found: dict[str, Any]) -> None:
     axes.set_title(f"fill of packs: density {found['density']:.2%}")
-    axes.set_xlabel("% of a pack that holds tokens")
+    axes.set_xlabel(f"% full; {int((fill < 0.99).sum()):,} of {len(fill):,} packs are under 99%")
     axes.set_ylabel("packs, log scale")
     if not len(fill):
         return
@@ -119,8 +120,6 @@ def _draw_fill(axes: Any, fill: npt.NDArray[np.float64], found: dict[str, Any]) 
     axes.set_ylim(bottom=0.7)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(axis="y")
-    text = f"under 99% full:\n{int((fill < 0.99).sum()):,} of {len(fill):,} packs"
-    axes.text(0.03, 0.97, text, transform=axes.transAxes, va="top", color=_SOFT, fontsize=8)
 
 
 def _draw_sources(axes: Any, sources: list[dict[str, Any]]) -> None:

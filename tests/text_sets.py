@@ -13,10 +13,10 @@ EOS = "<|end|>"
 
 
 def byte_tokenizer(*merges: tuple[str, str]) -> tokenizers.Tokenizer:
-    """A byte-level tokenizer with a token for each byte, EOS with the id 256, then a token for each of `merges`."""
+    """A byte-level tokenizer with a token for each byte, one for each of `merges`, and EOS (without merges, 256)."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: index for index, character in enumerate(alphabet)}
-    vocab |= {"".join(pair): 257 + index for index, pair in enumerate(merges)}
+    vocab |= {"".join(pair): 256 + index for index, pair in enumerate(merges)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=list(merges)))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
