@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import orjson
 
+from prep.convert import PLAIN_MESSAGES, Conversion
 from shared.errors import DataError
 
 JSON_SPACE = b" \t\r"  # a line of only these is blank: no row
@@ -34,6 +35,8 @@ class Chunk:
     kind: Literal["lines", "arrow"]
     payload: bytes
     """JSON lines, or an Arrow IPC stream."""
+    conversion: Conversion = PLAIN_MESSAGES
+    """What the rows of the source look like."""
     source_bytes_read: int = 0
     """How far into the files of the source this is: for people who wait. 0 where it is not known."""
 

@@ -19,7 +19,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "enviro
 _ASKING_ROLES = frozenset(ROLES) - {"system", "developer", "assistant"}
 
 _STRING_KEYS = ("reasoning_content", "function_calls", "functions", "tool_call_id", "name")
-_REASONING_PARTS = {"reasoning": ("text", "reasoning"), "thinking": ("text", "thinking")}
+_REASONING_PARTS = {"reasoning": ("text", "reasoning", "value"), "thinking": ("text", "thinking", "value")}
 # what makes two prompts the same question; ids and other keys of a data set's own do not
 _PROMPT_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "function_calls", "functions")
 
@@ -89,11 +89,12 @@ def _parse_message(message: dict[str, Any], at: str) -> dict[str, Any]:
         parsed["tool_calls"] = _parse_tool_calls(calls, f"{at}.tool_calls")
     if "content" not in message and not calls and "function_calls" not in parsed:
         raise DataError(f"{at} has no content; it has {', '.join(message)}")
-    parsed["content"], reasoning = _parse_content(parsed.get("content"), f"{at}.content")
-    if reasoning:
-        if parsed.get("reasoning_content"):
-            raise DataError(f"{at} has reasoning both in content and in reasoning_content; keep one of them")
-        parsed["reasoning_content"] = reasoning
+    parsed["content"], reasoning, called = _parse_content(parsed.get("content"), f"{at}.content")
+    for key, what, found in (("reasoning_content", "reasoning", reasoning), ("tool_calls", "tool calls", called)):
+        if found and parsed.get(key):
+            raise DataError(f"{at} has {what} both in content and in {key}; keep one of them")
+        if found:
+            parsed[key] = found
     if parsed["role"] != "assistant":
         for key in ("tool_calls", "reasoning_content"):
             if parsed.get(key):
@@ -102,31 +103,41 @@ def _parse_message(message: dict[str, Any], at: str) -> dict[str, Any]:
     return parsed
 
 
-def _parse_content(content: Any, at: str) -> tuple[str, str]:
-    """Return (text, reasoning) of a message's content: a string, null, or a list of typed parts."""
+def _parse_content(content: Any, at: str) -> tuple[str, str, list[dict[str, Any]]]:
+    """Return (text, reasoning, tool calls) of a message's content: a string, null, or a list of typed parts."""
     if content is None:
-        return "", ""
+        return "", "", []
     if isinstance(content, str):
-        return content, ""
+        return content, "", []
     if isinstance(content, list):
         return _join_parts(content, at)
     raise DataError(f"{at} is {_show(content)}; expected a string, null or a list of text parts")
 
 
-def _join_parts(parts: list[Any], at: str) -> tuple[str, str]:
-    """Return (text, reasoning) of typed content parts, each joined as it stands."""
+def _join_parts(parts: list[Any], at: str) -> tuple[str, str, list[dict[str, Any]]]:
+    """Return (text, reasoning, tool calls) of typed content parts; texts are joined as they stand.
+
+    Templates print calls after the text, so text after a call has no place.
+    """
     text: list[str] = []
     reasoning: list[str] = []
+    calls: list[dict[str, Any]] = []
     for index, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             text.append(_part_string(part, ("text", "value"), f"{at}[{index}]"))
+            if calls and text[-1].strip():
+                raise DataError(f"{at}[{index}] is text after a tool call; expected the calls of a message at its end")
         elif kind in _REASONING_PARTS:
             reasoning.append(_part_string(part, _REASONING_PARTS[kind], f"{at}[{index}]"))
+        elif kind == "tool_call":
+            called = _from_json_text(part.get("tool_call", part.get("value")), f"{at}[{index}]")
+            calls += _parse_tool_calls([called], f"{at}[{index}]")
         else:
             seen = f"of type {kind!r}" if kind is not None else _show(part)
-            raise DataError(f"{at}[{index}] is {seen}; expected a part of type 'text', 'reasoning' or 'thinking'")
-    return "".join(text), "".join(reasoning)
+            expected = "a part of type 'text', 'reasoning', 'thinking' or 'tool_call'"
+            raise DataError(f"{at}[{index}] is {seen}; expected {expected}")
+    return "".join(text), "".join(reasoning), calls
 
 
 def _part_string(part: dict[str, Any], keys: tuple[str, ...], at: str) -> str:
@@ -204,7 +215,10 @@ def _not_messages(record: dict[str, Any], where: str) -> str:
         seen = f"messages is {_show(record['messages'])}"
     else:
         seen = f"no messages; the row has {', '.join(map(str, record)) or 'no columns'}"
-    return f'{where}: {seen}; expected "messages": [{{"role": ..., "content": ...}}, ...]'
+    return (
+        f'{where}: {seen}; expected "messages": [{{"role": ..., "content": ...}}, ...], '
+        "or another format or columns stated for the source"
+    )
 
 
 def _is(table: dict[str, Any], key: str) -> str:

@@ -14,7 +14,8 @@ from prep.align import align
 from prep.carriage import uncarried, without_message
 from prep.chunks import Chunk, parse_chunk
 from prep.compiled import CompiledTemplate
-from prep.conversation import Conversation, content_hash, parse_conversation, prompt_hash
+from prep.conversation import Conversation, content_hash, prompt_hash
+from prep.convert import read_conversation
 from prep.encode import Encoded, Encoder, EncoderSpec
 from prep.mask import TRAIN_NO, TRAIN_UNSET
 from prep.spans import ROLE_KINDS, Rendered, SpanRules, find_spans, learn_rules
@@ -88,7 +89,7 @@ class ChunkBuilder:
             try:
                 if isinstance(record, DataError):
                     raise record
-                conversation = parse_conversation(record, where=where)
+                conversation = read_conversation(record, chunk.conversion, where=where)
             except DataError as exc:
                 rejects.append((row, "malformed", str(exc)))
                 continue

@@ -12,6 +12,7 @@ from typing import IO, Any, Literal
 
 from prep import hub_source
 from prep.chunks import Chunk
+from prep.convert import PLAIN_MESSAGES, Conversion
 from prep.raw_lines import MAX_BYTES, MAX_LINES, array_groups, decompressed_blocks, line_groups
 from prep.sources import FileStamp, ResolvedSource, SourceFile
 from shared.errors import DataError
@@ -29,7 +30,9 @@ class _Piece:
     position: int = 0  # bytes of the file that are read
 
 
-def iter_chunks(source: ResolvedSource, *, source_index: int) -> Iterator[Chunk]:
+def iter_chunks(
+    source: ResolvedSource, *, source_index: int, conversion: Conversion = PLAIN_MESSAGES
+) -> Iterator[Chunk]:
     """Yield the chunks of `source`. Raises DataError for a file that is damaged, cut off or being written to."""
     first_row = 0
     size_before = {file.name: before for file, before in zip(source.files, _sizes_before(source), strict=True)}
@@ -43,6 +46,7 @@ def iter_chunks(source: ResolvedSource, *, source_index: int) -> Iterator[Chunk]
             first_line=piece.first_line,
             kind=piece.kind,
             payload=piece.payload,
+            conversion=conversion,
             source_bytes_read=size_before.get(piece.file, 0) + piece.position,
         )
         first_row += piece.num_rows

@@ -1,0 +1,278 @@
+"""A raw record -> messages and tools. A source has one format, stated or detected once; other rows are errors.
+
+    messages            messages: [{role, content, ...}], tools                     OpenAI's
+    sharegpt            conversations: [{from, value}], system, tools
+    alpaca              instruction, input, output, system, history: [[user, assistant], ...], tools
+    prompt_completion   prompt, completion: text or lists of messages, system, tools
+
+`columns` says under which names a data set has these: {messages = "dialog", role = "speaker"}. Text is never changed,
+except that Alpaca's input follows its instruction on a new line.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import orjson
+
+from prep.conversation import Conversation, parse_conversation
+from shared.errors import DataError
+
+Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
+
+# the names that `columns` can map; role, content, from and value are keys of every message
+FIELDS: dict[Format, tuple[str, ...]] = {
+    "messages": ("messages", "tools", "role", "content"),
+    "sharegpt": ("conversations", "system", "tools", "from", "value"),
+    "alpaca": ("instruction", "input", "output", "system", "history", "tools"),
+    "prompt_completion": ("prompt", "completion", "system", "tools"),
+}
+_LIST_COLUMNS = ("messages", "conversations", "conversation")  # where messages are looked for, in this order
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+_ROWS_LOOKED_AT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What the rows of one source look like."""
+
+    format: Format = "messages"
+    columns: tuple[tuple[str, str], ...] = ()  # (name in FIELDS, name in the source), where they differ
+
+    def column(self, field: str) -> str:
+        """Return what the source calls `field`."""
+        return dict(self.columns).get(field, field)
+
+    def __str__(self) -> str:
+        renamed = ", ".join(f"{field} = {column!r}" for field, column in self.columns)
+        return f"{self.format} ({renamed})" if renamed else self.format
+
+
+PLAIN_MESSAGES = Conversion()
+
+
+def detect(records: Iterable[Any], columns: Mapping[str, str]) -> Conversion | None:
+    """Return the format of the first record that fits one, under the names of `columns`; None if none of 64 does."""
+    for record in islice(records, _ROWS_LOOKED_AT):
+        if isinstance(record, dict):
+            for name, fields in FIELDS.items():
+                found = _fit(record, name, columns) if set(columns) <= set(fields) else None
+                if found is not None:
+                    return found
+    return None
+
+
+def read_conversation(record: dict[str, Any], conversion: Conversion, *, where: str) -> Conversation:
+    """Return the conversation in a record of a source. Raises DataError, which names the source's own field."""
+    messages, tools = _CONVERTERS[conversion.format](record, conversion, where)
+    if messages is None:
+        return parse_conversation(record, where=where)
+    try:
+        return parse_conversation({"messages": messages, "tools": tools}, where=where)
+    except DataError as exc:
+        raise DataError(f"{exc} (messages as read from {conversion})") from exc
+
+
+def _fit(record: dict[str, Any], name: Format, columns: Mapping[str, str]) -> Conversion | None:
+    """Return how `record` is a row of format `name`, or None."""
+    stated = Conversion(name, tuple(sorted(columns.items())))
+    if name == "alpaca":
+        needed = ("instruction", "output")
+    elif name == "prompt_completion":
+        needed = ("prompt", "completion")
+    else:
+        return _fit_list(record, stated)
+    return stated if all(stated.column(field) in record for field in needed) else None
+
+
+def _fit_list(record: dict[str, Any], stated: Conversion) -> Conversion | None:
+    field, key = ("messages", "role") if stated.format == "messages" else ("conversations", "from")
+    known = dict(stated.columns)
+    for column in [known[field]] if field in known else _LIST_COLUMNS:
+        messages = record.get(column)
+        if isinstance(messages, list) and messages and isinstance(messages[0], dict):
+            if stated.column(key) not in messages[0]:
+                continue
+            renamed = {**known, field: column} if column != field else known
+            return Conversion(stated.format, tuple(sorted(renamed.items())))
+    return None
+
+
+_Converted = tuple[list[Any] | None, Any]  # messages, tools; None for a record that is as it should be
+
+
+def _from_messages(record: dict[str, Any], conversion: Conversion, where: str) -> _Converted:
+    if not conversion.columns:
+        return None, None
+    column = conversion.column("messages")
+    messages = _list_of(record, column, where, conversion)
+    role, content = conversion.column("role"), conversion.column("content")
+    if (role, content) != ("role", "content"):
+        for index, message in enumerate(messages):
+            if not isinstance(message, dict) or role not in message:
+                raise DataError(f"{where}: {column}[{index}] is {_show(message)}; expected an object with {role}")
+        messages = [_renamed(message, role, content) for message in messages]
+    return messages, record.get(conversion.column("tools"))
+
+
+def _renamed(message: dict[str, Any], role: str, content: str) -> dict[str, Any]:
+    others = {key: value for key, value in message.items() if key not in (role, content, "role", "content")}
+    named = {"content": message[content]} if content in message else {}
+    return {"role": message[role], **named, **others}
+
+
+def _from_sharegpt(record: dict[str, Any], conversion: Conversion, where: str) -> _Converted:
+    column, from_key, value_key = (conversion.column(name) for name in ("conversations", "from", "value"))
+    turns = _list_of(record, column, where, conversion)
+    messages = _system(record, conversion, where)
+    for index, turn in enumerate(turns):
+        at = f"{where}: {column}[{index}]"
+        if not isinstance(turn, dict):
+            raise DataError(f"{at} is {_show(turn)}; expected an object with {from_key} and {value_key}")
+        speaker, value = turn.get(from_key), turn.get(value_key)
+        role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+        if role is None:
+            seen = f"is {_show(speaker)}" if from_key in turn else "is missing"
+            raise DataError(f"{at}.{from_key} {seen}; expected {', '.join(_SHAREGPT_ROLES)}")
+        if role == "system" and messages:
+            raise DataError(f"{at}.{from_key} is 'system'; expected it at most once, before all others")
+        message = {key: item for key, item in turn.items() if key not in (from_key, value_key, "role", "content")}
+        if speaker == "function_call":
+            messages.append({**message, "role": role, "content": "", "tool_calls": _calls(value, f"{at}.{value_key}")})
+            continue
+        if not isinstance(value, str):
+            seen = f"is {_show(value)}" if value_key in turn else "is missing"
+            raise DataError(f"{at}.{value_key} {seen}; expected a string")
+        messages.append({**message, "role": role, "content": value})
+    return messages, _nested_tools(record, conversion, where)
+
+
+def _from_alpaca(record: dict[str, Any], conversion: Conversion, where: str) -> _Converted:
+    messages = _system(record, conversion, where)
+    column = conversion.column("history")
+    history = record.get(column)
+    if not isinstance(history, list | None):
+        raise DataError(f"{where}: {column} is {_show(history)}; expected a list of pairs of strings")
+    for index, pair in enumerate(history or ()):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise DataError(f"{where}: {column}[{index}] is {_show(pair)}; expected [what the user said, the answer]")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    instruction, output = (_text(record, name, where, conversion) for name in ("instruction", "output"))
+    context = _text(record, "input", where, conversion, default="")
+    asked = "\n".join(text for text in (instruction, context) if text)
+    messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
+    return messages, _nested_tools(record, conversion, where)
+
+
+def _from_prompt_completion(record: dict[str, Any], conversion: Conversion, where: str) -> _Converted:
+    messages = _system(record, conversion, where)
+    for field, role in (("prompt", "user"), ("completion", "assistant")):
+        column = conversion.column(field)
+        value = record.get(column)
+        if isinstance(value, str):
+            messages.append({"role": role, "content": value})
+            continue
+        if not isinstance(value, list) or not value:
+            raise _other_shape(record, column, where, conversion, "a string or a list of messages")
+        for index, message in enumerate(value):
+            if not isinstance(message, dict) or "role" not in message:
+                raise DataError(
+                    f"{where}: {column}[{index}] is {_show(message)}; expected an object with role, content"
+                )
+            own = message.get("train") is not None or message.get("weight") is not None
+            if field == "prompt" and message["role"] == "assistant" and not own:
+                message = {**message, "train": False}
+            messages.append(message)
+    return messages, _nested_tools(record, conversion, where)
+
+
+_CONVERTERS = {
+    "messages": _from_messages,
+    "sharegpt": _from_sharegpt,
+    "alpaca": _from_alpaca,
+    "prompt_completion": _from_prompt_completion,
+}
+
+
+def _system(record: dict[str, Any], conversion: Conversion, where: str) -> list[dict[str, Any]]:
+    text = _text(record, "system", where, conversion, default="")
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _text(record: dict[str, Any], field: str, where: str, conversion: Conversion, *, default: str | None = None) -> str:
+    column = conversion.column(field)
+    value = record.get(column)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, str):
+        raise _other_shape(record, column, where, conversion, "a string")
+    return value
+
+
+def _list_of(record: dict[str, Any], column: str, where: str, conversion: Conversion) -> list[Any]:
+    value = record.get(column)
+    if not isinstance(value, list) or not value:
+        raise _other_shape(record, column, where, conversion, "a list of messages")
+    return value
+
+
+def _other_shape(record: dict[str, Any], column: str, where: str, conversion: Conversion, expected: str) -> DataError:
+    if column in record:
+        seen = f"{column} is {_show(record[column])}"
+    else:
+        seen = f"no {column}; the row has {', '.join(map(str, record)) or 'no columns'}"
+    return DataError(f"{where}: {seen}; expected {expected}, for the format of this source is {conversion}")
+
+
+def _calls(value: Any, at: str) -> list[Any]:
+    """Return the calls of a function_call turn: an object or a list of them, mostly as JSON text."""
+    calls = value
+    if isinstance(value, str):
+        try:
+            calls = orjson.loads(value)
+        except orjson.JSONDecodeError as exc:
+            raise DataError(f"{at} is {_show(value)}; expected the JSON of a call: {exc.msg}") from exc
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list) or not calls or not all(isinstance(c, dict) and _is_named(c) for c in calls):
+        raise DataError(f'{at} is {_show(value)}; expected {{"name": ..., "arguments": ...}} or a list of such calls')
+    return calls
+
+
+def _is_named(call: dict[str, Any]) -> bool:
+    function = call.get("function", call)
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
+
+
+def _nested_tools(record: dict[str, Any], conversion: Conversion, where: str) -> Any:
+    """Return tools in OpenAI's nested form, which is what the templates of models print."""
+    column = conversion.column("tools")
+    tools = record.get(column)
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = orjson.loads(tools)
+        except orjson.JSONDecodeError as exc:
+            raise DataError(f"{where}: {column} is text but not JSON: {exc.msg} at character {exc.pos + 1}") from exc
+    if not isinstance(tools, list):
+        return tools
+    return [_nested_tool(tool) if isinstance(tool, dict) else tool for tool in tools]
+
+
+def _nested_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    if "function" in tool or "name" not in tool:
+        return tool
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
