@@ -17,7 +17,6 @@ from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -166,7 +165,9 @@ class HubPlace:
             yield
         except SftError:
             raise
-        except (OSError, ValueError, RuntimeError, EntryNotFoundError, _TRANSPORT_ERROR) as exc:
+        except Exception as exc:
+            if not isinstance(exc, OSError | ValueError | RuntimeError) and not _is_of_client(exc):
+                raise
             raise self._explained(exc, f"cannot {doing} {self.label}") from exc
 
     def _explained(self, exc: BaseException, what: str) -> SftError:
@@ -187,6 +188,12 @@ class HubPlace:
 
 # HfHubHTTPError derives from the client's HTTPError: httpx's or httpx2's, depending on its release
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+def _is_of_client(exc: Exception) -> bool:
+    """Say whether the client raised it: its errors have no common base."""
+    root = type(exc).__module__.partition(".")[0]
+    return isinstance(exc, _TRANSPORT_ERROR) or root in ("huggingface_hub", "hf_xet")
 
 
 def _explained_answer(exc: HfHubHTTPError, what: str) -> SftError:

@@ -96,7 +96,7 @@ def _held(place: Place, *, damaged_is_none: bool) -> Transfer | None:
     if TRANSFER_NAME not in paths:
         if MANIFEST_NAME in paths:
             raise ArtifactError(
-                f"{place.label} has a {MANIFEST_NAME} that no push put there: it has no {TRANSFER_NAME}; give another place"
+                f"{place.label} has a {MANIFEST_NAME} that no push put there: no {TRANSFER_NAME}; give another place"
             )
         return None
     try:
