@@ -56,7 +56,7 @@ def parse_repo(repo: str) -> str | Path:
     """Return the hub id or the directory that `repo` means. Raises ConfigError if it is neither."""
     if repo.startswith("hf://"):
         hub_id = repo.removeprefix("hf://").removeprefix("datasets/")
-    elif repo in (".", "..") or repo.startswith(("./", "../", "/", "~")) or Path(repo).is_dir():
+    elif repo.startswith(("./", "../", "/", "~")) or (repo and Path(repo).is_dir()):
         return Path(repo).expanduser()
     else:
         hub_id = repo
