@@ -19,15 +19,18 @@ import numpy.typing as npt
 
 from prep.assemble import assemble
 from prep.chunks import Chunk
-from prep.config import MixtureConfig
+from prep.config import MixtureConfig, SourceConfig
+from prep.decontaminate import Overlap, find_overlaps, read_questions
+from prep.detect import conversion_of
 from prep.encode import Encoder, encoder_spec
 from prep.inputs import Inputs, resolve_inputs
+from prep.mixture import select_all
 from prep.pack import pack_best_fit
 from prep.progress import progress
 from prep.report import Tally, check_budgets, make_manifest, write_rejects
 from prep.sample_chunk import ChunkSpec
 from prep.sample_store import ChunkWorkers, SampleStore, StoredChunk, ensure_store
-from prep.selection import Selection, select
+from prep.selection import Selection
 from prep.source_reader import iter_chunks
 from prep.template import ChatTemplate
 from prep.tokenizer import CANARY_TEXT, LoadedTokenizer, load_tokenizer, write_tokenizer
@@ -39,8 +42,6 @@ from shared.shard_reader import read_manifest
 Ints = npt.NDArray[np.int64]
 
 logger = logging.getLogger(__name__)
-
-_SHOWN_DIFFERENCES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +76,17 @@ def explain(plan: BuildPlan) -> list[str]:
     if not plan.out.exists():
         return [f"{plan.out} does not exist: a build would make it"]
     manifest = read_manifest(plan.out)
-    changed = config.differences(manifest.inputs, inputs.tree)
+    changed = inputs.differences(manifest.inputs)
     if not changed:
         return [f"{plan.out} is up to date: every input is the same"]
-    return [f"{plan.out} was made from other inputs:", *_difference_lines(changed)]
+    return [f"{plan.out} was made from other inputs:", *changed]
 
 
 def dry_run(plan: BuildPlan) -> list[str]:
     """Tokenise (the samples stay in the store) and pack, and say what a build would write."""
     inputs = resolve_inputs(plan.mixture, plan.base, _memory_of(plan))
     stores, tallies, _ = _samples(plan, inputs, load_tokenizer(inputs.tokenizer))
-    selections = _select(inputs, stores)
+    selections = _select(plan, inputs, stores, tallies)
     sequences, _, pack_offsets = _pack(inputs, selections)
     tokens, packs = int(sequences["length"].sum(dtype=np.int64)), len(pack_offsets) - 1
     lines = [
@@ -111,24 +112,12 @@ def _memory_of(plan: BuildPlan) -> dict[str, Any]:
 
 def _existing(out: Path, inputs: Inputs) -> Manifest:
     manifest = read_manifest(out)
-    changed = config.differences(manifest.inputs, inputs.tree)
+    changed = inputs.differences(manifest.inputs)
     if changed:
-        lines = _difference_lines(changed)
         raise ArtifactError(
-            f"{out} was made from other inputs: {'; '.join(lines)}. Give another --out, or --rebuild to replace it"
+            f"{out} was made from other inputs: {'; '.join(changed)}. Give another --out, or --rebuild to replace it"
         )
     return manifest
-
-
-def _difference_lines(changed: list[tuple[str, Any, Any]]) -> list[str]:
-    lines = [f"{key}: {_show(old)} -> {_show(new)}" for key, old, new in changed[:_SHOWN_DIFFERENCES]]
-    more = len(changed) - len(lines)
-    return [*lines, f"and {more} more"] if more else lines
-
-
-def _show(value: Any) -> str:
-    text = "absent" if value is None else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
@@ -136,7 +125,7 @@ def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
     loaded = load_tokenizer(inputs.tokenizer)
     stores, tallies, encoder = _samples(plan, inputs, loaded)
     tokenised = time.monotonic()
-    selections = _select(inputs, stores)
+    selections = _select(plan, inputs, stores, tallies)
     sequences, source_of, pack_offsets = _pack(inputs, selections)
     packed = time.monotonic()
     with _replacing(plan.out) as aside:
@@ -172,14 +161,15 @@ def _samples(
         encoder=encoder.spec,
         drop_messages=inputs.mixture.rows.unknown == "drop_message",
     )
-    tallies = [Tally() for _ in inputs.sources]
+    tallies = [
+        Tally(conversion_of(source, entry, plan.store))
+        for source, entry in zip(inputs.sources, inputs.mixture.sources, strict=True)
+    ]
     with ChunkWorkers(chunk_spec, plan.workers) as workers:
-        stores = [
-            _tokenise(
-                inputs, index, plan.store / inputs.store_key(source, encoder.spec.backend), workers, tallies[index]
-            )
-            for index, source in enumerate(inputs.sources)
-        ]
+        stores = []
+        for index, (source, tally) in enumerate(zip(inputs.sources, tallies, strict=True)):
+            key = inputs.store_key(source, tally.conversion, encoder.spec.backend)
+            stores.append(_tokenise(inputs, index, plan.store / key, workers, tally))
     check_budgets(inputs, tallies)
     return stores, tallies, encoder
 
@@ -192,7 +182,7 @@ def _tokenise(inputs: Inputs, index: int, path: Path, workers: ChunkWorkers, tal
     done: list[int] = []  # the same for the chunks that are committed
 
     def chunks() -> Iterator[Chunk]:
-        for chunk in iter_chunks(source, source_index=index):
+        for chunk in iter_chunks(source, source_index=index, conversion=tally.conversion):
             read[chunk.index] = chunk.source_bytes_read
             yield chunk
 
@@ -218,20 +208,15 @@ def _tokenise(inputs: Inputs, index: int, path: Path, workers: ChunkWorkers, tal
         return ensure_store(path, chunks=chunks, workers=workers, on_chunk=on_chunk)
 
 
-def _select(inputs: Inputs, stores: list[SampleStore]) -> list[Selection]:
-    mixture = inputs.mixture
-    return [
-        select(
-            store,
-            entry,
-            source.name,
-            lengths=mixture.lengths,
-            mask=mixture.mask,
-            max_seq_len=mixture.max_seq_len,
-            seed=mixture.seed,
-        )
-        for store, entry, source in zip(stores, mixture.sources, inputs.sources, strict=True)
-    ]
+def _select(plan: BuildPlan, inputs: Inputs, stores: list[SampleStore], tallies: list[Tally]) -> list[Selection]:
+    asked = inputs.mixture.decontaminate
+    overlaps: list[list[Overlap]] = [[] for _ in stores]
+    if asked.files:
+        plain = SourceConfig(path="")
+        questions = [(source, conversion_of(source, plain, plan.store)) for source in inputs.questions]
+        rows = [(source, tally.conversion) for source, tally in zip(inputs.sources, tallies, strict=True)]
+        overlaps = find_overlaps(rows, read_questions(questions, asked), store=plan.store, workers=plan.workers)
+    return select_all(inputs, stores, overlaps)
 
 
 def _pack(inputs: Inputs, selections: list[Selection]) -> tuple[npt.NDArray[np.void], Ints, Ints]:

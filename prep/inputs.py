@@ -3,12 +3,14 @@
 `explain` compares two of these trees field by field: that is why a cached set does or does not match.
 """
 
+import json
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from prep.config import MixtureConfig
+from prep.config import MixtureConfig, SourceConfig
+from prep.convert import Conversion
 from prep.sources import ResolvedSource, remember, resolve_source
 from prep.template import TemplateText, load_template
 from prep.tokenizer import TokenizerFiles, remember_tokenizer, resolve_tokenizer
@@ -17,7 +19,8 @@ from shared.errors import ConfigError
 from shared.hashing import digest
 from shared.shard_format import FORMAT_VERSION
 
-SPAN_CODE_VERSION = 2  # bump when the same rows would give other tokens, kinds or messages
+SPAN_CODE_VERSION = 3  # bump when the same rows would give other tokens, kinds or messages
+_SHOWN_DIFFERENCES = 20
 _LIBRARIES = ("gigatoken", "jinja2", "orjson", "tokenizers", "transformers")
 
 
@@ -27,21 +30,34 @@ class Inputs:
     tokenizer: TokenizerFiles
     template: TemplateText
     sources: tuple[ResolvedSource, ...]
+    questions: tuple[ResolvedSource, ...]
+    """What must not be trained on."""
     tree: dict[str, Any]
 
     @property
     def digest(self) -> str:
         return digest(self.tree)
 
+    def differences(self, old: dict[str, Any]) -> list[str]:
+        """Return, line by line, what differs from the inputs that another set was made from."""
+        changed = config.differences(old, self.tree)
+        lines = [f"{key}: {_show(before)} -> {_show(after)}" for key, before, after in changed[:_SHOWN_DIFFERENCES]]
+        more = len(changed) - len(lines)
+        return [*lines, f"and {more} more"] if more else lines
+
     def memory(self) -> dict[str, Any]:
         """Return what the next build may trust instead of hashing again; holds paths, goes to build_info.json."""
-        return {**remember(self.sources), **remember_tokenizer(self.mixture.tokenizer, self.tokenizer)}
+        return {
+            **remember((*self.sources, *self.questions)),
+            **remember_tokenizer(self.mixture.tokenizer, self.tokenizer),
+        }
 
-    def store_key(self, source: ResolvedSource, backend: str) -> str:
+    def store_key(self, source: ResolvedSource, conversion: Conversion, backend: str) -> str:
         """Return the name of the sample store of one source: a hash of all that decides its samples."""
         return digest(
             {
                 "source": source.identity(),
+                "rows": [conversion.format, *map(list, conversion.columns)],
                 "tokenizer": self.tree["tokenizer"],
                 "template": self.tree["template"],
                 "date": self.mixture.template.date,
@@ -62,12 +78,15 @@ def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) ->
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two sources are named {name!r}; give one of them another `name`")
+    asked = mixture.decontaminate
+    questions = tuple(resolve_source(SourceConfig(path=path, split=asked.split), base, known) for path in asked.files)
     plain = config.to_plain(mixture)
     plain["tokenizer"]["name"] = tokenizer.name
     plain["template"]["name"] = template.name
     for entry, source in zip(plain["sources"], sources, strict=True):
         entry["path"] = source.hub_id or source.name
         entry["name"] = source.name
+    plain["decontaminate"]["files"] = [source.hub_id or source.name for source in questions]
     tree = {
         "format_version": FORMAT_VERSION,
         "code": SPAN_CODE_VERSION,
@@ -75,6 +94,12 @@ def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) ->
         "tokenizer": {"revision": tokenizer.revision, "files": tokenizer.sha256},
         "template": template.sha256,
         "sources": {source.name: source.identity() for source in sources},
+        "questions": [source.identity() for source in questions],
         "versions": {name: metadata.version(name) for name in _LIBRARIES},
     }
-    return Inputs(mixture, tokenizer, template, sources, tree)
+    return Inputs(mixture, tokenizer, template, sources, questions, tree)
+
+
+def _show(value: Any) -> str:
+    text = "absent" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.assemble import Assembled
+from prep.convert import PLAIN_MESSAGES, Conversion
 from prep.encode import Encoder
 from prep.inputs import Inputs
 from prep.selection import Selection
@@ -35,6 +36,7 @@ _EXAMPLES = 5
 class Tally:
     """What the chunks of one source add up to."""
 
+    conversion: Conversion = PLAIN_MESSAGES
     rows: int = 0
     tokens: int = 0
     rows_by_hand: int = 0
@@ -161,6 +163,9 @@ def summary_lines(manifest: Manifest, out: Path) -> list[str]:
         left_out |= {"truncated": source.rows_truncated} if source.rows_truncated else {}
         left_out |= {"without terminator": source.rows_without_terminator} if source.rows_without_terminator else {}
         notes = "".join(f"; {what} {count:,}" for what, count in left_out.items())
+        form, epochs = source.details.get("format", "messages"), source.details.get("epochs_used", 1.0)
+        notes += f"; used {epochs:g} times" if epochs > 1 else ""
+        notes += f"; format {form}" if form != "messages" else ""
         lines.append(
             f"  {source.name}: {source.rows_used:,} of {source.rows_read:,} rows, {source.tokens:,} tokens, "
             f"{source.loss_tokens:,} loss tokens{notes}"
@@ -190,7 +195,10 @@ def _source_entry(inputs: Inputs, index: int, tally: Tally, selection: Selection
         tokens=int(used["length"].sum(dtype=np.int64)),
         loss_tokens=loss_tokens,
         details={
+            "format": tally.conversion.format,
+            "columns": dict(tally.conversion.columns),
             "sequences": len(used),
+            "epochs_used": round(selection.epochs, 6),
             "fraction": asked.fraction,
             "rows": asked.rows,
             "epochs": asked.epochs,

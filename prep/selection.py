@@ -40,6 +40,7 @@ class Selection:
     """What one source gives to the shard set."""
 
     sequences: npt.NDArray[np.void]  # SEQUENCE [S], by row, repeats of a row behind one another
+    epochs: float = 1.0  # how often the usable rows are used, on average
     dropped: Counter[str] = field(default_factory=Counter)  # rows left out by policy, by reason
     listed: list[tuple[int, str, str]] = field(default_factory=list)  # row, what happened, detail
 
@@ -69,18 +70,18 @@ def select(
     max_seq_len: int, seed: int,
 ) -> Selection:  # fmt: skip
     """Return the sequences of a source. Raises DataError where the source cannot give the rows that are asked for."""
-    usable = usable_rows(store, name, lengths=lengths, mask=mask, max_seq_len=max_seq_len, seed=seed)
+    usable = usable_rows(store, source, name, lengths=lengths, mask=mask, max_seq_len=max_seq_len, seed=seed)
     return choose(usable, source, name, seed=seed)
 
 
 def usable_rows(
-    store: SampleStore, name: str, *, lengths: LengthsConfig, mask: MaskConfig, max_seq_len: int, seed: int
-) -> Usable:
+    store: SampleStore, source: SourceConfig, name: str, *, lengths: LengthsConfig, mask: MaskConfig,
+    max_seq_len: int, seed: int,
+) -> Usable:  # fmt: skip
     """Return the sequences of all rows that fit, render to something and carry enough loss."""
     parts = [_measure(index, chunk, mask, lengths.over_length, max_seq_len) for index, chunk in enumerate(store.chunks)]
-    rows = np.concatenate([*parts, np.zeros(0, SEQUENCE)])
-    dropped: Counter[str] = Counter()
-    listed: list[tuple[int, str, str]] = []
+    usable = _by_length(Usable(np.concatenate([*parts, np.zeros(0, SEQUENCE)])), source)
+    rows, dropped, listed = usable.rows, usable.dropped, usable.listed
     too_long = (rows["length"] == 0) & (rows["full_length"] > max_seq_len)  # of these the policy leaves nothing
     if lengths.over_length == "error" and too_long.any():
         row, _, full = _row_and_lengths(rows[too_long])[0]
@@ -104,15 +105,32 @@ def choose(usable: Usable, source: SourceConfig, name: str, *, seed: int) -> Sel
     """Return as many of the usable rows as `source` asks for. Raises DataError where there are too few."""
     dropped, listed = Counter(usable.dropped), list(usable.listed)
     chosen = _choose(usable.rows, source, name, seed)
-    not_chosen = len(np.unique(usable.rows["row"])) - len(np.unique(chosen["row"]))
-    if not_chosen:
-        dropped["not_chosen"] = not_chosen
+    rows, fragments = np.unique(usable.rows["row"], return_counts=True)
+    used, sequences = np.unique(chosen["row"], return_counts=True)
+    times = sequences // fragments[np.searchsorted(rows, used)]
+    if len(rows) > len(used):
+        dropped["not_chosen"] = len(rows) - len(used)
     cut_short = chosen[chosen["length"] < chosen["full_length"]]
     if (chosen["first"] > 0).any():
         listed += [(row, "split", f"{full} tokens in fragments") for row, _, full in _row_and_lengths(cut_short)]
     else:
         listed += [(row, "truncated", f"{full} tokens cut to {n}") for row, n, full in _row_and_lengths(cut_short)]
-    return Selection(chosen, dropped, sorted(listed))
+    return Selection(chosen, float(times.sum() / max(len(rows), 1)), dropped, sorted(listed))
+
+
+def _by_length(usable: Usable, source: SourceConfig) -> Usable:
+    """Leave out the rows that are too short or too long for their own source, before any policy for all of them."""
+
+    def detail(index: int) -> str:
+        return f"{full[index]} tokens"
+
+    full = usable.rows["full_length"]
+    if source.min_tokens is not None:
+        usable = usable.without(full < source.min_tokens, "under_min_tokens", detail)
+    full = usable.rows["full_length"]
+    if source.max_tokens is not None:
+        usable = usable.without(full > source.max_tokens, "over_max_tokens", detail)
+    return usable
 
 
 def _measure(

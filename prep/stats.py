@@ -40,6 +40,8 @@ def stats(shard_set: ShardSet) -> dict[str, Any]:
         "sources": [
             {
                 "name": source.name,
+                "format": source.details.get("format", "messages"),
+                "epochs_used": source.details.get("epochs_used", 1.0),
                 "rows_read": source.rows_read,
                 "rows_used": source.rows_used,
                 "rows_rejected": source.rows_rejected,
@@ -79,7 +81,19 @@ def stats_lines(shard_set: ShardSet) -> list[str]:
         [[name, f"{kind['tokens']:,}", f"{_share(kind['tokens'], found['tokens']):.1%}", f"{kind['loss_tokens']:,}"]
          for name, kind in found["kinds"].items() if kind["tokens"]],
     )]  # fmt: skip
-    columns = ["source", "rows", "used", "rejected", "uncarried", "left out", "cut", "tokens", "trained", "loss share"]
+    columns = [
+        "source",
+        "format",
+        "rows",
+        "used",
+        "rejected",
+        "uncarried",
+        "left out",
+        "cut",
+        "tokens",
+        "trained",
+        "loss share",
+    ]
     rows = [[*_source_cells(source), f"{source['loss_share']:.1%}"] for source in found["sources"]]
     lines += ["", *_table(columns, rows)]
     return lines + list(_reason_lines(found["sources"]))
@@ -88,12 +102,18 @@ def stats_lines(shard_set: ShardSet) -> list[str]:
 def _source_cells(source: dict[str, Any]) -> list[str]:
     lost = [sum(source[key].values()) for key in ("rows_rejected", "rows_uncarried", "rows_dropped")]
     numbers = [source["rows_read"], source["rows_used"], *lost, source["rows_truncated"]]
-    return [source["name"], *(f"{number:,}" for number in (*numbers, source["tokens"], source["loss_tokens"]))]
+    return [
+        source["name"],
+        source["format"],
+        *(f"{number:,}" for number in (*numbers, source["tokens"], source["loss_tokens"])),
+    ]
 
 
 def _reason_lines(sources: list[dict[str, Any]]) -> Iterator[str]:
     """Yield why rows are missing, source by source: nothing left out unsaid."""
     for source in sources:
+        if source["epochs_used"] > 1:
+            yield f"{source['name']}: used {source['epochs_used']:g} times"
         for key, word in (("rows_rejected", "rejected"), ("rows_uncarried", "uncarried"), ("rows_dropped", "left out")):
             for reason, count in source[key].items():
                 yield f"{source['name']}: {count:,} {word}: {reason}"

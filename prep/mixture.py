@@ -1,0 +1,65 @@
+"""What each source gives to the shard set: filters, then duplicates over all sources, then how much of what is left.
+
+Filters come first, so that the copy that stays is one that can be used; choosing comes last, so that `rows = N`
+means N.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from prep.decontaminate import Overlap
+from prep.filters import without_duplicates, without_little_loss, without_overlaps
+from prep.inputs import Inputs
+from prep.sample_store import SampleStore
+from prep.selection import Selection, choose, usable_rows
+
+_DIGITS = 6  # of the epochs of a source: the last bits of a power differ between machines, these digits do not
+
+
+def select_all(inputs: Inputs, stores: Sequence[SampleStore], overlaps: Sequence[Sequence[Overlap]]) -> list[Selection]:
+    """Return what every source gives. Raises DataError where one cannot give the rows that are asked of it."""
+    mixture = inputs.mixture
+    names = [source.name for source in inputs.sources]
+    usables = []
+    for name, entry, store, shared in zip(names, mixture.sources, stores, overlaps, strict=True):
+        usable = usable_rows(
+            store,
+            entry,
+            name,
+            lengths=mixture.lengths,
+            mask=mixture.mask,
+            max_seq_len=mixture.max_seq_len,
+            seed=mixture.seed,
+        )
+        usable = without_little_loss(usable, entry.min_loss_tokens)
+        usables.append(without_overlaps(usable, shared, mixture.decontaminate.ngram))
+    if mixture.dedup.exact:
+        usables = without_duplicates(usables, stores, names)
+    entries = list(mixture.sources)
+    if mixture.mixing.temperature is not None:
+        tokens = [int(usable.rows["length"].sum(dtype=np.int64)) for usable in usables]
+        epochs = epochs_at(mixture.mixing.temperature, tokens)
+        entries = [replace(entry, epochs=times or None) for entry, times in zip(entries, epochs, strict=True)]
+    return [
+        choose(usable, entry, name, seed=mixture.seed)
+        for usable, entry, name in zip(usables, entries, names, strict=True)
+    ]
+
+
+def epochs_at(temperature: float, tokens: Sequence[int]) -> list[float]:
+    """Return how often each source is used, so that its share grows with tokens^(1/temperature), the total unchanged.
+
+        share_i = tokens_i^(1/T) / sum_j tokens_j^(1/T)        epochs_i = share_i * sum_j tokens_j / tokens_i
+
+    Temperature 1 gives 1 everywhere, a high one equal shares. An empty source gets 0.
+    """
+    most = max(tokens, default=0)
+    weights = [(count / most) ** (1 / temperature) if count else 0.0 for count in tokens]  # at most 1: no overflow
+    whole, total = math.fsum(weights), sum(tokens)
+    return [
+        max(round(weight / whole * total / count, _DIGITS), 10**-_DIGITS) if count else 0.0
+        for weight, count in zip(weights, tokens, strict=True)
+    ]
