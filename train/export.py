@@ -164,9 +164,9 @@ def _records(metrics: Path) -> list[dict[str, Any]]:
 
 def _offline_weights(checkpoint_dir: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Put the ranks' parts together on one CPU, from the fp32 master weights, in the dtype that was trained."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints as it is imported and at work; ours are results
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints its progress; stdout is for results
         state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint_dir / ENGINE_DIR), tag=ENGINE_TAG)
     return {
         name.removeprefix(WEIGHTS_PREFIX): tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -43,8 +43,8 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
     }
     with mpl.rc_context(style):
         figure = Figure(figsize=(9, 5.4), layout="constrained", dpi=130)  # without pyplot: no display, no global state
-        places: dict[str, Any] = figure.subplot_mosaic([["train_loss", "train_loss"], ["learning_rate", "per_device_tps"]],
-                                       height_ratios=[1.7, 1])  # fmt: skip
+        rows = [["train_loss", "train_loss"], ["learning_rate", "per_device_tps"]]
+        places: dict[str, Any] = figure.subplot_mosaic(rows, height_ratios=[1.7, 1])
         for name, title in _PANELS:
             _draw_panel(places[name], name, title, runs)
         if len(runs) > 1:
