@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from prep.pack import pack_best_fit
 from prep.progress import progress
 from prep.report import Tally, check_budgets, make_manifest, write_rejects
 from prep.sample_chunk import ChunkSpec
-from prep.sample_store import ChunkWorkers, SampleStore, StoredChunk, ensure_store
+from prep.sample_store import ChunkWorkers, SampleStore, StoredChunk, StoreRequest, ensure_stores
 from prep.selection import Selection
 from prep.source_reader import iter_chunks
 from prep.template import ChatTemplate
@@ -165,47 +166,54 @@ def _samples(
         Tally(conversion_of(source, entry, plan.store))
         for source, entry in zip(inputs.sources, inputs.mixture.sources, strict=True)
     ]
-    with ChunkWorkers(chunk_spec, plan.workers) as workers:
-        stores = []
-        for index, (source, tally) in enumerate(zip(inputs.sources, tallies, strict=True)):
-            key = inputs.store_key(source, tally.conversion, encoder.spec.backend)
-            stores.append(_tokenise(inputs, index, plan.store / key, workers, tally))
+    stores = _tokenise(plan, inputs, chunk_spec, tallies)
     check_budgets(inputs, tallies)
     return stores, tallies, encoder
 
 
-def _tokenise(inputs: Inputs, index: int, path: Path, workers: ChunkWorkers, tally: Tally) -> SampleStore:
-    """Return the sample store of one source at `path`, and add up its chunks in `tally`."""
-    source = inputs.sources[index]
-    rows = inputs.mixture.rows
-    read: dict[int, int] = {}  # chunk index -> bytes of the source's files up to its end
-    done: list[int] = []  # the same for the chunks that are committed
+def _tokenise(plan: BuildPlan, inputs: Inputs, spec: ChunkSpec, tallies: list[Tally]) -> list[SampleStore]:
+    """Return the sample store of every source, and add up their chunks in `tallies`."""
+    read: dict[tuple[int, int], int] = {}  # (source, chunk) -> bytes of its files that this chunk ends
+    total = sum(file.stamp.size for source in inputs.sources for file in source.files)
 
-    def chunks() -> Iterator[Chunk]:
-        for chunk in iter_chunks(source, source_index=index, conversion=tally.conversion):
-            read[chunk.index] = chunk.source_bytes_read
+    def chunks(index: int) -> Iterator[Chunk]:
+        before = 0
+        for chunk in iter_chunks(inputs.sources[index], source_index=index, conversion=tallies[index].conversion):
+            read[index, chunk.index] = max(0, chunk.source_bytes_read - before)
+            before = max(before, chunk.source_bytes_read)
             yield chunk
 
-    with progress(f"tokenising {source.name}", sum(file.stamp.size for file in source.files), "bytes") as advance:
+    with progress("tokenising", total, "bytes") as advance, ChunkWorkers(spec, plan.workers) as workers:
 
-        def on_chunk(chunk: StoredChunk) -> None:
-            tally.add(chunk.facts)
-            if rows.on_error == "stop" and tally.rejects:
-                _, reason, detail = tally.rejects[0]
-                raise DataError(
-                    f'{detail} ({reason}); correct the row, or set rows.on_error = "skip" to leave such rows out'
-                )
-            if rows.unknown == "error" and tally.uncarried:
-                row, reason = tally.uncarried[0]
-                raise DataError(
-                    f"source {source.name!r} row {row}: the template {inputs.template.name!r} cannot carry it "
-                    f'({reason}); use a template that can, or set rows.unknown = "leave_out"'
-                )
-            bytes_read = read.pop(len(done), 0)
-            advance(max(0, bytes_read - (done[-1] if done else 0)), f"{tally.rows:,} rows, {tally.tokens:,} tokens")
-            done.append(bytes_read)
+        def on_chunk(index: int, chunk: StoredChunk) -> None:
+            tallies[index].add(chunk.facts)
+            _check_rows(inputs, index, tallies[index])
+            rows, tokens = sum(tally.rows for tally in tallies), sum(tally.tokens for tally in tallies)
+            number = int(chunk.path.name.rpartition("-")[2])
+            advance(read.pop((index, number), 0), f"{rows:,} rows, {tokens:,} tokens, {inputs.sources[index].name}")
 
-        return ensure_store(path, chunks=chunks, workers=workers, on_chunk=on_chunk)
+        requests = [
+            StoreRequest(
+                plan.store / inputs.store_key(source, tallies[index].conversion, spec.encoder.backend),
+                partial(chunks, index),
+            )
+            for index, source in enumerate(inputs.sources)
+        ]
+        return ensure_stores(requests, workers, on_chunk)
+
+
+def _check_rows(inputs: Inputs, index: int, tally: Tally) -> None:
+    """Raise DataError for a row that the mixture says must end the build."""
+    policy = inputs.mixture.rows
+    if policy.on_error == "stop" and tally.rejects:
+        _, reason, detail = tally.rejects[0]
+        raise DataError(f'{detail} ({reason}); correct the row, or set rows.on_error = "skip" to leave such rows out')
+    if policy.unknown == "error" and tally.uncarried:
+        row, reason = tally.uncarried[0]
+        raise DataError(
+            f"source {inputs.sources[index].name!r} row {row}: the template {inputs.template.name!r} cannot carry it "
+            f'({reason}); use a template that can, or set rows.unknown = "leave_out"'
+        )
 
 
 def _select(plan: BuildPlan, inputs: Inputs, stores: list[SampleStore], tallies: list[Tally]) -> list[Selection]:

@@ -7,10 +7,14 @@ KEY is a hash of all that decides the samples. Mixture ratio, max_seq_len, mask 
 costs no tokenizer call. A killed build loses the chunks in flight and no more.
 """
 
+import contextlib
 import gc
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -26,6 +30,7 @@ from prep.mask import Samples
 from prep.sample_chunk import COLUMNS, ChunkBuilder, ChunkSpec
 from shared import atomic
 from shared.errors import ArtifactError, PrerequisiteError, SftError
+from shared.hashing import canonical_json
 
 _FACTS = "facts.json"
 _COMPLETE = "complete.json"
@@ -74,6 +79,14 @@ class SampleStore:
     chunks: tuple[StoredChunk, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class StoreRequest:
+    """Where the samples of a source lie, and how to read the source if they do not."""
+
+    path: Path
+    chunks: Callable[[], Iterator[Chunk]]
+
+
 class ChunkWorkers:
     """Processes that turn chunks into committed columns; started when the first chunk needs them."""
 
@@ -104,52 +117,79 @@ class ChunkWorkers:
         return done
 
 
-def ensure_store(
-    path: Path,
-    *,
-    chunks: Callable[[], Iterator[Chunk]],
-    workers: ChunkWorkers,
-    on_chunk: Callable[[StoredChunk], None],
-) -> SampleStore:
-    """Return the store at `path`, making what it lacks. `on_chunk` is called for each chunk, in order.
+def ensure_stores(
+    requests: Sequence[StoreRequest], workers: ChunkWorkers, on_chunk: Callable[[int, StoredChunk], None]
+) -> list[SampleStore]:
+    """Return the store of every request, making what it lacks; the workers go on from one source to the next.
 
-    Raises whatever a chunk or `on_chunk` raises; what was committed stays.
+    `on_chunk` is told (index of the request, chunk) for each chunk, in order. Raises whatever a chunk or `on_chunk`
+    raises; what was committed stays.
     """
-    with atomic.exclusive_lock(path.parent / f"{path.name}.lock", "tokenising the same source"):
+    owner: dict[Path, int] = {}
+    for index, request in enumerate(requests):
+        owner.setdefault(request.path, index)  # the same rows under two names are tokenised once
+    made: dict[int, list[StoredChunk]] = {index: [] for index in owner.values()}
+    with contextlib.ExitStack() as locks:
+        for path in owner:
+            locks.enter_context(atomic.exclusive_lock(path.parent / f"{path.name}.lock", "tokenising the same source"))
+        for index, chunk in _make_chunks([(index, requests[index]) for index in owner.values()], workers):
+            on_chunk(index, chunk)
+            made[index].append(chunk)
+    for index, request in enumerate(requests):
+        if owner[request.path] != index:
+            for chunk in made[owner[request.path]]:
+                on_chunk(index, chunk)
+    return [SampleStore(request.path, tuple(made[owner[request.path]])) for request in requests]
+
+
+def _make_chunks(requests: list[tuple[int, StoreRequest]], workers: ChunkWorkers) -> Iterator[tuple[int, StoredChunk]]:
+    """Yield every chunk of every request in order, making the missing ones."""
+    queue: deque[tuple[_Task, Future[None] | None]] = deque()
+    made = Counter[int]()
+    for task in _tasks(requests):
+        queue.append((task, workers.submit(task.chunk, task.target) if task.chunk else None))
+        while len(running := [f for _, f in queue if f is not None and not f.done()]) >= workers.max_waiting:
+            wait(running, return_when=FIRST_COMPLETED)
+        while queue and (queue[0][1] is None or queue[0][1].done()):
+            yield from _finished(*queue.popleft(), made)
+    while queue:
+        yield from _finished(*queue.popleft(), made)
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A chunk to make, one that is there (`chunk` None), or the end of a source (`is_end`)."""
+
+    request: int
+    path: Path  # of the store
+    target: Path
+    chunk: Chunk | None = None
+    is_end: bool = False
+
+
+def _tasks(requests: list[tuple[int, StoreRequest]]) -> Iterator[_Task]:
+    for index, request in requests:
+        path = request.path
         path.mkdir(parents=True, exist_ok=True)
         complete = path / _COMPLETE
         if complete.is_file():
-            number = json.loads(complete.read_bytes())["chunks"]
-            stored = tuple(StoredChunk(_chunk_dir(path, index)) for index in range(number))
-            for chunk in stored:
-                on_chunk(chunk)
-            return SampleStore(path, stored)
+            for number in range(json.loads(complete.read_bytes())["chunks"]):
+                yield _Task(index, path, _chunk_dir(path, number))
+            continue
         atomic.remove_leftovers(path)
-        made = []
-        for chunk in _make_chunks(path, chunks(), workers):
-            on_chunk(chunk)
-            made.append(chunk)
-        atomic.write_json(complete, {"chunks": len(made)})
-        return SampleStore(path, tuple(made))
+        for chunk in request.chunks():
+            target = _chunk_dir(path, chunk.index)
+            if target.is_dir() and not _is_whole(target):
+                shutil.rmtree(target)
+            yield _Task(index, path, target, None if target.is_dir() else chunk)
+        yield _Task(index, path, path, is_end=True)
 
 
-def _make_chunks(path: Path, chunks: Iterator[Chunk], workers: ChunkWorkers) -> Iterator[StoredChunk]:
-    """Yield every chunk in order, making the missing ones."""
-    waiting: dict[int, Future[None] | None] = {}  # chunk -> None where it is on disk already
-    due = 0
-    for chunk in chunks:
-        target = _chunk_dir(path, chunk.index)
-        waiting[chunk.index] = None if target.is_dir() else workers.submit(chunk, target)
-        while len(running := [f for f in waiting.values() if f is not None and not f.done()]) >= workers.max_waiting:
-            wait(running, return_when=FIRST_COMPLETED)
-        while due in waiting and ((found := waiting[due]) is None or found.done()):
-            yield _finished(path, due, waiting.pop(due))
-            due += 1
-    for index in sorted(waiting):
-        yield _finished(path, index, waiting[index])
-
-
-def _finished(path: Path, index: int, future: "Future[None] | None") -> StoredChunk:
+def _finished(task: _Task, future: "Future[None] | None", made: Counter[int]) -> Iterator[tuple[int, StoredChunk]]:
+    if task.is_end:
+        os.sync()  # once a source, instead of flushing ten small files for each chunk
+        atomic.write_json(task.path / _COMPLETE, {"chunks": made[task.request]})
+        return
     if future is not None:
         try:
             future.result()
@@ -158,7 +198,17 @@ def _finished(path: Path, index: int, future: "Future[None] | None") -> StoredCh
                 "a worker process died (killed, or out of memory); run the same command again to go on, "
                 "with fewer --workers if memory was short"
             ) from exc
-    return StoredChunk(_chunk_dir(path, index))
+    made[task.request] += 1
+    yield task.request, StoredChunk(task.target)
+
+
+def _is_whole(target: Path) -> bool:
+    """Say whether a chunk of an unfinished store has all its bytes: a power cut may have come before the disk."""
+    try:
+        sizes = json.loads((target / _FACTS).read_bytes())["column_bytes"]
+        return bool(sizes) and all((target / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _chunk_dir(path: Path, index: int) -> Path:
@@ -187,10 +237,11 @@ def _work(chunk: Chunk, target: Path) -> None:
 def _commit(builder: ChunkBuilder, chunk: Chunk, target: Path) -> None:
     result = builder.build(chunk)
     try:
-        with atomic.staged_dir(target) as aside:
+        with atomic.staged_dir(target, durable=False) as aside:
             for name in COLUMNS:
                 np.save(aside / f"{name}.npy", result.columns[name], allow_pickle=False)
-            atomic.write_json(aside / _FACTS, result.facts)
+            sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
+            (aside / _FACTS).write_bytes(canonical_json({**result.facts, "column_bytes": sizes}))
     except (OSError, ArtifactError):
         if not target.is_dir():  # else another process committed the same chunk first: the same bytes
             raise

@@ -38,8 +38,11 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextlib.contextmanager
-def staged_dir(final: Path) -> Iterator[Path]:
+def staged_dir(final: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield an empty directory beside `final`; on success it becomes `final`, on any error it is removed.
+
+    `durable` flushes everything to disk first, so that not even a power cut leaves a part; without it only the rename
+    is whole, which is enough against a killed process.
 
     Raises ArtifactError if `final` holds anything when the block ends: it is never replaced (see `replace_dir`).
     """
@@ -49,12 +52,14 @@ def staged_dir(final: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
-        fsync_tree(aside)
+        if durable:
+            fsync_tree(aside)
         _rename_to_free_name(aside, final)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    fsync_dir(final.parent)
+    if durable:
+        fsync_dir(final.parent)
 
 
 def replace_dir(staged: Path, final: Path) -> None:
