@@ -17,7 +17,7 @@ env: .venv/.made
 
 demo: env
 	$(BIN)/sft-prep build --mixture demo
-	$(BIN)/sft-train --shards data_cache/demo --output runs/demo
+	$(BIN)/sft-train --shards data_cache/demo --output runs/demo --nproc-per-node 1
 	$(BIN)/sft-train ask runs/demo/model --questions prep/demo/heldout.jsonl --show 3
 	@echo "loss plot: runs/demo/loss.png"
 
