@@ -5,9 +5,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from prep.convert import FIELDS
 from shared import config
 from shared.errors import ConfigError
+
+Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
+
+# the names that `columns` can map; role, content, from and value are keys of every message
+FIELDS: dict[Format, tuple[str, ...]] = {
+    "messages": ("messages", "tools", "role", "content"),
+    "sharegpt": ("conversations", "system", "tools", "from", "value"),
+    "alpaca": ("instruction", "input", "output", "system", "history", "tools"),
+    "prompt_completion": ("prompt", "completion", "system", "tools"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

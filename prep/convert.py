@@ -12,22 +12,14 @@ except that Alpaca's input follows its instruction on a new line.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
+from prep.config import FIELDS, Format
 from prep.conversation import Conversation, parse_conversation
 from shared.errors import DataError
 
-Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
-
-# the names that `columns` can map; role, content, from and value are keys of every message
-FIELDS: dict[Format, tuple[str, ...]] = {
-    "messages": ("messages", "tools", "role", "content"),
-    "sharegpt": ("conversations", "system", "tools", "from", "value"),
-    "alpaca": ("instruction", "input", "output", "system", "history", "tools"),
-    "prompt_completion": ("prompt", "completion", "system", "tools"),
-}
 _LIST_COLUMNS = ("messages", "conversations", "conversation")  # where messages are looked for, in this order
 _SHAREGPT_ROLES = {
     "human": "user",
