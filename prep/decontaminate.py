@@ -8,6 +8,7 @@ questions never touches a sample.
 
 import contextlib
 import json
+import logging
 import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ from shared.hashing import digest, sha256_bytes
 
 _CODE_VERSION = 1  # bump when the same texts would overlap otherwise
 
+logger = logging.getLogger(__name__)
+
 Overlap = tuple[int, int, str]  # row, number of shared grams, the words of the first
 
 
@@ -43,15 +46,24 @@ class Questions:
 
 
 def read_questions(sources: Sequence[tuple[ResolvedSource, Conversion]], config: DecontaminateConfig) -> Questions:
-    """Return the grams of all questions. Raises DataError for a row without one."""
+    """Return the grams of all questions. Raises DataError for a row without one, and where there is nothing to find."""
+    num_texts = 0
     hashes = [np.zeros(0, np.uint64)]
     for source, conversion in sources:
         for chunk in iter_chunks(source, source_index=0, conversion=conversion):
             texts = [
                 text for _, where, record in parse_chunk(chunk) for text in _questions(record, chunk, config, where)
             ]
+            num_texts += len(texts)
             hashes.append(np.unique(word_grams(texts, config.ngram).hashes))
-    return Questions(config.ngram, GramSet(np.concatenate(hashes)))
+    grams = GramSet(np.concatenate(hashes))
+    logger.info("decontaminate: %s questions, %s n-grams of %s words", num_texts, len(grams.sorted), config.ngram)
+    if not len(grams.sorted):
+        raise DataError(
+            f"decontaminate: {num_texts} questions in {', '.join(source.name for source, _ in sources)}, none of "
+            f"{config.ngram // 2} words or more; give other files or fields, or a smaller ngram"
+        )
+    return Questions(config.ngram, grams)
 
 
 def find_overlaps(

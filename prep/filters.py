@@ -28,7 +28,7 @@ def without_overlaps(usable: Usable, overlaps: Sequence[Overlap], ngram: int) ->
 
     def detail(index: int) -> str:
         count, words = shared[int(usable.rows["row"][index])]
-        return f"shares {count} passages of {ngram} words with a question: {words}"
+        return f"shares {count} {ngram}-grams with a question: {words}"
 
     return usable.without(which, "contaminated", detail)
 

@@ -2,7 +2,8 @@
 
 A word is a run of letters, marks and digits, in lower case; everything else only separates words. A Chinese or
 Japanese character is a word of its own, since nothing separates words there. A text of fewer than n words is one gram,
-whole: it is found where a whole text consists of the same words, never inside a longer one.
+whole: it is found where a whole text consists of the same words, never inside a longer one. One of fewer than n // 2
+words has no gram: "Go on, please." is nobody's question.
 
     "Don't stop, 2 x 3!"  ->  don t stop 2 x 3  ->  n = 4: "don t stop 2", "t stop 2 x", "stop 2 x 3"
 
@@ -41,7 +42,8 @@ def word_grams(texts: Sequence[str], n: int) -> Grams:
     ends = np.searchsorted(text_of, np.arange(len(texts)), side="right")  # [texts] in words
     starts = np.concatenate(([0], ends[:-1])) if len(texts) else ends
     at = np.arange(len(words))
-    is_whole = (at == starts[text_of]) & (ends - starts < n)[text_of]
+    length = ends - starts
+    is_whole = (at == starts[text_of]) & ((length < n) & (length >= n // 2))[text_of]
     first = np.flatnonzero((at + n <= ends[text_of]) | is_whole)
     text = text_of[first]
     last = np.minimum(first + n, ends[text])
