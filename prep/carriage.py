@@ -52,10 +52,11 @@ def _missing_fields(message: Mapping[str, Any], marks: list[Mark], rules: SpanRu
         if not isinstance(value, str) or not value.strip():
             continue
         pieces = sorted(mark for mark in marks if mark.field == field)
-        if rules.carries_reasoning and message["role"] == "assistant":
-            if field == "reasoning_content" and not is_last:
+        if message["role"] == "assistant":
+            if field == "reasoning_content" and rules.carries_reasoning and not is_last:
                 continue
-            if field == "content" and value.count("</think>") == 1:
+            knows_thinking = rules.carries_reasoning or rules.carries_thinking
+            if field == "content" and knows_thinking and value.count("</think>") == 1:
                 value = _answer_of(value, is_last=is_last)
         if not _text_is_there(value, pieces):
             yield field

@@ -10,7 +10,8 @@ control token behind its text. All else is TEMPLATE.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -75,6 +76,7 @@ class SpanRules:
     closing: frozenset[str]  # control tokens that end a turn even where they also open one
     opening: frozenset[str]  # control tokens of the generation prompt
     carries_reasoning: bool  # the template prints the reasoning of a last turn; earlier turns may lose it by design
+    carries_thinking: bool  # likewise for reasoning that stands in the content, <think>...</think>
 
 
 def learn_rules(template: ChatTemplate, control_tokens: Sequence[str], eos_token: str) -> SpanRules:
@@ -86,6 +88,7 @@ def learn_rules(template: ChatTemplate, control_tokens: Sequence[str], eos_token
     if "PROBE-ANSWER" in text and (last := control.search(text, text.rfind("PROBE-ANSWER"))):
         closing.add(last[0])
     reasoning = _probe(template, {"content": "PROBE-ANSWER", "reasoning_content": "PROBE-REASON"})
+    thinking = _probe(template, {"content": "<think>PROBE-REASON</think>PROBE-ANSWER"})
     return SpanRules(
         has_generation_marks=template.has_generation_marks,
         generation_prompt=prompt,
@@ -93,13 +96,14 @@ def learn_rules(template: ChatTemplate, control_tokens: Sequence[str], eos_token
         closing=frozenset(closing),
         opening=frozenset(control.findall(prompt)),
         carries_reasoning="PROBE-REASON" in reasoning,
+        carries_thinking="PROBE-REASON" in thinking,
     )
 
 
 def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Rendered:
     """Return the spans of a rendering. Raises TemplateError where they cannot be proved."""
     own: dict[int, list[Mark]] = {}
-    foreign: list[Mark] = []  # text that is no message's own: tools, names, ids
+    others: list[Mark] = []  # text that is no message's own: tools, names, ids
     for mark in text.marks:
         if mark.message == GENERATION:
             continue
@@ -107,10 +111,11 @@ def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Re
             own.setdefault(mark.message, []).append(mark)
             _check_verbatim(text, mark, conversation)
         elif mark.start < mark.end:
-            foreign.append(mark)
+            others.append(mark)
+    foreign = _Foreign.of(others)
     order = sorted(own, key=lambda index: (min(mark.start for mark in own[index]), index))
     regions = _generation_regions(text, own, conversation) if rules.has_generation_marks else None
-    spans = [Span(m.start, m.end, Kind.TEMPLATE, -1, m.start, m.end, True) for m in foreign]
+    spans = [Span(m.start, m.end, Kind.TEMPLATE, -1, m.start, m.end, True) for m in foreign.marks]
     messages: list[RenderedMessage] = []
     previous_end = 0
     for position, index in enumerate(order):
@@ -121,10 +126,11 @@ def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Re
                 found = regions[index]
             else:
                 following = own[order[position + 1]] if position + 1 < len(order) else []
-                floor, limit = _surroundings(text, marks, previous_end, [*foreign, *following])
+                floor, limit = _surroundings(text, marks, previous_end, foreign, following)
                 found = [_region_around(text, marks, floor, limit, rules)]
             for start, end in found:
-                inside = sorted(mark for mark in [*marks, *foreign] if start <= mark.start and mark.end <= end)
+                near = [*marks, *foreign.starting_in(start, end)]
+                inside = sorted(mark for mark in near if start <= mark.start and mark.end <= end)
                 spans += _turn_spans(text, position, inside, (start, end), rules)
             previous_end = max(previous_end, found[-1][1])
         else:
@@ -142,12 +148,41 @@ def _probe(template: ChatTemplate, answer: dict[str, str]) -> str:
         return ""
 
 
-def _surroundings(text: str, marks: list[Mark], floor: int, others: list[Mark]) -> tuple[int, int]:
+@dataclass(frozen=True, slots=True)
+class _Foreign:
+    """Marks of text that is no message's own, found by place: a long conversation has thousands of them."""
+
+    marks: list[Mark]  # by start
+    starts: list[int]
+    ends: list[int]  # ordered too, so not those of `marks` one by one
+
+    @classmethod
+    def of(cls, marks: list[Mark]) -> "_Foreign":
+        ordered = sorted(marks)
+        return cls(ordered, [mark.start for mark in ordered], sorted(mark.end for mark in ordered))
+
+    def starting_in(self, start: int, end: int) -> list[Mark]:
+        return self.marks[bisect_left(self.starts, start) : bisect_left(self.starts, end)]
+
+    def last_end(self, limit: int) -> int:
+        """Return the last end that is not behind `limit`, 0 if there is none."""
+        index = bisect_right(self.ends, limit)
+        return self.ends[index - 1] if index else 0
+
+    def first_start(self, floor: int, default: int) -> int:
+        """Return the first start that is not before `floor`."""
+        index = bisect_left(self.starts, floor)
+        return self.starts[index] if index < len(self.starts) else default
+
+
+def _surroundings(
+    text: str, marks: list[Mark], floor: int, foreign: _Foreign, following: list[Mark]
+) -> tuple[int, int]:
     """Return the bounds of the template's own words around a message: the nearest text that a conversation brought."""
     first, last = min(mark.start for mark in marks), max(mark.end for mark in marks)
-    before = max((mark.end for mark in others if mark.end <= first), default=0)
-    behind = min((mark.start for mark in others if mark.start >= last), default=len(text))
-    return max(floor, before), behind
+    before = max((mark.end for mark in following if mark.end <= first), default=0)
+    behind = min((mark.start for mark in following if mark.start >= last), default=len(text))
+    return max(floor, before, foreign.last_end(first)), min(behind, foreign.first_start(last, len(text)))
 
 
 def _check_verbatim(text: Traced, mark: Mark, conversation: Conversation) -> None:
@@ -161,19 +196,30 @@ def _check_verbatim(text: Traced, mark: Mark, conversation: Conversation) -> Non
 def _generation_regions(
     text: Traced, own: dict[int, list[Mark]], conversation: Conversation
 ) -> dict[int, list[tuple[int, int]]]:
-    blocks = sorted((mark.start, mark.end) for mark in text.marks if mark.message == GENERATION)
+    blocks = _outermost((mark.start, mark.end) for mark in text.marks if mark.message == GENERATION)
+    ends = [end for _, end in blocks]
     regions: dict[int, list[tuple[int, int]]] = {}
     for index, marks in own.items():
         if conversation.messages[index]["role"] != "assistant":
             continue
         found = set()
         for mark in marks:
-            block = next((b for b in blocks if b[0] <= mark.start and mark.end <= b[1]), None)
+            at = bisect_left(ends, mark.end)
+            block = blocks[at] if at < len(blocks) and blocks[at][0] <= mark.start else None
             if block is None:
                 raise TemplateError(f"the template prints messages[{index}].{mark.field} outside its generation block")
             found.add(block)
         regions[index] = sorted(found)
     return regions
+
+
+def _outermost(blocks: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return blocks in order without those that lie within another."""
+    result: list[tuple[int, int]] = []
+    for start, end in sorted(blocks, key=lambda block: (block[0], -block[1])):
+        if not result or end > result[-1][1]:
+            result.append((start, end))
+    return result
 
 
 def _region_around(text: str, marks: list[Mark], floor: int, limit: int, rules: SpanRules) -> tuple[int, int]:
