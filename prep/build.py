@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.assemble import assemble
+from prep.chunk_workers import chunk_workers
 from prep.chunks import Chunk
 from prep.config import MixtureConfig, SourceConfig
 from prep.decontaminate import Overlap, find_overlaps, read_questions
@@ -30,7 +31,7 @@ from prep.pack import pack_best_fit
 from prep.progress import progress
 from prep.report import Tally, check_budgets, make_manifest, write_rejects
 from prep.sample_chunk import ChunkSpec
-from prep.sample_store import ChunkWorkers, SampleStore, StoredChunk, StoreRequest, ensure_stores
+from prep.sample_store import SampleStore, StoredChunk, StoreRequest, ensure_stores
 from prep.selection import Selection
 from prep.source_reader import iter_chunks
 from prep.template import ChatTemplate
@@ -55,6 +56,7 @@ class BuildPlan:
     store: Path
     workers: int
     rehash: bool
+    scheduler: str = ""  # address of a Dask scheduler, "" for processes here
 
 
 def build(plan: BuildPlan, *, rebuild: bool) -> Manifest:
@@ -183,7 +185,10 @@ def _tokenise(plan: BuildPlan, inputs: Inputs, spec: ChunkSpec, tallies: list[Ta
             before = max(before, chunk.source_bytes_read)
             yield chunk
 
-    with progress("tokenising", total, "bytes") as advance, ChunkWorkers(spec, plan.workers) as workers:
+    with (
+        progress("tokenising", total, "bytes") as advance,
+        chunk_workers(spec, workers=plan.workers, scheduler=plan.scheduler) as workers,
+    ):
 
         def on_chunk(index: int, chunk: StoredChunk) -> None:
             tallies[index].add(chunk.facts)

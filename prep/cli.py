@@ -70,7 +70,14 @@ def _mixture_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _plan(
-    mixture: str, out: Path | None, settings: tuple[str, ...], store: Path | None, workers: int | None, *, rehash: bool
+    mixture: str,
+    out: Path | None,
+    settings: tuple[str, ...],
+    store: Path | None,
+    workers: int | None,
+    *,
+    rehash: bool,
+    scheduler: str = "",
 ) -> Any:
     from prep.build import BuildPlan
     from prep.config import load_mixture
@@ -78,13 +85,14 @@ def _plan(
     loaded, base = load_mixture(mixture, settings)
     out = out or Path("data_cache") / loaded.name
     cores = len(os.sched_getaffinity(0))
-    return BuildPlan(loaded, base, out, store or out.parent / ".samples", workers or cores, rehash)
+    return BuildPlan(loaded, base, out, store or out.parent / ".samples", workers or cores, rehash, scheduler)
 
 
 @cli.command(epilog="Example: sft-prep build --mixture demo")
 @_mixture_options
 @click.option("--rebuild", is_flag=True, help="Replace a set that was made from other inputs.")
 @click.option("--dry-run", is_flag=True, help="Tokenise and pack, say what would be written, write no set.")
+@click.option("--scheduler", default="", metavar="ADDRESS", help="Use a Dask cluster on a shared file system.")
 @_logging_options
 def build(
     mixture: str,
@@ -95,12 +103,13 @@ def build(
     rehash: bool,
     rebuild: bool,
     dry_run: bool,
+    scheduler: str,
     verbose: bool,
     quiet: bool,
 ) -> None:
     """Make a shard set. Does nothing if it is there and made from the same inputs."""
     with _reporting(verbose=verbose, quiet=quiet):
-        plan = _plan(mixture, out, settings, store, workers, rehash=rehash)
+        plan = _plan(mixture, out, settings, store, workers, rehash=rehash, scheduler=scheduler)
         if dry_run:
             from prep.build import dry_run as measure
 

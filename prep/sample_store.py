@@ -8,15 +8,12 @@ costs no tokenizer call. A killed build loses the chunks in flight and no more.
 """
 
 import contextlib
-import gc
 import json
-import multiprocessing
 import os
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,14 +22,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prep.chunk_workers import FACTS_NAME, ChunkWorkers
 from prep.chunks import Chunk
 from prep.mask import Samples
-from prep.sample_chunk import COLUMNS, ChunkBuilder, ChunkSpec
+from prep.sample_chunk import COLUMNS
 from shared import atomic
-from shared.errors import ArtifactError, PrerequisiteError, SftError
-from shared.hashing import canonical_json
+from shared.errors import ArtifactError, PrerequisiteError
 
-_FACTS = "facts.json"
 _COMPLETE = "complete.json"
 
 
@@ -45,7 +41,7 @@ class StoredChunk:
     @cached_property
     def facts(self) -> dict[str, Any]:
         try:
-            return dict(json.loads((self.path / _FACTS).read_bytes()))
+            return dict(json.loads((self.path / FACTS_NAME).read_bytes()))
         except (OSError, ValueError) as exc:
             raise ArtifactError(f"{self.path} is damaged ({exc}); remove it and build again") from exc
 
@@ -87,36 +83,6 @@ class StoreRequest:
     chunks: Callable[[], Iterator[Chunk]]
 
 
-class ChunkWorkers:
-    """Processes that turn chunks into committed columns; started when the first chunk needs them."""
-
-    def __init__(self, spec: ChunkSpec, workers: int) -> None:
-        self._spec = spec
-        self._workers = workers
-        self._builder: ChunkBuilder | None = None
-        # fresh interpreters: a fork would inherit the threads and locks of the tokenizer libraries
-        self._pool = ProcessPoolExecutor(
-            workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(spec,)
-        )
-        self.max_waiting = 2 * workers
-
-    def __enter__(self) -> "ChunkWorkers":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def submit(self, chunk: Chunk, target: Path) -> "Future[None]":
-        """Commit `chunk` to the directory `target`; with one worker, here and now."""
-        if self._workers > 1:
-            return self._pool.submit(_work, chunk, target)
-        self._builder = self._builder or ChunkBuilder(self._spec)
-        _commit(self._builder, chunk, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-
 def ensure_stores(
     requests: Sequence[StoreRequest], workers: ChunkWorkers, on_chunk: Callable[[int, StoredChunk], None]
 ) -> list[SampleStore]:
@@ -151,9 +117,9 @@ def _make_chunks(requests: list[tuple[int, StoreRequest]], workers: ChunkWorkers
         while len(running := [f for _, f in queue if f is not None and not f.done()]) >= workers.max_waiting:
             wait(running, return_when=FIRST_COMPLETED)
         while queue and (queue[0][1] is None or queue[0][1].done()):
-            yield from _finished(*queue.popleft(), made)
+            yield from _finished(*queue.popleft(), made, workers)
     while queue:
-        yield from _finished(*queue.popleft(), made)
+        yield from _finished(*queue.popleft(), made, workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +151,9 @@ def _tasks(requests: list[tuple[int, StoreRequest]]) -> Iterator[_Task]:
         yield _Task(index, path, path, is_end=True)
 
 
-def _finished(task: _Task, future: "Future[None] | None", made: Counter[int]) -> Iterator[tuple[int, StoredChunk]]:
+def _finished(
+    task: _Task, future: "Future[None] | None", made: Counter[int], workers: ChunkWorkers
+) -> Iterator[tuple[int, StoredChunk]]:
     if task.is_end:
         os.sync()  # once a source, instead of flushing ten small files for each chunk
         atomic.write_json(task.path / _COMPLETE, {"chunks": made[task.request]})
@@ -193,7 +161,7 @@ def _finished(task: _Task, future: "Future[None] | None", made: Counter[int]) ->
     if future is not None:
         try:
             future.result()
-        except BrokenProcessPool as exc:
+        except workers.worker_died as exc:
             raise PrerequisiteError(
                 "a worker process died (killed, or out of memory); run the same command again to go on, "
                 "with fewer --workers if memory was short"
@@ -205,7 +173,7 @@ def _finished(task: _Task, future: "Future[None] | None", made: Counter[int]) ->
 def _is_whole(target: Path) -> bool:
     """Say whether a chunk of an unfinished store has all its bytes: a power cut may have come before the disk."""
     try:
-        sizes = json.loads((target / _FACTS).read_bytes())["column_bytes"]
+        sizes = json.loads((target / FACTS_NAME).read_bytes())["column_bytes"]
         return bool(sizes) and all((target / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False
@@ -213,35 +181,3 @@ def _is_whole(target: Path) -> bool:
 
 def _chunk_dir(path: Path, index: int) -> Path:
     return path / f"chunk-{index:05d}"
-
-
-_builder: ChunkBuilder | SftError | None = None  # one per worker process: template and tokenizer are costly to make
-
-
-def _start_worker(spec: ChunkSpec) -> None:
-    global _builder
-    gc.set_threshold(50_000, 20, 50)  # rows make many objects and few cycles: 15-25 % of the time went into looking
-    try:
-        _builder = ChunkBuilder(spec)
-    except SftError as exc:  # an initializer that raises breaks the pool without a reason
-        _builder = exc
-
-
-def _work(chunk: Chunk, target: Path) -> None:
-    if isinstance(_builder, SftError):
-        raise _builder
-    assert _builder is not None
-    _commit(_builder, chunk, target)
-
-
-def _commit(builder: ChunkBuilder, chunk: Chunk, target: Path) -> None:
-    result = builder.build(chunk)
-    try:
-        with atomic.staged_dir(target, durable=False) as aside:
-            for name in COLUMNS:
-                np.save(aside / f"{name}.npy", result.columns[name], allow_pickle=False)
-            sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-            (aside / _FACTS).write_bytes(canonical_json({**result.facts, "column_bytes": sizes}))
-    except (OSError, ArtifactError):
-        if not target.is_dir():  # else another process committed the same chunk first: the same bytes
-            raise
