@@ -1,6 +1,7 @@
 """Conversations: what a template gets to see, and what a bad row is told."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -199,3 +200,36 @@ def test_integers_beyond_64_bits_hash_stably_and_apart() -> None:
 def test_ten_thousand_turns_are_one_conversation() -> None:
     conversation = parse(*[HI, HELLO] * 5000)
     assert len(conversation.messages) == len(conversation.train) == 10_000
+
+
+CALL_PART = {"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 1}}'}
+
+
+def test_tool_calls_among_the_parts_of_a_message_are_its_tool_calls() -> None:
+    parts = [{"type": "reasoning", "value": "hm"}, {"type": "text", "value": "Wait."}, CALL_PART, CALL_PART]
+    record = {"messages": [{"role": "assistant", "content": parts}]}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    assert parse_conversation(record, where="here").messages == (
+        {"role": "assistant", "content": "Wait.", "reasoning_content": "hm", "tool_calls": [call, call]},
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            {"role": "assistant", "content": [CALL_PART, {"type": "text", "text": "x"}]},
+            "content[1] is text after a tool call; expected the calls of a message at its end",
+        ),
+        (
+            {"role": "assistant", "content": [CALL_PART], "tool_calls": [{"name": "add"}]},
+            "has tool calls both in content and in tool_calls; keep one of them",
+        ),
+        ({"role": "user", "content": [CALL_PART]}, "has tool_calls but its role is 'user'"),
+        ({"role": "assistant", "content": [{"type": "tool_call"}]}, "content[0][0] is None; expected an object"),
+        ({"role": "assistant", "content": [{"type": "tool_call", "value": "{"}]}, "content[0] is text but not JSON"),
+    ],
+)
+def test_a_tool_call_part_in_the_wrong_place_is_refused(message: dict[str, Any], expected: str) -> None:
+    with pytest.raises(DataError, match=re.escape(expected)):
+        parse_conversation({"messages": [message]}, where="here")

@@ -154,6 +154,25 @@ def test_min_loss_tokens_of_one_source_leaves_the_others_alone(tmp_path: Path, t
     assert shards.manifest.sources[0].rows_dropped == {"under_min_loss_tokens": 1}
 
 
+@pytest.mark.parametrize("over_length", ["truncate", "split"])
+def test_min_loss_tokens_counts_what_a_row_carries_in_all(tmp_path: Path, tokenizer: Path, over_length: str) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [chat("What?", "The answer is 4. " * n) for n in range(1, 20)])
+    common = {"max_seq_len": 32, "lengths": {"over_length": over_length, "min_loss_tokens": 0}}
+    whole = build_set(mixture_of([rows], tokenizer, **common), tmp_path / "a", store=tmp_path / "s")
+    carried: dict[int, int] = {}
+    for shard in whole.shards:
+        loss = np.add.reduceat(shard["loss_mask"].astype(np.int64), shard["seq_offsets"][:-1])
+        for row, count in zip(shard["seq_origin"][:, 1].tolist(), loss.tolist(), strict=True):
+            carried[row] = carried.get(row, 0) + count
+    least = sorted(carried.values())[3]
+    source = {"path": str(rows), "min_loss_tokens": least}
+    shards = build_set(mixture_of([source], tokenizer, **common), tmp_path / "b", store=tmp_path / "s")
+    assert {row for _, row in rows_used(shards)} == {row for row, count in carried.items() if count >= least}
+    under = sum(count < least for count in carried.values())
+    assert under > 0
+    assert shards.manifest.sources[0].rows_dropped == {"under_min_loss_tokens": under}
+
+
 # temperature
 
 SIZES = st.lists(st.integers(0, 10**9), min_size=1, max_size=6).filter(any)
