@@ -24,7 +24,7 @@ from prep.chunks import Chunk
 from prep.config import MixtureConfig, SourceConfig
 from prep.decontaminate import Overlap, find_overlaps, read_questions
 from prep.detect import conversion_of
-from prep.encode import Encoder, encoder_spec
+from prep.encode import Encoder
 from prep.inputs import Inputs, resolve_inputs
 from prep.mixture import select_all
 from prep.pack import pack_best_fit
@@ -34,10 +34,10 @@ from prep.sample_chunk import ChunkSpec
 from prep.sample_store import SampleStore, StoredChunk, StoreRequest, ensure_stores
 from prep.selection import Selection
 from prep.source_reader import iter_chunks
-from prep.template import ChatTemplate
-from prep.tokenizer import CANARY_TEXT, LoadedTokenizer, load_tokenizer, write_tokenizer
+from prep.tokenizer import LoadedTokenizer, load_tokenizer, write_tokenizer
+from prep.tokenizer_fit import check_bos, choose_encoder
 from shared import atomic, config
-from shared.errors import ArtifactError, ConfigError, DataError
+from shared.errors import ArtifactError, DataError
 from shared.shard_format import BUILD_INFO_NAME, MANIFEST_NAME, TOKENIZER_DIR, Manifest
 from shared.shard_reader import read_manifest
 
@@ -155,8 +155,8 @@ def _samples(
     plan: BuildPlan, inputs: Inputs, loaded: LoadedTokenizer
 ) -> tuple[list[SampleStore], list[Tally], Encoder]:
     """Return the sample store of every source, what they add up to, and what encoded them."""
-    _check_bos(inputs, loaded)
-    encoder = _choose_encoder(loaded, inputs.mixture.tokenizer.backend)
+    check_bos(inputs, loaded)
+    encoder = choose_encoder(loaded, inputs.mixture.tokenizer.backend)
     chunk_spec = ChunkSpec(
         template=inputs.template,
         special_tokens=loaded.special_tokens,
@@ -262,34 +262,6 @@ def _replacing(out: Path) -> Iterator[Path]:
     with atomic.staged_dir(new) as aside:
         yield aside
     atomic.replace_dir(new, out)
-
-
-def _check_bos(inputs: Inputs, loaded: LoadedTokenizer) -> None:
-    """Raise ConfigError where `add_bos` would print nothing, or a second BOS."""
-    if not inputs.mixture.template.add_bos:
-        return
-    bos = loaded.special_tokens.get("bos_token")
-    if bos is None:
-        raise ConfigError(f"template.add_bos = true, but the tokenizer {inputs.tokenizer.name!r} has no BOS token")
-    template = ChatTemplate(inputs.template, loaded.special_tokens, inputs.mixture.template.date)
-    if template.opening().startswith(bos * 2):
-        raise ConfigError(
-            f"template.add_bos = true, but the template {inputs.template.name!r} prints {bos!r} itself; leave it false"
-        )
-
-
-def _choose_encoder(loaded: LoadedTokenizer, asked: str) -> Encoder:
-    """Return gigatoken where it takes this tokenizer and gives the referee's ids for the canary, else transformers."""
-    if asked == "auto":
-        encoder = Encoder(encoder_spec(loaded.tokenizer_json, loaded.control_tokens, "gigatoken"))
-        try:
-            if encoder.batch_ids(CANARY_TEXT) == encoder.ids_of(CANARY_TEXT):
-                return encoder
-            reason = "it gives other ids"
-        except Exception as exc:  # gigatoken refuses with plain exceptions of its own; the referee then does the work
-            reason = str(exc)
-        logger.warning("gigatoken cannot encode for this tokenizer (%s); transformers does, more slowly", reason)
-    return Encoder(encoder_spec(loaded.tokenizer_json, loaded.control_tokens, "transformers"))
 
 
 def _build_info(plan: BuildPlan, inputs: Inputs, backend: str, seconds: dict[str, float]) -> dict[str, Any]:
