@@ -5,7 +5,7 @@ that prints the reasoning of the last turn: models of that family are meant to f
 must be there.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from prep.conversation import Conversation
@@ -21,6 +21,11 @@ def uncarried(text: Traced, conversation: Conversation, rules: SpanRules) -> tup
 
     A reason is "ROLE message" for a message that is absent altogether, "ROLE.FIELD" for a field.
     """
+    return next(all_uncarried(text, conversation, rules), None)
+
+
+def all_uncarried(text: Traced, conversation: Conversation, rules: SpanRules) -> Iterator[tuple[int, str]]:
+    """Yield the same for every message that the rendering lacks or that lacks a field."""
     own: dict[int, list[Mark]] = {}
     for mark in text.marks:
         own.setdefault(mark.message, []).append(mark)
@@ -30,15 +35,16 @@ def uncarried(text: Traced, conversation: Conversation, rules: SpanRules) -> tup
         if not marks:
             if role == "system" and not message["content"].strip():
                 continue  # an empty system message says nothing
-            return index, f"{role} message"
+            yield index, f"{role} message"
+            continue
         for field in _missing_fields(message, marks, rules, is_last=index == len(conversation.messages) - 1):
-            return index, f"{role}.{field}"
-    return None
+            yield index, f"{role}.{field}"
+            break
 
 
-def without_message(conversation: Conversation, index: int) -> Conversation:
-    """Return the conversation without one message."""
-    keep = [i for i in range(len(conversation.messages)) if i != index]
+def without_messages(conversation: Conversation, indices: Collection[int]) -> Conversation:
+    """Return the conversation without some messages."""
+    keep = [i for i in range(len(conversation.messages)) if i not in indices]
     return Conversation(
         messages=tuple(conversation.messages[i] for i in keep),
         tools=conversation.tools,

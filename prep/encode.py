@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prep.intervals import Intervals
 from prep.spans import Rendered
 from shared.errors import DataError
 
@@ -220,21 +221,21 @@ class Encoder:
     def _typed_control(self, row: Rendered, ids: npt.NDArray[np.int32], offsets: Ints) -> npt.NDArray[np.bool_]:
         """Say which tokens are control tokens made from text of a message, bool [N]; blanks beside one do not count."""
         typed = np.zeros(len(ids), np.bool_)
+        texts = _texts(row)
         for token in np.flatnonzero(self.is_control[ids]).tolist():
             first, last = offsets[token].tolist()
             blanks = len(row.text[first:last]) - len(row.text[first:last].lstrip())
             last = first + len(row.text[first:last].rstrip())
-            first += blanks
-            typed[token] = any(span.is_text and span.start < last and first < span.end for span in row.spans)
+            typed[token] = texts.touch(first + blanks, last)
         return typed
 
     def _template_control(self, row: Rendered) -> list[tuple[int, int]]:
         """Return the character ranges of the control tokens that the template printed."""
         found = []
-        texts = [(span.start, span.end) for span in row.spans if span.is_text]
+        texts = _texts(row)
         position = 0
         while match := self._control_pattern.search(row.text, position):
-            if any(a < match.end() and match.start() < b for a, b in texts):
+            if texts.touch(*match.span()):
                 position = match.start() + 1
             else:
                 found.append(match.span())
@@ -246,6 +247,11 @@ class Encoder:
         import re
 
         return re.compile("|".join(map(re.escape, sorted(self.spec.control_tokens, key=lambda t: (-len(t), t)))))
+
+
+def _texts(row: Rendered) -> Intervals:
+    """Return where text that the conversation brought stands."""
+    return Intervals((span.start, span.end) for span in row.spans if span.is_text)
 
 
 def byte_positions(text: str) -> Ints:

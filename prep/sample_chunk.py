@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.align import align
-from prep.carriage import uncarried, without_message
+from prep.carriage import all_uncarried, without_messages
 from prep.chunks import Chunk, parse_chunk
 from prep.compiled import CompiledTemplate
 from prep.conversation import Conversation, content_hash, prompt_hash
@@ -129,13 +129,13 @@ class ChunkBuilder:
                 text = self._template.render(conversation)
             except TemplateError as exc:
                 return conversation, None, str(exc), dropped
-            lost = uncarried(text, conversation, self._rules)
-            if lost is None:
+            lost = dict(all_uncarried(text, conversation, self._rules))
+            if not lost:
                 break
-            if not self._drop_messages or len(conversation.messages) == 1:
-                return conversation, None, lost[1], dropped
-            conversation = without_message(conversation, lost[0])
-            dropped += 1
+            if not self._drop_messages or len(lost) == len(conversation.messages):
+                return conversation, None, next(iter(lost.values())), dropped
+            conversation = without_messages(conversation, lost)
+            dropped += len(lost)
         rendered = find_spans(text, conversation, self._rules)
         self._check(conversation, rendered)
         return conversation, rendered, "", dropped

@@ -10,13 +10,14 @@ control token behind its text. All else is TEMPLATE.
 """
 
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 from prep.conversation import Conversation
+from prep.intervals import Intervals, outermost
 from prep.template import ChatTemplate
 from prep.trace import GENERATION, Mark, Traced
 from shared.errors import TemplateError
@@ -103,7 +104,7 @@ def learn_rules(template: ChatTemplate, control_tokens: Sequence[str], eos_token
 def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Rendered:
     """Return the spans of a rendering. Raises TemplateError where they cannot be proved."""
     own: dict[int, list[Mark]] = {}
-    others: list[Mark] = []  # text that is no message's own: tools, names, ids
+    foreign: list[Mark] = []  # text that is no message's own: tools, names, ids
     for mark in text.marks:
         if mark.message == GENERATION:
             continue
@@ -111,11 +112,12 @@ def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Re
             own.setdefault(mark.message, []).append(mark)
             _check_verbatim(text, mark, conversation)
         elif mark.start < mark.end:
-            others.append(mark)
-    foreign = _Foreign.of(others)
+            foreign.append(mark)
+    foreign.sort()
+    foreign_places = Intervals((mark.start, mark.end) for mark in foreign)
     order = sorted(own, key=lambda index: (min(mark.start for mark in own[index]), index))
     regions = _generation_regions(text, own, conversation) if rules.has_generation_marks else None
-    spans = [Span(m.start, m.end, Kind.TEMPLATE, -1, m.start, m.end, True) for m in foreign.marks]
+    spans = [Span(m.start, m.end, Kind.TEMPLATE, -1, m.start, m.end, True) for m in foreign]
     messages: list[RenderedMessage] = []
     previous_end = 0
     for position, index in enumerate(order):
@@ -126,10 +128,10 @@ def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Re
                 found = regions[index]
             else:
                 following = own[order[position + 1]] if position + 1 < len(order) else []
-                floor, limit = _surroundings(text, marks, previous_end, foreign, following)
+                floor, limit = _surroundings(text, marks, previous_end, foreign_places, following)
                 found = [_region_around(text, marks, floor, limit, rules)]
             for start, end in found:
-                near = [*marks, *foreign.starting_in(start, end)]
+                near = [*marks, *foreign[foreign_places.starting_in(start, end)]]
                 inside = sorted(mark for mark in near if start <= mark.start and mark.end <= end)
                 spans += _turn_spans(text, position, inside, (start, end), rules)
             previous_end = max(previous_end, found[-1][1])
@@ -148,41 +150,14 @@ def _probe(template: ChatTemplate, answer: dict[str, str]) -> str:
         return ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Foreign:
-    """Marks of text that is no message's own, found by place: a long conversation has thousands of them."""
-
-    marks: list[Mark]  # by start
-    starts: list[int]
-    ends: list[int]  # ordered too, so not those of `marks` one by one
-
-    @classmethod
-    def of(cls, marks: list[Mark]) -> "_Foreign":
-        ordered = sorted(marks)
-        return cls(ordered, [mark.start for mark in ordered], sorted(mark.end for mark in ordered))
-
-    def starting_in(self, start: int, end: int) -> list[Mark]:
-        return self.marks[bisect_left(self.starts, start) : bisect_left(self.starts, end)]
-
-    def last_end(self, limit: int) -> int:
-        """Return the last end that is not behind `limit`, 0 if there is none."""
-        index = bisect_right(self.ends, limit)
-        return self.ends[index - 1] if index else 0
-
-    def first_start(self, floor: int, default: int) -> int:
-        """Return the first start that is not before `floor`."""
-        index = bisect_left(self.starts, floor)
-        return self.starts[index] if index < len(self.starts) else default
-
-
 def _surroundings(
-    text: str, marks: list[Mark], floor: int, foreign: _Foreign, following: list[Mark]
+    text: str, marks: list[Mark], floor: int, foreign: Intervals, following: list[Mark]
 ) -> tuple[int, int]:
     """Return the bounds of the template's own words around a message: the nearest text that a conversation brought."""
     first, last = min(mark.start for mark in marks), max(mark.end for mark in marks)
     before = max((mark.end for mark in following if mark.end <= first), default=0)
     behind = min((mark.start for mark in following if mark.start >= last), default=len(text))
-    return max(floor, before, foreign.last_end(first)), min(behind, foreign.first_start(last, len(text)))
+    return max(floor, before, foreign.last_end(first, 0)), min(behind, foreign.first_start(last, len(text)))
 
 
 def _check_verbatim(text: Traced, mark: Mark, conversation: Conversation) -> None:
@@ -196,7 +171,7 @@ def _check_verbatim(text: Traced, mark: Mark, conversation: Conversation) -> Non
 def _generation_regions(
     text: Traced, own: dict[int, list[Mark]], conversation: Conversation
 ) -> dict[int, list[tuple[int, int]]]:
-    blocks = _outermost((mark.start, mark.end) for mark in text.marks if mark.message == GENERATION)
+    blocks = outermost((mark.start, mark.end) for mark in text.marks if mark.message == GENERATION)
     ends = [end for _, end in blocks]
     regions: dict[int, list[tuple[int, int]]] = {}
     for index, marks in own.items():
@@ -211,15 +186,6 @@ def _generation_regions(
             found.add(block)
         regions[index] = sorted(found)
     return regions
-
-
-def _outermost(blocks: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return blocks in order without those that lie within another."""
-    result: list[tuple[int, int]] = []
-    for start, end in sorted(blocks, key=lambda block: (block[0], -block[1])):
-        if not result or end > result[-1][1]:
-            result.append((start, end))
-    return result
 
 
 def _region_around(text: str, marks: list[Mark], floor: int, limit: int, rules: SpanRules) -> tuple[int, int]:
