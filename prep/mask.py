@@ -43,8 +43,11 @@ def loss_mask_of(samples: Samples, policy: MaskConfig) -> Bytes:
         owner = np.searchsorted(samples.message_offsets, ending, side="right") - 1
         mask[ending[~_is_last_assistant(samples)[owner]]] = 0
     ends = message_ends(samples)
-    for index in np.flatnonzero(untrained).tolist():
-        mask[samples.message_offsets[index] : ends[index]] = 0
+    if untrained.any():
+        inside = np.zeros(len(mask) + 1, np.int32)  # +1 where an untrained message begins, -1 where it ends
+        np.add.at(inside, samples.message_offsets[untrained], 1)
+        np.add.at(inside, ends[untrained], -1)
+        mask[np.cumsum(inside[:-1]) > 0] = 0
     starts = samples.sample_offsets[:-1]
     mask[starts[np.diff(samples.sample_offsets) > 0]] = 0
     return mask

@@ -119,7 +119,7 @@ def write_tokenizer(
         **loaded.special_tokens,
     }
     out.mkdir()
-    (out / "tokenizer.json").write_bytes(canonical_json(json.loads(encoder_json)))
+    (out / "tokenizer.json").write_bytes(encoder_json.encode("utf-8"))
     (out / "tokenizer_config.json").write_bytes(canonical_json(config))
     (out / "chat_template.jinja").write_bytes(template.text.encode("utf-8"))
     return {path.name: FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path)) for path in sorted(out.iterdir())}

@@ -1,0 +1,107 @@
+"""A mixture of Tulu 3's size: 939,343 rows in 19 sources, about 490 tokens a row, made from real conversations.
+
+Each row strings together turns of random conversations up to a length drawn from a log-normal distribution, so that no
+row is a copy. Prints the seconds of a cold build, of a second one, and of re-packings that need no tokenizer, with the
+peak memory of the largest process.
+
+    python tests/bench/bench_scale.py [--rows 939343] [--conversations GLOB] [--tokenizer DIR] [--keep DIR]
+"""
+
+import argparse
+import gzip
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+SOURCES = 19
+MEAN_TOKENS, SIGMA, BYTES_PER_TOKEN = 490, 1.0, 4.2
+SFT_PREP = Path(sys.executable).parent / "sft-prep"
+
+
+def turns_of(pattern: Path) -> list[tuple[bytes, bytes, int]]:
+    """Return (user, assistant, bytes) of every exchange, each already JSON."""
+    found = []
+    for file in sorted(pattern.parent.glob(pattern.name)):
+        with gzip.open(file, "rb") as stream:
+            for line in stream.read().split(b"\n"):
+                messages = json.loads(line)["messages"] if line.strip() else []
+                for first, second in pairwise(messages):
+                    if (first["role"], second["role"]) == ("user", "assistant") and not second.get("tool_calls"):
+                        pair = [json.dumps(m["content"], ensure_ascii=False).encode() for m in (first, second)]
+                        found.append((pair[0], pair[1], sum(map(len, pair))))
+    return found
+
+
+def write_sources(folder: Path, turns: list[tuple[bytes, bytes, int]], rows: int) -> list[Path]:
+    draw = random.Random(0)
+    files = [folder / f"source-{number:02d}.jsonl" for number in range(SOURCES)]
+    mean = MEAN_TOKENS * BYTES_PER_TOKEN
+    for number, file in enumerate(files):
+        with file.open("wb") as stream:
+            for _ in range(rows * (number + 1) // SOURCES - rows * number // SOURCES):
+                wanted = draw.lognormvariate(0.0, SIGMA) * mean * 0.6065  # exp(-sigma^2 / 2)
+                parts: list[bytes] = []
+                while wanted > 0 or not parts:
+                    user, assistant, size = turns[draw.randrange(len(turns))]
+                    parts.append(b'{"role":"user","content":%s},{"role":"assistant","content":%s}' % (user, assistant))
+                    wanted -= size
+                stream.write(b'{"messages":[' + b",".join(parts) + b"]}\n")
+    return files
+
+
+def write_mixture(folder: Path, tokenizer: str, files: list[Path]) -> Path:
+    lines = ['name = "scale"', "max_seq_len = 4096", f'tokenizer.name = "{tokenizer}"']
+    lines += ['template.name = "tulu"', "template.add_bos = true"]
+    lines += [f'[[sources]]\npath = "{file}"' for file in files]
+    path = folder / "scale.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def timed(title: str, *arguments: object) -> None:
+    began = time.perf_counter()
+    done = subprocess.run([SFT_PREP, "build", *map(str, arguments)], check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(f"{title:<44} {seconds:>8.1f} s   largest process so far {peak:,.0f} MiB", flush=True)
+    if title.startswith("cold"):
+        print(done.stdout.splitlines()[0].split(": ", 1)[1], flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=939_343)
+    parser.add_argument("--conversations", default=str(DATA / "conversations" / "*.jsonl.gz"))
+    parser.add_argument("--tokenizer", default=str(DATA / "tokenizers" / "olmo2-dolma2"))
+    parser.add_argument("--keep", type=Path, help="Where to make the files, and leave them.")
+    options = parser.parse_args()
+    turns = turns_of(Path(options.conversations))
+    if not turns:
+        sys.exit(f"no conversations at {options.conversations}: give --conversations and --tokenizer")
+    with tempfile.TemporaryDirectory() as name:
+        folder = options.keep or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = write_sources(folder, turns, options.rows)
+        mixture = write_mixture(folder, options.tokenizer, files)
+        print(
+            f"{options.rows:,} rows, {sum(file.stat().st_size for file in files) / 1e6:,.0f} MB of JSON lines",
+            flush=True,
+        )
+        common = ("--mixture", mixture, "--store", folder / "store", "--workers", 2)
+        timed("cold build, 2 workers", *common, "--out", folder / "set")
+        timed("the same again", *common, "--out", folder / "set")
+        timed("max_seq_len = 2048", *common, "--out", folder / "a", "--set", "max_seq_len=2048")
+        timed("train_on = last_assistant", *common, "--out", folder / "b", "--set", "mask.train_on=last_assistant")
+        timed("over_length = drop", *common, "--out", folder / "c", "--set", "lengths.over_length=drop")
+        timed("half of the first source", *common, "--out", folder / "d", "--set", "sources.0.fraction=0.5")
+
+
+if __name__ == "__main__":
+    main()
