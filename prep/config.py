@@ -165,8 +165,14 @@ class DecontaminateConfig:
 class MixingConfig:
     temperature: float | None = None
     """Make each source's share proportional to its tokens to the power of 1/temperature, the total unchanged."""
+    max_epochs: float | None = None
+    """Use no source more often than this, though the total becomes less."""
 
     def __post_init__(self) -> None:
+        if self.max_epochs is not None and self.max_epochs < 1:
+            raise ConfigError(f"max_epochs = {self.max_epochs}; expected 1 or more")
+        if self.max_epochs is not None and self.temperature is None:
+            raise ConfigError("max_epochs is set but no temperature; set both, or epochs of the sources")
         if self.temperature is not None and self.temperature <= 0:
             raise ConfigError(f"temperature = {self.temperature}; expected more than 0 (1 changes nothing)")
 

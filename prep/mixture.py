@@ -4,6 +4,7 @@ Filters come first, so that the copy that stays is one that can be used; choosin
 means N.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,9 @@ from prep.inputs import Inputs
 from prep.sample_store import SampleStore
 from prep.selection import Selection, choose, usable_rows
 
+logger = logging.getLogger(__name__)
+
+_MANY_EPOCHS = 10
 _DIGITS = 6  # of the epochs of a source: the last bits of a power differ between machines, these digits do not
 
 
@@ -42,7 +46,11 @@ def select_all(inputs: Inputs, stores: Sequence[SampleStore], overlaps: Sequence
     if mixture.mixing.temperature is not None:
         tokens = [int(usable.rows["length"].sum(dtype=np.int64)) for usable in usables]
         epochs = epochs_at(mixture.mixing.temperature, tokens)
-        entries = [replace(entry, epochs=times or None) for entry, times in zip(entries, epochs, strict=True)]
+        for index, (name, times) in enumerate(zip(names, epochs, strict=True)):
+            if mixture.mixing.max_epochs is None and times > _MANY_EPOCHS:
+                logger.warning("%s is used %.1f times; mixing.max_epochs sets a limit", name, times)
+            times = min(times, mixture.mixing.max_epochs or math.inf)
+            entries[index] = replace(entries[index], epochs=times or None)
     return [
         choose(usable, entry, name, seed=mixture.seed)
         for usable, entry, name in zip(usables, entries, names, strict=True)

@@ -40,7 +40,8 @@ class Selection:
     """What one source gives to the shard set."""
 
     sequences: npt.NDArray[np.void]  # SEQUENCE [S], by row, repeats of a row behind one another
-    epochs: float = 1.0  # how often the usable rows are used, on average
+    epochs_asked: float | None = None  # by the source, or by the temperature of the mixture
+    epochs_used: float = 1.0  # how often the usable rows are used, on average
     dropped: Counter[str] = field(default_factory=Counter)  # rows left out by policy, by reason
     listed: list[tuple[int, str, str]] = field(default_factory=list)  # row, what happened, detail
 
@@ -115,7 +116,7 @@ def choose(usable: Usable, source: SourceConfig, name: str, *, seed: int) -> Sel
         listed += [(row, "split", f"{full} tokens in fragments") for row, _, full in _row_and_lengths(cut_short)]
     else:
         listed += [(row, "truncated", f"{full} tokens cut to {n}") for row, n, full in _row_and_lengths(cut_short)]
-    return Selection(chosen, float(times.sum() / max(len(rows), 1)), dropped, sorted(listed))
+    return Selection(chosen, source.epochs, float(times.sum() / max(len(rows), 1)), dropped, sorted(listed))
 
 
 def _by_length(usable: Usable, source: SourceConfig) -> Usable:

@@ -17,6 +17,7 @@ from prep.mixture import epochs_at
 from prep.report import summary_lines
 from prep.sample_store import SampleStore, StoredChunk
 from prep.selection import SEQUENCE, Usable
+from prep.verify import verify
 from shared import config
 from shared.errors import ConfigError
 from shared.shard_reader import ShardSet
@@ -213,15 +214,36 @@ def test_a_temperature_is_realised_as_epochs_that_the_manifest_states(tmp_path: 
     tokens = [source.tokens for source in mixed.manifest.sources]
     assert tokens[0] / tokens[1] == pytest.approx(4, rel=0.03)
     assert any("used 3.4 times" in line for line in summary_lines(mixed.manifest, mixed.path))
+    assert verify(mixed.path)
     stated = [{"path": str(p), "epochs": e} for p, e in zip(paths, epochs, strict=True)]
     again = build_set(mixture_of(stated, tokenizer), tmp_path / "stated", store=tmp_path / "s")
     assert again.manifest.fingerprint == mixed.manifest.fingerprint
+
+
+def test_max_epochs_bounds_what_a_temperature_repeats(
+    tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"large": 300, "small": 2}
+    paths = [write_rows(tmp_path / f"{k}.jsonl", [chat(f"{i:03}", "b") for i in range(n)]) for k, n in sizes.items()]
+    used = {}
+    for name, mixing in {"free": {}, "bound": {"max_epochs": 3}}.items():
+        tables = mixture_of(paths, tokenizer, mixing={"temperature": 100, **mixing})
+        shards = build_set(tables, tmp_path / name, store=tmp_path / "s")
+        assert verify(shards.path)
+        used[name] = rows_used(shards).count((1, 0))
+    assert used["free"] > 50
+    assert used["bound"] == 3
+    warned = [record.message for record in caplog.records if "max_epochs" in record.message]
+    assert len(warned) == 1  # of the free one
+    assert warned[0].startswith(f"small is used {used['free']}")
 
 
 @pytest.mark.parametrize(
     ("tables", "expected"),
     [
         ({"mixing": {"temperature": 0}}, "temperature = 0.0; expected more than 0"),
+        ({"mixing": {"max_epochs": 2}}, "max_epochs is set but no temperature"),
+        ({"mixing": {"temperature": 2, "max_epochs": 0.5}}, "max_epochs = 0.5; expected 1 or more"),
         ({"mixing": {"temperature": 2}, "sources": [{"path": "x", "rows": 3}]}, "sources.0.rows is set, and so is"),
         ({"mixing": {"temperature": 1}, "sources": [{"path": "x", "fraction": 1.0}]}, "sources.0.fraction is set"),
         ({"sources": [{"path": "x", "min_tokens": 9, "max_tokens": 8}]}, "min_tokens = 9 is over max_tokens = 8"),
