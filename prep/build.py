@@ -37,6 +37,7 @@ from prep.source_reader import iter_chunks
 from prep.tokenizer import LoadedTokenizer, load_tokenizer, write_tokenizer
 from prep.tokenizer_fit import check_bos, choose_encoder
 from shared import atomic, config
+from shared.disk import writing_to
 from shared.errors import ArtifactError, DataError
 from shared.shard_format import BUILD_INFO_NAME, MANIFEST_NAME, TOKENIZER_DIR, Manifest
 from shared.shard_reader import read_manifest
@@ -64,7 +65,9 @@ def build(plan: BuildPlan, *, rebuild: bool) -> Manifest:
 
     Raises ArtifactError where a set made from other inputs is in the way and `rebuild` is not asked for.
     """
-    with atomic.exclusive_lock(plan.out.parent / f".{plan.out.name}.lock", f"building {plan.out}"):
+    lock = plan.out.parent / f".{plan.out.name}.lock"
+    with writing_to(plan.out), atomic.exclusive_lock(lock, f"building {plan.out}"):
+        _clear(plan.out)
         inputs = resolve_inputs(plan.mixture, plan.base, _memory_of(plan))
         if plan.out.exists() and not rebuild:
             manifest = _existing(plan.out, inputs)
@@ -186,6 +189,7 @@ def _tokenise(plan: BuildPlan, inputs: Inputs, spec: ChunkSpec, tallies: list[Ta
             yield chunk
 
     with (
+        writing_to(plan.store),
         progress("tokenising", total, "bytes") as advance,
         chunk_workers(spec, workers=plan.workers, scheduler=plan.scheduler) as workers,
     ):
@@ -248,20 +252,28 @@ def _pack(inputs: Inputs, selections: list[Selection]) -> tuple[npt.NDArray[np.v
     return sequences[order], source_of[order], pack_offsets
 
 
+def _clear(out: Path) -> None:
+    """Put right what a killed build left. Call it under the lock of `out`."""
+    atomic.put_back(out)
+    for path in (out, _new(out)):
+        atomic.remove_leftovers(out.parent, path.name)
+    shutil.rmtree(_new(out), ignore_errors=True)
+
+
+def _new(out: Path) -> Path:
+    return out.with_name(f".{out.name}.new")
+
+
 @contextlib.contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
     """Yield a staged directory that becomes `out`, in the place of what is there. Call it under the lock of `out`."""
-    atomic.remove_leftovers(out.parent, out.name)
     if not out.exists():
         with atomic.staged_dir(out) as aside:
             yield aside
         return
-    new = out.with_name(f"{out.name}.new")
-    atomic.remove_leftovers(out.parent, new.name)
-    shutil.rmtree(new, ignore_errors=True)
-    with atomic.staged_dir(new) as aside:
+    with atomic.staged_dir(_new(out)) as aside:
         yield aside
-    atomic.replace_dir(new, out)
+    atomic.replace_dir(_new(out), out)
 
 
 def _build_info(plan: BuildPlan, inputs: Inputs, backend: str, seconds: dict[str, float]) -> dict[str, Any]:

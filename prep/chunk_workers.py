@@ -5,20 +5,19 @@ All three run the same function of (spec, chunk, target directory), so who runs 
 
 import contextlib
 import gc
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from prep.chunks import Chunk
 from prep.sample_chunk import COLUMNS, ChunkBuilder, ChunkSpec
+from prep.worker_pool import WorkerPool
 from shared import atomic
 from shared.errors import ArtifactError, PrerequisiteError, SftError
 from shared.hashing import canonical_json
+from shared.shard_format import npy_header
 
 FACTS_NAME = "facts.json"
 
@@ -47,15 +46,10 @@ def chunk_workers(spec: ChunkSpec, *, workers: int, scheduler: str = "") -> Iter
     elif workers == 1:
         yield ChunkWorkers(lambda chunk, target: _now(_work, 0, spec, chunk, target), 1, ())
     else:
-        # fresh interpreters: a fork would inherit the threads and locks of the tokenizer libraries
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=(0, spec))
-        try:
+        with WorkerPool(workers, _prepare, 0, spec) as pool:
             yield ChunkWorkers(
                 lambda chunk, target: pool.submit(_work, 0, None, chunk, target), 2 * workers, (BrokenExecutor,)
             )
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -117,7 +111,10 @@ def _commit(builder: ChunkBuilder, chunk: Chunk, target: Path) -> None:
     try:
         with atomic.staged_dir(target, durable=False) as aside:
             for name in COLUMNS:
-                np.save(aside / f"{name}.npy", result.columns[name], allow_pickle=False)
+                column = result.columns[name]
+                with (aside / f"{name}.npy").open("xb") as file:  # np.save forgets why a write failed
+                    file.write(npy_header(column.dtype.str, column.shape))
+                    file.write(column.data)
             sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
             (aside / FACTS_NAME).write_bytes(canonical_json({**result.facts, "column_bytes": sizes}))
     except (OSError, ArtifactError):

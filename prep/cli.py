@@ -36,8 +36,12 @@ def _reporting(*, verbose: bool = False, quiet: bool = False) -> Iterator[None]:
 
     verbosity = 1 if verbose else -1 if quiet else 0
     log.configure(verbosity)
-    with reporting_errors(verbosity):
-        yield
+    try:
+        with reporting_errors(verbosity):
+            yield
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again to go on\n")
+        raise SystemExit(130) from None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -9,10 +9,9 @@ questions never touches a sample.
 import contextlib
 import json
 import logging
-import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from prep.progress import progress
 from prep.source_reader import iter_chunks
 from prep.sources import ResolvedSource
 from prep.word_grams import GramSet, word_grams, words_of
+from prep.worker_pool import WorkerPool
 from shared import atomic
 from shared.errors import DataError, PrerequisiteError
 from shared.hashing import digest, sha256_bytes
@@ -136,14 +136,14 @@ class _Comparers:
     def __init__(self, questions: Questions, workers: int) -> None:
         self._questions = questions
         self._workers = workers
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: WorkerPool | None = None
 
     def __enter__(self) -> "_Comparers":
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, *exc_info: Any) -> None:
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.__exit__(*exc_info)
 
     def compare(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, list[Overlap]]]:
         """Yield the overlaps of every chunk, in order."""
@@ -152,12 +152,7 @@ class _Comparers:
                 yield chunk, overlaps_of(chunk, self._questions)
             return
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(
-                self._workers,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_start_worker,
-                initargs=(self._questions,),
-            )
+            self._pool = WorkerPool(self._workers, _start_worker, self._questions)
         waiting: deque[tuple[Chunk, Future[list[Overlap]]]] = deque()
         for chunk in chunks:
             waiting.append((chunk, self._pool.submit(_work, chunk)))

@@ -97,7 +97,9 @@ def ensure_stores(
     made: dict[int, list[StoredChunk]] = {index: [] for index in owner.values()}
     with contextlib.ExitStack() as locks:
         for path in owner:
-            locks.enter_context(atomic.exclusive_lock(path.parent / f"{path.name}.lock", "tokenising the same source"))
+            if not (path / _COMPLETE).is_file():  # a complete store is only read, by any number of builds
+                lock = path.parent / f"{path.name}.lock"
+                locks.enter_context(atomic.exclusive_lock(lock, "tokenising the same source"))
         for index, chunk in _make_chunks([(index, requests[index]) for index in owner.values()], workers):
             on_chunk(index, chunk)
             made[index].append(chunk)

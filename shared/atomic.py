@@ -65,7 +65,7 @@ def staged_dir(final: Path, *, durable: bool = True) -> Iterator[Path]:
 def replace_dir(staged: Path, final: Path) -> None:
     """Put the directory `staged` in the place of `final`. The old one is moved aside first and removed last.
 
-    A crash between the two renames leaves no `final`; an error there puts the old one back.
+    A crash between the two renames leaves no `final` (see `put_back`); an error there puts the old one back.
     """
     old = final.with_name(f".tmp-{final.name}-{os.getpid()}-old")
     shutil.rmtree(old, ignore_errors=True)
@@ -79,6 +79,17 @@ def replace_dir(staged: Path, final: Path) -> None:
         raise
     fsync_dir(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(final: Path) -> None:
+    """Put the old `final` back where a crash within `replace_dir` left none. Call it under the lock of `final`."""
+    if final.exists():
+        return
+    own = re.compile(rf"\.tmp-{re.escape(final.name)}-\d+-old", re.DOTALL)
+    for path in final.parent.glob(".tmp-*-old"):
+        if own.fullmatch(path.name):
+            os.rename(path, final)
+            return
 
 
 def remove_leftovers(parent: Path, name: str | None = None) -> None:

@@ -18,7 +18,7 @@ from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, w
 
 from prep import raw_lines
 from prep.build import build, dry_run, explain
-from shared.errors import ArtifactError, ConfigError, DataError
+from shared.errors import ArtifactError, ConfigError, DataError, PrerequisiteError
 from shared.shard_reader import check_hashes, open_shard_set
 
 SFT_PREP = Path(sys.executable).parent / "sft-prep"
@@ -270,7 +270,7 @@ def test_a_failing_build_leaves_the_old_set_as_it_was(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("prep.assemble.write_shard", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(PrerequisiteError, match="No space left"):
         build(plan_of(tables, tmp_path / "out"), rebuild=True)
     assert open_shard_set(tmp_path / "out").manifest == first
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".tmp")) == []
