@@ -11,22 +11,17 @@ traced way through Jinja. So does every shape that cannot be followed, or that a
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
 
 from prep.carriage import uncarried
 from prep.conversation import Conversation
-from prep.probe import QUESTIONS, Guard, Probe, Record, plain
+from prep.probe import QUESTIONS, Guard, Probe, Record
+from prep.recording import RecordingEnvironment
 from prep.spans import Rendered, RenderedMessage, Span, SpanRules, find_spans
-from prep.template import ChatTemplate, TracingEnvironment
-from prep.trace import Mark, Traced, join
+from prep.template import ChatTemplate
+from prep.trace import Mark, Traced
 from shared.errors import TemplateError
 from shared.shard_format import Kind
 
-# filters that pass contents on, or look at them through questions that a probe writes down
-_FOLLOWED_FILTERS = frozenset(
-    ("trim", "tojson", "string", "default", "d", "list", "selectattr", "rejectattr", "map", "first", "last", "length",
-     "count", "join", "reverse", "items")
-)  # fmt: skip
 _STAND_INS = ("Stand-in {}: a short line", "Zweiter Text {},\n\nmit Absatz, caf\u00e9 und \u6771\u4eac")
 _MAX_MESSAGES = 64  # longer conversations are too rare to share a shape
 
@@ -66,11 +61,10 @@ class CompiledTemplate:
         self._template = template
         self._rules = rules
         self._shapes: dict[tuple[str, ...], Shape | None] = {}
-        self._can_follow = template.filters() <= _FOLLOWED_FILTERS
 
     def render(self, conversation: Conversation) -> Rendered | None:
         """Return what the template prints, or None where only Jinja can say."""
-        if not self._can_follow or conversation.tools is not None or len(conversation.messages) > _MAX_MESSAGES:
+        if conversation.tools is not None or len(conversation.messages) > _MAX_MESSAGES:
             return None
         if any(len(message) != 2 for message in conversation.messages):
             return None
@@ -104,34 +98,15 @@ class CompiledTemplate:
         return rendered is not None and rendered == find_spans(text, conversation, self._rules)
 
 
-class RecordingEnvironment(TracingEnvironment):
-    """Joins probes into a probe that is nobody's content: asking it anything ends the following."""
-
-    @staticmethod
-    def concat(parts: Any) -> str:
-        parts = list(parts)
-        text = join("", map(plain, parts))
-        record = next((part.record for part in parts if isinstance(part, Probe)), None)
-        return Probe.of(text, text.marks, record) if record is not None and isinstance(text, Traced) else text
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.filters["length"] = self.filters["count"] = _length
-
-
-def _length(value: Any) -> int:
-    if isinstance(value, Probe):
-        value.record.followed = False
-        return str.__len__(value)
-    return len(value)
-
-
 def _conversation(roles: tuple[str, ...], text: str) -> Conversation:
     messages = tuple({"role": role, "content": text.format(index)} for index, role in enumerate(roles))
     return Conversation(messages=messages, tools=None, train=(None,) * len(roles))
 
 
 def _shape(text: Traced, rendered: Rendered, probe: Conversation, guards: tuple[Guard, ...]) -> Shape | None:
+    order = [message.message for message in rendered.messages]
+    if order != sorted(order):
+        return None  # empty contents would tie, and a tie goes by the order of the conversation
     slots = sorted(mark for mark in text.marks if mark.message >= 0)
     for mark in slots:
         if (mark.source_start, mark.end - mark.start) != (0, len(probe.messages[mark.message]["content"])):

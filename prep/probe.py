@@ -57,7 +57,8 @@ class Probe(Traced):
 
     def _ask(self, question: str, argument: Any = None) -> bool:
         answer = QUESTIONS[question](str.__getitem__(self, slice(None)), argument)
-        if self.message < 0 or not isinstance(argument, str | tuple | None):
+        plain_argument = argument is None or type(argument) is str or _is_plain_tuple(argument)
+        if self.message < 0 or not plain_argument:
             self.record.followed = False
         else:
             self.record.guards.add(Guard(self.message, question, argument, answer))
@@ -117,6 +118,10 @@ class Probe(Traced):
         return Probe.of(text, text.marks, self.record) if isinstance(text, Traced) else text
 
 
+def _is_plain_tuple(argument: Any) -> bool:
+    return type(argument) is tuple and all(type(part) is str for part in argument)
+
+
 def plain(text: str) -> str:
     """Return the same text and marks without the questions."""
     return Traced(str.__getitem__(text, slice(None)), text.marks) if isinstance(text, Probe) else text
@@ -134,8 +139,8 @@ def _unfollowed(name: str) -> Callable[..., Any]:
 
 _HARMLESS = {
     "__class__", "__new__", "__init__", "__init_subclass__", "__subclasshook__", "__getattribute__", "__setattr__",
-    "__delattr__", "__doc__", "__dir__", "__str__", "__repr__", "__reduce__", "__reduce_ex__", "__getnewargs__",
-    "__getstate__", "__sizeof__", "__rmod__",
+    "__delattr__", "__doc__", "__dir__", "__str__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getstate__",
+    "__sizeof__",
 }  # fmt: skip
 for _name in dir(str):
     if _name not in vars(Probe) and _name not in _HARMLESS:

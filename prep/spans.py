@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prep.conversation import Conversation
 from prep.intervals import Intervals, outermost
@@ -73,6 +73,7 @@ class SpanRules:
 
     has_generation_marks: bool
     generation_prompt: str
+    call_opening: str  # what precedes the first tool call of a turn where no generation prompt says where turns begin
     control: re.Pattern[str]  # any control token of the tokenizer
     closing: frozenset[str]  # control tokens that end a turn even where they also open one
     opening: frozenset[str]  # control tokens of the generation prompt
@@ -93,6 +94,7 @@ def learn_rules(template: ChatTemplate, control_tokens: Sequence[str], eos_token
     return SpanRules(
         has_generation_marks=template.has_generation_marks,
         generation_prompt=prompt,
+        call_opening="" if prompt else _call_opening(template),
         control=control,
         closing=frozenset(closing),
         opening=frozenset(control.findall(prompt)),
@@ -142,7 +144,14 @@ def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Re
     return Rendered(str.__getitem__(text, slice(None)), _without_overlaps(spans), messages)
 
 
-def _probe(template: ChatTemplate, answer: dict[str, str]) -> str:
+def _call_opening(template: ChatTemplate) -> str:
+    call = {"id": "probecall", "type": "function", "function": {"name": "PROBE-CALL", "arguments": {}}}
+    text = _probe(template, {"content": "", "tool_calls": [call]})
+    asked = template.opening()
+    return text[len(asked) : text.find("PROBE-CALL")] if text.startswith(asked) and "PROBE-CALL" in text else ""
+
+
+def _probe(template: ChatTemplate, answer: dict[str, Any]) -> str:
     messages = ({"role": "user", "content": "x"}, {"role": "assistant", **answer})
     try:
         return template.render_plain(Conversation(messages=messages, tools=None, train=(None, None)))
@@ -194,6 +203,9 @@ def _region_around(text: str, marks: list[Mark], floor: int, limit: int, rules: 
     if rules.generation_prompt:
         found = text.rfind(rules.generation_prompt, floor, first)
         start = found + len(rules.generation_prompt) if found >= 0 else first
+    elif rules.call_opening and marks[0].field.startswith("tool_calls"):
+        found = text.rfind(rules.call_opening, floor, first + len(rules.call_opening))
+        start = found if found >= 0 else first
     stop = _terminator(text, last, limit, marks, rules)
     if stop and (stop[0] in rules.closing or stop[0] not in rules.opening):
         return start, stop.end()

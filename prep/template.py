@@ -6,7 +6,7 @@ today's date is not available: a template that prints it needs `template.date`, 
 
 import datetime
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -111,11 +111,6 @@ class ChatTemplate:
         template = _environment(environment, self._date).from_string(self._text)
         return self._render(template, messages, None, add_generation_prompt=False)
 
-    def filters(self) -> set[str]:
-        """Return the names of the filters that the template uses."""
-        tree = _environment(ImmutableSandboxedEnvironment, self._date).parse(self._text)
-        return {node.name for node in tree.find_all(jinja2.nodes.Filter)}
-
     def generation_prompt(self) -> str:
         """Return what the template prints to open an assistant turn, "" where it prints nothing."""
         try:
@@ -169,7 +164,7 @@ def _with_reasoning_names(message: Mapping[str, Any]) -> dict[str, Any]:
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-class _TracingCodeGenerator(CodeGenerator):
+class TracingCodeGenerator(CodeGenerator):
     """Compiles `a ~ b` to the environment's own join, which keeps marks."""
 
     def visit_Concat(self, node: jinja2.nodes.Concat, frame: Frame) -> None:
@@ -182,16 +177,23 @@ class _TracingCodeGenerator(CodeGenerator):
 
 
 class TracingEnvironment(ImmutableSandboxedEnvironment):
-    code_generator_class = _TracingCodeGenerator
+    code_generator_class = TracingCodeGenerator
 
     @staticmethod
-    def concat(parts: Any) -> str:
-        return join("", parts)
+    def joined(separator: str, parts: Iterable[str]) -> str:
+        return join(separator, parts)
+
+    def concat(self, parts: Iterable[str]) -> str:
+        return self.joined("", parts)
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         if isinstance(function, BuiltinMethodType) and function.__name__ == "join" and type(function.__self__) is str:
-            return join(function.__self__, *args, **kwargs)
+            return self.joined(function.__self__, *args, **kwargs)
         return super().call(context, function, *args, **kwargs)
+
+    def replace_filters(self) -> None:
+        """Put filters that keep marks in the place of Jinja's."""
+        self.filters["join"] = _join_filter
 
 
 class _GenerationBlocks(jinja2.ext.Extension):
@@ -214,8 +216,8 @@ def _environment(cls: type[ImmutableSandboxedEnvironment], date: str) -> Immutab
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols], cache_size=0
     )
     environment.filters["tojson"] = _to_json
-    if issubclass(cls, TracingEnvironment):
-        environment.filters["join"] = _join_filter
+    if isinstance(environment, TracingEnvironment):
+        environment.replace_filters()
     environment.globals["namespace"] = _Namespace
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime(date)
@@ -252,10 +254,10 @@ def _to_json(
 
 
 @jinja2.pass_environment
-def _join_filter(environment: jinja2.Environment, value: Any, d: str = "", attribute: str | int | None = None) -> str:
+def _join_filter(environment: TracingEnvironment, value: Any, d: str = "", attribute: str | int | None = None) -> str:
     if attribute is not None:
         value = map(jinja2.filters.make_attrgetter(environment, attribute), value)
-    return join(str(d), map(str, value))
+    return environment.joined(str(d), map(str, value))
 
 
 def _raise_exception(message: str) -> None:

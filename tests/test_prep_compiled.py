@@ -40,9 +40,48 @@ JOINED = (
     "{%- set ns.text = ns.text + '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -%}{%- endfor -%}"
     "{{ 'hello' if 'a b' in ns.text }}{{ ns.text }}"
 )
+LOOK = "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ '!' if LOOK }}{{ m.content }}<|im_end|>\n{%- endfor -%}"
+# each is answered in C, past a string's own methods
+PAST_METHODS = [
+    "m.content in 'a b c'",
+    "m.content not in 'a b c'",
+    "m.content is in 'a b c'",
+    "messages | selectattr('content', 'in', 'a b c') | list",
+    "'abc'.startswith(m.content)",
+    "'abc'.find(m.content) == 0",
+    "'a b c'.replace(m.content, '') == ''",
+    "'a b c' | trim(m.content) == 'b'",
+    "'%s%s' % (m.content, '') == 'a'",
+    "'%(x)s' % {'x': m.content} == 'a'",
+    "'{content}'.format_map(m) == 'a'",
+    "''.join([m.content]) == 'a'",
+    "(messages | map(attribute='content') | join(' ')) == 'a'",
+    "(m.content | tojson) == '\"a\"'",
+    "'\"a\"' in (messages | tojson)",
+    "\"'a'\" in (m | string)",
+    "\"'a'\" in m ~ ''",
+    "messages | map(attribute='content') | map('wordcount') | first > 1",
+    "m.content is sameas ''",
+    "m.content == messages[0].content",
+]
+BACKWARDS = "{%- for m in messages | reverse -%}{{ m.content }}{%- endfor -%}"
+ROLE_FILTER = "{%- for m in messages -%}{{ m.role | title }}: {{ m.content }}<|im_end|>\n{%- endfor -%}"
 OWN = {name: path.read_text().removesuffix("\n") for name, path in shipped_templates().items()}
-FOLLOWED = {**OWN, "thinking": THINKING, "trimming": TRIMMING, "filled": FILLED, "questions": QUESTIONS}
-UNFOLLOWED = {"length": LENGTH, "first": FIRST, "joined": JOINED}
+FOLLOWED = {
+    **OWN,
+    "thinking": THINKING,
+    "trimming": TRIMMING,
+    "filled": FILLED,
+    "questions": QUESTIONS,
+    "role": ROLE_FILTER,
+}
+UNFOLLOWED = {
+    "length": LENGTH,
+    "first": FIRST,
+    "joined": JOINED,
+    "backwards": BACKWARDS,
+    **{look: LOOK.replace("LOOK", look) for look in PAST_METHODS},
+}
 
 PIECES = [
     "a",
@@ -77,7 +116,7 @@ def conversation(roles: list[str], contents: list[str]) -> Conversation:
 
 @pytest.mark.parametrize("name", sorted(MADE))
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_compiled_rendering_equals_the_traced_one(name: str, data: st.DataObject) -> None:
     template, compiled = MADE[name]
     roles = data.draw(ROLES)

@@ -114,7 +114,7 @@ def test_any_content_is_trained_with_what_ends_it(name: str, content: str) -> No
     eos = specials_of(name)["eos_token"]
     assert trained_text(rendered) == answer + MIDDLES.get(name, eos) + last + ENDS.get(name, eos)
     asked = [rendered.text[s.start : s.end] for s in rendered.spans if s.kind == Kind.USER]
-    assert "".join(asked) == answer + "x"
+    assert "".join(asked) == (text if name == "mistral" else answer) + "x"
 
 
 CALLING = {"role": "assistant", "content": "so", "tool_calls": [{"id": "abcdefghi", "name": "f", "arguments": {}}]}

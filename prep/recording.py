@@ -1,0 +1,119 @@
+"""The environment in which a template runs on probes: nothing may look at a probe's characters without its knowledge.
+
+A probe sees its own methods and operators. What Python does in C with a string that is an argument goes past it
+(`x in 'abc'`, `'abc'.find(x)`, `'%s' % (x,)`, JSON, regular expressions in filters): such a use ends the following.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from types import BuiltinMethodType
+from typing import Any
+
+import jinja2
+import jinja2.nodes
+from jinja2.compiler import Frame
+from jinja2.runtime import Context
+from jinja2.tests import test_sameas
+
+from prep.probe import Probe, plain
+from prep.template import TracingCodeGenerator, TracingEnvironment
+from prep.trace import Traced, join
+
+# filters that pass contents on, or look at them through questions that a probe writes down
+_FOLLOWED_FILTERS = frozenset(
+    ("trim", "string", "default", "d", "list", "selectattr", "rejectattr", "map", "first", "last", "length", "count",
+     "join", "reverse", "items")
+)  # fmt: skip
+
+
+class _RecordingCodeGenerator(TracingCodeGenerator):
+    """Compiles `a in b` to the environment's own membership test, which keeps the record."""
+
+    def visit_Compare(self, node: jinja2.nodes.Compare, frame: Frame) -> None:
+        left = node.expr
+        for index, operand in enumerate(node.ops):
+            self.write(" and (" if index else "((")
+            if operand.op in ("in", "notin"):
+                self.write("not " if operand.op == "notin" else "")
+                self.write("environment.tests['in'](")
+                self.visit(left, frame)
+                self.write(", ")
+                self.visit(operand.expr, frame)
+                self.write(")")
+            else:
+                pair = jinja2.nodes.Compare(left, [operand], lineno=node.lineno, environment=node.environment)
+                super().visit_Compare(pair, frame)
+            self.write(")")
+            left = operand.expr
+        self.write(")")
+
+
+class RecordingEnvironment(TracingEnvironment):
+    """Joins probes into a probe that is nobody's content: asking it anything ends the following."""
+
+    code_generator_class = _RecordingCodeGenerator
+    intercepted_binops = frozenset("%")
+
+    @staticmethod
+    def joined(separator: str, parts: Iterable[Any]) -> str:
+        parts = list(parts)
+        text = join(plain(separator), map(plain, parts))
+        record = next((part.record for part in [separator, *parts] if isinstance(part, Probe)), None)
+        return Probe.of(text, text.marks, record) if record is not None and isinstance(text, Traced) else text
+
+    def replace_filters(self) -> None:
+        super().replace_filters()
+        self.filters.update({name: _losing(f) for name, f in self.filters.items() if name not in _FOLLOWED_FILTERS})
+        self.filters["trim"] = _trim
+        self.filters["length"] = self.filters["count"] = _length
+        self.tests["in"] = _is_in
+        self.tests["sameas"] = _losing(test_sameas)
+
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        owner = function.__self__ if isinstance(function, BuiltinMethodType) else None
+        if isinstance(owner, str) and function.__name__ != "join":
+            _lose([*args, *kwargs.values()])
+        return super().call(context, function, *args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        _lose([right])
+        return super().call_binop(context, operator, left, right)
+
+
+def _is_in(value: Any, container: Any) -> bool:
+    if isinstance(container, str) and not isinstance(container, Probe):
+        _lose([value])
+    return value in container
+
+
+def _trim(value: Any, chars: str | None = None) -> str:
+    _lose([chars])
+    return (value if isinstance(value, str) else str(value)).strip(chars)
+
+
+def _length(value: Any) -> int:
+    if isinstance(value, Probe):
+        value.record.followed = False
+        return str.__len__(value)
+    return len(value)
+
+
+def _losing(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        _lose([*args, *kwargs.values()])
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _lose(values: Any) -> None:
+    """End the following where a probe is among the values, at any depth."""
+    if isinstance(values, Probe):
+        values.record.followed = False
+    elif isinstance(values, dict):
+        _lose(list(values.values()))
+        _lose(list(values))
+    elif isinstance(values, list | tuple | set | frozenset):
+        for value in values:
+            _lose(value)
