@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from prep.config import MixtureConfig
 from shared import config
 from shared.shard_format import COLUMNS
 from train.config import TrainConfig
@@ -41,8 +42,14 @@ def test_the_walk_through_runs_as_written(tmp_path: Path) -> None:
 
 
 def test_the_recipe_shown_is_a_recipe() -> None:
-    (text,) = blocks("toml")
+    (text,) = (block for block in blocks("toml") if "[optim]" in block)
     assert config.build(TrainConfig, tomllib.loads(text), "README.md").model.name
+
+
+def test_the_part_of_a_mixture_shown_is_one() -> None:
+    (text,) = (block for block in blocks("toml") if "[[sources]]" in block)
+    rest = {"name": "x", "max_seq_len": 64, "tokenizer": {"name": "x"}, "template": {"name": "tulu"}}
+    assert config.build(MixtureConfig, {**rest, **tomllib.loads(text)}, "README.md").sources
 
 
 def test_every_make_target_named_exists() -> None:
