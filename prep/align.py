@@ -7,11 +7,13 @@ kind     0 0     0     0    A|S      A    T           A|S: it also covers bytes 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
-from prep.encode import Encoded, Ints, byte_positions
+from prep.byte_places import in_bytes
+from prep.encode import Encoded, Ints
 from prep.spans import Rendered
 from shared.shard_format import STRADDLES, Kind
 
@@ -52,36 +54,25 @@ def align(encoded: Encoded, rows: Sequence[Rendered]) -> Aligned:
 
 def _span_table(rows: Sequence[Rendered], byte_offsets: Ints) -> npt.NDArray[np.void]:
     """Return all spans of the chunk in bytes, message numbers counted over the chunk."""
-    columns = ("start", "end", "kind", "message", "region_start", "region_end")
-    table = np.zeros(
-        sum(len(row.spans) for row in rows), [(name, np.uint8 if name == "kind" else np.int64) for name in columns]
-    )
-    at, messages = 0, 0
-    for row, base in zip(rows, byte_offsets[:-1], strict=True):
-        if row.spans:
-            part = np.asarray([span[:6] for span in row.spans], np.int64)  # [spans, 6]
-            positions = byte_positions(row.text)
-            block = table[at : at + len(part)]
-            for column, name in enumerate(columns):
-                if name == "kind":
-                    block[name] = part[:, column]
-                elif name == "message":
-                    block[name] = np.where(part[:, column] < 0, -1, part[:, column] + messages)
-                else:
-                    block[name] = positions[part[:, column]] + base
-            at += len(part)
-        messages += len(row.messages)
+    counts = np.fromiter((len(row.spans) for row in rows), np.int64, len(rows))
+    fields = chain.from_iterable(span[:6] for row in rows for span in row.spans)
+    flat = np.fromiter(fields, np.int64, 6 * int(counts.sum())).reshape(-1, 6)
+    places = in_bytes(rows, byte_offsets, counts, flat[:, [0, 1, 4, 5]])
+    first_message = np.cumsum([0, *(len(row.messages) for row in rows)])[:-1]
+    names = ("start", "end", "kind", "message", "region_start", "region_end")
+    table = np.zeros(len(flat), [(name, np.uint8 if name == "kind" else np.int64) for name in names])
+    table["start"], table["end"], table["region_start"], table["region_end"] = places.T
+    table["kind"] = flat[:, 2]
+    table["message"] = np.where(flat[:, 3] < 0, -1, flat[:, 3] + np.repeat(first_message, counts))
     return table
 
 
 def _message_starts(encoded: Encoded, rows: Sequence[Rendered], message: Ints) -> tuple[Ints, Ints]:
     """A message begins with the first token behind the message before it; a shared token belongs to its painter."""
-    row_messages = np.concatenate(([0], np.cumsum([len(row.messages) for row in rows], dtype=np.int64)))
-    bounds = np.concatenate(
-        [byte_positions(row.text)[[m.start for m in row.messages]] + base
-         for row, base in zip(rows, encoded.byte_offsets[:-1], strict=True) if row.messages]
-        + [np.zeros(0, np.int64)]
-    )  # fmt: skip
+    counts = np.fromiter((len(row.messages) for row in rows), np.int64, len(rows))
+    row_messages = np.concatenate(([0], np.cumsum(counts)))
+    begins = np.fromiter((m.start for row in rows for m in row.messages), np.int64, int(counts.sum()))
+    bounds = in_bytes(rows, encoded.byte_offsets, counts, begins[:, None])[:, 0]
     starts = np.searchsorted(encoded.token_end, bounds, side="right")
     shared = np.flatnonzero(starts < len(message))
     shared = shared[encoded.token_start[starts[shared]] < bounds[shared]]

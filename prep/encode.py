@@ -13,11 +13,13 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from prep.byte_places import byte_positions, in_bytes
 from prep.intervals import Intervals
 from prep.spans import Rendered
 from shared.errors import DataError
@@ -254,15 +256,6 @@ def _texts(row: Rendered) -> Intervals:
     return Intervals((span.start, span.end) for span in row.spans if span.is_text)
 
 
-def byte_positions(text: str) -> Ints:
-    """Return the byte position of every character of `text` and of its end, int64 [len(text) + 1]."""
-    if text.isascii():
-        return np.arange(len(text) + 1, dtype=np.int64)
-    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
-    return np.concatenate(([0], np.cumsum(widths)))
-
-
 def _known_id(tokenizer: Any, token: str) -> int:
     index = tokenizer.token_to_id(token)
     if index is None:
@@ -272,12 +265,10 @@ def _known_id(tokenizer: Any, token: str) -> int:
 
 def _text_bounds(rows: Sequence[Rendered], byte_offsets: Ints) -> tuple[Ints, Ints]:
     """Return first and last byte of every text that a conversation brought into the chunk, in order."""
-    bounds = [np.zeros((0, 2), np.int64)]
-    for row, base in zip(rows, byte_offsets[:-1], strict=True):
-        texts = [(span.start, span.end) for span in row.spans if span.is_text]
-        if texts:
-            bounds.append(byte_positions(row.text)[np.asarray(texts)] + base)
-    starts, ends = np.concatenate(bounds).T
+    texts = [[bound for span in row.spans if span.is_text for bound in span[:2]] for row in rows]
+    counts = np.fromiter(map(len, texts), np.int64, len(rows)) // 2
+    places = np.fromiter(chain.from_iterable(texts), np.int64, 2 * int(counts.sum())).reshape(-1, 2)
+    starts, ends = in_bytes(rows, byte_offsets, counts, places).T
     return starts, ends
 
 

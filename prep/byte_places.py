@@ -1,0 +1,31 @@
+"""Character positions of rendered rows -> byte positions. Spans count characters, tokens count bytes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.spans import Rendered
+
+Ints = npt.NDArray[np.int64]
+
+
+def byte_positions(text: str) -> Ints:
+    """Return the byte position of every character of `text` and of its end, int64 [len(text) + 1]."""
+    if text.isascii():
+        return np.arange(len(text) + 1, dtype=np.int64)
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    return np.concatenate(([0], np.cumsum(widths)))
+
+
+def in_bytes(rows: Sequence[Rendered], byte_offsets: Ints, counts: Ints, places: Ints) -> Ints:
+    """Turn characters of rows, int64 [K, n], into bytes of the chunk; `counts` says how many of K are each row's."""
+    ends = np.cumsum(counts)
+    result = places.copy()
+    for index, row in enumerate(rows):
+        if not row.text.isascii():
+            part = slice(ends[index] - counts[index], ends[index])
+            result[part] = byte_positions(row.text)[places[part]]
+    result += np.repeat(byte_offsets[:-1], counts)[:, None]
+    return result
