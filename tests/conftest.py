@@ -2,10 +2,27 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from prep_processes import ForkedPrep
 
 # One thread here and in every process that a test starts: sums in another order differ in the last bit, and tests
 # that compare runs bit by bit share the machine with others. Set before anything imports torch.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[ForkedPrep]":
+    """sft-prep forked from a process that has all its imports done: a run takes a second less."""
+    from prep_processes import ForkedPrep
+
+    server = ForkedPrep(tmp_path_factory.mktemp("forked"))
+    yield server
+    server.close()
