@@ -1,5 +1,7 @@
 """An error that a user can act on becomes one line and its exit code; anything else is a bug and stays one."""
 
+import errno
+
 import pytest
 
 from shared import errors
@@ -73,3 +75,18 @@ def test_a_requested_stop_is_no_error_and_said_once(capsys: pytest.CaptureFixtur
 def test_what_is_not_ours_passes_through(error: BaseException) -> None:
     with pytest.raises(type(error)):
         fail(error)
+
+
+def test_an_error_of_space_or_permission_names_the_file_and_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        fail(PermissionError(errno.EACCES, "Permission denied", "/data/rows.jsonl"))
+    assert caught.value.code == 6
+    assert capsys.readouterr().err == (
+        "error: /data/rows.jsonl: Permission denied; change its permissions, or choose another place, and run the same "
+        "command again: what was finished is kept\n"
+    )
+
+
+def test_other_errors_of_the_system_keep_their_traceback() -> None:
+    with pytest.raises(OSError, match="Input/output error"):
+        fail(OSError(errno.EIO, "Input/output error"))
