@@ -64,6 +64,7 @@ class _Kept:
     where: str
     conversation: Conversation
     rendered: Rendered
+    content_hash: bytes
 
 
 class ChunkBuilder:
@@ -95,6 +96,9 @@ class ChunkBuilder:
                 continue
             try:
                 conversation, rendered, reason, dropped = self._render(conversation)
+                digest = content_hash(conversation)
+                if rendered is not None:
+                    self._check(conversation, rendered, digest)
             except TemplateError as exc:
                 rejects.append((row, "unverifiable", f"{where}: {exc}"))
                 continue
@@ -102,7 +106,7 @@ class ChunkBuilder:
                 missing.append((row, reason))
             else:
                 dropped_messages += dropped
-                kept.append(_Kept(row, where, conversation, rendered))
+                kept.append(_Kept(row, where, conversation, rendered, digest))
         columns, by_hand, refereed = self._columns(kept, rejects)
         facts = {
             "rows": rows,
@@ -121,7 +125,6 @@ class ChunkBuilder:
         """Render until the template carries everything. Returns no rendering, and why, where it cannot."""
         compiled = self._compiled.render(conversation)
         if compiled is not None:
-            self._check(conversation, compiled)
             return conversation, compiled, "", 0
         dropped = 0
         while True:
@@ -136,16 +139,11 @@ class ChunkBuilder:
                 return conversation, None, next(iter(lost.values())), dropped
             conversation = without_messages(conversation, lost)
             dropped += len(lost)
-        rendered = find_spans(text, conversation, self._rules)
-        self._check(conversation, rendered)
-        return conversation, rendered, "", dropped
+        return conversation, find_spans(text, conversation, self._rules), "", dropped
 
-    def _check(self, conversation: Conversation, rendered: Rendered) -> None:
+    def _check(self, conversation: Conversation, rendered: Rendered, digest: bytes) -> None:
         check_typed_control(self._template, conversation, rendered, self._rules.control)
-        if (
-            content_hash(conversation)[0] % AUDIT_EVERY == 0
-            and self._template.render_plain(conversation) != rendered.text
-        ):
+        if digest[0] % AUDIT_EVERY == 0 and self._template.render_plain(conversation) != rendered.text:
             raise TemplateError(f"the template {self._template.name!r} prints another text when it is not traced")
 
     def _columns(
@@ -158,8 +156,7 @@ class ChunkBuilder:
             encoded = self._encoder.encode([row.rendered for row in kept])
         rows = [row.rendered for row in kept]
         aligned = align(encoded, rows)
-        hashes = [content_hash(row.conversation) for row in kept]
-        refereed = self._referee(encoded, kept, hashes)
+        refereed = self._referee(encoded, kept)
         conversations = [row.conversation for row in kept]
         order = [(row.conversation, m.message) for row in kept for m in row.rendered.messages]
         columns: dict[str, npt.NDArray[Any]] = {
@@ -174,7 +171,7 @@ class ChunkBuilder:
                 [TRAIN_UNSET if c.train[i] is None else int(bool(c.train[i])) for c, i in order]
             ),
             "prompt_hash": np.frombuffer(b"".join(map(prompt_hash, conversations)), np.uint8),
-            "content_hash": np.frombuffer(b"".join(hashes), np.uint8),
+            "content_hash": np.frombuffer(b"".join(row.content_hash for row in kept), np.uint8),
         }
         typed = {
             name: np.ascontiguousarray(columns[name].reshape(-1, *tail), dtype=dtype)
@@ -190,11 +187,11 @@ class ChunkBuilder:
             return True
         return False
 
-    def _referee(self, encoded: Encoded, kept: list[_Kept], hashes: list[bytes]) -> int:
+    def _referee(self, encoded: Encoded, kept: list[_Kept]) -> int:
         """Compare a sample of rows with the Hugging Face tokenizer, id by id."""
         checked = 0
         for index, row in enumerate(kept):
-            if hashes[index][0] % REFEREE_EVERY:
+            if row.content_hash[0] % REFEREE_EVERY:
                 continue
             ids = encoded.tokens[encoded.row_offsets[index] : encoded.row_offsets[index + 1]]
             if not self._encoder.agrees_with_reference(row.rendered, ids):
