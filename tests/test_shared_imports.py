@@ -35,6 +35,7 @@ def third_party_after(statement: str) -> set[str]:
         ("shared.config", set()),
         ("shared.hashing", set()),
         ("shared.atomic", set()),
+        ("shared.disk", set()),
         ("shared.log", set()),
         ("shared.command", set()),
         ("shared.shard_format", set()),
