@@ -167,11 +167,12 @@ def _samples(
         encoder=encoder.spec,
         drop_messages=inputs.mixture.rows.unknown == "drop_message",
     )
-    tallies = [
-        Tally(conversion_of(source, entry, plan.store))
-        for source, entry in zip(inputs.sources, inputs.mixture.sources, strict=True)
-    ]
-    stores = _tokenise(plan, inputs, chunk_spec, tallies)
+    with writing_to(plan.store):
+        tallies = [
+            Tally(conversion_of(source, entry, plan.store))
+            for source, entry in zip(inputs.sources, inputs.mixture.sources, strict=True)
+        ]
+        stores = _tokenise(plan, inputs, chunk_spec, tallies)
     check_budgets(inputs, tallies)
     return stores, tallies, encoder
 
@@ -189,7 +190,6 @@ def _tokenise(plan: BuildPlan, inputs: Inputs, spec: ChunkSpec, tallies: list[Ta
             yield chunk
 
     with (
-        writing_to(plan.store),
         progress("tokenising", total, "bytes") as advance,
         chunk_workers(spec, workers=plan.workers, scheduler=plan.scheduler) as workers,
     ):
@@ -232,7 +232,8 @@ def _select(plan: BuildPlan, inputs: Inputs, stores: list[SampleStore], tallies:
         plain = SourceConfig(path="")
         questions = [(source, conversion_of(source, plain, plan.store)) for source in inputs.questions]
         rows = [(source, tally.conversion) for source, tally in zip(inputs.sources, tallies, strict=True)]
-        overlaps = find_overlaps(rows, read_questions(questions, asked), store=plan.store, workers=plan.workers)
+        with writing_to(plan.store):
+            overlaps = find_overlaps(rows, read_questions(questions, asked), store=plan.store, workers=plan.workers)
     return select_all(inputs, stores, overlaps)
 
 

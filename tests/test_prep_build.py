@@ -1,13 +1,10 @@
 """A build: the same bytes whatever the workers, the interruptions and the place; never an old set for new inputs."""
 
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,9 @@ import pytest
 import zstandard
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows, write_toml
 
-from prep import raw_lines
 from prep.build import build, dry_run, explain
 from shared.errors import ArtifactError, ConfigError, DataError, PrerequisiteError
 from shared.shard_reader import check_hashes, open_shard_set
-
-SFT_PREP = Path(sys.executable).parent / "sft-prep"
 
 
 @pytest.fixture(scope="session")
@@ -61,37 +55,6 @@ def test_the_same_bytes_at_another_place_give_the_same_manifest(tables: dict[str
     tables["tokenizer"]["name"] = str(shutil.copytree(tables["tokenizer"]["name"], moved / "small"))
     build_set(tables, tmp_path / "there", store=moved / "samples")
     assert (tmp_path / "here/manifest.json").read_bytes() == (tmp_path / "there/manifest.json").read_bytes()
-
-
-def test_a_killed_build_goes_on_and_ends_in_the_same_fingerprint(tokenizer: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", many_rows(3 * raw_lines.MAX_LINES, 3))
-    tables = mixture_of([rows], tokenizer)
-    undisturbed = build_set(tables, tmp_path / "undisturbed", store=tmp_path / "s1").manifest
-    file = write_toml(tmp_path / "killed.toml", tables)
-    command = [
-        SFT_PREP,
-        "build",
-        "--mixture",
-        file,
-        "--out",
-        tmp_path / "killed",
-        "--store",
-        tmp_path / "s2",
-        "--workers",
-        "2",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    while process.poll() is None and not list((tmp_path / "s2").glob("*/chunk-*")):
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed").exists()
-    before = {path: path.stat().st_ino for path in (tmp_path / "s2").glob("*/chunk-*")}
-    assert before
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    manifest = open_shard_set(tmp_path / "killed").manifest
-    assert manifest == undisturbed
-    assert {path: path.stat().st_ino for path in before} == before  # what was committed was not made again
 
 
 def test_a_second_build_writes_nothing_and_reads_no_tokenizer(
