@@ -24,7 +24,7 @@ from prep_processes import (
 )  # fmt: skip
 
 from shared.atomic import exclusive_lock
-from shared.shard_reader import check_hashes, open_shard_set
+from shared.shard_reader import check_hashes
 
 CHUNK_LINES = 60  # of forked builds; the installed command makes one chunk of 4096
 
@@ -224,6 +224,8 @@ def test_the_installed_command_killed_at_thirty_moments_goes_on_to_the_same_set(
     assert kills >= 10  # the others had ended: what was there made them short
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_two_builders_at_once_do_not_meet(large: PrepCase, forked: ForkedPrep, tmp_path: Path) -> None:
     process = started(large, tmp_path)
     os.kill(process.pid, signal.SIGSTOP)
@@ -242,15 +244,19 @@ def test_two_builders_at_once_do_not_meet(large: PrepCase, forked: ForkedPrep, t
     assert manifest_bytes(tmp_path) == manifest_bytes(large.folder)
 
 
-def test_a_complete_store_serves_a_builder_while_another_holds_it(
-    small: PrepCase, forked: ForkedPrep, tmp_path: Path
+@pytest.mark.parametrize(("is_complete", "code"), [(True, 0), (False, 5)])
+def test_a_store_that_another_builder_holds_serves_if_it_is_complete(
+    is_complete: bool, code: int, small: PrepCase, forked: ForkedPrep, tmp_path: Path
 ) -> None:
-    assert forked.run(small.arguments(tmp_path)).code == 0
-    elsewhere = small.arguments(tmp_path)
-    elsewhere[elsewhere.index("--out") + 1] = tmp_path / "other"
+    store = shutil.copytree(small.folder / "store", tmp_path / "store")
+    places = [path.parent for path in store.glob("*/complete.json")]
     with contextlib.ExitStack() as locks:
-        for store in (tmp_path / "store").glob("*/complete.json"):
-            locks.enter_context(exclusive_lock(store.parent.with_name(f"{store.parent.name}.lock"), "holding it"))
-        ended = forked.run(elsewhere)
-    assert ended.code == 0, ended.output
-    assert open_shard_set(tmp_path / "other").manifest == open_shard_set(tmp_path / "out").manifest
+        for place in places:
+            locks.enter_context(exclusive_lock(store / f"{place.name}.lock", "holding it"))
+            if not is_complete:
+                (place / "complete.json").unlink()
+        ended = forked.run(small.arguments(tmp_path))
+    assert ended.code == code, ended.output
+    assert ("another process is tokenising the same source" in ended.output) == (code != 0)
+    assert forked.run(small.arguments(tmp_path)).code == 0
+    assert manifest_bytes(tmp_path) == manifest_bytes(small.folder)
