@@ -68,7 +68,7 @@ def build(plan: BuildPlan, *, rebuild: bool) -> Manifest:
     lock = plan.out.parent / f".{plan.out.name}.lock"
     with writing_to(plan.out), atomic.exclusive_lock(lock, f"building {plan.out}"):
         _clear(plan.out)
-        inputs = resolve_inputs(plan.mixture, plan.base, _memory_of(plan))
+        inputs = resolve_inputs(plan.mixture, plan.base, memory_of(plan))
         if plan.out.exists() and not rebuild:
             manifest = _existing(plan.out, inputs)
             logger.info("%s is up to date (%s)", plan.out, manifest.fingerprint[:16])
@@ -76,21 +76,9 @@ def build(plan: BuildPlan, *, rebuild: bool) -> Manifest:
         return _build(plan, inputs)
 
 
-def explain(plan: BuildPlan) -> list[str]:
-    """Return, line by line, what a build would do and why a set that is there does or does not match."""
-    inputs = resolve_inputs(plan.mixture, plan.base, _memory_of(plan))
-    if not plan.out.exists():
-        return [f"{plan.out} does not exist: a build would make it"]
-    manifest = read_manifest(plan.out)
-    changed = inputs.differences(manifest.inputs)
-    if not changed:
-        return [f"{plan.out} is up to date: every input is the same"]
-    return [f"{plan.out} was made from other inputs:", *changed]
-
-
 def dry_run(plan: BuildPlan) -> list[str]:
     """Tokenise (the samples stay in the store) and pack, and say what a build would write."""
-    inputs = resolve_inputs(plan.mixture, plan.base, _memory_of(plan))
+    inputs = resolve_inputs(plan.mixture, plan.base, memory_of(plan))
     stores, tallies, _ = _samples(plan, inputs, load_tokenizer(inputs.tokenizer))
     selections = _select(plan, inputs, stores, tallies)
     sequences, _, pack_offsets = _pack(inputs, selections)
@@ -107,7 +95,7 @@ def dry_run(plan: BuildPlan) -> list[str]:
     return lines
 
 
-def _memory_of(plan: BuildPlan) -> dict[str, Any]:
+def memory_of(plan: BuildPlan) -> dict[str, Any]:
     if plan.rehash:
         return {}
     try:
@@ -203,7 +191,8 @@ def _tokenise(plan: BuildPlan, inputs: Inputs, spec: ChunkSpec, tallies: list[Ta
 
         requests = [
             StoreRequest(
-                plan.store / inputs.store_key(source, tallies[index].conversion, spec.encoder.backend),
+                plan.store,
+                inputs.store_inputs(source, tallies[index].conversion, spec.encoder.backend),
                 partial(chunks, index),
             )
             for index, source in enumerate(inputs.sources)

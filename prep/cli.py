@@ -140,7 +140,7 @@ def explain(
 ) -> None:
     """Say what a build would do, and field by field why a set that is there does or does not match."""
     with _reporting(verbose=verbose, quiet=quiet):
-        from prep.build import explain as compare
+        from prep.explain import explain as compare
 
         click.echo("\n".join(compare(_plan(mixture, out, settings, store, workers, rehash=rehash))))
 

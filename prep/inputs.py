@@ -40,10 +40,7 @@ class Inputs:
 
     def differences(self, old: dict[str, Any]) -> list[str]:
         """Return, line by line, what differs from the inputs that another set was made from."""
-        changed = config.differences(old, self.tree)
-        lines = [f"{key}: {_show(before)} -> {_show(after)}" for key, before, after in changed[:_SHOWN_DIFFERENCES]]
-        more = len(changed) - len(lines)
-        return [*lines, f"and {more} more"] if more else lines
+        return difference_lines(old, self.tree)
 
     def memory(self) -> dict[str, Any]:
         """Return what the next build may trust instead of hashing again; holds paths, goes to build_info.json."""
@@ -52,21 +49,27 @@ class Inputs:
             **remember_tokenizer(self.mixture.tokenizer, self.tokenizer),
         }
 
-    def store_key(self, source: ResolvedSource, conversion: Conversion, backend: str) -> str:
-        """Return the name of the sample store of one source: a hash of all that decides its samples."""
-        return digest(
-            {
-                "source": source.identity(),
-                "rows": [conversion.format, *map(list, conversion.columns)],
-                "tokenizer": self.tree["tokenizer"],
-                "template": self.tree["template"],
-                "date": self.mixture.template.date,
-                "drop_messages": self.mixture.rows.unknown == "drop_message",
-                "backend": backend,
-                "code": self.tree["code"],
-                "versions": self.tree["versions"],
-            }
-        )[:32]
+    def store_inputs(self, source: ResolvedSource, conversion: Conversion, backend: str) -> dict[str, Any]:
+        """Return all that decides the samples of one source; a hash of it is the name of their store."""
+        return {
+            "source": source.identity(),
+            "rows": [conversion.format, *map(list, conversion.columns)],
+            "tokenizer": self.tree["tokenizer"],
+            "template": self.tree["template"],
+            "date": self.mixture.template.date,
+            "drop_messages": self.mixture.rows.unknown == "drop_message",
+            "backend": backend,
+            "code": self.tree["code"],
+            "versions": self.tree["versions"],
+        }
+
+
+def difference_lines(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return `key: old -> new` for every field in which two trees of inputs differ."""
+    changed = config.differences(old, new)
+    lines = [f"{key}: {_show(before)} -> {_show(after)}" for key, before, after in changed[:_SHOWN_DIFFERENCES]]
+    more = len(changed) - len(lines)
+    return [*lines, f"and {more} more"] if more else lines
 
 
 def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) -> Inputs:

@@ -1,6 +1,7 @@
 """The sample store: every conversation of a source, tokenised once, untruncated, unmixed, content-addressed.
 
     STORE/KEY/chunk-00000/{tokens,kind,...}.npy, facts.json      committed one by one, by rename
+    STORE/KEY/inputs.json                                        what KEY is the hash of
     STORE/KEY/complete.json                                      written last: the source was read to its end
 
 KEY is a hash of all that decides the samples. Mixture ratio, max_seq_len, mask and length policy do not: changing them
@@ -28,8 +29,10 @@ from prep.mask import Samples
 from prep.sample_chunk import COLUMNS
 from shared import atomic
 from shared.errors import ArtifactError, PrerequisiteError
+from shared.hashing import digest
 
 _COMPLETE = "complete.json"
+_INPUTS = "inputs.json"
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,34 @@ class SampleStore:
 
 @dataclass(frozen=True, slots=True)
 class StoreRequest:
-    """Where the samples of a source lie, and how to read the source if they do not."""
+    """Which samples are wanted, and how to read their source if they are not there."""
 
-    path: Path
+    store: Path  # the directory of all stores
+    inputs: dict[str, Any]  # all that decides the samples
     chunks: Callable[[], Iterator[Chunk]]
+
+    @property
+    def path(self) -> Path:
+        return store_path(self.store, self.inputs)
+
+
+def store_path(store: Path, inputs: dict[str, Any]) -> Path:
+    """Return where samples made from `inputs` lie below `store`."""
+    return store / digest(inputs)[:32]
+
+
+def is_complete(path: Path) -> bool:
+    """Say whether the store at `path` holds its whole source."""
+    return (path / _COMPLETE).is_file()
+
+
+def known_inputs(store: Path) -> dict[Path, dict[str, Any]]:
+    """Return what each of the stores below `store` was made from."""
+    found = {}
+    for file in sorted(store.glob(f"*/{_INPUTS}")):
+        with contextlib.suppress(OSError, ValueError):  # one being written or removed is none to compare with
+            found[file.parent] = dict(json.loads(file.read_bytes()))
+    return found
 
 
 def ensure_stores(
@@ -97,7 +124,7 @@ def ensure_stores(
     made: dict[int, list[StoredChunk]] = {index: [] for index in owner.values()}
     with contextlib.ExitStack() as locks:
         for path in owner:
-            if not (path / _COMPLETE).is_file():  # a complete store is only read, by any number of builds
+            if not is_complete(path):  # a complete store is only read, by any number of builds
                 lock = path.parent / f"{path.name}.lock"
                 locks.enter_context(atomic.exclusive_lock(lock, "tokenising the same source"))
         for index, chunk in _make_chunks([(index, requests[index]) for index in owner.values()], workers):
@@ -145,6 +172,7 @@ def _tasks(requests: list[tuple[int, StoreRequest]]) -> Iterator[_Task]:
                 yield _Task(index, path, _chunk_dir(path, number))
             continue
         atomic.remove_leftovers(path)
+        atomic.write_json(path / _INPUTS, request.inputs)
         for chunk in request.chunks():
             target = _chunk_dir(path, chunk.index)
             if target.is_dir() and not _is_whole(target):

@@ -13,7 +13,8 @@ import pytest
 import zstandard
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows, write_toml
 
-from prep.build import build, dry_run, explain
+from prep.build import build, dry_run
+from prep.explain import explain
 from shared.errors import ArtifactError, ConfigError, DataError, PrerequisiteError
 from shared.shard_reader import check_hashes, open_shard_set
 
@@ -258,3 +259,18 @@ def test_add_bos_without_a_bos_or_with_a_second_one_is_refused(tokenizer: Path, 
     tables = {**mixture_of([rows], bare), "template": {"name": "chatml", "add_bos": True}}
     with pytest.raises(ConfigError, match="has no BOS token"):
         build(plan_of(tables, tmp_path / "out"), rebuild=False)
+
+
+def test_explain_says_what_would_be_tokenised_and_why(tables: dict[str, Any], tmp_path: Path) -> None:
+    plan = plan_of(tables, tmp_path / "out", store=tmp_path / "samples")
+    assert "samples of first: to be tokenised" in explain(plan)
+    build(plan, rebuild=False)
+    assert explain(plan)[1:] == [
+        f"samples of {name}: in {tmp_path / 'samples'}, nothing to tokenise" for name in ("first", "second")
+    ]
+    change_source(tables)
+    change_template(tables)
+    lines = explain(plan_of(tables, tmp_path / "out", store=tmp_path / "samples"))
+    at = lines.index("samples of second: to be tokenised")
+    assert "differs: template: " in lines[at + 1]
+    assert len(lines) == at + 2
