@@ -31,11 +31,10 @@ def _store_lines(plan: BuildPlan, inputs: Inputs) -> list[str]:
     for source, entry in zip(inputs.sources, plan.mixture.sources, strict=True):
         conversion = conversion_of(source, entry, plan.store)
         # which backend a build would take is known only with the tokenizer loaded: samples of either are samples
-        backends = (
-            ("transformers",) if plan.mixture.tokenizer.backend == "transformers" else ("gigatoken", "transformers")
-        )
+        asked = plan.mixture.tokenizer.backend
+        backends = ("gigatoken", "transformers") if asked == "auto" else (asked,)
         wanted = [inputs.store_inputs(source, conversion, backend) for backend in backends]
-        paths = [StoreRequest(plan.store, tree, iter).path for tree in wanted]
+        paths = [store_path(plan.store, tree) for tree in wanted]
         if any(map(is_complete, paths)):
             lines.append(f"samples of {source.name}: in {plan.store}, nothing to tokenise")
         elif begun := [path for path in paths if path in known]:
