@@ -3,6 +3,7 @@
 Packs are dealt to shards in order, a shard closing before it would exceed `shard_tokens`; a pack never crosses shards.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from shared.shard_writer import write_shard
 Ints = npt.NDArray[np.int64]
 
 SHARD_TOKENS = 1 << 27  # 512 MiB of int32
+_BLOCK_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ def assemble(
     lengths = sequences["length"].astype(np.int64)
     ends = np.concatenate(([0], np.cumsum(lengths)))  # [S+1]
     shards: list[ShardEntry] = []
-    counts: dict[int, int] = {}
+    counts = Counter[int]()
     max_token_id = 0
     loss_tokens = np.zeros(len(stores), np.int64)
     first_pack = 0
@@ -58,13 +60,12 @@ def assemble(
         part = slice(begin, pack_offsets[last_pack])
         columns = _gather(source, sequences[part], source_of[part], on_sequences)
         columns["pack_offsets"] = pack_offsets[first_pack : last_pack + 1] - begin
-        per_sequence = _sums(columns["loss_mask"], columns["seq_offsets"])
+        per_sequence = sequences["loss_tokens"][part].astype(np.int64)
         columns["pack_loss_tokens"] = np.add.reduceat(per_sequence, columns["pack_offsets"][:-1]).astype(np.int32)
         np.add.at(loss_tokens, source_of[part], per_sequence)
         shards.append(write_shard(out, len(shards), columns))
         max_token_id = max(max_token_id, int(columns["tokens"].max()))
-        for token, count in _terminators(columns).items():
-            counts[token] = counts.get(token, 0) + count
+        counts.update(_terminators(columns))
         first_pack = last_pack
     return Assembled(shards, counts, max_token_id, loss_tokens)
 
@@ -115,13 +116,14 @@ def _gather(
     return {"tokens": tokens, "kind": kind, "loss_mask": mask, "seq_offsets": offsets, "seq_origin": origin}
 
 
-def _sums(mask: npt.NDArray[np.uint8], offsets: Ints) -> Ints:
-    return np.add.reduceat(mask, offsets[:-1], dtype=np.int64)
-
-
-def _terminators(columns: dict[str, npt.NDArray[Any]]) -> dict[int, int]:
-    """Count the ids of trained terminators that are one token long."""
-    ends = ((columns["kind"] & KIND_MASK) == Kind.TERMINATOR) & (columns["loss_mask"] == 1)
-    alone = ends & ~np.append(False, ends[:-1]) & ~np.append(ends[1:], False)
-    ids, counts = np.unique(columns["tokens"][alone], return_counts=True)
-    return dict(zip(ids.tolist(), counts.tolist(), strict=True))
+def _terminators(columns: dict[str, npt.NDArray[Any]]) -> Counter[int]:
+    """Count the ids of trained terminators that are one token long; in blocks, for the sake of memory."""
+    counts = Counter[int]()
+    for start in range(0, len(columns["tokens"]), _BLOCK_TOKENS):
+        around = slice(max(start - 1, 0), start + _BLOCK_TOKENS + 1)  # one token more on each side
+        kind, mask, tokens = (columns[name][around] for name in ("kind", "loss_mask", "tokens"))
+        ends = np.concatenate(([False], ((kind & KIND_MASK) == Kind.TERMINATOR) & (mask == 1), [False]))
+        alone = ends[1:-1] & ~ends[:-2] & ~ends[2:]
+        own = slice(start - around.start, start - around.start + _BLOCK_TOKENS)
+        counts.update(tokens[own][alone[own]].tolist())
+    return counts

@@ -44,10 +44,10 @@ def loss_mask_of(samples: Samples, policy: MaskConfig) -> Bytes:
         mask[ending[~_is_last_assistant(samples)[owner]]] = 0
     ends = message_ends(samples)
     if untrained.any():
-        inside = np.zeros(len(mask) + 1, np.int32)  # +1 where an untrained message begins, -1 where it ends
+        inside = np.zeros(len(mask) + 1, np.int8)  # +1 where an untrained message begins, -1 where it ends
         np.add.at(inside, samples.message_offsets[untrained], 1)
         np.add.at(inside, ends[untrained], -1)
-        mask[np.cumsum(inside[:-1]) > 0] = 0
+        mask &= (np.cumsum(inside[:-1], dtype=np.int8) <= 0).view(np.uint8)  # they do not overlap: 0 or 1
     starts = samples.sample_offsets[:-1]
     mask[starts[np.diff(samples.sample_offsets) > 0]] = 0
     return mask

@@ -20,6 +20,8 @@ from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, Kind
 
 Ints = npt.NDArray[np.int64]
 
+_WRITTEN = np.isin(np.arange(256) & KIND_MASK, ASSISTANT_KINDS).astype(np.uint8)  # [256] by the kind column
+
 SEQUENCE = np.dtype(
     [
         ("chunk", "<i4"),
@@ -148,7 +150,7 @@ def _measure(
     some = np.flatnonzero(pieces.length > 0)
     mask[begin[some]] = 0  # the first token of a sequence cannot be predicted, that of a later fragment neither
     running = np.concatenate(([0], np.cumsum(mask, dtype=np.int64)))  # [N+1]
-    written = np.flatnonzero(mask & np.isin(samples.kind & KIND_MASK, ASSISTANT_KINDS))  # what assistants were to say
+    written = np.flatnonzero(mask & _WRITTEN[samples.kind])  # what assistants were to say
     last = np.searchsorted(written, end) - 1  # of each piece's last one, an index into `written`
     ended = (last >= 0) & (written[np.maximum(last, 0)] >= begin) if len(written) else np.zeros(len(last), np.bool_)
     result["chunk"] = index

@@ -8,7 +8,7 @@ Rows are those of the given files that the template carries, so that all three s
 `--repeat` copies of them (as separate sources), because one copy is done before the processes have started; the
 references are measured on one copy, their start-up left out.
 
-    python tests/bench/bench_prep.py [--conversations GLOB] [--tokenizer DIR] [--repeat 20] [--skip-trl]
+    python tests/bench/bench_prep.py [--conversations GLOB] [--tokenizer DIR] [--repeat 40] [--skip-trl]
 """
 
 import argparse
@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conversations", default=str(DATA / "conversations" / "*.jsonl.gz"))
     parser.add_argument("--tokenizer", default=str(DATA / "tokenizers" / "olmo2-dolma2"))
-    parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--repeat", type=int, default=40)
     parser.add_argument("--skip-trl", action="store_true")
     options = parser.parse_args()
     pattern = Path(options.conversations)
