@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_no_half_set(
 def test_a_stopped_push_to_a_directory_goes_on(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as stopped:
         stopped.setattr(os, "replace", FullDisk(os.replace, after=12, error=KeyboardInterrupt()))
-        assert run("push", shards, tmp_path / "pushed").exit_code == 1
+        assert run("push", shards, tmp_path / "pushed").exit_code == 130
     assert not (tmp_path / "pushed").exists()
     column = Path("shards") / "00000" / "tokens.npy.zst"
     inode = (tmp_path / ".tmp-pushed-push" / column).stat().st_ino
