@@ -22,7 +22,7 @@ demo: env
 	@echo "loss plot: runs/demo/loss.png"
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: env
 	$(BIN)/ruff format --check .

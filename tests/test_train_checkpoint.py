@@ -108,8 +108,9 @@ def test_a_failed_save_loses_nothing(again: tuple[Path, tuple[object, ...]], mon
 
     with monkeypatch.context() as patched:
         patched.setattr("train.checkpoint.save_file", full)
-        with pytest.raises(OSError, match="No space left"):
-            train_here(*call)
+        stopped = train_here(*call)
+    assert stopped.exit_code == 6
+    assert "No space left" in stopped.stderr
     assert status(run)["state"] == "failed"
     kept = [path.name for path in list_checkpoints(run / "checkpoints")]
     assert kept == ["step-00000004", "step-00000005"]
