@@ -47,10 +47,15 @@ class ShardSet:
     manifest: Manifest
     shards: tuple[dict[str, npt.NDArray[Any]], ...]  # the mapped columns of each shard
     pack_starts: tuple[int, ...]  # number of the first pack of each shard
+    seq_starts: tuple[int, ...]  # number of the first sequence of each shard
 
     @property
     def num_packs(self) -> int:
         return self.manifest.totals.packs
+
+    @property
+    def num_sequences(self) -> int:
+        return self.manifest.totals.sequences
 
     def pack(self, pack_id: int) -> Pack:
         """Return pack `pack_id`, 0 <= pack_id < num_packs."""
@@ -64,6 +69,24 @@ class ShardSet:
             offsets - start,
             columns["seq_origin"][first:last],
         )
+
+    def sequence(self, sequence_id: int) -> Pack:
+        """Return sequence `sequence_id`, 0 <= sequence_id < num_sequences, as a pack of its own."""
+        columns, local = self._locate_sequence(sequence_id)
+        offsets = columns["seq_offsets"][local : local + 2]
+        start, end = offsets
+        return Pack(
+            columns["tokens"][start:end],
+            columns["loss_mask"][start:end],
+            offsets - start,
+            columns["seq_origin"][local : local + 1],
+        )
+
+    def pack_of(self, sequence_id: int) -> int:
+        """Return the pack that holds sequence `sequence_id`."""
+        columns, local = self._locate_sequence(sequence_id)
+        shard = bisect_right(self.seq_starts, sequence_id) - 1
+        return self.pack_starts[shard] + int(np.searchsorted(columns["pack_offsets"], local, side="right")) - 1
 
     def kinds(self, pack_id: int) -> npt.NDArray[np.uint8]:
         """Return the kind of every token of a pack, uint8 [T]: for people who look, never for training."""
@@ -97,6 +120,12 @@ class ShardSet:
             raise IndexError(f"pack {pack_id} of {self.num_packs}")
         shard = bisect_right(self.pack_starts, pack_id) - 1
         return self.shards[shard], pack_id - self.pack_starts[shard]
+
+    def _locate_sequence(self, sequence_id: int) -> tuple[dict[str, npt.NDArray[Any]], int]:
+        if not 0 <= sequence_id < self.num_sequences:
+            raise IndexError(f"sequence {sequence_id} of {self.num_sequences}")
+        shard = bisect_right(self.seq_starts, sequence_id) - 1
+        return self.shards[shard], sequence_id - self.seq_starts[shard]
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -133,8 +162,9 @@ def open_shard_set(path: Path) -> ShardSet:
         _check_ends(path / entry.path / "seq_offsets.npy", columns["seq_offsets"], entry.tokens)
         _check_ends(path / entry.path / "pack_offsets.npy", columns["pack_offsets"], entry.sequences)
         shards.append(columns)
-    starts = tuple(accumulate((entry.packs for entry in manifest.shards), initial=0))[:-1]
-    return ShardSet(path, manifest, tuple(shards), starts)
+    pack_starts = tuple(accumulate((entry.packs for entry in manifest.shards), initial=0))[:-1]
+    seq_starts = tuple(accumulate((entry.sequences for entry in manifest.shards), initial=0))[:-1]
+    return ShardSet(path, manifest, tuple(shards), pack_starts, seq_starts)
 
 
 def check_hashes(path: Path) -> None:

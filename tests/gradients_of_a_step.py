@@ -12,7 +12,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from shared.shard_reader import ShardSet, open_shard_set
 from train.attention import choose_attention
-from train.config import EngineConfig, ModelConfig, OptimConfig
+from train.config import EngineConfig, LossConfig, ModelConfig, OptimConfig
 from train.distributed import Ranks, process_group, sum_over_ranks
 from train.engine import accumulate, consolidated_weights, deepspeed_config, shard_while_building, start_engine, update
 from train.feed import Feed
@@ -30,11 +30,16 @@ def load_model(folder: Path, shard_set: ShardSet, attention: str) -> LossModel:
 
 def feed_for(shard_set: ShardSet, norm: str, *, packs_per_step: int, per_micro: int, rank: int, world: int) -> Feed:
     order = make_order(
-        fingerprint=shard_set.manifest.fingerprint, seed=0, num_packs=shard_set.num_packs,
-        packs_per_step=packs_per_step, epochs=1.0, max_steps=None,
+        fingerprint=shard_set.manifest.fingerprint, seed=0, unit="pack", num_units=shard_set.num_packs,
+        units_per_step=packs_per_step, epochs=1.0, max_steps=None,
     )  # fmt: skip
     return Feed(
-        shard_set=shard_set, order=order, norm=norm, rank=rank, world_size=world, packs_per_micro_batch=per_micro
+        shard_set=shard_set,
+        order=order,
+        loss=LossConfig(norm=norm),
+        rank=rank,
+        world_size=world,
+        packs_per_micro_batch=per_micro,
     )  # type: ignore[arg-type]
 
 

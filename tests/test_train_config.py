@@ -14,6 +14,7 @@ from train.config import TrainConfig, load_recipe, shipped_recipes
 PACKAGE = Path(config.__file__).parent
 
 KEYS = [
+    "batch.conversations_per_step",
     "batch.packs_per_micro_batch",
     "batch.packs_per_step",
     "batch.tokens_per_step",
@@ -25,6 +26,7 @@ KEYS = [
     "log.wandb",
     "log.wandb_name",
     "log.wandb_project",
+    "loss.divisor",
     "loss.norm",
     "model.attention",
     "model.config",
@@ -103,7 +105,10 @@ def test_a_model_directory_is_found_beside_the_recipe(tmp_path: Path, monkeypatc
         ("optim.weight_decay=-1", "weight_decay"),
         ("schedule.warmup_ratio=2", "warmup_ratio"),
         ("schedule.epochs=0", "epochs"),
-        ("batch.tokens_per_step=64", "set one of packs_per_step and tokens_per_step"),
+        ("batch.tokens_per_step=64", "set one of packs_per_step, tokens_per_step and conversations_per_step"),
+        ("batch.conversations_per_step=8", "set one of packs_per_step, tokens_per_step and conversations_per_step"),
+        ("loss.divisor=128", "only norm = 'sum' has one"),
+        ("loss={norm='sum', divisor=0}", "divisor = 0.0; expected more than 0"),
         ("batch.packs_per_micro_batch=0", "packs_per_micro_batch = 0"),
         ("checkpoint.keep_last=0", "keep_last = 0"),
         ("log.every_steps=0", "every_steps = 0"),

@@ -18,6 +18,7 @@ from shared import config
 from shared.hashing import digest, sha256_bytes
 from shared.shard_format import COLUMNS, Manifest, fingerprint_of_manifest, npy_header
 from shared.shard_reader import open_shard_set
+from train.config import LossConfig
 from train.feed import Feed
 from train.plan import make_order
 
@@ -92,8 +93,8 @@ def read_chars():
     return int(dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())["rchar"])
 read, memory = read_chars(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 shard_set = open_shard_set(Path(sys.argv[1]))
-order = make_order(fingerprint=shard_set.manifest.fingerprint, seed=0, num_packs=shard_set.num_packs,
-                   packs_per_step=16, epochs=2, max_steps=None)
+order = make_order(fingerprint=shard_set.manifest.fingerprint, seed=0, num_units=shard_set.num_packs,
+                   units_per_step=16, unit="pack", epochs=2, max_steps=None)
 order.step(0), order.step(order.total_steps - 1)
 print(read_chars() - read, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory)
 """
@@ -124,9 +125,15 @@ def test_a_step_reads_the_pages_of_its_packs_only(tmp_path: Path) -> None:
     packs = random_packs(num_packs=3, max_seq_len=32, vocab_size=VOCAB)
     shard_set = open_shard_set(make_huge(tmp_path / "huge", packs, num_tokens=32 * 2**20))
     order = make_order(
-        fingerprint=shard_set.manifest.fingerprint, seed=0, num_packs=3, packs_per_step=3, epochs=1, max_steps=None
+        fingerprint=shard_set.manifest.fingerprint,
+        seed=0,
+        num_units=3,
+        units_per_step=3,
+        unit="pack",
+        epochs=1,
+        max_steps=None,
     )
-    feed = Feed(shard_set=shard_set, order=order, norm="token", rank=0, world_size=1, packs_per_micro_batch=1)
+    feed = Feed(shard_set=shard_set, order=order, loss=LossConfig(), rank=0, world_size=1, packs_per_micro_batch=1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     batch = feed.make(0)
     assert batch.num_loss_tokens == shard_set.manifest.totals.loss_tokens

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from train import loss as loss_module
+from train.config import LossConfig
 from train.loss import chunked_cross_entropy, uniform_weight
 
 ROWS, HIDDEN, VOCAB = 37, 24, 91
@@ -83,10 +84,11 @@ def test_memory_holds_one_chunk_of_logits_not_all(monkeypatch: pytest.MonkeyPatc
 
 
 def test_norms() -> None:
-    assert uniform_weight("token", 8) == 0.125
-    assert uniform_weight("token", 0) == 1.0
-    assert uniform_weight("sum", 8) == 1.0
-    assert uniform_weight("sample", 8) is None
+    assert uniform_weight(LossConfig(norm="token"), 8) == 0.125
+    assert uniform_weight(LossConfig(norm="token"), 0) == 1.0
+    assert uniform_weight(LossConfig(norm="sum"), 8) == 1.0
+    assert uniform_weight(LossConfig(norm="sum", divisor=128), 8) == 1 / 128
+    assert uniform_weight(LossConfig(norm="sample"), 8) is None
 
 
 LIGER = """

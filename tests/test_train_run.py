@@ -107,7 +107,13 @@ def test_the_logged_loss_is_that_of_the_exported_weights(inputs: tuple[Path, Pat
     model = AutoModelForCausalLM.from_pretrained(run / "model", attn_implementation="eager")
     shard_set = open_shard_set(shards)
     order = make_order(
-        fingerprint=shard_set.manifest.fingerprint, seed=0, num_packs=10, packs_per_step=4, epochs=1, max_steps=1
+        fingerprint=shard_set.manifest.fingerprint,
+        seed=0,
+        num_units=10,
+        units_per_step=4,
+        unit="pack",
+        epochs=1,
+        max_steps=1,
     )
     total, count = 0.0, 0
     for pack in map(shard_set.pack, order.step(0).tolist()):

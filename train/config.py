@@ -1,5 +1,6 @@
 """The recipe file: how `sft-train` trains. Nothing derived lives here; paths in it are relative to the file."""
 
+import math
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -66,17 +67,23 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchConfig:
+    """One of the first three says how large a step is; gradient accumulation follows from it."""
+
     packs_per_step: int | None = None
-    """Packs per optimiser step over all ranks; gradient accumulation follows from it."""
+    """Packs per optimiser step over all ranks."""
     tokens_per_step: int | None = None
     """The same in tokens: a multiple of the shards' max_seq_len."""
+    conversations_per_step: int | None = None
+    """Exactly so many conversations per optimiser step, packed within the step; any number of ranks will do."""
     packs_per_micro_batch: int = 1
-    """Packs of one forward and backward pass on one rank. Changes memory and speed, never the gradient."""
+    """Packs, or rows of max_seq_len tokens, of one forward and backward pass on one rank. Changes memory and speed,
+    never the gradient."""
 
     def __post_init__(self) -> None:
-        if (self.packs_per_step is None) == (self.tokens_per_step is None):
-            raise ConfigError("set one of packs_per_step and tokens_per_step")
-        for name in ("packs_per_step", "tokens_per_step", "packs_per_micro_batch"):
+        ways = ("packs_per_step", "tokens_per_step", "conversations_per_step")
+        if sum(getattr(self, name) is not None for name in ways) != 1:
+            raise ConfigError(f"set one of {ways[0]}, {ways[1]} and {ways[2]}")
+        for name in (*ways, "packs_per_micro_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} = {value}; expected 1 or more")
@@ -86,6 +93,15 @@ class BatchConfig:
 class LossConfig:
     norm: Literal["token", "sample", "sum"] = "token"
     """`token`: mean over the loss tokens of the step. `sample`: mean over its conversations of their means. `sum`."""
+    divisor: float = 1.0
+    """What `sum` is divided by, e.g. the conversations per step of a trainer that sums over tokens and divides by
+    ranks x accumulation: it sets the scale that `optim.max_grad_norm` clips at."""
+
+    def __post_init__(self) -> None:
+        if not (0.0 < self.divisor < math.inf):
+            raise ConfigError(f"divisor = {self.divisor}; expected more than 0")
+        if self.divisor != 1.0 and self.norm != "sum":
+            raise ConfigError(f"divisor = {self.divisor} with norm = {self.norm!r}; only norm = 'sum' has one")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

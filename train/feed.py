@@ -5,11 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from shared.shard_reader import ShardSet
 from train.batch import MicroBatch, check_pack, make_micro_batch
-from train.loss import Norm, sample_weights, uniform_weight
-from train.plan import Ids, PackOrder, split_step
+from train.config import LossConfig
+from train.deal import Positions
+from train.loss import sample_weights, uniform_weight
+from train.plan import Ids, StepOrder, Unit
+from train.step_plan import StepPlan, plan_step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,11 +21,13 @@ class StepBatch:
     """What one step needs of this rank, and the counts of the whole step, the same on every rank."""
 
     step: int
-    pack_ids: Ids
+    unit: Unit
+    ids: Ids
+    """The packs, or the sequences, of the step over all ranks."""
     micro_batches: list[MicroBatch]
     num_tokens: int
     num_positions: int
-    """Tokens and the fillers of ranks without a pack."""
+    """Tokens and the fillers of ranks without a micro-batch."""
     num_loss_tokens: int
     squared_lengths: int
     """Sum over sequences of their length squared: what causal attention costs."""
@@ -32,8 +38,8 @@ class Feed:
     """Makes the batches of one rank. Needs no message from other ranks: all counts come from the shard set."""
 
     shard_set: ShardSet
-    order: PackOrder
-    norm: Norm
+    order: StepOrder
+    loss: LossConfig
     rank: int
     world_size: int
     packs_per_micro_batch: int
@@ -48,55 +54,71 @@ class Feed:
                 ahead = pool.submit(self.make, step + 1) if step + 1 < self.order.total_steps else None
                 yield batch
 
-    def make(self, step: int) -> StepBatch:
-        """Return the batch of step `step`."""
-        pack_ids = self.order.step(step)
-        lengths = [self.shard_set.seq_lengths(int(pack_id)) for pack_id in pack_ids]
-        costs = np.array([np.dot(length, length) for length in lengths], np.int64)
-        ranks = split_step(
-            pack_ids, costs, world_size=self.world_size, packs_per_micro_batch=self.packs_per_micro_batch
-        )
-        num_loss_tokens = int(self.shard_set.loss_tokens(pack_ids).sum())
-        weight = uniform_weight(self.norm, num_loss_tokens)
-        weights = self._weights(pack_ids, weight)
-        num_tokens = int(sum(length.sum() for length in lengths))
-        return StepBatch(
-            step=step,
-            pack_ids=pack_ids,
-            micro_batches=[self._micro_batch(ids, weights, weight) for ids in ranks[self.rank]],
-            num_tokens=num_tokens,
-            num_positions=num_tokens + sum(len(ids) == 0 for rank in ranks for ids in rank),
-            num_loss_tokens=num_loss_tokens,
-            squared_lengths=int(costs.sum()),
+    def plan(self, step: int) -> StepPlan:
+        """Return what step `step` holds and which rank runs it."""
+        return plan_step(
+            self.shard_set,
+            self.order,
+            step,
+            world_size=self.world_size,
+            packs_per_micro_batch=self.packs_per_micro_batch,
         )
 
-    def _weights(
-        self, pack_ids: Ids, weight: float | None
-    ) -> dict[int, "np.ndarray[tuple[int], np.dtype[np.float32]]"]:
-        """Weights of each pack's loss tokens; of all packs where they depend on the whole step, else none yet."""
-        if weight is not None:
-            return {}
-        packs = [self.shard_set.pack(int(pack_id)) for pack_id in pack_ids]
-        return dict(zip(pack_ids.tolist(), sample_weights(packs), strict=True))
+    def make(self, step: int) -> StepBatch:
+        """Return the batch of step `step`. Raises ChecksumError for a pack or conversation that is damaged."""
+        plan = self.plan(step)
+        counts = self._loss_tokens(plan)
+        num_loss_tokens = int(counts.sum())
+        weight = uniform_weight(self.loss, num_loss_tokens)
+        weights = sample_weights(plan.packs) if weight is None else None
+        num_tokens = int(sum(length.sum() for length in plan.lengths))
+        return StepBatch(
+            step=step,
+            unit=plan.unit,
+            ids=plan.ids,
+            micro_batches=[
+                self._micro_batch(plan, positions, counts, weights, weight) for positions in plan.ranks[self.rank]
+            ],
+            num_tokens=num_tokens,
+            num_positions=num_tokens + sum(len(positions) == 0 for rank in plan.ranks for positions in rank),
+            num_loss_tokens=num_loss_tokens,
+            squared_lengths=int(sum(np.dot(length, length) for length in plan.lengths)),
+        )
+
+    def _loss_tokens(self, plan: StepPlan) -> npt.NDArray[np.int64]:
+        """Loss tokens of each unit, int64 [n]: stored for packs, counted for conversations."""
+        if plan.unit == "pack":
+            return self.shard_set.loss_tokens(plan.ids)
+        return np.array([np.count_nonzero(pack.loss_mask) for pack in plan.packs], np.int64)
 
     def _micro_batch(
         self,
-        pack_ids: Ids,
-        weights: dict[int, "np.ndarray[tuple[int], np.dtype[np.float32]]"],
+        plan: StepPlan,
+        positions: Positions,
+        counts: npt.NDArray[np.int64],
+        weights: list[npt.NDArray[np.float32]] | None,
         weight: float | None,
     ) -> MicroBatch:
-        packs = [self.shard_set.pack(int(pack_id)) for pack_id in pack_ids]
-        counts = self.shard_set.loss_tokens(pack_ids)
-        for pack, pack_id, count in zip(packs, pack_ids.tolist(), counts.tolist(), strict=True):
-            check_pack(
-                pack,
-                pack_id,
-                num_loss_tokens=count,
-                max_token_id=self.shard_set.manifest.max_token_id,
-                where=str(self.shard_set.path),
-            )
-        chosen = [
-            weights[pack_id] if weight is None else np.full(count, weight, np.float32)
-            for pack_id, count in zip(pack_ids.tolist(), counts.tolist(), strict=True)
-        ]
-        return make_micro_batch(packs, chosen, uniform_weight=weight)
+        """`weights` are those of each unit's loss tokens, None where all have the same, `weight`."""
+        chosen = positions.tolist()
+        for position in chosen:
+            self._check(plan, position)
+        packs = [plan.packs[position] for position in chosen]
+        if weights is None:
+            own_weights = [np.full(counts[position], weight, np.float32) for position in chosen]
+        else:
+            own_weights = [weights[position] for position in chosen]
+        return make_micro_batch(packs, own_weights, uniform_weight=weight)
+
+    def _check(self, plan: StepPlan, position: int) -> None:
+        """A conversation is checked as part of its pack, whose loss tokens are stored."""
+        pack_id = int(plan.ids[position])
+        if plan.unit == "conversation":
+            pack_id = self.shard_set.pack_of(pack_id)
+        check_pack(
+            self.shard_set.pack(pack_id),
+            pack_id,
+            num_loss_tokens=int(self.shard_set.loss_tokens(np.array([pack_id]))[0]),
+            max_token_id=self.shard_set.manifest.max_token_id,
+            where=str(self.shard_set.path),
+        )

@@ -82,12 +82,21 @@ def _update(parts: Parts, batch: StepBatch, rate: float) -> None:
     try:
         update(parts.engine, learning_rate=rate)
     except DataError as exc:
-        packs = ", ".join(str(pack_id) for pack_id in batch.pack_ids[:8])
-        more = f" and {len(batch.pack_ids) - 8} more" if len(batch.pack_ids) > 8 else ""
         raise DataError(
-            f"step {batch.step + 1}: {exc}. Its packs: {packs}{more} (sft-prep inspect {parts.feed.shard_set.path} "
-            "--pack N); lower optim.learning_rate, or look at them"
+            f"step {batch.step + 1}: {exc}. {_held(parts, batch)}; lower optim.learning_rate, or look at them"
         ) from exc
+
+
+def _held(parts: Parts, batch: StepBatch) -> str:
+    """What the step holds, in the words of `sft-prep inspect`."""
+    if batch.unit == "pack":
+        names, option = [str(pack_id) for pack_id in batch.ids], "--pack N"
+    else:
+        sources = parts.prepared.shard_set.manifest.sources
+        rows = [pack.seq_origin[0] for pack in parts.feed.plan(batch.step).packs]
+        names, option = [f"{sources[source].name}:{row}" for source, row, _ in rows], "--row SOURCE:ROW"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"Its {batch.unit}s: {', '.join(names[:8])}{more} (sft-prep inspect {parts.feed.shard_set.path} {option})"
 
 
 def _log(parts: Parts, window: Window, counters: Counters, *, step: int, rate: float) -> None:

@@ -4,26 +4,25 @@ The loss of a step is sum over its rows of weight x cross-entropy. The weights h
 known before the forward pass, so any split over ranks and micro-batches has the same gradient.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from shared.shard_reader import Pack
-
-Norm = Literal["token", "sample", "sum"]
+from train.config import LossConfig
 
 _LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32: 512 rows of a 32k vocabulary
 
 
-def uniform_weight(norm: Norm, num_loss_tokens: int) -> float | None:
+def uniform_weight(loss: LossConfig, num_loss_tokens: int) -> float | None:
     """Return the weight of each loss token of a step with `num_loss_tokens`, or None if they differ (`sample`)."""
-    match norm:
+    match loss.norm:
         case "token":
             return 1.0 / max(1, num_loss_tokens)
         case "sum":
-            return 1.0
+            return 1.0 / loss.divisor
         case "sample":
             return None
 

@@ -1,69 +1,84 @@
-"""Which packs make up which step, and which rank runs them: pure numpy, a function of its arguments alone.
+"""Which packs, or which conversations, make up which step: pure numpy, a function of its arguments alone.
 
-The run's pack order is one permutation of all packs per epoch, one after the other; step k takes the next
-`packs_per_step` of it, so a step may span two epochs and only the last one may be short. Nothing here depends on the
-number of ranks but `split_step`, which divides the packs of a step that is already fixed.
+A run's order is one permutation of all units per epoch, one after the other; step k takes the next `units_per_step` of
+it, so a step may span two epochs and only the last one may be short. Nothing here depends on the number of ranks or on
+the size of the set; train/deal.py divides a step that is already fixed.
 
     epoch      0 . . . . . . | 1 . . . . . . | 2 ...
-    order      4 0 3 5 1 2   | 2 5 0 1 4 3   | ...      pack ids
-    step       0 0 0 0 1 1     1 1 2 2 2 2     ...      packs_per_step = 4
+    order      4 0 3 5 1 2   | 2 5 0 1 4 3   | ...      unit ids
+    step       0 0 0 0 1 1     1 1 2 2 2 2     ...      units_per_step = 4
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from shared.errors import ConfigError
 from shared.hashing import seed_from
+from train.config import BatchConfig
 
 Ids = npt.NDArray[np.int64]
+
+Unit = Literal["pack", "conversation"]
+"""What is counted, shuffled and drawn: a pack of the shard set, or one of its sequences, a whole conversation."""
 
 _ROUNDS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PackOrder:
-    """The order of packs over a whole run."""
+class StepOrder:
+    """The order of packs, or of conversations, over a whole run."""
 
+    unit: Unit
     fingerprint: str
     seed: int
-    num_packs: int
-    packs_per_step: int
+    num_units: int
+    """Packs, or sequences, of the shard set."""
+    units_per_step: int
     total_steps: int
-    total_packs: int
-    """Packs of all steps together; the last step holds what is left of it."""
+    total_units: int
+    """Units of all steps together; the last step holds what is left of it."""
 
     def step(self, step: int) -> Ids:
-        """Return the pack ids of step `step`, counted from 0, in order. Costs the same for every step."""
+        """Return the unit ids of step `step`, counted from 0, in order. Costs the same for every step."""
         assert 0 <= step < self.total_steps, (step, self.total_steps)
-        start = step * self.packs_per_step
-        positions = np.arange(start, min(start + self.packs_per_step, self.total_packs), dtype=np.int64)
-        epochs, index = np.divmod(positions, self.num_packs)
-        pack_ids = np.empty_like(positions)
+        start = step * self.units_per_step
+        positions = np.arange(start, min(start + self.units_per_step, self.total_units), dtype=np.int64)
+        epochs, index = np.divmod(positions, self.num_units)
+        ids = np.empty_like(positions)
         for epoch in np.unique(epochs):
-            key = seed_from("pack order", self.fingerprint, self.seed, int(epoch))
-            pack_ids[epochs == epoch] = permute(index[epochs == epoch], self.num_packs, key)
-        return pack_ids
+            key = seed_from(f"{self.unit} order", self.fingerprint, self.seed, int(epoch))
+            ids[epochs == epoch] = permute(index[epochs == epoch], self.num_units, key)
+        return ids
 
     def epoch_after(self, steps: int) -> float:
         """Return how many epochs lie behind after `steps` steps."""
-        return min(steps * self.packs_per_step, self.total_packs) / self.num_packs
+        return min(steps * self.units_per_step, self.total_units) / self.num_units
 
 
 def make_order(
-    *, fingerprint: str, seed: int, num_packs: int, packs_per_step: int, epochs: float, max_steps: int | None
-) -> PackOrder:
+    *,
+    unit: Unit,
+    fingerprint: str,
+    seed: int,
+    num_units: int,
+    units_per_step: int,
+    epochs: float,
+    max_steps: int | None,
+) -> StepOrder:
     """Return the order of a run of `max_steps` steps, or of `epochs` epochs where that is None."""
-    total_packs = math.ceil(epochs * num_packs) if max_steps is None else max_steps * packs_per_step
-    return PackOrder(
+    total_units = math.ceil(epochs * num_units) if max_steps is None else max_steps * units_per_step
+    return StepOrder(
+        unit=unit,
         fingerprint=fingerprint,
         seed=seed,
-        num_packs=num_packs,
-        packs_per_step=packs_per_step,
-        total_steps=math.ceil(total_packs / packs_per_step),
-        total_packs=total_packs,
+        num_units=num_units,
+        units_per_step=units_per_step,
+        total_steps=math.ceil(total_units / units_per_step),
+        total_units=total_units,
     )
 
 
@@ -87,10 +102,13 @@ def permute(index: Ids, size: int, key: int) -> Ids:
     return values.astype(np.int64)
 
 
-def packs_per_step(*, packs: int | None, tokens: int | None, max_seq_len: int) -> int:
-    """Return the packs of one step from the two ways of stating them. Raises ConfigError for a part of a pack."""
-    if packs is not None:
-        return packs
+def units_per_step(batch: BatchConfig, *, max_seq_len: int) -> tuple[Unit, int]:
+    """Return the unit of a step and their number. Raises ConfigError for tokens that are not whole packs."""
+    if batch.conversations_per_step is not None:
+        return "conversation", batch.conversations_per_step
+    if batch.packs_per_step is not None:
+        return "pack", batch.packs_per_step
+    tokens = batch.tokens_per_step
     assert tokens is not None
     if tokens % max_seq_len:
         below = tokens // max_seq_len * max_seq_len
@@ -98,7 +116,7 @@ def packs_per_step(*, packs: int | None, tokens: int | None, max_seq_len: int) -
         raise ConfigError(
             f"batch.tokens_per_step = {tokens} is not a multiple of the shards' max_seq_len {max_seq_len}; use {near}"
         )
-    return tokens // max_seq_len
+    return "pack", tokens // max_seq_len
 
 
 def check_divides(*, packs_per_step: int, packs_per_micro_batch: int, world_size: int) -> None:
@@ -114,25 +132,6 @@ def check_divides(*, packs_per_step: int, packs_per_micro_batch: int, world_size
         f"micro-batch (batch.packs_per_micro_batch); use {steps} packs per step"
         + (f", or {', '.join(map(str, ranks))} ranks" if ranks else "")
     )
-
-
-def split_step(pack_ids: Ids, costs: Ids, *, world_size: int, packs_per_micro_batch: int) -> list[list[Ids]]:
-    """Return the packs of every micro-batch of every rank, [world_size][num_micro_batches].
-
-    Packs are sorted by cost and cut into groups, one per micro-batch index, so that what the ranks run at the same
-    time costs about the same; within a group they are dealt forwards and backwards. Every rank gets the same number of
-    micro-batches; in a short last step some of them are empty.
-    """
-    group_size = world_size * packs_per_micro_batch
-    order = pack_ids[np.lexsort((np.arange(len(pack_ids)), -costs))]
-    ranks: list[list[Ids]] = [[] for _ in range(world_size)]
-    for start in range(0, len(order), group_size):
-        group = order[start : start + group_size]
-        lap, place = np.divmod(np.arange(len(group)), world_size)
-        rank_of = np.where(lap % 2, world_size - 1 - place, place)
-        for rank in range(world_size):
-            ranks[rank].append(group[rank_of == rank])
-    return ranks
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

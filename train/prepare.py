@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ArtifactError, ConfigError, DataError
+from shared.shard_format import Manifest
 from shared.shard_reader import ShardSet, open_shard_set
 from train.checkpoint_files import list_checkpoints, read_state_file
 from train.config import TrainConfig, load_recipe
-from train.plan import PackOrder, check_divides, make_order, packs_per_step
+from train.plan import StepOrder, check_divides, make_order, units_per_step
 from train.run_dir import RunDir, check_identity, identity, read_description, read_status
+from train.step_plan import check_conversations
 
 RUNS_DIR = Path("runs")
 
@@ -36,7 +38,7 @@ class Prepared:
     request: TrainRequest
     recipe: TrainConfig
     shard_set: ShardSet
-    order: PackOrder
+    order: StepOrder
     run: RunDir
     identity: dict[str, Any]
     resume_from: Path | None
@@ -62,16 +64,7 @@ def prepare(request: TrainRequest) -> Prepared:
     recipe = load_recipe(recipe_name, request.settings, model=request.model, max_steps=request.max_steps)
     if recipe.model.config is None and not recipe.model.name:
         raise ConfigError("no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe")
-    order = make_order(
-        fingerprint=manifest.fingerprint,
-        seed=recipe.run.seed,
-        num_packs=manifest.totals.packs,
-        packs_per_step=packs_per_step(
-            packs=recipe.batch.packs_per_step, tokens=recipe.batch.tokens_per_step, max_seq_len=manifest.max_seq_len
-        ),
-        epochs=recipe.schedule.epochs,
-        max_steps=recipe.schedule.max_steps,
-    )
+    order = _make_order(recipe, manifest)
     run = RunDir(request.output or RUNS_DIR / f"{recipe.name}-{manifest.name}")
     found = identity(recipe, shard_set, order)
     return Prepared(
@@ -85,13 +78,29 @@ def prepare(request: TrainRequest) -> Prepared:
     )
 
 
+def _make_order(recipe: TrainConfig, manifest: Manifest) -> StepOrder:
+    unit, per_step = units_per_step(recipe.batch, max_seq_len=manifest.max_seq_len)
+    if unit == "conversation":
+        check_conversations(manifest)
+    return make_order(
+        unit=unit,
+        fingerprint=manifest.fingerprint,
+        seed=recipe.run.seed,
+        num_units=manifest.totals.packs if unit == "pack" else manifest.totals.sequences,
+        units_per_step=per_step,
+        epochs=recipe.schedule.epochs,
+        max_steps=recipe.schedule.max_steps,
+    )
+
+
 def check_ranks(prepared: Prepared, world_size: int) -> None:
     """Raise ConfigError or ArtifactError unless `world_size` ranks can run the steps and read the checkpoint."""
-    check_divides(
-        packs_per_step=prepared.order.packs_per_step,
-        packs_per_micro_batch=prepared.recipe.batch.packs_per_micro_batch,
-        world_size=world_size,
-    )
+    if prepared.order.unit == "pack":  # conversations divide over any number of ranks
+        check_divides(
+            packs_per_step=prepared.order.units_per_step,
+            packs_per_micro_batch=prepared.recipe.batch.packs_per_micro_batch,
+            world_size=world_size,
+        )
     if prepared.resume_from is None:
         return
     state = read_state_file(prepared.resume_from)

@@ -21,6 +21,7 @@ from train.feed import Feed
 from train.flops import ModelCost, model_cost
 from train.metrics import Counters, MetricsLog, read_records
 from train.model import build_model
+from train.plan import StepOrder
 from train.prepare import Prepared, check_ranks
 from train.run_dir import RunDir, describe, read_description, read_status, write_status
 from train.stop import watching_signals
@@ -41,7 +42,7 @@ def run_rank(prepared: Prepared) -> None:
         feed = Feed(
             shard_set=prepared.shard_set,
             order=prepared.order,
-            norm=prepared.recipe.loss.norm,
+            loss=prepared.recipe.loss,
             rank=ranks.rank,
             world_size=ranks.world_size,
             packs_per_micro_batch=prepared.recipe.batch.packs_per_micro_batch,
@@ -172,18 +173,15 @@ def _outcome(run: RunDir) -> Iterator[None]:
 
 def _announce(prepared: Prepared, ranks: Ranks, *, attention: str, dtype: torch.dtype) -> None:
     order, recipe, totals = prepared.order, prepared.recipe, prepared.shard_set.manifest.totals
-    per_micro_batch = recipe.batch.packs_per_micro_batch
     logger.info(
-        "%s: %d packs, %s tokens (%s loss tokens); %d steps of %d packs = %d ranks x %d micro-batches x %d packs",
+        "%s: %d packs, %d conversations, %s tokens (%s loss tokens); %d steps of %s",
         prepared.shard_set.manifest.name,
         totals.packs,
+        totals.sequences,
         f"{totals.tokens:,}",
         f"{totals.loss_tokens:,}",
         order.total_steps,
-        order.packs_per_step,
-        ranks.world_size,
-        order.packs_per_step // ranks.world_size // per_micro_batch,
-        per_micro_batch,
+        _step_in_words(order, recipe.batch.packs_per_micro_batch, prepared.shard_set.manifest.max_seq_len, ranks),
     )
     logger.info(
         "%s, %s, attention %s, ZeRO stage %d",
@@ -191,4 +189,17 @@ def _announce(prepared: Prepared, ranks: Ranks, *, attention: str, dtype: torch.
         dtype,
         attention.removeprefix("sft_"),
         recipe.engine.zero_stage,
+    )
+
+
+def _step_in_words(order: StepOrder, packs_per_micro_batch: int, max_seq_len: int, ranks: Ranks) -> str:
+    if order.unit == "conversation":
+        tokens = packs_per_micro_batch * max_seq_len
+        return (
+            f"{order.units_per_step} conversations over {ranks.world_size} ranks, micro-batches of <= {tokens} tokens"
+        )
+    micro_batches = order.units_per_step // ranks.world_size // packs_per_micro_batch
+    return (
+        f"{order.units_per_step} packs = {ranks.world_size} ranks x {micro_batches} micro-batches x "
+        f"{packs_per_micro_batch} packs"
     )

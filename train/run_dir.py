@@ -22,7 +22,7 @@ from shared import atomic, config
 from shared.errors import ArtifactError, ConfigError, FingerprintMismatchError
 from shared.shard_reader import ShardSet
 from train.config import TrainConfig
-from train.plan import PackOrder
+from train.plan import StepOrder
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class RunDir:
         return self.path / ".lock"
 
 
-def identity(recipe: TrainConfig, shard_set: ShardSet, order: PackOrder) -> dict[str, Any]:
+def identity(recipe: TrainConfig, shard_set: ShardSet, order: StepOrder) -> dict[str, Any]:
     """Return what must not change within a run: all that the weights after a step depend on.
 
     Left out on purpose: logging, checkpoint frequency, number of ranks, packs per micro-batch, attention kernel,
@@ -79,12 +79,12 @@ def identity(recipe: TrainConfig, shard_set: ShardSet, order: PackOrder) -> dict
         "loss": plain["loss"],
         "run": plain["run"],
         "engine": {"dtype": recipe.engine.dtype},
-        "packs_per_step": order.packs_per_step,
+        f"{order.unit}s_per_step": order.units_per_step,
         "total_steps": order.total_steps,
     }
 
 
-def describe(recipe: TrainConfig, shard_set: ShardSet, order: PackOrder) -> dict[str, Any]:
+def describe(recipe: TrainConfig, shard_set: ShardSet, order: StepOrder) -> dict[str, Any]:
     """Return the content of config.json for a new run."""
     manifest = shard_set.manifest
     return {
