@@ -58,29 +58,15 @@ class ShardSet:
         return self.manifest.totals.sequences
 
     def pack(self, pack_id: int) -> Pack:
-        """Return pack `pack_id`, 0 <= pack_id < num_packs."""
+        """Return pack `pack_id`, 0 <= pack_id < num_packs. Raises ChecksumError where its offsets make no sense."""
         columns, local = self._locate(pack_id)
-        first, last = columns["pack_offsets"][local : local + 2]
-        offsets = columns["seq_offsets"][first : last + 1]
-        start, end = offsets[0], offsets[-1]
-        return Pack(
-            columns["tokens"][start:end],
-            columns["loss_mask"][start:end],
-            offsets - start,
-            columns["seq_origin"][first:last],
-        )
+        first, last = columns["pack_offsets"][local : local + 2].tolist()
+        return self._cut(columns, first, last, f"pack {pack_id}")
 
     def sequence(self, sequence_id: int) -> Pack:
-        """Return sequence `sequence_id`, 0 <= sequence_id < num_sequences, as a pack of its own."""
+        """Return sequence `sequence_id`, 0 <= sequence_id < num_sequences, as a pack; errors as for packs."""
         columns, local = self._locate_sequence(sequence_id)
-        offsets = columns["seq_offsets"][local : local + 2]
-        start, end = offsets
-        return Pack(
-            columns["tokens"][start:end],
-            columns["loss_mask"][start:end],
-            offsets - start,
-            columns["seq_origin"][local : local + 1],
-        )
+        return self._cut(columns, local, local + 1, f"sequence {sequence_id}")
 
     def pack_of(self, sequence_id: int) -> int:
         """Return the pack that holds sequence `sequence_id`."""
@@ -114,6 +100,20 @@ class ShardSet:
     @property
     def tokenizer_dir(self) -> Path:
         return self.path / TOKENIZER_DIR
+
+    def _cut(self, columns: dict[str, npt.NDArray[Any]], first: int, last: int, what: str) -> Pack:
+        offsets = columns["seq_offsets"][max(0, first) : max(0, last + 1)]
+        if not (0 <= first < last and len(offsets) == last - first + 1):
+            wrong = f"holds sequences {first} to {last} of {len(columns['seq_origin'])}"
+        elif (np.diff(offsets) < 1).any() or not 0 <= offsets[0] < offsets[-1] <= len(columns["tokens"]):
+            wrong = f"runs over offsets {offsets[0]} to {offsets[-1]} that do not rise within the shard"
+        elif offsets[-1] - offsets[0] > self.manifest.max_seq_len:
+            wrong = f"holds {offsets[-1] - offsets[0]} tokens; expected at most {self.manifest.max_seq_len}"
+        else:
+            start, end = offsets[0], offsets[-1]
+            tokens, loss_mask = columns["tokens"][start:end], columns["loss_mask"][start:end]
+            return Pack(tokens, loss_mask, offsets - start, columns["seq_origin"][first:last])
+        raise ChecksumError(f"{self.path}: {what} {wrong}; its bytes have changed, run sft-prep verify on the set")
 
     def _locate(self, pack_id: int) -> tuple[dict[str, npt.NDArray[Any]], int]:
         if not 0 <= pack_id < self.num_packs:

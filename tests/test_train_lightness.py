@@ -20,7 +20,7 @@ from shared.shard_format import COLUMNS, Manifest, fingerprint_of_manifest, npy_
 from shared.shard_reader import open_shard_set
 from train.config import LossConfig
 from train.feed import Feed
-from train.plan import make_order
+from train.plan import Unit, make_order
 
 GIB = 2**30
 
@@ -120,19 +120,16 @@ def test_opening_and_planning_cost_the_same_for_a_set_of_40_gigabytes(tmp_path: 
     assert huge_memory < small_memory + 2 * 1024
 
 
-def test_a_step_reads_the_pages_of_its_packs_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unit", ["pack", "conversation"])
+def test_a_step_reads_the_pages_of_its_packs_only(unit: Unit, tmp_path: Path) -> None:
     """Feeding a few steps of a set of 200 MB makes the process touch a small part of it."""
     packs = random_packs(num_packs=3, max_seq_len=32, vocab_size=VOCAB)
     shard_set = open_shard_set(make_huge(tmp_path / "huge", packs, num_tokens=32 * 2**20))
+    num_units = 3 if unit == "pack" else sum(map(len, packs))
     order = make_order(
-        fingerprint=shard_set.manifest.fingerprint,
-        seed=0,
-        num_units=3,
-        units_per_step=3,
-        unit="pack",
-        epochs=1,
-        max_steps=None,
-    )
+        unit=unit, fingerprint=shard_set.manifest.fingerprint, seed=0, num_units=num_units, units_per_step=num_units,
+        epochs=1, max_steps=None,
+    )  # fmt: skip
     feed = Feed(shard_set=shard_set, order=order, loss=LossConfig(), rank=0, world_size=1, packs_per_micro_batch=1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     batch = feed.make(0)
