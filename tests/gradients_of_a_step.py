@@ -1,7 +1,7 @@
 """Program for tests: the gradients of step 0 by the real engine, for several jobs. Run by torchrun or alone.
 
 Arguments: shard set, directory of models, output directory, then jobs
-MODEL:NORM:PACKS_PER_STEP:PACKS_PER_MICRO_BATCH:ZERO_STAGE; job N writes N.pt.
+MODEL:NORM:PACKS_PER_STEP:PACKS_PER_MICRO_BATCH:ZERO_STAGE; job N writes N.pt. Stage "auto" is that of the ranks.
 """
 
 import sys
@@ -18,6 +18,7 @@ from train.engine import accumulate, consolidated_weights, deepspeed_config, sha
 from train.feed import Feed
 from train.model import LossModel, build_model
 from train.plan import make_order
+from train.zero_stage import ZeroStage, resolve_zero_stage
 
 # with eps = 1 the first update is g / (|g| + 1), smooth in the gradient: AdamW's usual eps would amplify rounding
 OPTIM = OptimConfig(learning_rate=1.0, eps=1.0, max_grad_norm=0.0)
@@ -52,14 +53,16 @@ def main(shards: str, models: str, out_dir: str, *jobs: str) -> None:
                 shard_set, norm, packs_per_step=int(packs_per_step), per_micro=int(per_micro), rank=ranks.rank,
                 world=ranks.world_size,
             )  # fmt: skip
-            result = one_step(shard_set, feed, Path(models) / kind, int(stage), ranks)
+            wanted = EngineConfig(zero_stage="auto" if stage == "auto" else int(stage))  # type: ignore[arg-type]
+            resolved = resolve_zero_stage(wanted, world_size=ranks.world_size)
+            result = one_step(shard_set, feed, Path(models) / kind, resolved, ranks)
             if ranks.is_main:
                 torch.save(result, Path(out_dir) / f"{number}.pt")
 
 
-def one_step(shard_set: ShardSet, feed: Feed, model: Path, stage: int, ranks: Ranks) -> dict[str, object]:
+def one_step(shard_set: ShardSet, feed: Feed, model: Path, stage: ZeroStage, ranks: Ranks) -> dict[str, object]:
     optim = OPTIM
-    settings = deepspeed_config(EngineConfig(zero_stage=stage), optim, dtype=torch.float32)  # type: ignore[arg-type]
+    settings = deepspeed_config(stage, optim, dtype=torch.float32)
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # shard even the smallest parameter
     sharding = shard_while_building(settings)
     attention = choose_attention("auto", device=ranks.device, dtype=torch.float32)
@@ -67,7 +70,9 @@ def one_step(shard_set: ShardSet, feed: Feed, model: Path, stage: int, ranks: Ra
     del sharding
     loss = sum_over_ranks(accumulate(engine, feed.make(0).micro_batches, ranks), ranks)
     gradients = {}
-    if stage == 3:  # DeepSpeed shows them between backward and update in this stage only
+    if stage == 0:
+        gradients = {name: p.grad for name, p in engine.module.named_parameters()}
+    elif stage == 3:  # in the others DeepSpeed does not show them between backward and update
         gradients = {name: safe_get_full_grad(parameter) for name, parameter in engine.module.named_parameters()}
     update(engine, learning_rate=optim.learning_rate)
     return {"loss": loss.item(), "gradients": gradients, "weights": consolidated_weights(engine)}

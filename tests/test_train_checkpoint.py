@@ -51,7 +51,7 @@ def test_leftovers_of_a_dead_writer_are_ignored_and_removed(again: tuple[Path, t
 
 def damage(run: Path, kind: str) -> None:
     newest = run / "checkpoints" / "step-00000005"
-    state = next((newest / "engine" / "state").glob("*optim_states.pt"))
+    state = next((newest / "engine" / "state").glob("*model_states.pt"))
     match kind:
         case "flipped byte":
             data = bytearray(state.read_bytes())

@@ -114,7 +114,7 @@ def test_a_model_directory_is_found_beside_the_recipe(tmp_path: Path, monkeypatc
         ("log.every_steps=0", "every_steps = 0"),
         ("model.name=gpt2", "model.name and model.config are both set"),
         ("name=a/b", "expected a plain file name"),
-        ("engine.zero_stage=4", "expected one of 1, 2, 3"),
+        ("engine.zero_stage=4", 'expected one of "auto", 0, 1, 2, 3'),
     ],
 )
 def test_a_bad_value_is_refused(setting: str, message: str) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.errors import PrerequisiteError
+from shared.errors import ConfigError, PrerequisiteError
 from train.attention import choose_attention
 from train.config import EngineConfig, OptimConfig
 from train.engine import choose_dtype, deepspeed_config
+from train.zero_stage import ZeroStage, resolve_zero_stage
 
 OPTIM = OptimConfig(learning_rate=1e-4, max_grad_norm=0.5)
 GOLDEN = {
@@ -32,21 +33,29 @@ GOLDEN = {
     "bf16": {"enabled": True, "check_grad_overflow": True},
     "data_types": {"grad_accum_dtype": "fp32"},
     "communication_data_type": "fp32",
+    "timers": {"throughput": {"enabled": False, "synchronized": False}},
     "steps_per_print": None,
     "wall_clock_breakdown": False,
 }
 
 
 def test_the_deepspeed_config_is_golden() -> None:
-    assert deepspeed_config(EngineConfig(), OPTIM, dtype=torch.bfloat16) == GOLDEN
+    assert deepspeed_config(3, OPTIM, dtype=torch.bfloat16) == GOLDEN
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_nothing_is_left_to_auto(stage: int, dtype: torch.dtype) -> None:
-    config = deepspeed_config(EngineConfig(zero_stage=stage), OPTIM, dtype=dtype)  # type: ignore[arg-type]
+def test_nothing_is_left_to_auto(stage: ZeroStage, dtype: torch.dtype) -> None:
+    config = deepspeed_config(stage, OPTIM, dtype=dtype)
     assert "auto" not in json.dumps(config)
-    assert config["bf16"]["enabled"] == (dtype == torch.bfloat16)
+    assert config["bf16"]["enabled"] == (dtype == torch.bfloat16 and stage > 0)
+
+
+def test_one_rank_shares_out_nothing_and_more_share_everything() -> None:
+    assert [resolve_zero_stage(EngineConfig(), world_size=ranks) for ranks in (1, 2, 8)] == [0, 3, 3]
+    assert resolve_zero_stage(EngineConfig(zero_stage=2), world_size=1) == 2
+    with pytest.raises(ConfigError, match=r"engine\.zero_stage = 0 is for one rank, this run has 2"):
+        resolve_zero_stage(EngineConfig(zero_stage=0), world_size=2)
 
 
 def test_dtype_and_attention_follow_the_device() -> None:

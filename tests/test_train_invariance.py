@@ -20,8 +20,8 @@ from train.model import build_model
 VOCAB = 61
 JOBS = (
     "llama:token:4:1:3",
-    "llama:token:4:2:3",
-    "qwen3-tied:sample:4:1:3",
+    "llama:token:4:2:auto",
+    "qwen3-tied:sample:4:1:auto",
     "llama:token:4:1:2",
     "olmo2:sum:4:1:1",
     "llama:token:3:1:3",  # three packs on two ranks: one micro-batch is empty, another has no loss token

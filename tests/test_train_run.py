@@ -146,7 +146,7 @@ def test_a_signal_saves_at_the_end_of_the_step(
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_packs(
     stage: int, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +187,7 @@ def test_weights_and_biases_offline_needs_no_network_and_keeps_its_run_id(
     assert train_here(*call).exit_code == 0
     folders = list((run / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
-    assert all(folder.name.endswith(run_id) for folder in folders)
+    assert all(run_id in folder.name for folder in folders)
 
 
 def test_two_runs_do_not_share_a_directory(inputs: tuple[Path, Path], tmp_path: Path) -> None:

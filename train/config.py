@@ -106,8 +106,9 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    zero_stage: Literal[1, 2, 3] = 3
-    """What DeepSpeed shards over the ranks: optimizer state (1), gradients too (2), weights too (3)."""
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    """What DeepSpeed shards over the ranks: nothing (0), optimizer state (1), gradients too (2), weights too (3).
+    `auto` is 3 from two ranks on and 0 for one, where sharding costs time and memory and saves neither."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Of weights and activations; `auto` is bf16 on a GPU and fp32 on a CPU. Master weights and sums are fp32."""
 

@@ -1,4 +1,9 @@
-"""DeepSpeed behind few functions: its config, generated from ours; start; gradients; update; the weights at the end."""
+"""DeepSpeed behind few functions: its config, generated from ours; start; gradients; update; the weights at the end.
+
+Several ranks share out weights, gradients and optimizer state (ZeRO); one rank has whole weights and `OneRankAdamW`.
+Waits for the device: one number per update, the gradient norm, which must be finite before the update begins. ZeRO
+reads it itself and offers no way around it.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,9 +13,11 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from shared.errors import DataError, PrerequisiteError
 from train.batch import MicroBatch
-from train.config import EngineConfig, OptimConfig
+from train.config import OptimConfig
 from train.distributed import Ranks
 from train.model import LossModel
+from train.one_rank import OneRankAdamW
+from train.zero_stage import ZeroStage
 
 WEIGHTS_PREFIX = "model."  # of the network inside LossModel, in DeepSpeed's names
 
@@ -24,20 +31,18 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bf16" else torch.float32
 
 
-def deepspeed_config(engine: EngineConfig, optim: OptimConfig, *, dtype: torch.dtype) -> dict[str, Any]:
+def deepspeed_config(stage: ZeroStage, optim: OptimConfig, *, dtype: torch.dtype) -> dict[str, Any]:
     """Return DeepSpeed's config: every value stated, none "auto".
 
     Batch sizes are 1 because the normalisation is ours: losses come with their final weight, and
     `managed_gradient_accumulation` false makes each `step` the end of however many backward passes came before.
-    Gradients are summed and sent in fp32 also where weights are bf16.
+    Gradients are summed and sent in fp32 also where weights are bf16. In stage 0 DeepSpeed is told nothing of bf16
+    and clipping: both are the optimizer's.
     """
-    zero: dict[str, Any] = {
-        "stage": engine.zero_stage,
-        "contiguous_gradients": True,
-        "overlap_comm": engine.zero_stage > 1,
-        "reduce_bucket_size": 50_000_000,
-    }
-    if engine.zero_stage == 3:
+    zero: dict[str, Any] = {"stage": stage}
+    if stage > 0:
+        zero |= {"contiguous_gradients": True, "overlap_comm": stage > 1, "reduce_bucket_size": 50_000_000}
+    if stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": 50_000_000,
             "stage3_param_persistence_threshold": 100_000,
@@ -49,12 +54,15 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, *, dtype: torch.d
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": optim.max_grad_norm,
+        "gradient_clipping": optim.max_grad_norm if stage > 0 else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
+        "bf16": {"enabled": dtype == torch.bfloat16 and stage > 0, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
+        "timers": {
+            "throughput": {"enabled": False, "synchronized": False}
+        },  # it would wait for the device twice a step
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
@@ -69,11 +77,19 @@ def start_engine(model: LossModel, optim: OptimConfig, config: dict[str, Any]) -
     """Return the DeepSpeed engine around `model` with AdamW."""
     import deepspeed
 
-    # torch's own optimizer: DeepSpeed's default compiles a kernel first, 53 s against 4
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model, optim.weight_decay), lr=optim.learning_rate, betas=optim.betas, eps=optim.eps
-    )
+    groups = _parameter_groups(model, optim.weight_decay)
+    stage = config["zero_optimization"]["stage"]
+    optimizer: torch.optim.Optimizer
+    if stage == 0:
+        optimizer = OneRankAdamW(
+            groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm
+        )
+    else:
+        # torch's own optimizer: DeepSpeed's default compiles a kernel first, 53 s against 4
+        optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if stage == 0:
+        engine.enable_backward_allreduce = False  # with itself: it would copy all gradients twice
     return engine
 
 

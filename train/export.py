@@ -29,6 +29,8 @@ from train.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
+WHOLE_WEIGHTS_NAME = "mp_rank_00_model_states.pt"  # DeepSpeed's, where weights are not shared out
+
 
 def export_model(
     *,
@@ -69,7 +71,7 @@ def export_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
     metrics = RunDir(checkpoint_dir.resolve().parent.parent).metrics
     records = [record for record in _records(metrics) if record["step"] <= state["step"]]
     export_model(
-        state_dict=_offline_weights(checkpoint_dir, config.dtype or torch.float32),
+        state_dict=_offline_weights(checkpoint_dir, state, config.dtype or torch.float32),
         model_config=config,
         shard_set=shard_set,
         card=card_facts(description, shard_set.manifest, records),
@@ -162,13 +164,25 @@ def _records(metrics: Path) -> list[dict[str, Any]]:
     return read_records(metrics) if metrics.exists() else []
 
 
-def _offline_weights(checkpoint_dir: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Put the ranks' parts together on one CPU, from the fp32 master weights, in the dtype that was trained."""
+def _offline_weights(checkpoint_dir: Path, state: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the full weights on one CPU, in the dtype that was trained."""
+    if state["zero_stage"] == 3:
+        found = _joined_masters(checkpoint_dir)
+    else:  # every rank had them whole, and rank 0 wrote them; unpickled only after its digest matched
+        file = checkpoint_dir / ENGINE_DIR / ENGINE_TAG / WHOLE_WEIGHTS_NAME
+        found = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
+    return {
+        name.removeprefix(WEIGHTS_PREFIX): tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in found.items()
+    }
+
+
+def _joined_masters(checkpoint_dir: Path) -> dict[str, torch.Tensor]:
+    """Put the ranks' parts of the fp32 master weights together."""
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints as it is imported and at work; ours are results
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint_dir / ENGINE_DIR), tag=ENGINE_TAG)
-    return {
-        name.removeprefix(WEIGHTS_PREFIX): tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in state.items()
-    }
+        found: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint_dir / ENGINE_DIR), tag=ENGINE_TAG
+        )
+    return found

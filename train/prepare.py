@@ -12,6 +12,7 @@ from train.config import TrainConfig, load_recipe
 from train.plan import StepOrder, check_divides, make_order, units_per_step
 from train.run_dir import RunDir, check_identity, identity, read_description, read_status
 from train.step_plan import check_conversations
+from train.zero_stage import resolve_zero_stage
 
 RUNS_DIR = Path("runs")
 
@@ -95,6 +96,7 @@ def _make_order(recipe: TrainConfig, manifest: Manifest) -> StepOrder:
 
 def check_ranks(prepared: Prepared, world_size: int) -> None:
     """Raise ConfigError or ArtifactError unless `world_size` ranks can run the steps and read the checkpoint."""
+    stage = resolve_zero_stage(prepared.recipe.engine, world_size=world_size)
     if prepared.order.unit == "pack":  # conversations divide over any number of ranks
         check_divides(
             packs_per_step=prepared.order.units_per_step,
@@ -106,7 +108,7 @@ def check_ranks(prepared: Prepared, world_size: int) -> None:
     state = read_state_file(prepared.resume_from)
     for name, seen, here in (
         ("--nproc-per-node", state["world_size"], world_size),
-        ("engine.zero_stage", state["zero_stage"], prepared.recipe.engine.zero_stage),
+        ("engine.zero_stage", state["zero_stage"], stage),
     ):
         if seen != here:
             raise ArtifactError(

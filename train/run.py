@@ -25,6 +25,7 @@ from train.plan import StepOrder
 from train.prepare import Prepared, check_ranks
 from train.run_dir import RunDir, describe, read_description, read_status, write_status
 from train.stop import watching_signals
+from train.zero_stage import ZeroStage, resolve_zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +62,11 @@ def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
     recipe = prepared.recipe
     dtype = choose_dtype(recipe.engine.dtype, ranks.device)
     attention = choose_attention(recipe.model.attention, device=ranks.device, dtype=dtype)
-    settings = deepspeed_config(recipe.engine, recipe.optim, dtype=dtype)
+    stage = resolve_zero_stage(recipe.engine, world_size=ranks.world_size)
+    settings = deepspeed_config(stage, recipe.optim, dtype=dtype)
     _quiet_libraries()
-    sharding = shard_while_building(settings)
+    # random weights are drawn whole: drawn in shards they would be other numbers, which then hung on the ZeRO stage
+    sharding = shard_while_building(settings) if recipe.model.config is None else None
     model = build_model(
         recipe.model,
         prepared.shard_set.manifest,
@@ -75,7 +78,7 @@ def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
     engine = start_engine(model, recipe.optim, settings)
     del sharding
     torch.manual_seed(seed_from("dropout", recipe.run.seed, ranks.rank))
-    _announce(prepared, ranks, attention=attention, dtype=dtype)
+    _announce(prepared, ranks, attention=attention, dtype=dtype, stage=stage)
     return engine, cost
 
 
@@ -171,7 +174,7 @@ def _outcome(run: RunDir) -> Iterator[None]:
         raise
 
 
-def _announce(prepared: Prepared, ranks: Ranks, *, attention: str, dtype: torch.dtype) -> None:
+def _announce(prepared: Prepared, ranks: Ranks, *, attention: str, dtype: torch.dtype, stage: ZeroStage) -> None:
     order, recipe, totals = prepared.order, prepared.recipe, prepared.shard_set.manifest.totals
     logger.info(
         "%s: %d packs, %d conversations, %s tokens (%s loss tokens); %d steps of %s",
@@ -188,7 +191,7 @@ def _announce(prepared: Prepared, ranks: Ranks, *, attention: str, dtype: torch.
         ranks.device,
         dtype,
         attention.removeprefix("sft_"),
-        recipe.engine.zero_stage,
+        stage,
     )
 
 

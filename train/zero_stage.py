@@ -1,0 +1,21 @@
+"""What DeepSpeed shards in a run, decided from the recipe and the number of ranks alone, before torch is imported."""
+
+from typing import Literal
+
+from shared.errors import ConfigError
+from train.config import EngineConfig
+
+ZeroStage = Literal[0, 1, 2, 3]
+
+
+def resolve_zero_stage(engine: EngineConfig, *, world_size: int) -> ZeroStage:
+    """Return the stage that a run on `world_size` ranks uses. Raises ConfigError for stage 0 on several ranks.
+
+    "auto" is 3 from two ranks on. One rank has nothing to share out, and sharding would only cost it time and memory:
+    there it is 0, which is `OneRankAdamW` of train/one_rank.py on whole weights.
+    """
+    if engine.zero_stage == "auto":
+        return 0 if world_size == 1 else 3
+    if engine.zero_stage == 0 and world_size > 1:
+        raise ConfigError(f"engine.zero_stage = 0 is for one rank, this run has {world_size}; set auto, 1, 2 or 3")
+    return engine.zero_stage
