@@ -22,8 +22,14 @@ class ModelConfig:
     """Kernel that keeps sequences of a pack apart; `auto` takes the fastest one that the device has."""
     gradient_checkpointing: bool = False
     """Compute each layer's activations again in the backward pass: less memory, about a third more time."""
+    mlp_tiles: int = 1
+    """Run the feed-forward layers in so many parts of a row, for long rows: less memory, some more time."""
     resize_vocab: bool = False
     """Grow the embedding where the shards hold ids that the model does not know; otherwise that is an error."""
+
+    def __post_init__(self) -> None:
+        if self.mlp_tiles < 1:
+            raise ConfigError(f"mlp_tiles = {self.mlp_tiles}; expected 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +117,12 @@ class EngineConfig:
     `auto` is 3 from two ranks on and 0 for one, where sharding costs time and memory and saves neither."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Of weights and activations; `auto` is bf16 on a GPU and fp32 on a CPU. Master weights and sums are fp32."""
+    sequence_parallel: int = 1
+    """Ranks that share each row, for rows longer than one GPU holds (Ulysses); a divisor of the model's heads."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_parallel < 1:
+            raise ConfigError(f"sequence_parallel = {self.sequence_parallel}; expected 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from train.config import LossConfig
 from train.deal import Positions
 from train.loss import sample_weights, uniform_weight
 from train.plan import Ids, StepOrder, Unit
+from train.sequence_slice import take_slice
 from train.step_plan import StepPlan, plan_step
 
 
@@ -43,6 +44,8 @@ class Feed:
     rank: int
     world_size: int
     packs_per_micro_batch: int
+    sequence_parallel: int = 1
+    """Neighbouring ranks that share their rows; each takes a slice of every micro-batch."""
 
     def steps(self, start: int) -> Iterator[StepBatch]:
         """Yield the batches of the steps from `start` to the end of the run, one prepared ahead."""
@@ -60,7 +63,7 @@ class Feed:
             self.shard_set,
             self.order,
             step,
-            world_size=self.world_size,
+            world_size=self.world_size // self.sequence_parallel,
             packs_per_micro_batch=self.packs_per_micro_batch,
         )
 
@@ -72,18 +75,27 @@ class Feed:
         weight = uniform_weight(self.loss, num_loss_tokens)
         weights = sample_weights(plan.packs) if weight is None else None
         num_tokens = int(sum(length.sum() for length in plan.lengths))
+        group, slice_index = divmod(self.rank, self.sequence_parallel)
         return StepBatch(
             step=step,
             unit=plan.unit,
             ids=plan.ids,
             micro_batches=[
-                self._micro_batch(plan, positions, counts, weights, weight) for positions in plan.ranks[self.rank]
+                take_slice(
+                    self._micro_batch(plan, positions, counts, weights, weight), slice_index, self.sequence_parallel
+                )
+                for positions in plan.ranks[group]
             ],
             num_tokens=num_tokens,
-            num_positions=num_tokens + sum(len(positions) == 0 for rank in plan.ranks for positions in rank),
+            num_positions=self._num_positions(plan),
             num_loss_tokens=num_loss_tokens,
             squared_lengths=int(sum(np.dot(length, length) for length in plan.lengths)),
         )
+
+    def _num_positions(self, plan: StepPlan) -> int:
+        """Tokens, one filler for each empty micro-batch, and what makes rows divide over the ranks that share them."""
+        tokens = [sum(int(plan.lengths[i].sum()) for i in positions) for rank in plan.ranks for positions in rank]
+        return sum(-(-max(1, count) // self.sequence_parallel) * self.sequence_parallel for count in tokens)
 
     def _loss_tokens(self, plan: StepPlan) -> npt.NDArray[np.int64]:
         """Loss tokens of each unit, int64 [n]: stored for packs, counted for conversations."""

@@ -17,6 +17,7 @@ from shared.shard_format import Manifest
 from train.batch import MicroBatch
 from train.config import ModelConfig
 from train.loss import weighted_cross_entropy
+from train.tiled_mlp import tile_mlps
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ def build_model(model: ModelConfig, manifest: Manifest, *, attention: str, dtype
     check_head(network)
     if config.vocab_size <= manifest.max_token_id:
         network.resize_token_embeddings(manifest.tokenizer.vocab_size, mean_resizing=False)
+    if model.mlp_tiles > 1:
+        tile_mlps(network, model.mlp_tiles)
     if model.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return LossModel(network).train()

@@ -97,11 +97,14 @@ def _make_order(recipe: TrainConfig, manifest: Manifest) -> StepOrder:
 def check_ranks(prepared: Prepared, world_size: int) -> None:
     """Raise ConfigError or ArtifactError unless `world_size` ranks can run the steps and read the checkpoint."""
     stage = resolve_zero_stage(prepared.recipe.engine, world_size=world_size)
+    shared_by = prepared.recipe.engine.sequence_parallel
+    if world_size % shared_by:
+        raise ConfigError(f"engine.sequence_parallel = {shared_by} does not divide {world_size} ranks")
     if prepared.order.unit == "pack":  # conversations divide over any number of ranks
         check_divides(
             packs_per_step=prepared.order.units_per_step,
             packs_per_micro_batch=prepared.recipe.batch.packs_per_micro_batch,
-            world_size=world_size,
+            world_size=world_size // shared_by,
         )
     if prepared.resume_from is None:
         return

@@ -20,11 +20,12 @@ from train.engine import choose_dtype, consolidated_weights, deepspeed_config, s
 from train.feed import Feed
 from train.flops import ModelCost, model_cost
 from train.metrics import Counters, MetricsLog, read_records
-from train.model import build_model
+from train.model import build_model, model_config
 from train.plan import StepOrder
 from train.prepare import Prepared, check_ranks
 from train.run_dir import RunDir, describe, read_description, read_status, write_status
 from train.stop import watching_signals
+from train.ulysses import register_ulysses, sequence_group
 from train.zero_stage import ZeroStage, resolve_zero_stage
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def run_rank(prepared: Prepared) -> None:
             rank=ranks.rank,
             world_size=ranks.world_size,
             packs_per_micro_batch=prepared.recipe.batch.packs_per_micro_batch,
+            sequence_parallel=prepared.recipe.engine.sequence_parallel,
         )
         parts = loop.Parts(prepared=prepared, ranks=ranks, engine=engine, feed=feed, cost=cost, log=log, wish=wish)
         try:
@@ -65,6 +67,10 @@ def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
     stage = resolve_zero_stage(recipe.engine, world_size=ranks.world_size)
     settings = deepspeed_config(stage, recipe.optim, dtype=dtype)
     _quiet_libraries()
+    group = sequence_group(ranks, recipe.engine.sequence_parallel)
+    if group is not None:
+        network_config = model_config(recipe.model, prepared.shard_set.manifest)
+        attention = register_ulysses(attention.removeprefix("sft_"), network_config, group)
     # random weights are drawn whole: drawn in shards they would be other numbers, which then hung on the ZeRO stage
     sharding = shard_while_building(settings) if recipe.model.config is None else None
     model = build_model(
