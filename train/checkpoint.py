@@ -32,6 +32,7 @@ from train.checkpoint_files import (
     way_out,
 )
 from train.distributed import Ranks, barrier, broadcast_from_main, gather_to_main
+from train.engine import has_frozen_weights
 from train.metrics import Counters
 from train.run_dir import RunDir
 
@@ -61,7 +62,12 @@ def save_checkpoint(
         shutil.rmtree(staged, ignore_errors=True)
         (staged / "rng").mkdir(parents=True)
     barrier(ranks)
-    engine.save_checkpoint(str(staged / ENGINE_DIR), tag=ENGINE_TAG, save_latest=False)
+    engine.save_checkpoint(
+        str(staged / ENGINE_DIR),
+        tag=ENGINE_TAG,
+        save_latest=False,
+        exclude_frozen_parameters=has_frozen_weights(engine),  # those of a base model are read from it again
+    )
     save_file(_rng_state(ranks.device), staged / "rng" / f"rank-{ranks.rank:05d}.safetensors")
     if ranks.is_main:
         shutil.copyfile(run.config, staged / RUN_NAME)
@@ -84,7 +90,12 @@ def load_checkpoint(engine: Any, path: Path, *, ranks: Ranks) -> TrainState:
     """
     data = read_state_file(path)
     _check_files(path, data["files"], ranks)
-    loaded, _ = engine.load_checkpoint(str(path / ENGINE_DIR), tag=ENGINE_TAG, load_lr_scheduler_states=False)
+    loaded, _ = engine.load_checkpoint(
+        str(path / ENGINE_DIR),
+        tag=ENGINE_TAG,
+        load_lr_scheduler_states=False,
+        load_module_strict=not has_frozen_weights(engine),
+    )
     if loaded is None:
         raise ArtifactError(f"DeepSpeed found no state in {path / ENGINE_DIR}{way_out(path)}")
     _restore_rng(load_file(path / "rng" / f"rank-{ranks.rank:05d}.safetensors"), ranks.device)

@@ -126,6 +126,36 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Train low-rank adapters beside frozen weights (LoRA); a rank of 0 trains the weights themselves."""
+
+    rank: int = 0
+    alpha: float = 16.0
+    """The adapters' product counts alpha / rank times."""
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    """Names of linear layers that get an adapter, such as "q_proj"; none named: all but the LM head."""
+    quantize: Literal["none", "nf4"] = "none"
+    """Hold the frozen weights in 4 bits (QLoRA); needs bitsandbytes and engine.zero_stage below 3."""
+    export: Literal["merged", "adapter"] = "merged"
+    """`merged`: a whole model. `adapter`: the adapters alone, as peft loads them beside the base model."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ConfigError(f"rank = {self.rank}; expected 0 (no adapters) or more")
+        if self.alpha <= 0:
+            raise ConfigError(f"alpha = {self.alpha}; expected more than 0")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout = {self.dropout}; expected a fraction from 0 to below 1")
+        if not self.rank and (self.targets or self.dropout or self.quantize != "none" or self.export != "merged"):
+            raise ConfigError("the table says how to train adapters, but rank = 0 trains none; set lora.rank")
+
+    @property
+    def is_on(self) -> bool:
+        return self.rank > 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     every_steps: int = 500
     """A checkpoint is also written at the last step and when the run is asked to stop."""
@@ -166,6 +196,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -175,6 +206,11 @@ class TrainConfig:
             raise ConfigError(f"name = {self.name!r}; expected a plain file name, it becomes part of runs/NAME")
         if self.model.config is not None and self.model.name:
             raise ConfigError("model.name and model.config are both set; keep one of them")
+        if self.lora.is_on and (self.model.config is not None or self.model.resize_vocab):
+            raise ConfigError(
+                "[lora] trains beside weights that exist: it goes with model.name, not with model.config or "
+                "model.resize_vocab"
+            )
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -117,12 +117,21 @@ def update(engine: Any, *, learning_rate: float) -> None:
 
 
 def consolidated_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """Return the full weights by their transformers names on rank 0 (all ranks must call), in the training dtype."""
+    """Return the full weights by their transformers names on rank 0 (all ranks must call), in the training dtype.
+
+    Weights that are frozen beside adapters are left out: they are those of the base model.
+    """
+    frozen_out = has_frozen_weights(engine)
     if engine.zero_optimization_stage() == 3:
-        state = engine._zero3_consolidated_16bit_state_dict()
+        state = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=frozen_out)
     else:
-        state = engine.module.state_dict()
+        state = engine.module_state_dict(exclude_frozen_parameters=frozen_out)
     return {name.removeprefix(WEIGHTS_PREFIX): tensor.cpu() for name, tensor in (state or {}).items()}
+
+
+def has_frozen_weights(engine: Any) -> bool:
+    """Return whether some weights are not trained."""
+    return not all(parameter.requires_grad for parameter in engine.module.parameters())
 
 
 def _parameter_groups(model: LossModel, weight_decay: float) -> list[dict[str, Any]]:

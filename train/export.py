@@ -17,12 +17,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from shared import atomic
+from shared.config import build
 from shared.errors import ArtifactError, FingerprintMismatchError
 from shared.hashing import canonical_json
 from shared.shard_format import TokenizerEntry
 from shared.shard_reader import ShardSet, open_shard_set
 from train.checkpoint_files import ENGINE_DIR, ENGINE_TAG, MODEL_DIR, RUN_NAME, check_digest, read_state_file
+from train.config import LoraConfig, ModelConfig, TrainConfig
 from train.engine import WEIGHTS_PREFIX
+from train.lora import adapter_weights, merged_model, write_adapter
 from train.metrics import read_records
 from train.model_card import CardFacts, card_facts, render_card
 from train.run_dir import RunDir
@@ -39,18 +42,27 @@ def export_model(
     shard_set: ShardSet,
     card: CardFacts,
     out_dir: Path,
+    model: ModelConfig,
+    lora: LoraConfig,
 ) -> None:
     """Write the model to `out_dir`, in the place of an older export; one process calls it, with the full weights.
 
-    Raises ArtifactError, with `out_dir` as it was, if the weights do not fill the model that the config describes.
+    Of a model with adapters `state_dict` holds these; `lora.export` says whether they are added to the weights of the
+    base `model` or written by themselves. Raises ArtifactError, with `out_dir` as it was, if the weights do not fill
+    the model that the config describes.
     """
     aside = out_dir.with_name(f".tmp-whole-{out_dir.name}-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     with atomic.staged_dir(aside) as staged:
         _write_tokenizer(staged, shard_set)
-        _write_weights(staged, state_dict, model_config, generation_config(shard_set.manifest.tokenizer))
         (staged / "README.md").write_text(render_card(card), encoding="utf-8")
-        _check_loads(staged)
+        if lora.is_on and lora.export == "adapter":
+            write_adapter(staged, adapter_weights(state_dict), lora=lora, model=model)
+        else:
+            if lora.is_on:
+                state_dict, model_config = merged_model(model, lora, adapter_weights(state_dict))
+            _write_weights(staged, state_dict, model_config, generation_config(shard_set.manifest.tokenizer))
+            _check_loads(staged)
         _share_modes(staged, like=staged / "README.md")
     atomic.replace_dir(aside, out_dir)
 
@@ -66,16 +78,21 @@ def export_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
     for name, entry in state["files"].items():
         check_digest(checkpoint_dir, name, entry)
     description = json.loads((checkpoint_dir / RUN_NAME).read_bytes())
+    recipe = build(TrainConfig, description["recipe"], str(checkpoint_dir / RUN_NAME))
     shard_set = _shards_of(description, checkpoint_dir)
     config = AutoConfig.from_pretrained(checkpoint_dir / MODEL_DIR)
     metrics = RunDir(checkpoint_dir.resolve().parent.parent).metrics
     records = [record for record in _records(metrics) if record["step"] <= state["step"]]
     export_model(
-        state_dict=_offline_weights(checkpoint_dir, state, config.dtype or torch.float32),
+        state_dict=_offline_weights(
+            checkpoint_dir, state, config.dtype or torch.float32, frozen_left_out=recipe.lora.is_on
+        ),
         model_config=config,
         shard_set=shard_set,
         card=card_facts(description, shard_set.manifest, records),
         out_dir=out_dir,
+        model=recipe.model,
+        lora=recipe.lora,
     )
 
 
@@ -164,10 +181,12 @@ def _records(metrics: Path) -> list[dict[str, Any]]:
     return read_records(metrics) if metrics.exists() else []
 
 
-def _offline_weights(checkpoint_dir: Path, state: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _offline_weights(
+    checkpoint_dir: Path, state: dict[str, Any], dtype: torch.dtype, *, frozen_left_out: bool
+) -> dict[str, torch.Tensor]:
     """Return the full weights on one CPU, in the dtype that was trained."""
     if state["zero_stage"] == 3:
-        found = _joined_masters(checkpoint_dir)
+        found = _joined_masters(checkpoint_dir, frozen_left_out=frozen_left_out)
     else:  # every rank had them whole, and rank 0 wrote them; unpickled only after its digest matched
         file = checkpoint_dir / ENGINE_DIR / ENGINE_TAG / WHOLE_WEIGHTS_NAME
         found = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
@@ -177,12 +196,12 @@ def _offline_weights(checkpoint_dir: Path, state: dict[str, Any], dtype: torch.d
     }
 
 
-def _joined_masters(checkpoint_dir: Path) -> dict[str, torch.Tensor]:
+def _joined_masters(checkpoint_dir: Path, *, frozen_left_out: bool) -> dict[str, torch.Tensor]:
     """Put the ranks' parts of the fp32 master weights together."""
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints as it is imported and at work; ours are results
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         found: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint_dir / ENGINE_DIR), tag=ENGINE_TAG
+            str(checkpoint_dir / ENGINE_DIR), tag=ENGINE_TAG, exclude_frozen_parameters=frozen_left_out
         )
     return found

@@ -22,10 +22,11 @@ _PEAKS = (
 class ModelCost:
     """FLOPs of forward and backward, as FLOPs = tokens x body + loss_tokens x head + squared_lengths x attention.
 
-    A parameter of the body costs 6 per token (2 forward, 4 backward); embeddings cost nothing; the head is run for
-    loss tokens only, 6 x hidden x vocabulary each. Causal attention over a sequence of length L multiplies queries
-    with keys and scores with values, 2 x 2 x (L^2 / 2) x heads x head_size forward and twice that backward: 6 x L^2 x
-    heads x head_size per layer, summed over sequences, not over packs. Recomputation is not counted.
+    A parameter of the body costs 6 per token (2 forward, 4 backward), one that is frozen 4; embeddings cost nothing;
+    the head is run for loss tokens only, 6 x hidden x vocabulary each. Causal attention over a sequence of length L
+    multiplies queries with keys and scores with values, 2 x 2 x (L^2 / 2) x heads x head_size forward and twice that
+    backward: 6 x L^2 x heads x head_size per layer, summed over sequences, not over packs. Recomputation is not
+    counted.
     """
 
     body: float
@@ -39,11 +40,13 @@ class ModelCost:
 def model_cost(network: PreTrainedModel) -> ModelCost:
     """Return the cost of `network`; call it before its weights are sharded, or with their full counts known."""
     embeddings = {id(network.get_input_embeddings().weight), id(network.get_output_embeddings().weight)}
-    body = sum(_num_elements(p) for p in network.parameters() if id(p) not in embeddings)
+    body = sum(
+        (6.0 if p.requires_grad else 4.0) * _num_elements(p) for p in network.parameters() if id(p) not in embeddings
+    )
     config = network.config
     head_size = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
     return ModelCost(
-        body=6.0 * body,
+        body=body,
         head=6.0 * config.hidden_size * config.vocab_size,
         attention=6.0 * config.num_hidden_layers * config.num_attention_heads * head_size,
     )

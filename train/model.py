@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from shared.errors import ArtifactError, ConfigError
 from shared.shard_format import Manifest
 from train.batch import MicroBatch
-from train.config import ModelConfig
+from train.config import LoraConfig, ModelConfig
+from train.lora import add_adapters, quantization
 from train.loss import weighted_cross_entropy
 from train.tiled_mlp import tile_mlps
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # what models of transformers do to their logits besides the head; only the first two are linear and handled
 _LOGIT_CHANGES = ("final_logit_softcapping", "lm_head_multiplier", "output_multiplier_scale", "dim_model_base")
+NO_LORA = LoraConfig()
 _LAYER_KEYS = ("layer_types", "layers_block_type", "block_types", "_block_types")
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 
@@ -53,7 +55,15 @@ class LossModel(torch.nn.Module):
         return weighted_cross_entropy(hidden, head, batch.targets, batch.weights, uniform=batch.uniform_weight)
 
 
-def build_model(model: ModelConfig, manifest: Manifest, *, attention: str, dtype: torch.dtype, seed: int) -> LossModel:
+def build_model(
+    model: ModelConfig,
+    manifest: Manifest,
+    *,
+    attention: str,
+    dtype: torch.dtype,
+    seed: int,
+    lora: LoraConfig = NO_LORA,
+) -> LossModel:
     """Return the model to train, in training mode, checked against the shard set that it is to be trained on.
 
     Under ZeRO-3 the caller keeps an HfDeepSpeedConfig alive meanwhile, so that weights are sharded as they are made.
@@ -65,10 +75,12 @@ def build_model(model: ModelConfig, manifest: Manifest, *, attention: str, dtype
     if model.config is not None:
         network = _random_weights(config, attention=attention, dtype=dtype)
     else:
-        network = _load_weights(model, config, attention=attention, dtype=dtype)
+        network = _load_weights(model, config, attention=attention, dtype=dtype, quantization=quantization(lora, dtype))
     check_head(network)
     if config.vocab_size <= manifest.max_token_id:
         network.resize_token_embeddings(manifest.tokenizer.vocab_size, mean_resizing=False)
+    if lora.is_on:
+        add_adapters(network, lora, seed=seed)
     if model.mlp_tiles > 1:
         tile_mlps(network, model.mlp_tiles)
     if model.gradient_checkpointing:
@@ -185,7 +197,7 @@ def _config_of_pretrained(model: ModelConfig) -> PretrainedConfig:
 
 
 def _load_weights(
-    model: ModelConfig, config: PretrainedConfig, *, attention: str, dtype: torch.dtype
+    model: ModelConfig, config: PretrainedConfig, *, attention: str, dtype: torch.dtype, quantization: Any
 ) -> PreTrainedModel:
     try:
         network, loading = AutoModelForCausalLM.from_pretrained(
@@ -195,6 +207,7 @@ def _load_weights(
             trust_remote_code=False,
             attn_implementation=attention,
             dtype=dtype,
+            quantization_config=quantization,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as exc:

@@ -97,6 +97,11 @@ def _make_order(recipe: TrainConfig, manifest: Manifest) -> StepOrder:
 def check_ranks(prepared: Prepared, world_size: int) -> None:
     """Raise ConfigError or ArtifactError unless `world_size` ranks can run the steps and read the checkpoint."""
     stage = resolve_zero_stage(prepared.recipe.engine, world_size=world_size)
+    if prepared.recipe.lora.quantize != "none" and stage == 3:
+        raise ConfigError(
+            f"lora.quantize = {prepared.recipe.lora.quantize!r} goes with whole weights on every rank, not with ZeRO "
+            "stage 3; set engine.zero_stage = 2"
+        )
     shared_by = prepared.recipe.engine.sequence_parallel
     if world_size % shared_by:
         raise ConfigError(f"engine.sequence_parallel = {shared_by} does not divide {world_size} ranks")

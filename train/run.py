@@ -79,6 +79,7 @@ def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
         attention=attention,
         dtype=dtype,
         seed=seed_from("weights", recipe.run.seed),
+        lora=recipe.lora,
     )
     cost = model_cost(model.model)
     engine = start_engine(model, recipe.optim, settings)
@@ -146,6 +147,8 @@ def _finish(prepared: Prepared, engine: Any, ranks: Ranks) -> None:
             shard_set=prepared.shard_set,
             card=card_facts(description, prepared.shard_set.manifest, records),
             out_dir=run.model,
+            model=prepared.recipe.model,
+            lora=prepared.recipe.lora,
         )
         plot_runs([run.path], run.plot)
         steps = prepared.order.total_steps

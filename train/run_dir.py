@@ -77,6 +77,7 @@ def identity(recipe: TrainConfig, shard_set: ShardSet, order: StepOrder) -> dict
         "optim": plain["optim"],
         "schedule": plain["schedule"],
         "loss": plain["loss"],
+        "lora": {key: value for key, value in plain["lora"].items() if key != "export"},
         "run": plain["run"],
         "engine": {"dtype": recipe.engine.dtype},
         f"{order.unit}s_per_step": order.units_per_step,

@@ -1,0 +1,159 @@
+"""Low-rank adapters: the model's own weights stay as they are, small matrices beside them are trained.
+
+    y = W x + (alpha / rank) B A x      A [rank, in] random, B [out, rank] zero      (Hu et al. 2021, section 4.1)
+
+peft puts the matrices in. After training they are either added to the weights (`merged`) or written as an adapter
+that peft and the servers load beside the base model. Checkpoints and messages hold the adapters only.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from shared.errors import ArtifactError, ConfigError, PrerequisiteError
+from train.config import LoraConfig, ModelConfig
+
+_ADAPTER = "default"
+_MATRIX = re.compile(rf"^(?P<layer>.+)\.lora_(?P<which>[AB])\.{_ADAPTER}\.weight$")
+_EVERY_LINEAR_LAYER = "all-linear"
+
+
+def add_adapters(network: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:
+    """Freeze `network` and put adapters beside its layers, in place; the same numbers on every rank.
+
+    Raises PrerequisiteError without peft and ConfigError for targets that the model does not have.
+    """
+    peft = _peft()
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets) or _EVERY_LINEAR_LAYER,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    network.requires_grad_(False)
+    torch.manual_seed(seed)
+    try:
+        peft.inject_adapter_in_model(settings, network, adapter_name=_ADAPTER)
+    except ValueError as exc:
+        linear = sorted({name.rpartition(".")[2] for name, part in network.named_modules() if _is_linear(part)})
+        raise ConfigError(
+            f"lora.targets = {list(lora.targets)} are not layers of {type(network).__name__}; its linear layers are "
+            f"{', '.join(linear)}"
+        ) from exc
+
+
+def adapter_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the adapters' matrices among the weights of a network, by their names in it."""
+    return {name: tensor for name, tensor in state_dict.items() if _MATRIX.match(name)}
+
+
+def merge_adapters(
+    base: dict[str, torch.Tensor], adapters: dict[str, torch.Tensor], *, scale: float
+) -> dict[str, torch.Tensor]:
+    """Return `base` with W + scale B A in the place of each W that has an adapter, computed in fp32.
+
+    Raises ArtifactError for an adapter without its other half or its weight.
+    """
+    merged = dict(base)
+    for layer, (a, b) in _pairs(adapters).items():
+        name = f"{layer}.weight"
+        if name not in base:
+            raise ArtifactError(f"there is an adapter for {name}, but the base model has no such weight")
+        weight = base[name]
+        merged[name] = (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+    return merged
+
+
+def merged_model(
+    model: ModelConfig, lora: LoraConfig, adapters: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], PretrainedConfig]:
+    """Return the weights of the base model with `adapters` added to them, on one CPU, and its config.
+
+    The base is read from `model.name` again, as it lies there, also where training held it in 4 bits.
+    """
+    base = AutoModelForCausalLM.from_pretrained(
+        model.name, revision=model.revision, trust_remote_code=False, dtype="auto"
+    )
+    return merge_adapters(base.state_dict(), adapters, scale=scale_of(lora)), base.config
+
+
+def write_adapter(folder: Path, adapters: dict[str, torch.Tensor], *, lora: LoraConfig, model: ModelConfig) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as peft reads them."""
+    weights = {
+        f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": tensor.contiguous()
+        for name, tensor in adapters.items()
+    }
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name,
+        "revision": model.revision,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted({layer.rpartition(".")[2] for layer in _pairs(adapters)}),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def scale_of(lora: LoraConfig) -> float:
+    """Return the factor alpha / rank of the adapters' product."""
+    return lora.alpha / lora.rank
+
+
+def quantization(lora: LoraConfig, dtype: torch.dtype) -> Any:
+    """Return the transformers config that loads the frozen weights in 4 bits (QLoRA, Dettmers et al. 2023), or None.
+
+    Raises PrerequisiteError without bitsandbytes.
+    """
+    if lora.quantize == "none":
+        return None
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        raise PrerequisiteError(f"lora.quantize = {lora.quantize!r} needs the package bitsandbytes; install it")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=lora.quantize,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _pairs(adapters: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return layer name -> (A, B)."""
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in adapters.items():
+        match = _MATRIX.match(name)
+        if match is None:
+            raise ArtifactError(f"{name} is not the matrix of an adapter")
+        halves.setdefault(match["layer"], {})[match["which"]] = tensor
+    for layer, pair in halves.items():
+        if len(pair) != 2:
+            raise ArtifactError(f"the adapter of {layer} has one matrix; expected A and B")
+    return {layer: (pair["A"], pair["B"]) for layer, pair in sorted(halves.items())}
+
+
+def _is_linear(part: torch.nn.Module) -> bool:
+    return isinstance(part, torch.nn.Linear)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as exc:
+        raise PrerequisiteError("[lora] needs the package peft; install it, or remove the table") from exc
+    return peft
