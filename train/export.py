@@ -23,9 +23,9 @@ from shared.hashing import canonical_json
 from shared.shard_format import TokenizerEntry
 from shared.shard_reader import ShardSet, open_shard_set
 from train.checkpoint_files import ENGINE_DIR, ENGINE_TAG, MODEL_DIR, RUN_NAME, check_digest, read_state_file
-from train.config import LoraConfig, ModelConfig, TrainConfig
+from train.config import TrainConfig
 from train.engine import WEIGHTS_PREFIX
-from train.lora import adapter_weights, merged_model, write_adapter
+from train.lora import Adapted, adapted_by, adapter_weights, merged_model, write_adapter
 from train.metrics import read_records
 from train.model_card import CardFacts, card_facts, render_card
 from train.run_dir import RunDir
@@ -42,25 +42,23 @@ def export_model(
     shard_set: ShardSet,
     card: CardFacts,
     out_dir: Path,
-    model: ModelConfig,
-    lora: LoraConfig,
+    adapted: Adapted | None = None,
 ) -> None:
     """Write the model to `out_dir`, in the place of an older export; one process calls it, with the full weights.
 
-    Of a model with adapters `state_dict` holds these; `lora.export` says whether they are added to the weights of the
-    base `model` or written by themselves. Raises ArtifactError, with `out_dir` as it was, if the weights do not fill
-    the model that the config describes.
+    Where a model was `adapted`, `state_dict` holds its adapters only. Raises ArtifactError, with `out_dir` as it was,
+    if the weights do not fill the model that the config describes.
     """
     aside = out_dir.with_name(f".tmp-whole-{out_dir.name}-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     with atomic.staged_dir(aside) as staged:
         _write_tokenizer(staged, shard_set)
         (staged / "README.md").write_text(render_card(card), encoding="utf-8")
-        if lora.is_on and lora.export == "adapter":
-            write_adapter(staged, adapter_weights(state_dict), lora=lora, model=model)
+        if adapted is not None and adapted.lora.export == "adapter":
+            write_adapter(staged, adapter_weights(state_dict), lora=adapted.lora, model=adapted.model)
         else:
-            if lora.is_on:
-                state_dict, model_config = merged_model(model, lora, adapter_weights(state_dict))
+            if adapted is not None:
+                state_dict, model_config = merged_model(adapted.model, adapted.lora, adapter_weights(state_dict))
             _write_weights(staged, state_dict, model_config, generation_config(shard_set.manifest.tokenizer))
             _check_loads(staged)
         _share_modes(staged, like=staged / "README.md")
@@ -91,8 +89,7 @@ def export_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
         shard_set=shard_set,
         card=card_facts(description, shard_set.manifest, records),
         out_dir=out_dir,
-        model=recipe.model,
-        lora=recipe.lora,
+        adapted=adapted_by(recipe),
     )
 
 

@@ -8,6 +8,7 @@ that peft and the servers load beside the base model. Checkpoints and messages h
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,24 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from shared.errors import ArtifactError, ConfigError, PrerequisiteError
-from train.config import LoraConfig, ModelConfig
+from train.config import LoraConfig, ModelConfig, TrainConfig
 
 _ADAPTER = "default"
 _MATRIX = re.compile(rf"^(?P<layer>.+)\.lora_(?P<which>[AB])\.{_ADAPTER}\.weight$")
 _EVERY_LINEAR_LAYER = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapted:
+    """What adapters belong to: the base model that lies beside them, and how they were trained and are to be kept."""
+
+    model: ModelConfig
+    lora: LoraConfig
+
+
+def adapted_by(recipe: TrainConfig) -> Adapted | None:
+    """Return what the adapters that `recipe` trains belong to; None where it trains the weights themselves."""
+    return Adapted(model=recipe.model, lora=recipe.lora) if recipe.lora.is_on else None
 
 
 def add_adapters(network: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:

@@ -19,6 +19,7 @@ from train.distributed import Ranks, barrier, process_group
 from train.engine import choose_dtype, consolidated_weights, deepspeed_config, shard_while_building, start_engine
 from train.feed import Feed
 from train.flops import ModelCost, model_cost
+from train.lora import adapted_by
 from train.metrics import Counters, MetricsLog, read_records
 from train.model import build_model, model_config
 from train.plan import StepOrder
@@ -147,8 +148,7 @@ def _finish(prepared: Prepared, engine: Any, ranks: Ranks) -> None:
             shard_set=prepared.shard_set,
             card=card_facts(description, prepared.shard_set.manifest, records),
             out_dir=run.model,
-            model=prepared.recipe.model,
-            lora=prepared.recipe.lora,
+            adapted=adapted_by(prepared.recipe),
         )
         plot_runs([run.path], run.plot)
         steps = prepared.order.total_steps
