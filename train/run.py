@@ -15,6 +15,7 @@ from shared.hashing import seed_from
 from train import loop
 from train.attention import choose_attention
 from train.checkpoint import TrainState, load_checkpoint
+from train.config import TrainConfig
 from train.distributed import Ranks, barrier, process_group
 from train.engine import choose_dtype, consolidated_weights, deepspeed_config, shard_while_building, start_engine
 from train.feed import Feed
@@ -193,7 +194,7 @@ def _announce(prepared: Prepared, ranks: Ranks, *, attention: str, dtype: torch.
         f"{totals.tokens:,}",
         f"{totals.loss_tokens:,}",
         order.total_steps,
-        _step_in_words(order, recipe.batch.packs_per_micro_batch, prepared.shard_set.manifest.max_seq_len, ranks),
+        _step_in_words(order, recipe, prepared.shard_set.manifest.max_seq_len, ranks.world_size),
     )
     logger.info(
         "%s, %s, attention %s, ZeRO stage %d",
@@ -204,14 +205,12 @@ def _announce(prepared: Prepared, ranks: Ranks, *, attention: str, dtype: torch.
     )
 
 
-def _step_in_words(order: StepOrder, packs_per_micro_batch: int, max_seq_len: int, ranks: Ranks) -> str:
+def _step_in_words(order: StepOrder, recipe: TrainConfig, max_seq_len: int, world_size: int) -> str:
+    per_micro_batch, shared_by = recipe.batch.packs_per_micro_batch, recipe.engine.sequence_parallel
+    num_shares = world_size // shared_by
+    shares = f"{num_shares} groups of {shared_by} ranks" if shared_by > 1 else f"{num_shares} ranks"
     if order.unit == "conversation":
-        tokens = packs_per_micro_batch * max_seq_len
-        return (
-            f"{order.units_per_step} conversations over {ranks.world_size} ranks, micro-batches of <= {tokens} tokens"
-        )
-    micro_batches = order.units_per_step // ranks.world_size // packs_per_micro_batch
-    return (
-        f"{order.units_per_step} packs = {ranks.world_size} ranks x {micro_batches} micro-batches x "
-        f"{packs_per_micro_batch} packs"
-    )
+        most = per_micro_batch * max_seq_len
+        return f"{order.units_per_step} conversations over {shares}, in micro-batches of up to {most} tokens"
+    micro_batches = order.units_per_step // num_shares // per_micro_batch
+    return f"{order.units_per_step} packs = {shares} x {micro_batches} micro-batches x {per_micro_batch} packs"
