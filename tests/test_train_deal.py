@@ -1,5 +1,7 @@
 """The division of a step: nothing lost or added, capacity kept, the same number of micro-batches, similar costs."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -60,6 +62,16 @@ def test_ranks_run_packs_of_similar_cost_at_the_same_time() -> None:
     sorted_wait = sum(max(costs[rank[m][0]] for rank in ranks) for m in range(8))
     unsorted_wait = costs.reshape(8, 8).max(axis=1).sum()
     assert sorted_wait < 0.6 * unsorted_wait
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=60), world_size=st.integers(1, 5))
+def test_what_runs_at_the_same_time_is_neighbours_in_cost(lengths: list[int], world_size: int) -> None:
+    ranks = deal_conversations(lengths, world_size=world_size, capacity=100)
+    costs = costs_of([np.array([length]) for length in lengths])
+    columns = [[int(costs[rank[m]].sum()) for rank in ranks] for m in range(len(ranks[0]))]
+    for dearer, cheaper in pairwise(columns):
+        assert min(dearer) >= max(cheaper)
 
 
 def test_the_packs_of_a_micro_batch_even_each_other_out() -> None:
