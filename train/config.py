@@ -87,8 +87,12 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         ways = ("packs_per_step", "tokens_per_step", "conversations_per_step")
-        if sum(getattr(self, name) is not None for name in ways) != 1:
-            raise ConfigError(f"set one of {ways[0]}, {ways[1]} and {ways[2]}")
+        stated = [name for name in ways if getattr(self, name) is not None]
+        if len(stated) != 1:
+            raise ConfigError(
+                f"set one of {ways[0]}, {ways[1]} and {ways[2]}; {' and '.join(stated) or 'none'} found. To replace "
+                "what a recipe states: --set 'batch={conversations_per_step=128}'"
+            )
         for name in (*ways, "packs_per_micro_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
