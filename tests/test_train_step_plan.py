@@ -177,6 +177,7 @@ def test_a_pack_whose_bounds_are_damaged_is_named(value: int, message: str, tmp_
         open_shard_set(path).pack(0)
 
 
+@pytest.mark.slow
 def test_a_run_counted_in_conversations_goes_on_where_it_stopped(tmp_path: Path) -> None:
     recipe_text = RECIPE.replace("packs_per_step = 4", "conversations_per_step = 9").replace("epochs = 3", "epochs = 1")
     shards, recipe = write_inputs(tmp_path, recipe=recipe_text)
