@@ -40,9 +40,14 @@ def plain(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weigh
     return (losses * weights).sum()
 
 
+@pytest.mark.parametrize("multiple", [1, 4, 32])
 @pytest.mark.parametrize("rows_per_chunk", [1, 5, 36, 37, 1000])
-def test_chunks_equal_plain_torch(rows_per_chunk: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_equal_plain_torch(
+    rows_per_chunk: int, multiple: int, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", rows_per_chunk * VOCAB)
+    monkeypatch.setattr(loss_module, "_MIN_ROWS_PER_CHUNK", 1)
+    monkeypatch.setattr(loss_module, "_ROW_MULTIPLE", multiple)
     for found, expected in zip(with_gradients(chunked_cross_entropy, *case), with_gradients(plain, *case), strict=True):
         torch.testing.assert_close(found.double(), expected.double(), rtol=2e-6, atol=2e-6)
 
@@ -73,14 +78,15 @@ def test_no_gradient_is_computed_where_none_is_asked(case: Case) -> None:
 
 def test_memory_holds_one_chunk_of_logits_not_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor made has at most _LOGITS_PER_CHUNK elements: never [rows, vocabulary]."""
-    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 8 * 4000)
+    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 32 * 4000)
+    monkeypatch.setattr(loss_module, "_MIN_ROWS_PER_CHUNK", 1)
     hidden = torch.randn(1000, 8, requires_grad=True)
     head = torch.randn(4000, 8, requires_grad=True)
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         chunked_cross_entropy(hidden, head, torch.zeros(1000, dtype=torch.int64), torch.ones(1000)).backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
-    assert largest <= 4 * 8 * 4000 * 2
-    assert 20 * largest < 4 * 1000 * 4000
+    assert largest <= 4 * 32 * 4000 * 2
+    assert 10 * largest < 4 * 1000 * 4000
 
 
 def test_norms() -> None:
