@@ -8,15 +8,17 @@ import errno
 import json
 import math
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
+from shared.file_stamp import FileStamp, stamp
 from shared.hashing import sha256_file
 from shared.shard_format import (
     COLUMNS,
@@ -48,6 +50,7 @@ class ShardSet:
     shards: tuple[dict[str, npt.NDArray[Any]], ...]  # the mapped columns of each shard
     pack_starts: tuple[int, ...]  # number of the first pack of each shard
     seq_starts: tuple[int, ...]  # number of the first sequence of each shard
+    stamps: tuple[tuple[FileStamp, ...], ...]  # the mapped files of each shard, as they were when they were opened
 
     @property
     def num_packs(self) -> int:
@@ -73,6 +76,21 @@ class ShardSet:
         columns, local = self._locate_sequence(sequence_id)
         shard = bisect_right(self.seq_starts, sequence_id) - 1
         return self.pack_starts[shard] + int(np.searchsorted(columns["pack_offsets"], local, side="right")) - 1
+
+    def check_unchanged(self, shards: Iterable[int] | None = None) -> None:
+        """Raise ArtifactError if a mapped file of `shards` (default: all) is no longer the one that was opened.
+
+        To be called before pages are read: a page of a truncated file kills the process. A stat per file.
+        """
+        for shard in range(len(self.shards)) if shards is None else shards:
+            for file_stamp in self.stamps[shard]:
+                file_stamp.check()
+
+    def shards_of(self, unit_ids: npt.NDArray[np.int64], unit: Literal["pack", "conversation"]) -> list[int]:
+        """Return the shards that hold these packs, or sequences; reads no column."""
+        starts = np.asarray(self.pack_starts if unit == "pack" else self.seq_starts)
+        shards: list[int] = np.unique(np.searchsorted(starts, unit_ids, side="right") - 1).tolist()
+        return shards
 
     def kinds(self, pack_id: int) -> npt.NDArray[np.uint8]:
         """Return the kind of every token of a pack, uint8 [T]: for people who look, never for training."""
@@ -155,16 +173,18 @@ def open_shard_set(path: Path) -> ShardSet:
     manifest describes, FormatVersionError for another format.
     """
     manifest = read_manifest(path)
-    shards = []
+    shards, stamps = [], []
     for entry in manifest.shards:
         counts = {"T": entry.tokens, "S": entry.sequences, "P": entry.packs}
-        columns = {name: _map_column(path / entry.path, name, entry.files, counts) for name in COLUMNS}
+        mapped = {name: _map_column(path / entry.path, name, entry.files, counts) for name in COLUMNS}
+        columns = {name: column for name, (column, _) in mapped.items()}
+        stamps.append(tuple(file_stamp for _, file_stamp in mapped.values()))
         _check_ends(path / entry.path / "seq_offsets.npy", columns["seq_offsets"], entry.tokens)
         _check_ends(path / entry.path / "pack_offsets.npy", columns["pack_offsets"], entry.sequences)
         shards.append(columns)
     pack_starts = tuple(accumulate((entry.packs for entry in manifest.shards), initial=0))[:-1]
     seq_starts = tuple(accumulate((entry.sequences for entry in manifest.shards), initial=0))[:-1]
-    return ShardSet(path, manifest, tuple(shards), pack_starts, seq_starts)
+    return ShardSet(path, manifest, tuple(shards), pack_starts, seq_starts, tuple(stamps))
 
 
 def check_hashes(path: Path) -> None:
@@ -193,7 +213,9 @@ def _check_size(file: Path, entry: FileEntry) -> None:
         )
 
 
-def _map_column(folder: Path, name: str, files: dict[str, FileEntry], counts: dict[str, int]) -> npt.NDArray[Any]:
+def _map_column(
+    folder: Path, name: str, files: dict[str, FileEntry], counts: dict[str, int]
+) -> tuple[npt.NDArray[Any], FileStamp]:
     file = folder / f"{name}.npy"
     _check_size(file, files[file.name])
     dtype, tail = COLUMNS[name]
@@ -208,14 +230,16 @@ def _map_column(folder: Path, name: str, files: dict[str, FileEntry], counts: di
     try:
         with file.open("rb") as opened:
             header = opened.read(len(expected))
+            file_stamp = stamp(file, opened)
         if header != expected or files[file.name].bytes != size:
             raise ChecksumError(
                 f"{file} begins with {_header_text(header)} in {files[file.name].bytes} bytes; "
                 f"expected {_header_text(expected)} in {size}; build or pull the set again"
             )
         if not rows:  # nothing to map
-            return np.empty((0, *tail), dtype)
-        return np.asarray(np.memmap(file, dtype, mode="r", offset=len(expected), shape=(rows, *tail)))
+            return np.empty((0, *tail), dtype), file_stamp
+        column = np.asarray(np.memmap(file, dtype, mode="r", offset=len(expected), shape=(rows, *tail)))
+        return column, file_stamp
     except OSError as exc:
         advice = "; each shard keeps 7 files open, raise `ulimit -n`" if exc.errno == errno.EMFILE else ""
         raise ArtifactError(f"cannot read {file}: {exc.strerror}{advice}") from exc

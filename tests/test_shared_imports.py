@@ -36,6 +36,7 @@ def third_party_after(statement: str) -> set[str]:
         ("shared.hashing", set()),
         ("shared.atomic", set()),
         ("shared.disk", set()),
+        ("shared.file_stamp", set()),
         ("shared.log", set()),
         ("shared.command", set()),
         ("shared.shard_format", set()),

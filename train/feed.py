@@ -68,7 +68,13 @@ class Feed:
         )
 
     def make(self, step: int) -> StepBatch:
-        """Return the batch of step `step`. Raises ChecksumError for a pack or conversation that is damaged."""
+        """Return the batch of step `step`.
+
+        Raises ArtifactError for a shard that was changed under the run, ChecksumError for a pack or conversation that
+        is damaged.
+        """
+        shards = self.shard_set.shards_of(self.order.step(step), self.order.unit)
+        self.shard_set.check_unchanged(shards)
         plan = self.plan(step)
         counts = self._loss_tokens(plan)
         num_loss_tokens = int(counts.sum())
