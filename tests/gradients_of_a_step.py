@@ -101,7 +101,7 @@ def one_step(engine: Any, job: Job, shard_set: ShardSet, ranks: Ranks, *, is_las
     )  # fmt: skip
     batch = feed.make(0)
     result: dict[str, Any] = {"micro_batches": len(batch.micro_batches)}
-    result["loss"] = sum_over_ranks(accumulate(engine, batch.micro_batches, ranks), ranks).item()
+    result["loss"] = sum_over_ranks(accumulate(engine, batch.micro_batches, ranks).sum(), ranks).item()
     stage = stage_of(job, ranks)
     if stage == 0:
         result["gradients"] = {name: p.grad.clone() for name, p in engine.module.named_parameters()}

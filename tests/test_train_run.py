@@ -46,7 +46,7 @@ def test_records_carry_the_reference_names_and_exact_counts(whole: Path, inputs:
     names = {
         "step", "epoch", "learning_rate", "train_loss", "grad_norm", "loss_tokens", "total_tokens", "per_device_tps",
         "total_tokens_including_padding", "per_device_tps_including_padding", "step_seconds", "data_seconds", "mfu",
-        "memory_gib",
+        "memory_gib", "skipped_steps",
     }  # fmt: skip
     assert all(set(record) == names for record in found)
     assert found[-1]["epoch"] == 3.0
@@ -126,24 +126,28 @@ def test_the_logged_loss_is_that_of_the_exported_weights(inputs: tuple[Path, Pat
     assert losses(run)[0][1] == pytest.approx(total / count, rel=1e-6)
 
 
-def test_a_signal_saves_at_the_end_of_the_step(
-    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", ["SIGTERM", "SIGUSR1", "SIGINT", "STOP"])
+def test_a_signal_or_a_file_saves_at_the_end_of_the_step(
+    way: str, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards, recipe = inputs
     sent = []
 
     def rate_and_signal(step: int, **options: Any) -> float:
         if step == 2 and not sent:
-            sent.append(os.kill(os.getpid(), signal.SIGUSR1))
+            sent.append(way)
+            (run / "STOP").touch() if way == "STOP" else os.kill(os.getpid(), signal.Signals[way])
         return learning_rate(step, **options)
 
     monkeypatch.setattr("train.loop.learning_rate", rate_and_signal)
     run = tmp_path / "run"
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     result = train_here("--shards", shards, "--recipe", recipe, "--output", run)
     assert result.exit_code == 75
     assert [path.name for path in (run / "checkpoints").iterdir() if "step-00000003" in path.name]
     assert status(run) == {"state": "stopped", "exit_code": 75, "message": status(run)["message"]}
-    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    assert not (run / "STOP").exists()
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -179,16 +179,34 @@ class LogConfig:
     wandb_project: str = "sft"
     wandb_name: str = ""
     """Default: the name of the run directory."""
+    spike_sigma: float = 6.0
+    """A loss so many deviations above the median of late is reported with its rows (RUN/spikes.jsonl); 0: none is."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise ConfigError(f"every_steps = {self.every_steps}; expected 1 or more")
+        if self.spike_sigma < 0:
+            raise ConfigError(f"spike_sigma = {self.spike_sigma}; expected 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     seed: int = 0
     """Of the data order, of random weights and of dropout."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """At a step whose loss or gradient is not finite: stop before the update, or leave the step out and go on."""
+    max_skipped: int = 10
+    """Steps that `skip` leaves out in the whole run before it stops after all."""
+    hang_timeout_minutes: float = 30.0
+    """If no step ends for so long, every rank writes its stacks to RUN/stacks and the run ends."""
+
+    def __post_init__(self) -> None:
+        if self.max_skipped < 0:
+            raise ConfigError(f"max_skipped = {self.max_skipped}; expected 0 or more")
+        if not 0.0 < self.hang_timeout_minutes <= 100_000:
+            raise ConfigError(
+                f"hang_timeout_minutes = {self.hang_timeout_minutes}; expected more than 0, at most 100000"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -29,24 +30,27 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[Ranks]:
-    """Join the process group that the launcher described, or one of a single process, and leave it at the end."""
+def process_group(timeout: timedelta = timedelta(minutes=60)) -> Iterator[Ranks]:
+    """Join the process group that the launcher described, or one of a single process, and leave it at the end.
+
+    A rank that waits for another longer than `timeout` fails.
+    """
     with contextlib.nullcontext() if launched() else described_as_single():
-        ranks = _join()
+        ranks = _join(timeout)
         try:
             yield ranks
         finally:
             importlib.import_module("deepspeed.comm").destroy_process_group()
 
 
-def _join() -> Ranks:
+def _join(timeout: timedelta) -> Ranks:
     place = read_place()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
-    _init_deepspeed(device.type)
-    control_group = dist.new_group(backend="gloo") if place.world_size > 1 else None
+    _init_deepspeed(device.type, timeout)
+    control_group = dist.new_group(backend="gloo", timeout=timeout) if place.world_size > 1 else None
     return Ranks(rank=place.rank, world_size=place.world_size, device=device, control_group=control_group)
 
 
@@ -90,7 +94,7 @@ def broadcast_from_main(value: object, ranks: Ranks) -> object:
     return holder[0]
 
 
-def _init_deepspeed(device_type: str) -> None:
+def _init_deepspeed(device_type: str, timeout: timedelta) -> None:
     os.environ.setdefault(
         "DS_ACCELERATOR", device_type
     )  # or DeepSpeed looks for one itself, and warns if it finds none
@@ -101,4 +105,5 @@ def _init_deepspeed(device_type: str) -> None:
     # it would compile a shared-memory kernel, and fail where there is no compiler; a plain `import ... as` of this
     # module resolves to torch's and patches nothing
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    deepspeed.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", verbose=False)
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
-from shared.errors import DataError, PrerequisiteError
+from shared.errors import PrerequisiteError
 from train.batch import MicroBatch
 from train.config import OptimConfig
 from train.distributed import Ranks
@@ -94,26 +94,28 @@ def start_engine(model: LossModel, optim: OptimConfig, config: dict[str, Any]) -
 
 
 def accumulate(engine: Any, micro_batches: Sequence[MicroBatch], ranks: Ranks) -> torch.Tensor:
-    """Run every micro-batch forward and backward; return this rank's part of the step's loss, fp32 [1].
+    """Run every micro-batch forward and backward; return their parts of the step's loss, fp32 [num_micro_batches].
 
     Losses already carry their weight in the step's loss. DeepSpeed averages gradients over ranks, so each loss is
     multiplied by their number.
     """
-    total = torch.zeros(1, dtype=torch.float32, device=ranks.device)
-    for batch in micro_batches:
+    losses = torch.zeros(len(micro_batches), dtype=torch.float32, device=ranks.device)
+    for number, batch in enumerate(micro_batches):
         loss = engine(batch.to(ranks.device))
         engine.backward(loss * ranks.world_size, scale_wrt_gas=False)
-        total += loss.detach()
-    return total
+        losses[number] = loss.detach()
+    return losses
 
 
-def update(engine: Any, *, learning_rate: float) -> None:
-    """Apply the accumulated gradients. Raises DataError, with the weights unchanged, if one is not finite."""
+def update(engine: Any, *, learning_rate: float) -> bool:
+    """Apply the accumulated gradients. Return False, with weights and optimizer unchanged, if one is not finite.
+
+    All ranks get the same answer.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     engine.step()
-    if engine.optimizer.overflow:
-        raise DataError("the loss or a gradient is not finite; the weights were left as they were")
+    return not engine.optimizer.overflow
 
 
 def consolidated_weights(engine: Any) -> dict[str, torch.Tensor]:

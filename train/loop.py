@@ -17,9 +17,12 @@ from train.engine import accumulate, update
 from train.feed import Feed, StepBatch
 from train.flops import ModelCost, peak_flops
 from train.metrics import Counters, MetricsLog, Window, make_record
+from train.not_finite import judge_refused_update
 from train.prepare import Prepared
 from train.schedule import learning_rate
+from train.spikes import SpikeLog
 from train.stop import StopWish
+from train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,10 @@ class Parts:
     cost: ModelCost
     log: MetricsLog | None
     """On rank 0."""
+    spikes: SpikeLog | None
+    """On rank 0."""
     wish: StopWish
+    watchdog: Watchdog
 
 
 def train(parts: Parts, start: TrainState) -> None:
@@ -50,24 +56,26 @@ def train(parts: Parts, start: TrainState) -> None:
             batch.step, peak=recipe.optim.learning_rate, schedule=recipe.schedule, total_steps=total_steps
         )
         # ------------------------------------------------------------------------------------------------
-        loss = accumulate(parts.engine, batch.micro_batches, parts.ranks)
-        _update(parts, batch, rate)
+        losses = accumulate(parts.engine, batch.micro_batches, parts.ranks)
+        is_updated = _update(parts, batch, losses, counters, rate=rate)
         step = batch.step + 1
-        window.add(batch, loss, data_seconds=data_seconds)
+        window.add(batch, losses, is_skipped=not is_updated, data_seconds=data_seconds)
         counters.tokens += batch.num_tokens
         counters.positions += batch.num_positions
         counters.loss_tokens += batch.num_loss_tokens
         # ------------------------------------------------------------------------------------------------
         is_last = step == total_steps
         if is_last or step % recipe.log.every_steps == 0:
-            _log(parts, window, counters, step=step, rate=rate)
+            _log(parts, window, counters, step=step, rate=rate, is_updated=is_updated)
             window = Window()
         stopping = not is_last and _should_stop(parts, steps_done=step - start.step)
         if is_last or stopping or step % recipe.checkpoint.every_steps == 0:
             saving_started = time.perf_counter()
-            losses = window.global_losses(parts.ranks)
-            saved = _save(parts, TrainState(step=step, counters=counters, window_losses=losses))
+            state = TrainState(step=step, counters=counters, window_losses=window.global_losses(parts.ranks))
+            saved = _save(parts, state)
             window.started += time.perf_counter() - saving_started  # a save is no part of the speed of training
+            if stopping or is_last:
+                parts.wish.granted()
             if stopping:
                 raise StoppedOnRequest(
                     f"stopped after step {step} of {total_steps}, saved in {saved}; run the same command again to go on"
@@ -75,62 +83,60 @@ def train(parts: Parts, start: TrainState) -> None:
         if step == start.step + 1:
             gc.collect()
             gc.freeze()  # what lives now lives to the end: later collections, and the stalls they cause, stay small
+        parts.watchdog.step_ended()
         fetch_started = time.perf_counter()
 
 
-def _update(parts: Parts, batch: StepBatch, rate: float) -> None:
-    try:
-        update(parts.engine, learning_rate=rate)
-    except DataError as exc:
-        raise DataError(
-            f"step {batch.step + 1}: {exc}. {_held(parts, batch)}; lower optim.learning_rate, or look at them"
-        ) from exc
+def _update(parts: Parts, batch: StepBatch, losses: torch.Tensor, counters: Counters, *, rate: float) -> bool:
+    """Return whether the weights were updated: not if a gradient was not finite and the step may be left out."""
+    if update(parts.engine, learning_rate=rate):
+        return True
+    counters.skipped_steps += 1
+    judge_refused_update(
+        batch,
+        losses,
+        config=parts.prepared.recipe.run,
+        skipped_steps=counters.skipped_steps,
+        feed=parts.feed,
+        ranks=parts.ranks,
+    )
+    return False
 
 
-def _held(parts: Parts, batch: StepBatch) -> str:
-    """What the step holds, in the words of `sft-prep inspect`."""
-    if batch.unit == "pack":
-        names, option = [str(pack_id) for pack_id in batch.ids], "--pack N"
-    else:
-        sources = parts.prepared.shard_set.manifest.sources
-        rows = [pack.seq_origin[0] for pack in parts.feed.plan(batch.step).packs]
-        names, option = [f"{sources[source].name}:{row}" for source, row, _ in rows], "--row SOURCE:ROW"
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"Its {batch.unit}s: {', '.join(names[:8])}{more} (sft-prep inspect {parts.feed.shard_set.path} {option})"
-
-
-def _log(parts: Parts, window: Window, counters: Counters, *, step: int, rate: float) -> None:
+def _log(parts: Parts, window: Window, counters: Counters, *, step: int, rate: float, is_updated: bool) -> None:
     losses = window.global_losses(parts.ranks)
     if not all(math.isfinite(loss) for loss in losses):
         raise DataError(f"step {step}: the loss is not finite, though the gradients were; lower optim.learning_rate")
-    if parts.log is None:
+    if parts.log is None or parts.spikes is None:
         return
     peak = peak_flops(parts.ranks.device)
     record = {
         "step": step,
         "epoch": parts.prepared.order.epoch_after(step),
         "learning_rate": rate,
-        "grad_norm": float(parts.engine.get_global_grad_norm()),
+        "grad_norm": float(parts.engine.get_global_grad_norm()) if is_updated else None,
         **make_record(window, losses, counters, ranks=parts.ranks, cost=parts.cost, peak=peak),
     }
     parts.log.write(record, total_steps=parts.prepared.order.total_steps)
+    parts.spikes.look_at(window.loss_steps, losses[len(losses) - len(window.loss_steps) :], parts.feed)
 
 
 def _save(parts: Parts, state: TrainState) -> Path:
-    return save_checkpoint(
-        parts.engine,
-        state,
-        run=parts.prepared.run,
-        ranks=parts.ranks,
-        identity=parts.prepared.identity,
-        keep_last=parts.prepared.recipe.checkpoint.keep_last,
-    )
+    with parts.watchdog.resting():
+        return save_checkpoint(
+            parts.engine,
+            state,
+            run=parts.prepared.run,
+            ranks=parts.ranks,
+            identity=parts.prepared.identity,
+            keep_last=parts.prepared.recipe.checkpoint.keep_last,
+        )
 
 
 def _should_stop(parts: Parts, *, steps_done: int) -> bool:
     """All ranks give the same answer: one that was asked alone takes the others with it."""
     stop_after = parts.prepared.request.stop_after
-    wished = parts.wish.signal_name is not None or (stop_after is not None and steps_done >= stop_after)
+    wished = parts.wish.is_there() or (stop_after is not None and steps_done >= stop_after)
     return any_rank(wished, parts.ranks)
 
 

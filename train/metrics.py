@@ -4,7 +4,8 @@
     learning_rate                            of the last update
     train_loss                               mean over the window's steps of the exact loss of the global batch,
                                              normalised as loss.norm says; null if they held no loss token
-    grad_norm                                of the last update, before clipping
+    grad_norm                                of the last step, before clipping; null if its update was left out
+    skipped_steps                            steps left out since the start of the run (`run.on_non_finite = "skip"`)
     loss_tokens                              targets in the window
     total_tokens, total_tokens_including_padding      since the start of the run, over all ranks
     per_device_tps, per_device_tps_including_padding  tokens per second and rank, over the window
@@ -41,6 +42,7 @@ class Counters:
     tokens: int = 0
     positions: int = 0
     loss_tokens: int = 0
+    skipped_steps: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,6 +50,7 @@ class Window:
     """The steps since the last record. Losses stay on the device until someone looks."""
 
     losses: list[torch.Tensor] = field(default_factory=list)  # this rank's part, fp32 [1] each
+    loss_steps: list[int] = field(default_factory=list)  # the steps of the last of these losses, counted from 1
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
     tokens: int = 0
@@ -56,9 +59,11 @@ class Window:
     squared_lengths: int = 0
     data_seconds: float = 0.0
 
-    def add(self, batch: StepBatch, loss: torch.Tensor, *, data_seconds: float) -> None:
-        if batch.num_loss_tokens:
-            self.losses.append(loss)
+    def add(self, batch: StepBatch, losses: torch.Tensor, *, is_skipped: bool, data_seconds: float) -> None:
+        """Add a step and the losses of its micro-batches on this rank; those of a skipped step are no numbers."""
+        if batch.num_loss_tokens and not is_skipped:
+            self.losses.append(losses.sum(0, keepdim=True))
+            self.loss_steps.append(batch.step + 1)
         self.steps += 1
         self.tokens += batch.num_tokens
         self.positions += batch.num_positions
@@ -86,6 +91,7 @@ def make_record(
         "loss_tokens": window.loss_tokens,
         "total_tokens": counters.tokens,
         "total_tokens_including_padding": counters.positions,
+        "skipped_steps": counters.skipped_steps,
         "per_device_tps": window.tokens / seconds / ranks.world_size,
         "per_device_tps_including_padding": window.positions / seconds / ranks.world_size,
         "step_seconds": seconds / steps,
@@ -126,7 +132,7 @@ def console_line(record: dict[str, Any], total_steps: int) -> str:
         f"step {record['step']}/{total_steps}",
         f"loss {loss}",
         f"lr {record['learning_rate']:.2e}",
-        f"grad {record['grad_norm']:.3g}",
+        "grad -" if record["grad_norm"] is None else f"grad {record['grad_norm']:.3g}",
         f"{record['per_device_tps']:,.0f} tok/s/device",
         f"{record['step_seconds']:.2f} s/step",
     ]

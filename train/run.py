@@ -1,9 +1,11 @@
 """One rank of a run, from an empty process to an exported model: puts the parts together around the loop."""
 
 import contextlib
+import faulthandler
 import logging
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,9 +27,11 @@ from train.metrics import Counters, MetricsLog, read_records
 from train.model import build_model, model_config
 from train.plan import StepOrder
 from train.prepare import Prepared, check_ranks
-from train.run_dir import RunDir, describe, read_description, read_status, write_status
+from train.run_dir import RunDir, State, describe, read_description, read_status, write_status
+from train.spikes import SpikeLog
 from train.stop import watching_signals
 from train.ulysses import register_ulysses, sequence_group
+from train.watchdog import Watchdog
 from train.zero_stage import ZeroStage, resolve_zero_stage
 
 logger = logging.getLogger(__name__)
@@ -35,7 +39,16 @@ logger = logging.getLogger(__name__)
 
 def run_rank(prepared: Prepared) -> None:
     """Train, or go on training, and export. Raises SftError, StoppedOnRequest among them, as status.json then says."""
-    with watching_signals() as wish, process_group() as ranks, _locked(prepared.run, ranks), _outcome(prepared.run):
+    if not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__ or 2)  # a SIGBUS from a truncated shard file then says where
+    run = prepared.run
+    patience = timedelta(minutes=prepared.recipe.run.hang_timeout_minutes)
+    with (
+        watching_signals(run.stop) as wish,
+        process_group(2 * patience + timedelta(minutes=1)) as ranks,  # longer than the watchdog, which says more
+        _locked(run, ranks),
+        _outcome(run),
+    ):
         check_ranks(prepared, ranks.world_size)
         if ranks.is_main:
             _open_run(prepared)
@@ -52,9 +65,27 @@ def run_rank(prepared: Prepared) -> None:
             packs_per_micro_batch=prepared.recipe.batch.packs_per_micro_batch,
             sequence_parallel=prepared.recipe.engine.sequence_parallel,
         )
-        parts = loop.Parts(prepared=prepared, ranks=ranks, engine=engine, feed=feed, cost=cost, log=log, wish=wish)
+        watchdog = Watchdog(
+            limit_seconds=patience.total_seconds(),
+            stacks=run.stacks / f"rank-{ranks.rank}.txt",
+            on_hang=lambda reason: _record_end(run, "failed", exit_code=1, message=reason),
+        )
+        parts = loop.Parts(
+            prepared=prepared,
+            ranks=ranks,
+            engine=engine,
+            feed=feed,
+            cost=cost,
+            log=log,
+            spikes=SpikeLog(run.spikes, sigma=prepared.recipe.log.spike_sigma, after_step=start.step)
+            if ranks.is_main
+            else None,
+            wish=wish,
+            watchdog=watchdog,
+        )
         try:
-            loop.train(parts, start)
+            with watchdog.watching():
+                loop.train(parts, start)
         finally:
             if log is not None:
                 log.close()
@@ -177,11 +208,14 @@ def _outcome(run: RunDir) -> Iterator[None]:
     except BaseException as exc:
         stopped = isinstance(exc, StoppedOnRequest)
         code = exc.exit_code if isinstance(exc, SftError) else 1
-        status = read_status(run)
-        if status is not None and status.get("state") == "running":
-            message = str(exc) or type(exc).__name__
-            write_status(run, "stopped" if stopped else "failed", exit_code=code, message=message)
+        _record_end(run, "stopped" if stopped else "failed", exit_code=code, message=str(exc) or type(exc).__name__)
         raise
+
+
+def _record_end(run: RunDir, state: State, *, exit_code: int, message: str) -> None:
+    status = read_status(run)
+    if status is not None and status.get("state") == "running":
+        write_status(run, state, exit_code=exit_code, message=message)
 
 
 def _announce(prepared: Prepared, ranks: Ranks, *, attention: str, dtype: torch.dtype, stage: ZeroStage) -> None:

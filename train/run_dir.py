@@ -4,6 +4,9 @@ runs/NAME/
   config.json     the resolved recipe, the shard set, versions: what a resume must agree with
   status.json     how the run stands, for launchers and requeue scripts: the state and the exit code
   metrics.jsonl   one object per logged step
+  spikes.jsonl    one object per step whose loss spiked; there only if one did
+  stacks/         where each rank stood when the run hung; there only if it did
+  STOP            made by a user to stop the run after a save; removed when that is done
   checkpoints/    step-00000500/ ...
   model/          the trained model in Hugging Face format
   loss.png
@@ -48,6 +51,18 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def spikes(self) -> Path:
+        return self.path / "spikes.jsonl"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "STOP"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -68,7 +83,8 @@ def identity(recipe: TrainConfig, shard_set: ShardSet, order: StepOrder) -> dict
     """Return what must not change within a run: all that the weights after a step depend on.
 
     Left out on purpose: logging, checkpoint frequency, number of ranks, packs per micro-batch, attention kernel,
-    gradient checkpointing and ZeRO stage, which change speed and memory only.
+    gradient checkpointing and ZeRO stage, which change speed and memory only; and what to do when a step fails or
+    hangs, so that a run which did can go on with another answer.
     """
     plain = config.to_plain(recipe)
     return {
@@ -78,7 +94,7 @@ def identity(recipe: TrainConfig, shard_set: ShardSet, order: StepOrder) -> dict
         "schedule": plain["schedule"],
         "loss": plain["loss"],
         "lora": {key: value for key, value in plain["lora"].items() if key != "export"},
-        "run": plain["run"],
+        "run": {"seed": recipe.run.seed},
         "engine": {"dtype": recipe.engine.dtype},
         f"{order.unit}s_per_step": order.units_per_step,
         "total_steps": order.total_steps,

@@ -1,27 +1,51 @@
-"""A wish to stop that comes as a signal: noted at once, granted at the end of the step."""
+"""A wish to stop, by signal or by file: noted at once, granted at the end of the step, with the state saved.
+
+SIGTERM, SIGUSR1 and a first Ctrl-C (SIGINT) ask for it; a second Ctrl-C ends the process at once, unsaved. So does
+`touch RUN/STOP`, on any machine that sees the run directory; the file is removed when it has been obeyed.
+"""
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from train.ranks import launched, read_place
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+CTRL_C_LINE = "Ctrl-C: the run stops after this step, and saves; again ends it at once\n"
 
 
 class StopWish:
-    """Whether SIGTERM or SIGUSR1 has come to this process."""
+    """Whether this process was asked to stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path) -> None:
         self.signal_name: str | None = None
+        self._file = file if not launched() or read_place().rank == 0 else None  # one rank looks, and tells the others
+
+    def is_there(self) -> bool:
+        """Return whether a signal has come, or the file lies there: one look at the directory."""
+        return self.signal_name is not None or (self._file is not None and self._file.exists())
+
+    def granted(self) -> None:
+        """Remove the file, so that the next call goes on."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one also ends a wait that Python cannot leave
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, CTRL_C_LINE.encode())  # logging may be at work
 
 
 @contextlib.contextmanager
-def watching_signals() -> Iterator[StopWish]:
-    """Note the signals that ask for a stop while the block runs; afterwards they act as before."""
-    wish = StopWish()
+def watching_signals(file: Path) -> Iterator[StopWish]:
+    """Note what asks for a stop while the block runs; afterwards signals act as before."""
+    wish = StopWish(file)
     before = {number: signal.signal(number, wish.note) for number in _SIGNALS}
     try:
         yield wish
