@@ -147,6 +147,9 @@ def _reporting(verbosity: int = 0, *, quiet_stop: bool = False) -> Iterator[None
         except StoppedOnRequest:
             if not quiet_stop:
                 raise
+        except KeyboardInterrupt:
+            sys.stderr.write("stopped by Ctrl-C\n")
+            raise SystemExit(130) from None
 
 
 def _check_shared() -> None:

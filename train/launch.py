@@ -1,26 +1,31 @@
 """Start the ranks of a run on this machine, and say how it ended: torchrun would turn every exit code into 1."""
 
+import contextlib
 import logging
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from shared import atomic
 from shared.errors import ArtifactError, ConfigError, DataError, PrerequisiteError, SftError, StoppedOnRequest
 from train.prepare import Prepared, TrainRequest, check_ranks
 from train.ranks import die_with_parent, launched
 from train.run_dir import read_status
+from train.stop import CTRL_C_LINE
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_TO_SAVE = 600
+_SECONDS_TO_FAIL = 20.0  # from the failure of one rank to the end of those that wait for it in vain
 _ERRORS: dict[object, type[SftError]] = {
     error.exit_code: error for error in (ConfigError, DataError, ArtifactError, PrerequisiteError, StoppedOnRequest)
 }
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def choose_num_ranks(wanted: int | None) -> int:
@@ -53,28 +58,68 @@ def run_or_launch(prepared: Prepared, num_ranks: int | None) -> bool:
 
 
 def launch(prepared: Prepared, num_ranks: int) -> None:
-    """Run torchrun and pass signals on to it. Raises the SftError that the run left in status.json."""
+    """Run torchrun and pass signals on to it. Raises the SftError that the run left in status.json.
+
+    torchrun gets a process group of its own: Ctrl-C at a terminal would reach it beside us, and it takes the second
+    signal for a wish to end without a save.
+    """
     with atomic.exclusive_lock(prepared.run.lock, f"training in {prepared.run.path}"):
         pass  # said here, it is one line; a rank that finds the lock taken fails within torchrun's report
     old_status = _last_change(prepared.run.status)
-    with subprocess.Popen(torchrun_command(prepared.request, num_ranks), preexec_fn=die_with_parent) as process:
-
-        def forward(number: int, _frame: FrameType | None) -> None:
-            process.send_signal(number)
-
-        before = {number: signal.signal(number, forward) for number in _FORWARDED}
-        try:
-            code = process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    status = read_status(prepared.run) if _last_change(prepared.run.status) != old_status else None
+    command = torchrun_command(prepared.request, num_ranks)
+    with subprocess.Popen(command, preexec_fn=die_with_parent, process_group=0) as process, _forwarding_to(process):
+        code = _wait(process, lambda: _new_status(prepared, old_status))
+    status = _new_status(prepared, old_status)
     if code == 0 and (status is None or status.get("exit_code") == 0):
         return
-    error = _ERRORS.get((status or {}).get("exit_code"))
-    if status is None or error is None:
+    if status is None or status.get("exit_code") is None:  # they were killed
+        prepared.shard_set.check_unchanged()
         raise SftError(f"the ranks ended with exit code {code}; what they wrote above says why")
-    raise error(status["message"])
+    raise _ERRORS.get(status["exit_code"], SftError)(status["message"])
+
+
+@contextlib.contextmanager
+def _forwarding_to(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Pass on what asks for a stop while the block runs; a second Ctrl-C ends torchrun, and so the ranks, at once."""
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    def stop_after_save(_number: int, _frame: FrameType | None) -> None:
+        process.send_signal(signal.SIGTERM)
+        sys.stderr.write(CTRL_C_LINE)
+        signal.signal(signal.SIGINT, stop_at_once)
+
+    def stop_at_once(_number: int, _frame: FrameType | None) -> None:
+        process.kill()
+        raise KeyboardInterrupt
+
+    handlers = {**dict.fromkeys(_FORWARDED, forward), signal.SIGINT: stop_after_save}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(process: "subprocess.Popen[bytes]", status: Callable[[], dict[str, Any] | None]) -> int:
+    """Return torchrun's exit code; end it where a rank has failed and others still wait for that rank.
+
+    torchrun would give them the time of a save, which they can't begin without it.
+    """
+    failed_for = 0.0
+    while failed_for < _SECONDS_TO_FAIL:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=1.0)
+        failed_for += 1.0 if (status() or {}).get("state") == "failed" else 0.0
+    process.kill()  # its ranks die with it
+    return process.wait()
+
+
+def _new_status(prepared: Prepared, old_change: int | None) -> dict[str, Any] | None:
+    """Return status.json if the ranks wrote it since `old_change`."""
+    return read_status(prepared.run) if _last_change(prepared.run.status) != old_change else None
 
 
 def torchrun_command(request: TrainRequest, num_ranks: int) -> list[str]:

@@ -1,0 +1,113 @@
+"""A rank that stands still makes the others write their stacks and end the run; the same command goes on."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from train_runs import command, losses, records, status, train_apart, weights, write_inputs
+
+FULL_SIGUSR1 = pytest.param("SIGUSR1 to the launcher", marks=pytest.mark.full)
+
+
+def rank_processes(launcher: int) -> list[int]:
+    """Return the ranks that a running `sft-train` has started, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = dict(item.partition("=")[::2] for item in (folder / "environ").read_text().split("\0") if item)
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            grandparent = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if "RANK" in variables and grandparent == launcher:
+            found[int(variables["RANK"])] = int(folder.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def is_gone(*processes: int) -> bool:
+    """Return whether these processes have ended, within a minute; init may be slow to take note of their end."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        stats = [Path(f"/proc/{process}/stat") for process in processes]
+        if all(not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z" for stat in stats):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def start_two_ranks(run: Path, *arguments: object) -> "subprocess.Popen[str]":
+    """Start `sft-train` on two ranks and return once it has saved a checkpoint."""
+    process = subprocess.Popen(
+        command(*arguments, "--output", run, "--nproc-per-node", 2), env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(run.glob("checkpoints/step-*")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["end", pytest.param("go on", marks=pytest.mark.full)])
+def test_a_rank_that_stands_still_ends_the_run_with_stacks_and_the_same_command_goes_on(
+    then: str, tmp_path: Path
+) -> None:
+    shards, recipe = write_inputs(tmp_path)
+    call = ("--shards", shards, "--recipe", recipe, "--max-steps", 60, "--set", "model.config.attention_dropout=0.0")
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    process = start_two_ranks(run, *call, "--set", "run.hang_timeout_minutes=0.05")
+    second = rank_processes(process.pid)[1]
+    os.kill(second, signal.SIGSTOP)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert status(run)["state"] == "failed"
+    assert "no step ended for 3 s (run.hang_timeout_minutes)" in status(run)["message"]
+    assert errors.rstrip().split("\n")[-1] == f"error: {status(run)['message']}"
+    stacks = (run / "stacks" / "rank-0.txt").read_text()
+    assert "in accumulate" in stacks or "in any_rank" in stacks or "in update" in stacks
+    assert is_gone(second)
+    assert records(run)[-1]["step"] < 60
+    if then == "end":
+        return
+    assert train_apart(*call, "--output", run, "--nproc-per-node", 2).returncode == 0
+    assert train_apart(*call, "--output", whole, "--nproc-per-node", 2).returncode == 0
+    assert losses(run) == losses(whole)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(run)[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["SIGTERM to rank 1", "SIGINT to the launcher", FULL_SIGUSR1])
+def test_all_ranks_save_and_stop_whoever_gets_the_signal(way: str, tmp_path: Path) -> None:
+    shards, recipe = write_inputs(tmp_path)
+    run = tmp_path / "run"
+    process = start_two_ranks(run, "--shards", shards, "--recipe", recipe, "--max-steps", 5000)
+    name, _, whom = way.partition(" to ")
+    os.kill(rank_processes(process.pid)[1] if whom == "rank 1" else process.pid, signal.Signals[name])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert status(run)["state"] == "stopped"
+    assert errors.rstrip().split("\n")[-1].startswith("stopped after step")
+    assert ("Ctrl-C: the run stops after this step" in errors) == (name == "SIGINT")
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_all_ranks_at_once(tmp_path: Path) -> None:
+    shards, recipe = write_inputs(tmp_path)
+    run = tmp_path / "run"
+    process = start_two_ranks(run, "--shards", shards, "--recipe", recipe, "--max-steps", 5000)
+    ranks = rank_processes(process.pid)
+    os.kill(ranks[1], signal.SIGSTOP)  # no step can end
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    while "Ctrl-C: the run stops after this step" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert is_gone(*ranks)
