@@ -115,6 +115,23 @@ def ask(model: Path, prompts: tuple[str, ...], questions: Path | None, show: int
             click.echo(line)
 
 
+@cli.command(epilog="Example: sft-train which runs/demo --step 3")
+@click.argument("run", type=_PATH)
+@click.option("--step", type=int, required=True, help="As in metrics.jsonl, counted from 1.")
+@click.option("--rank", type=int, help="Of the last call that trained; default: all ranks.")
+@click.option("--shards", type=_PATH, help="Where the shard set lies now; default: where it was.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per sequence, with all of its text.")
+@click.option("--full", is_flag=True, help="All of the text, not its beginning.")
+def which(run: Path, step: int, rank: int | None, shards: Path | None, as_json: bool, full: bool) -> None:
+    """Show the source rows that a step of RUN trains on; trained text is [[marked]], or green on a terminal."""
+    with _reporting():
+        from train.which import which as rows_of_step
+
+        colour = sys.stdout.isatty()
+        for line in rows_of_step(run, step=step, rank=rank, shards=shards, as_json=as_json, full=full, colour=colour):
+            click.echo(line)
+
+
 @cli.command(epilog="Example: sft-train recipes")
 def recipes() -> None:
     """List the recipes that ship."""

@@ -65,7 +65,7 @@ def prepare(request: TrainRequest) -> Prepared:
     recipe = load_recipe(recipe_name, request.settings, model=request.model, max_steps=request.max_steps)
     if recipe.model.config is None and not recipe.model.name:
         raise ConfigError("no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe")
-    order = _make_order(recipe, manifest)
+    order = make_run_order(recipe, manifest)
     run = RunDir(request.output or RUNS_DIR / f"{recipe.name}-{manifest.name}")
     found = identity(recipe, shard_set, order)
     return Prepared(
@@ -79,7 +79,8 @@ def prepare(request: TrainRequest) -> Prepared:
     )
 
 
-def _make_order(recipe: TrainConfig, manifest: Manifest) -> StepOrder:
+def make_run_order(recipe: TrainConfig, manifest: Manifest) -> StepOrder:
+    """Return the order of a run. Raises ConfigError for a batch that the set cannot give."""
     unit, per_step = units_per_step(recipe.batch, max_seq_len=manifest.max_seq_len)
     if unit == "conversation":
         check_conversations(manifest)

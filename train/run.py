@@ -51,7 +51,7 @@ def run_rank(prepared: Prepared) -> None:
     ):
         check_ranks(prepared, ranks.world_size)
         if ranks.is_main:
-            _open_run(prepared)
+            _open_run(prepared, ranks.world_size)
         barrier(ranks)
         engine, cost = _start(prepared, ranks)
         start = _starting_state(prepared, engine, ranks)
@@ -137,13 +137,13 @@ def _starting_state(prepared: Prepared, engine: Any, ranks: Ranks) -> TrainState
     return state
 
 
-def _open_run(prepared: Prepared) -> None:
+def _open_run(prepared: Prepared, world_size: int) -> None:
     """Write what the run is, on rank 0, holding its lock."""
     run = prepared.run
     atomic.remove_leftovers(run.path)
     atomic.remove_leftovers(run.checkpoints)
     old = read_description(run)
-    description = describe(prepared.recipe, prepared.shard_set, prepared.order)
+    description = describe(prepared.recipe, prepared.shard_set, prepared.order, world_size=world_size)
     if old is not None:
         description["wandb_id"] = old["wandb_id"]
     atomic.write_json(run.config, description)

@@ -101,13 +101,14 @@ def identity(recipe: TrainConfig, shard_set: ShardSet, order: StepOrder) -> dict
     }
 
 
-def describe(recipe: TrainConfig, shard_set: ShardSet, order: StepOrder) -> dict[str, Any]:
+def describe(recipe: TrainConfig, shard_set: ShardSet, order: StepOrder, *, world_size: int) -> dict[str, Any]:
     """Return the content of config.json for a new run."""
     manifest = shard_set.manifest
     return {
         "recipe": config.to_plain(recipe),
         "shards": {"path": str(shard_set.path.resolve()), "name": manifest.name, "fingerprint": manifest.fingerprint},
         "identity": identity(recipe, shard_set, order),
+        "world_size": world_size,
         "wandb_id": secrets.token_hex(8),
         "versions": {name: _version(name) for name in _VERSIONED},
     }
