@@ -27,6 +27,7 @@ from train.metrics import Counters, MetricsLog, read_records
 from train.model import build_model, model_config
 from train.plan import StepOrder
 from train.prepare import Prepared, check_ranks
+from train.probe import check_isolation
 from train.run_dir import RunDir, State, describe, read_description, read_status, write_status
 from train.spikes import SpikeLog
 from train.stop import watching_signals
@@ -100,9 +101,10 @@ def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
     stage = resolve_zero_stage(recipe.engine, world_size=ranks.world_size)
     settings = deepspeed_config(stage, recipe.optim, dtype=dtype)
     _quiet_libraries()
+    network_config = model_config(recipe.model, prepared.shard_set.manifest)
+    check_isolation(network_config, attention, device=ranks.device, dtype=dtype)
     group = sequence_group(ranks, recipe.engine.sequence_parallel)
     if group is not None:
-        network_config = model_config(recipe.model, prepared.shard_set.manifest)
         attention = register_ulysses(attention.removeprefix("sft_"), network_config, group)
     # random weights are drawn whole: drawn in shards they would be other numbers, which then hung on the ZeRO stage
     sharding = shard_while_building(settings) if recipe.model.config is None else None

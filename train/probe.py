@@ -1,0 +1,129 @@
+"""At the start of a run: does this type of model keep sequences apart with this attention kernel?
+
+A few layers of the model's architecture with random weights, with heads of the real size but few of them, run a pack of
+three sequences (train/isolation.py): well under a second beside the seconds that a start takes, so nothing is cached.
+A list of model types would never be complete; what a model does to a pack shows in its outputs.
+
+Built before weights are sharded (ZeRO-3), on every rank by itself. No random state changes.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from shared.errors import ConfigError
+from train.isolation import Finding, isolation_of
+from train.model import check_head, check_supported
+
+logger = logging.getLogger(__name__)
+
+_BOUNDS = [0, 40, 71, 131]  # longer than the window below, and not aligned to any tile
+_WINDOW = 24
+_VOCABULARY = 256
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def check_isolation(config: PretrainedConfig, attention: str, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError if a pack would not train as its sequences alone do, naming what was measured."""
+    check_supported(config)
+    for finding in probe(config, attention, device=device, dtype=dtype):
+        if not finding.is_ok:
+            raise ConfigError(
+                f"model type {config.model_type!r} with attention {attention.removeprefix('sft_')!r} fails the check "
+                f"{finding.check!r}: {finding.measured} moved by {finding.worst:.2g} of their size, expected at most "
+                f"{finding.tolerance:g}. Sequences of a pack would not train as they do alone; use another "
+                "model.attention, or a model whose layers see other tokens through attention only"
+            )
+        logger.debug("%s: %s moved by %.1e", finding.check, finding.measured, finding.worst)
+
+
+def probe(config: PretrainedConfig, attention: str, *, device: torch.device, dtype: torch.dtype) -> list[Finding]:
+    """Return what a small model of the type of `config` does with a pack. Raises ConfigError if it can't be built."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, _VOCABULARY, (_BOUNDS[-1],), generator=generator).to(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        network = _build(config, attention, dtype=dtype).to(device)
+        check_head(network)
+        return isolation_of(network, ids, _BOUNDS)
+
+
+def _build(config: PretrainedConfig, attention: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a narrow model, or for a type whose widths hang on one another in some other way one of full width."""
+    problem: Exception | None = None
+    for narrow in (True, False):
+        try:
+            small = small_config(config, narrow=narrow)
+            network = AutoModelForCausalLM.from_config(small, attn_implementation=attention, dtype=dtype)
+        except (ValueError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as exc:
+            problem = exc
+            continue
+        assert isinstance(network, PreTrainedModel)
+        if not narrow:
+            logger.info("checked attention on layers of full width: narrow ones cannot be built (%s)", problem)
+        return network
+    raise ConfigError(
+        f"model type {config.model_type!r} cannot be checked for leaks between the sequences of a pack, a model of few "
+        f"layers cannot be built: {problem}"
+    ) from problem
+
+
+def small_config(config: PretrainedConfig, *, narrow: bool = True) -> PretrainedConfig:
+    """Return a config of few and narrow layers, one of each kind at least.
+
+    Heads keep their size, on which kernels depend, and query heads their number per key head. Each token goes to all
+    of few experts: which of many it goes to would hang on rounding.
+    """
+    values = _with_few_layers(config.to_dict())
+    if narrow:
+        _make_narrow(values)
+    experts_per_token = values.get("num_experts_per_tok")
+    for key in _EXPERT_COUNTS:
+        if isinstance(values.get(key), int) and isinstance(experts_per_token, int):
+            values[key] = min(values[key], experts_per_token)
+    if isinstance(values.get("sliding_window"), int):
+        values["sliding_window"] = min(values["sliding_window"], _WINDOW)
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        values[key] = None
+    values["vocab_size"] = _VOCABULARY
+    model_type = values.pop("model_type")
+    small = AutoConfig.for_model(model_type, **values)
+    assert isinstance(small, PretrainedConfig)
+    return small
+
+
+def _make_narrow(values: dict[str, Any]) -> None:
+    heads, key_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(values.get("hidden_size"), int):
+        few = 2 if not isinstance(key_heads, int) or key_heads > 1 else 1
+        few_heads = few * (heads // key_heads) if isinstance(key_heads, int) else few
+        if few_heads < heads:
+            values["hidden_size"] = values["hidden_size"] // heads * few_heads
+            values["num_attention_heads"] = few_heads
+            if isinstance(key_heads, int):
+                values["num_key_value_heads"] = few
+    for key in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
+        if isinstance(values.get(key), int):
+            values[key] = min(values[key], 128)
+
+
+def _with_few_layers(values: dict[str, Any]) -> dict[str, Any]:
+    """Keep two layers, or one of each kind that a list of layers in the config tells apart."""
+    count = values.get("num_hidden_layers")
+    if not isinstance(count, int):
+        return values
+    lists = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == count}
+    kinds: dict[str, int] = {}
+    for index in range(count):
+        kinds.setdefault(repr([value[index] for value in lists.values()]), index)
+    chosen = sorted(kinds.values())
+    chosen += [index for index in range(count) if index not in chosen][: max(0, min(2, count) - len(chosen))]
+    chosen.sort()
+    return {
+        **values,
+        "num_hidden_layers": len(chosen),
+        **{key: [value[index] for index in chosen] for key, value in lists.items()},
+    }
