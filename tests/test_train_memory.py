@@ -1,0 +1,47 @@
+"""What the loss adds to the peak of memory, measured on processes: a fraction of what all logits at once would add."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import resource, sys, torch
+from train.loss import chunked_cross_entropy
+
+def full(hidden, head, targets, weights):
+    return (torch.nn.functional.cross_entropy(hidden @ head.t(), targets, reduction="none") * weights).sum()
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+
+rows, size, vocab = 4096, 512, 32000
+hidden = torch.randn(rows, size, requires_grad=True)
+head = torch.randn(vocab, size, requires_grad=True)
+targets, weights = torch.randint(0, vocab, (rows,)), torch.full((rows,), 1 / rows)
+function = {"chunked": chunked_cross_entropy, "full": full}[sys.argv[1]]
+small = hidden.detach()[:64].requires_grad_()
+function(small, head.detach()[:512].requires_grad_(), targets[:64] % 512, weights[:64]).backward()  # kernels loaded
+before = peak()
+function(hidden, head, targets, weights).backward()
+print(peak() - before)
+"""
+
+
+def added_kib(function: str) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, function], capture_output=True, text=True, timeout=200,
+        cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.slow
+def test_the_loss_adds_a_fifth_of_what_full_logits_add() -> None:
+    """4,096 rows of 512 through a vocabulary of 32,000: forward and backward."""
+    full = added_kib("full")
+    assert full > 2 * 4 * 4096 * 32000 / 1024, "logits and their gradient should show"
+    assert added_kib("chunked") <= 0.2 * full
