@@ -93,12 +93,6 @@ def test_a_damaged_checkpoint_is_refused_and_the_older_one_offered(
     assert "after step 5 of 8" in status(run)["message"]
 
 
-def test_another_number_of_ranks_is_refused_before_anything_starts(again: tuple[Path, tuple[object, ...]]) -> None:
-    result = train_here(*again[1], "--nproc-per-node", 2)
-    assert result.exit_code == 5
-    assert "was written with --nproc-per-node = 1, now it is 2" in result.stderr
-
-
 def test_a_failed_save_loses_nothing(again: tuple[Path, tuple[object, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is full while DeepSpeed writes: the checkpoints before it stay, and the next call goes on from them."""
     run, call = again

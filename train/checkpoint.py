@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared import atomic
-from shared.errors import ArtifactError
-from shared.hashing import sha256_file
+from shared.errors import ArtifactError, SftError
+from shared.hashing import seed_from, sha256_file
 from train.checkpoint_files import (
     ENGINE_DIR,
     ENGINE_TAG,
@@ -29,12 +29,14 @@ from train.checkpoint_files import (
     check_digest,
     list_checkpoints,
     read_state_file,
+    same_layout,
     way_out,
 )
 from train.distributed import Ranks, barrier, broadcast_from_main, gather_to_main
-from train.engine import has_frozen_weights
+from train.engine import has_frozen_weights, trained_parameters
 from train.metrics import Counters
 from train.run_dir import RunDir
+from train.universal import convert, load_converted
 
 logger = logging.getLogger(__name__)
 
@@ -83,13 +85,26 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(engine: Any, path: Path, *, ranks: Ranks) -> TrainState:
+def load_checkpoint(engine: Any, path: Path, *, run: RunDir, ranks: Ranks, seed: int) -> TrainState:
     """Check every file of the checkpoint at `path`, then put its state into `engine` and the random generators.
 
-    Raises ChecksumError, IncompleteArtifactError or ArtifactError, the same on every rank, before anything is read.
+    Written by as many ranks and with the same ZeRO stage, it comes back bit for bit. Otherwise weights and optimizer
+    state do, and the generators start anew from (`seed`, rank, step). Raises ChecksumError, IncompleteArtifactError or
+    ArtifactError, the same on every rank, before anything is read.
     """
     data = read_state_file(path)
     _check_files(path, data["files"], ranks)
+    if same_layout(data, world_size=ranks.world_size, zero_stage=engine.zero_optimization_stage()):
+        _load_as_written(engine, path, ranks)
+    else:
+        _load_converted(engine, path, data, run=run, ranks=ranks)
+        torch.manual_seed(seed_from("dropout", seed, ranks.rank, data["step"]))
+    return TrainState(
+        step=data["step"], counters=Counters(**data["counters"]), window_losses=list(data["window_losses"])
+    )
+
+
+def _load_as_written(engine: Any, path: Path, ranks: Ranks) -> None:
     loaded, _ = engine.load_checkpoint(
         str(path / ENGINE_DIR),
         tag=ENGINE_TAG,
@@ -99,9 +114,30 @@ def load_checkpoint(engine: Any, path: Path, *, ranks: Ranks) -> TrainState:
     if loaded is None:
         raise ArtifactError(f"DeepSpeed found no state in {path / ENGINE_DIR}{way_out(path)}")
     _restore_rng(load_file(path / "rng" / f"rank-{ranks.rank:05d}.safetensors"), ranks.device)
-    return TrainState(
-        step=data["step"], counters=Counters(**data["counters"]), window_losses=list(data["window_losses"])
-    )
+
+
+def _load_converted(engine: Any, path: Path, data: dict[str, Any], *, run: RunDir, ranks: Ranks) -> None:
+    """Rank 0 converts aside; what a killed conversion leaves is removed when the run is opened again."""
+    converted = run.checkpoints / f".tmp-universal-{path.name}"
+    trained = trained_parameters(engine.module)
+    problem: SftError | None = None
+    if ranks.is_main:
+        logger.info(
+            "converting %s: it was written by %d ranks with ZeRO stage %d, now %d with stage %d go on",
+            path, data["world_size"], data["zero_stage"], ranks.world_size, engine.zero_optimization_stage(),
+        )  # fmt: skip
+        shutil.rmtree(converted, ignore_errors=True)
+        try:
+            convert(path, converted, zero_stage=data["zero_stage"], trained=trained)
+        except SftError as exc:
+            problem = exc
+    found = broadcast_from_main(problem, ranks)
+    if isinstance(found, SftError):
+        raise found
+    load_converted(engine, converted, trained=trained)
+    barrier(ranks)
+    if ranks.is_main:
+        shutil.rmtree(converted)
 
 
 def _commit(

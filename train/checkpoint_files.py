@@ -48,6 +48,11 @@ def read_state_file(path: Path) -> dict[str, Any]:
     return data
 
 
+def same_layout(state: dict[str, Any], *, world_size: int, zero_stage: int) -> bool:
+    """Return whether a checkpoint with this state.json can be read as it was written, rank by rank."""
+    return bool(state["world_size"] == world_size and state["zero_stage"] == zero_stage)
+
+
 def check_digest(path: Path, name: str, entry: dict[str, Any]) -> None:
     """Raise IncompleteArtifactError or ChecksumError unless file `name` of the checkpoint is as it was committed."""
     file = path / name

@@ -31,13 +31,15 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bf16" else torch.float32
 
 
-def deepspeed_config(stage: ZeroStage, optim: OptimConfig, *, dtype: torch.dtype) -> dict[str, Any]:
+def deepspeed_config(
+    stage: ZeroStage, optim: OptimConfig, *, dtype: torch.dtype, load_universal: bool = False
+) -> dict[str, Any]:
     """Return DeepSpeed's config: every value stated, none "auto".
 
     Batch sizes are 1 because the normalisation is ours: losses come with their final weight, and
     `managed_gradient_accumulation` false makes each `step` the end of however many backward passes came before.
     Gradients are summed and sent in fp32 also where weights are bf16. In stage 0 DeepSpeed is told nothing of bf16
-    and clipping: both are the optimizer's.
+    and clipping: both are the optimizer's. `load_universal`: a checkpoint of another layout will be loaded.
     """
     zero: dict[str, Any] = {"stage": stage}
     if stage > 0:
@@ -65,6 +67,7 @@ def deepspeed_config(stage: ZeroStage, optim: OptimConfig, *, dtype: torch.dtype
         },  # it would wait for the device twice a step
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        "checkpoint": {"load_universal": load_universal and stage > 0},
     }
 
 
@@ -136,12 +139,16 @@ def has_frozen_weights(engine: Any) -> bool:
     return not all(parameter.requires_grad for parameter in engine.module.parameters())
 
 
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that train, by name, in the order of the optimizer: matrices, then norms and biases."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return dict(sorted(named, key=lambda item: _num_dimensions(item[1]) < 2))
+
+
 def _parameter_groups(model: LossModel, weight_decay: float) -> list[dict[str, Any]]:
-    matrices: list[torch.nn.Parameter] = []
-    vectors: list[torch.nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (matrices if _num_dimensions(parameter) >= 2 else vectors).append(parameter)
+    trained = trained_parameters(model).values()
+    matrices = [parameter for parameter in trained if _num_dimensions(parameter) >= 2]
+    vectors = [parameter for parameter in trained if _num_dimensions(parameter) < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -7,7 +7,7 @@ from typing import Any
 from shared.errors import ArtifactError, ConfigError, DataError
 from shared.shard_format import Manifest
 from shared.shard_reader import ShardSet, open_shard_set
-from train.checkpoint_files import list_checkpoints, read_state_file
+from train.checkpoint_files import list_checkpoints, read_state_file, same_layout
 from train.config import TrainConfig, load_recipe
 from train.plan import StepOrder, check_divides, make_order, units_per_step
 from train.run_dir import RunDir, check_identity, identity, read_description, read_status
@@ -96,7 +96,7 @@ def make_run_order(recipe: TrainConfig, manifest: Manifest) -> StepOrder:
 
 
 def check_ranks(prepared: Prepared, world_size: int) -> None:
-    """Raise ConfigError or ArtifactError unless `world_size` ranks can run the steps and read the checkpoint."""
+    """Raise ConfigError unless `world_size` ranks can run the steps."""
     stage = resolve_zero_stage(prepared.recipe.engine, world_size=world_size)
     if prepared.recipe.lora.quantize != "none" and stage == 3:
         raise ConfigError(
@@ -112,18 +112,14 @@ def check_ranks(prepared: Prepared, world_size: int) -> None:
             packs_per_micro_batch=prepared.recipe.batch.packs_per_micro_batch,
             world_size=world_size // shared_by,
         )
+
+
+def moves(prepared: Prepared, world_size: int) -> bool:
+    """Return whether the checkpoint to go on from was written by other ranks, or another ZeRO stage, than now run."""
     if prepared.resume_from is None:
-        return
-    state = read_state_file(prepared.resume_from)
-    for name, seen, here in (
-        ("--nproc-per-node", state["world_size"], world_size),
-        ("engine.zero_stage", state["zero_stage"], stage),
-    ):
-        if seen != here:
-            raise ArtifactError(
-                f"{prepared.resume_from} was written with {name} = {seen}, now it is {here}; that change is not "
-                f"supported, put it back to {seen}"
-            )
+        return False
+    stage = resolve_zero_stage(prepared.recipe.engine, world_size=world_size)
+    return not same_layout(read_state_file(prepared.resume_from), world_size=world_size, zero_stage=stage)
 
 
 def _find_checkpoint(run: RunDir, resume: str, identity: dict[str, Any]) -> Path | None:

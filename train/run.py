@@ -26,7 +26,7 @@ from train.lora import adapted_by
 from train.metrics import Counters, MetricsLog, read_records
 from train.model import build_model, model_config
 from train.plan import StepOrder
-from train.prepare import Prepared, check_ranks
+from train.prepare import Prepared, check_ranks, moves
 from train.probe import check_isolation
 from train.run_dir import RunDir, State, describe, read_description, read_status, write_status
 from train.spikes import SpikeLog
@@ -99,7 +99,7 @@ def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
     dtype = choose_dtype(recipe.engine.dtype, ranks.device)
     attention = choose_attention(recipe.model.attention, device=ranks.device, dtype=dtype)
     stage = resolve_zero_stage(recipe.engine, world_size=ranks.world_size)
-    settings = deepspeed_config(stage, recipe.optim, dtype=dtype)
+    settings = deepspeed_config(stage, recipe.optim, dtype=dtype, load_universal=moves(prepared, ranks.world_size))
     _quiet_libraries()
     network_config = model_config(recipe.model, prepared.shard_set.manifest)
     check_isolation(network_config, attention, device=ranks.device, dtype=dtype)
@@ -134,7 +134,7 @@ def _quiet_libraries() -> None:
 def _starting_state(prepared: Prepared, engine: Any, ranks: Ranks) -> TrainState:
     if prepared.resume_from is None:
         return TrainState(step=0, counters=Counters(), window_losses=[])
-    state = load_checkpoint(engine, prepared.resume_from, ranks=ranks)
+    state = load_checkpoint(engine, prepared.resume_from, run=prepared.run, ranks=ranks, seed=prepared.recipe.run.seed)
     logger.info("going on after step %d, from %s", state.step, prepared.resume_from)
     return state
 
