@@ -132,6 +132,27 @@ def which(run: Path, step: int, rank: int | None, shards: Path | None, as_json: 
             click.echo(line)
 
 
+@cli.command(epilog="Example: sft-train selftest --shards data_cache/demo")
+@click.option("--shards", type=_PATH, required=True, help="Directory of a shard set.")
+@click.option("--recipe", metavar="NAME|FILE", help="Default: what the shard set names.")
+@click.option("--model", metavar="NAME|DIR", help="Default: the recipe's.")
+@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Change a key of the recipe.")
+@click.option("--layers", type=click.IntRange(min=1), help="So many, random weights; default: all, if they fit.")
+@click.option("--tokens", type=click.IntRange(min=16), default=768, show_default=True, help="At most so many.")
+def selftest(
+    shards: Path, recipe: str | None, model: str | None, settings: tuple[str, ...], layers: int | None, tokens: int
+) -> None:
+    """Test on this machine that packs train as their sequences do alone; exit code 6 if they do not."""
+    with _reporting():
+        from train.prepare import TrainRequest
+        from train.selftest import selftest as run_selftest
+
+        request = TrainRequest(shards=shards, recipe=recipe, model=model, settings=settings)
+        report = run_selftest(request, layers=layers, tokens=tokens)
+        click.echo("\n".join(report.lines()))
+        report.check()
+
+
 @cli.command(epilog="Example: sft-train recipes")
 def recipes() -> None:
     """List the recipes that ship."""

@@ -53,18 +53,8 @@ class Prepared:
 
 def prepare(request: TrainRequest) -> Prepared:
     """Open and check what `request` names. Raises ConfigError, DataError or ArtifactError."""
-    shard_set = open_shard_set(request.shards)
+    recipe, shard_set = open_inputs(request)
     manifest = shard_set.manifest
-    if not manifest.totals.loss_tokens:
-        raise DataError(f"{request.shards} has no loss tokens: every token is masked, there is nothing to learn from")
-    recipe_name = request.recipe or manifest.recipe
-    if not recipe_name:
-        raise ConfigError(
-            f"no recipe: {request.shards} names none; give --recipe NAME|FILE.toml (sft-train recipes lists what ships)"
-        )
-    recipe = load_recipe(recipe_name, request.settings, model=request.model, max_steps=request.max_steps)
-    if recipe.model.config is None and not recipe.model.name:
-        raise ConfigError("no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe")
     order = make_run_order(recipe, manifest)
     run = RunDir(request.output or RUNS_DIR / f"{recipe.name}-{manifest.name}")
     found = identity(recipe, shard_set, order)
@@ -77,6 +67,23 @@ def prepare(request: TrainRequest) -> Prepared:
         identity=found,
         resume_from=_find_checkpoint(run, request.resume, found),
     )
+
+
+def open_inputs(request: TrainRequest) -> tuple[TrainConfig, ShardSet]:
+    """Return recipe and shard set of `request`. Raises ConfigError, DataError or ArtifactError."""
+    shard_set = open_shard_set(request.shards)
+    manifest = shard_set.manifest
+    if not manifest.totals.loss_tokens:
+        raise DataError(f"{request.shards} has no loss tokens: every token is masked, there is nothing to learn from")
+    recipe_name = request.recipe or manifest.recipe
+    if not recipe_name:
+        raise ConfigError(
+            f"no recipe: {request.shards} names none; give --recipe NAME|FILE.toml (sft-train recipes lists what ships)"
+        )
+    recipe = load_recipe(recipe_name, request.settings, model=request.model, max_steps=request.max_steps)
+    if recipe.model.config is None and not recipe.model.name:
+        raise ConfigError("no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe")
+    return recipe, shard_set
 
 
 def make_run_order(recipe: TrainConfig, manifest: Manifest) -> StepOrder:

@@ -77,7 +77,7 @@ def small_config(config: PretrainedConfig, *, narrow: bool = True) -> Pretrained
     Heads keep their size, on which kernels depend, and query heads their number per key head. Each token goes to all
     of few experts: which of many it goes to would hang on rounding.
     """
-    values = _with_few_layers(config.to_dict())
+    values = with_layers(config.to_dict(), 2)
     if narrow:
         _make_narrow(values)
     experts_per_token = values.get("num_experts_per_tok")
@@ -110,8 +110,8 @@ def _make_narrow(values: dict[str, Any]) -> None:
             values[key] = min(values[key], 128)
 
 
-def _with_few_layers(values: dict[str, Any]) -> dict[str, Any]:
-    """Keep two layers, or one of each kind that a list of layers in the config tells apart."""
+def with_layers(values: dict[str, Any], wanted: int) -> dict[str, Any]:
+    """Return config values with `wanted` layers, or one of each kind that lists in the config tell apart."""
     count = values.get("num_hidden_layers")
     if not isinstance(count, int):
         return values
@@ -120,7 +120,7 @@ def _with_few_layers(values: dict[str, Any]) -> dict[str, Any]:
     for index in range(count):
         kinds.setdefault(repr([value[index] for value in lists.values()]), index)
     chosen = sorted(kinds.values())
-    chosen += [index for index in range(count) if index not in chosen][: max(0, min(2, count) - len(chosen))]
+    chosen += [index for index in range(count) if index not in chosen][: max(0, wanted - len(chosen))]
     chosen.sort()
     return {
         **values,
