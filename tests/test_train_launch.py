@@ -61,7 +61,7 @@ def test_ranks_may_not_start_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_exit_code_of_a_rank_becomes_its_error_again() -> None:
-    from train.launch import _ERRORS
+    from train.outcome import _ERRORS
 
     assert _ERRORS[5] is ArtifactError
     assert sorted(code for code in _ERRORS if isinstance(code, int)) == [3, 4, 5, 6, 75]

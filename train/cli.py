@@ -1,11 +1,15 @@
 """The command `sft-train`: options, one call, and the only place where errors become exit codes."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from train.prepare import TrainRequest
 
 _PATH = click.Path(path_type=Path)
 
@@ -48,26 +52,14 @@ def cli(
         return
     if shards is None:
         raise click.UsageError("Missing option '--shards'.", context)
-    verbosity = -1 if quiet else verbose
-    with _reporting(verbosity, quiet_stop=under_launcher):
+    with _reporting(_verbosity(context.params), quiet_stop=under_launcher):
         from train.launch import run_or_launch
-        from train.prepare import TrainRequest, prepare
+        from train.prepare import prepare
         from train.ranks import die_with_parent, read_place
 
         if under_launcher:
             die_with_parent()
-        request = TrainRequest(
-            shards=shards,
-            recipe=recipe,
-            model=model,
-            output=output,
-            settings=settings,
-            max_steps=max_steps,
-            stop_after=stop_after,
-            resume=resume,
-            verbosity=verbosity,
-        )
-        prepared = prepare(request)
+        prepared = prepare(_train_request(context.params))
         if prepared.is_complete:
             click.echo(f"{prepared.run.path} is complete: the model is in {prepared.run.model}")
             return
@@ -153,6 +145,96 @@ def selftest(
         report.check()
 
 
+@cli.command(epilog="Example: sft-train launch --nodes 8 --gpus-per-node 8 --slurm -- --shards data_cache/tulu3")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="-- OPTIONS OF sft-train")
+@click.option("--slurm", "way", flag_value="slurm", help="By a batch script for SLURM.")
+@click.option("--torchrun", "way", flag_value="torchrun", help="By hand: a line for each node.")
+@click.option("--deepspeed-hostfile", "hostfile", type=_PATH, help="By ssh to the hosts of this file.")
+@click.option("--nodes", "num_nodes", type=click.IntRange(min=1))
+@click.option("--gpus-per-node", type=click.IntRange(min=1), help="Also the ranks of a node, one for each GPU.")
+@click.option("--submit", is_flag=True, help="Start it; otherwise what would start it is printed.")
+@click.option("--max-restarts", type=click.IntRange(min=0), default=3, show_default=True, help="After failed ranks.")
+@click.option("--seconds-to-save", type=click.IntRange(min=1), default=600, show_default=True, help="Before a kill.")
+@click.option("--rdzv-port", "port", type=click.IntRange(1, 65535), help="On the head; default: 29500, or by the job.")
+@click.option("--env", "environment", metavar="NAME=VALUE", multiple=True, help="Set for the ranks of every node.")
+@click.option("--head", metavar="HOST", help="With --torchrun: the first node; default: this machine.")
+@click.option("--job-name", help="With --slurm; default: the name of the run directory.")
+@click.option("--partition", help="With --slurm.")
+@click.option("--account", help="With --slurm.")
+@click.option("--time", help="With --slurm: the limit of the job.")
+@click.option("--cpus-per-node", type=click.IntRange(min=1), help="With --slurm; default: whole nodes.")
+@click.option("--sbatch", "others", metavar="NAME[=VALUE]", multiple=True, help="Any other option of sbatch.")
+def launch(
+    arguments: tuple[str, ...],
+    way: str | None,
+    hostfile: Path | None,
+    num_nodes: int | None,
+    gpus_per_node: int | None,
+    submit: bool,
+    max_restarts: int,
+    seconds_to_save: int,
+    port: int | None,
+    environment: tuple[str, ...],
+    head: str | None,
+    job_name: str | None,
+    partition: str | None,
+    account: str | None,
+    time: str | None,
+    cpus_per_node: int | None,
+    others: tuple[str, ...],
+) -> None:
+    """Check a run and print, or with --submit start, what trains it on many nodes; all see the same directories."""
+    if (way is None) == (hostfile is None):
+        raise click.UsageError("Give one of --slurm, --torchrun and --deepspeed-hostfile.")
+    asked = click.Command("sft-train", params=cli.params).make_context("sft-train", list(arguments)).params
+    if asked["shards"] is None:
+        raise click.UsageError("Missing option '--shards' among those of sft-train, after --.")
+    if asked["nproc_per_node"] is not None:
+        raise click.UsageError("Give --gpus-per-node instead of --nproc-per-node.")
+    with _reporting(_verbosity(asked)):
+        from train import cluster, slurm
+
+        request = cluster.LaunchRequest(
+            train=_train_request(asked),
+            num_nodes=num_nodes,
+            gpus_per_node=gpus_per_node,
+            max_restarts=max_restarts,
+            seconds_to_save=seconds_to_save,
+            port=port,
+            environment=environment,
+            submit=submit,
+        )
+        if hostfile is not None:
+            click.echo(cluster.launch_by_ssh(request, hostfile))
+        elif way == "torchrun":
+            click.echo(cluster.launch_by_hand(request, head))
+        else:
+            options = slurm.SlurmOptions(
+                job_name=job_name,
+                partition=partition,
+                account=account,
+                time=time,
+                cpus_per_node=cpus_per_node,
+                others=others,
+            )
+            click.echo(cluster.launch_by_slurm(request, options))
+
+
+@cli.command(epilog="Example: sft-train status runs/demo")
+@click.argument("run", type=_PATH)
+@click.option("--changed-after", type=_PATH, help="Believe only a status written after this file.")
+@click.option("--wait", type=click.FloatRange(min=0), default=0, help="Seconds to wait for the last word of a rank.")
+def status(run: Path, changed_after: Path | None, wait: float) -> None:
+    """Say how RUN stands, and exit with its exit code: torchrun would say 1 for everything."""
+    with _reporting():
+        from train.outcome import read_outcome
+        from train.run_dir import RunDir
+
+        code, line = read_outcome(RunDir(run), changed_after=changed_after, wait_seconds=wait)
+    click.echo(line)
+    sys.exit(code)
+
+
 @cli.command(epilog="Example: sft-train recipes")
 def recipes() -> None:
     """List the recipes that ship."""
@@ -167,6 +249,27 @@ def main() -> None:
     """Entry point of the console script."""
     _check_shared()
     cli(prog_name="sft-train")
+
+
+def _verbosity(given: Mapping[str, Any]) -> int:
+    return -1 if given["quiet"] else int(given["verbose"])
+
+
+def _train_request(given: Mapping[str, Any]) -> "TrainRequest":
+    """Return the request that the options of `sft-train` itself make."""
+    from train.prepare import TrainRequest
+
+    return TrainRequest(
+        shards=given["shards"],
+        recipe=given["recipe"],
+        model=given["model"],
+        output=given["output"],
+        settings=given["settings"],
+        max_steps=given["max_steps"],
+        stop_after=given["stop_after"],
+        resume=given["resume"],
+        verbosity=_verbosity(given),
+    )
 
 
 @contextmanager

@@ -12,19 +12,16 @@ from types import FrameType
 from typing import Any
 
 from shared import atomic
-from shared.errors import ArtifactError, ConfigError, DataError, PrerequisiteError, SftError, StoppedOnRequest
+from shared.errors import ConfigError, PrerequisiteError
+from train.outcome import last_change, raise_unless_complete, status_since
 from train.prepare import Prepared, TrainRequest, check_ranks
 from train.ranks import die_with_parent, launched
-from train.run_dir import read_status
 from train.stop import CTRL_C_LINE
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_TO_SAVE = 600
 _SECONDS_TO_FAIL = 20.0  # from the failure of one rank to the end of those that wait for it in vain
-_ERRORS: dict[object, type[SftError]] = {
-    error.exit_code: error for error in (ConfigError, DataError, ArtifactError, PrerequisiteError, StoppedOnRequest)
-}
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -65,17 +62,12 @@ def launch(prepared: Prepared, num_ranks: int) -> None:
     """
     with atomic.exclusive_lock(prepared.run.lock, f"training in {prepared.run.path}"):
         pass  # said here, it is one line; a rank that finds the lock taken fails within torchrun's report
-    old_status = _last_change(prepared.run.status)
+    before = last_change(prepared.run)
     command = torchrun_command(prepared.request, num_ranks)
     with subprocess.Popen(command, preexec_fn=die_with_parent, process_group=0) as process, _forwarding_to(process):
-        code = _wait(process, lambda: _new_status(prepared, old_status))
-    status = _new_status(prepared, old_status)
-    if code == 0 and (status is None or status.get("exit_code") == 0):
-        return
-    if status is None or status.get("exit_code") is None:  # they were killed
-        prepared.shard_set.check_unchanged()
-        raise SftError(f"the ranks ended with exit code {code}; what they wrote above says why")
-    raise _ERRORS.get(status["exit_code"], SftError)(status["message"])
+        code = _wait(process, lambda: status_since(prepared.run, before))
+    said = f"the ranks ended with exit code {code}; what they wrote above says why"
+    raise_unless_complete(prepared, succeeded=code == 0, before=before, said=said)
 
 
 @contextlib.contextmanager
@@ -117,11 +109,6 @@ def _wait(process: "subprocess.Popen[bytes]", status: Callable[[], dict[str, Any
     return process.wait()
 
 
-def _new_status(prepared: Prepared, old_change: int | None) -> dict[str, Any] | None:
-    """Return status.json if the ranks wrote it since `old_change`."""
-    return read_status(prepared.run) if _last_change(prepared.run.status) != old_change else None
-
-
 def torchrun_command(request: TrainRequest, num_ranks: int) -> list[str]:
     """Return the command that starts the ranks.
 
@@ -140,13 +127,19 @@ def torchrun_command(request: TrainRequest, num_ranks: int) -> list[str]:
 
 def rank_arguments(request: TrainRequest) -> list[str]:
     """Return the command line of a rank: that of `request`."""
-    arguments = ["--under-launcher", "--shards", str(request.shards), "--resume", request.resume]
+    return ["--under-launcher", *request_arguments(request)]
+
+
+def request_arguments(request: TrainRequest) -> list[str]:
+    """Return the command line that makes `request`."""
+    arguments = ["--shards", str(request.shards)]
     for name, value in (
         ("--recipe", request.recipe),
         ("--model", request.model),
         ("--output", request.output),
         ("--max-steps", request.max_steps),
         ("--stop-after", request.stop_after),
+        ("--resume", request.resume if request.resume != "auto" else None),
     ):
         if value is not None:
             arguments += [name, str(value)]
@@ -162,7 +155,3 @@ def console_script() -> Path:
     if found is None:
         raise PrerequisiteError("no command sft-train to start the ranks with; install this package with pip")
     return Path(found)
-
-
-def _last_change(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.exists() else None

@@ -1,0 +1,95 @@
+"""A run on many nodes: what every launcher has to say, and the torchrun command that starts the ranks of one node.
+
+Which program starts it on each node (SLURM, ssh, a person) is not known here. All nodes see the same directories at
+the same paths: the working directory, the shard set, the run, and this Python.
+"""
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shared.errors import ConfigError
+from train.launch import console_script, rank_arguments
+from train.prepare import TrainRequest
+
+DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """How many ranks start where, and how failures and stops are treated."""
+
+    num_nodes: int
+    gpus_per_node: int
+    """Also the ranks of a node: one for each GPU."""
+    max_restarts: int = 3
+    """How often torchrun starts all ranks again after one failed; they go on from the last checkpoint."""
+    seconds_to_save: int = 600
+    """Time between the wish to stop and the kill."""
+    port: int | None = None
+    """Of torchrun's rendezvous on the head node; None: chosen by the launcher."""
+    environment: tuple[str, ...] = ()
+    """NAME=VALUE, set for the ranks of every node."""
+
+    def __post_init__(self) -> None:
+        for setting in self.environment:
+            if not re.match(r"[A-Za-z_][A-Za-z0-9_]*=", setting):
+                raise ConfigError(f"--env {setting}: expected NAME=VALUE, as in NCCL_SOCKET_IFNAME=eth0")
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+
+class ShellWord(str):
+    """A word of a command line that is shell text already, as `"$head"`: it is not quoted again."""
+
+    __slots__ = ()
+
+
+def node_command(cluster: Cluster, request: TrainRequest, rendezvous: Sequence[str]) -> list[str]:
+    """Return the words, not yet quoted for a shell, that start the ranks of one node.
+
+    `rendezvous` are the options of torchrun that say where the nodes meet. Which node hosts the meeting is always said
+    (`is_host`), since torchrun's guess compares host names and fails for a second network card or an alias.
+    """
+    return [
+        *(sys.executable, "-P", "-m", "torch.distributed.run"),
+        *("--nnodes", str(cluster.num_nodes), "--nproc-per-node", str(cluster.gpus_per_node)),
+        *("--rdzv-backend", "c10d", *rendezvous),
+        *("--max-restarts", str(cluster.max_restarts)),
+        *("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
+        *("--shutdown-timeout", str(cluster.seconds_to_save)),
+        *("--no-python", str(console_script())),
+        *rank_arguments(request),
+    ]
+
+
+def meeting_point(head: str, port: int, run_id: str, *, is_host: bool, address: str | None = None) -> list[str]:
+    """Return torchrun's options for a rendezvous on `head`; `address` is where others reach this node."""
+    own = [] if address is None else ["--local-addr", address]
+    endpoint = f"[{head}]:{port}" if ":" in head else f"{head}:{port}"
+    return ["--rdzv-endpoint", endpoint, "--rdzv-id", run_id, "--rdzv-conf", f"is_host={int(is_host)}", *own]
+
+
+def shell_line(words: Sequence[str], environment: Sequence[str] = ()) -> str:
+    """Return `words` as one line of shell that means exactly them, with `environment` set for the command."""
+    return " ".join(map(quote, [*(["env", *environment] if environment else []), *words]))
+
+
+def shell_lines(words: Sequence[str]) -> str:
+    """Return `words` quoted, an option with its value a line: for people to read and change."""
+    lines: list[str] = []
+    for word in words:
+        if lines and not word.startswith("--"):
+            lines[-1] += f" {quote(word)}"
+        else:
+            lines.append(quote(word))
+    return " \\\n    ".join(lines)
+
+
+def quote(word: str) -> str:
+    """Return `word` for a POSIX shell, which reads it as exactly that."""
+    return word if isinstance(word, ShellWord) else shlex.quote(word)

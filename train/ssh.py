@@ -1,0 +1,117 @@
+"""One ssh for each host of a hostfile, each running that node's torchrun; this process waits for them all.
+
+Not DeepSpeed's own launcher: that one needs pdsh, does not wait for a save, and starts nothing again.
+"""
+
+import contextlib
+import logging
+import math
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from shared import atomic
+from shared.errors import PrerequisiteError
+from train.hostfile import Hosts
+from train.nodes import DEFAULT_PORT, Cluster, meeting_point, node_command, quote, shell_line
+from train.outcome import last_change, raise_unless_complete
+from train.prepare import Prepared
+from train.ranks import die_with_parent
+from train.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_FOR_THE_OTHERS = 30.0
+
+
+def ssh_commands(cluster: Cluster, prepared: Prepared, hosts: Hosts) -> list[list[str]]:
+    """Return the command line that starts the ranks of each host from here.
+
+    `-tt` ties the far end to this one: when the connection ends, torchrun there gets SIGHUP and takes its ranks along.
+    """
+    commands = []
+    port, run_id = cluster.port or DEFAULT_PORT, prepared.run.path.name
+    for number, (host, address) in enumerate(zip(hosts.names, hosts.addresses, strict=True)):
+        rendezvous = meeting_point(hosts.addresses[0], port, run_id, is_host=number == 0, address=address)
+        line = shell_line(node_command(cluster, prepared.request, rendezvous), cluster.environment)
+        remote = f"cd {quote(str(Path.cwd()))} && exec {line}"
+        commands.append(["ssh", "-o", "BatchMode=yes", "-tt", host, remote])
+    return commands
+
+
+def run_on_hosts(commands: Sequence[Sequence[str]], prepared: Prepared, hosts: Hosts) -> None:
+    """Run the commands until all have ended. Raises the SftError that ended the run.
+
+    What each host says goes to RUN/logs/HOST.log.
+    """
+    run = prepared.run
+    with atomic.exclusive_lock(run.lock, f"training in {run.path}"):
+        pass  # said here, it is one line; a rank that finds the lock taken fails within torchrun's report
+    before = last_change(run)
+    logs = [run.path / "logs" / f"{host}.log" for host in hosts.names]
+    logs[0].parent.mkdir(parents=True, exist_ok=True)
+    logger.info("starting %d hosts; what they say: %s", len(commands), logs[0].parent)
+    processes = [_start(command, log) for command, log in zip(commands, logs, strict=True)]
+    with _passing_on_signals(run):
+        first = _wait(processes)
+    if first is None:
+        said = "the ranks ended without a word"
+    else:
+        said = f"{hosts.names[first]} ended with exit code {processes[first].returncode}; {logs[first]} says why"
+    raise_unless_complete(prepared, succeeded=first is None, before=before, said=said)
+
+
+def _start(command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
+    """Start one ssh. In a session of its own: Ctrl-C in this terminal asks for a stop, it does not cut connections."""
+    with log.open("ab") as file:
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        except FileNotFoundError as exc:
+            raise PrerequisiteError("no command ssh to start the other hosts with; leave --submit out") from exc
+
+
+def _wait(processes: "Sequence[subprocess.Popen[bytes]]") -> int | None:
+    """Wait for all; return the first that failed. After it torchrun elsewhere has a while to see that by itself."""
+    first, deadline = None, math.inf
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [number for number, code in enumerate(codes) if code]
+        if failed and first is None:
+            first, deadline = failed[0], time.monotonic() + _SECONDS_FOR_THE_OTHERS
+        if None not in codes:
+            return first
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.terminate()
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+@contextlib.contextmanager
+def _passing_on_signals(run: RunDir) -> Iterator[None]:
+    """Turn a signal to this process into the file that asks the ranks to stop, since ssh carries no signals.
+
+    A second Ctrl-C ends the connections, and so the ranks, at once.
+    """
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        logger.info("%s: the run stops after this step, and saves", signal.Signals(number).name)
+        run.stop.touch()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
