@@ -8,24 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from killed_runs import rank_processes
 from train_runs import command, losses, records, status, train_apart, weights, write_inputs
 
-FULL_SIGUSR1 = pytest.param("SIGUSR1 to the launcher", marks=pytest.mark.full)
-
-
-def rank_processes(launcher: int) -> list[int]:
-    """Return the ranks that a running `sft-train` has started, by rank."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = dict(item.partition("=")[::2] for item in (folder / "environ").read_text().split("\0") if item)
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            grandparent = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            continue
-        if "RANK" in variables and grandparent == launcher:
-            found[int(variables["RANK"])] = int(folder.name)
-    return [found[rank] for rank in sorted(found)]
+FULL_FORM = [
+    pytest.param(f"{name} to the launcher", marks=pytest.mark.full) for name in ("SIGTERM", "SIGUSR1")
+]  # SIGINT to the launcher goes the same way
 
 
 def is_gone(*processes: int) -> bool:
@@ -82,7 +70,7 @@ def test_a_rank_that_stands_still_ends_the_run_with_stacks_and_the_same_command_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["SIGTERM to rank 1", "SIGINT to the launcher", FULL_SIGUSR1])
+@pytest.mark.parametrize("way", ["SIGTERM to rank 1", "SIGINT to the launcher", *FULL_FORM])
 def test_all_ranks_save_and_stop_whoever_gets_the_signal(way: str, tmp_path: Path) -> None:
     shards, recipe = write_inputs(tmp_path)
     run = tmp_path / "run"
@@ -96,7 +84,7 @@ def test_all_ranks_save_and_stop_whoever_gets_the_signal(way: str, tmp_path: Pat
     assert ("Ctrl-C: the run stops after this step" in errors) == (name == "SIGINT")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_second_ctrl_c_ends_all_ranks_at_once(tmp_path: Path) -> None:
     shards, recipe = write_inputs(tmp_path)
     run = tmp_path / "run"
@@ -111,3 +99,19 @@ def test_a_second_ctrl_c_ends_all_ranks_at_once(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert is_gone(*ranks)
+
+
+@pytest.mark.full
+def test_where_ranks_were_killed_the_launcher_looks_for_a_file_that_was_truncated(tmp_path: Path) -> None:
+    """As by SIGBUS: ranks that die of it say nothing themselves. They stand still here, so that they cannot notice."""
+    shards, recipe = write_inputs(tmp_path)
+    process = start_two_ranks(tmp_path / "run", "--shards", shards, "--recipe", recipe, "--max-steps", 5000)
+    ranks = rank_processes(process.pid)
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    os.truncate(shards / "shards" / "00000" / "tokens.npy", 128)
+    for rank in ranks:
+        os.kill(rank, signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 5
+    assert "tokens.npy was changed while it was in use: it has 128 bytes" in errors.rstrip().split("\n")[-1]

@@ -1,15 +1,13 @@
 """Killed with SIGKILL and started again by the same command: the losses and weights of an undisturbed run."""
 
-import fcntl
-import os
-import signal
-import subprocess
-import time
+import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
-from train_runs import command, losses, status, train_apart, train_here, weights, write_inputs
+from killed_runs import kill_at
+from train_runs import losses, records, status, train_apart, train_here, weights, write_inputs
 
 
 @pytest.fixture(scope="module")
@@ -17,28 +15,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def kill_when(run: Path, reached: str, *arguments: object) -> None:
-    """Start `sft-train`, wait for a path in the run directory, kill it; ranks of torchrun must die with it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command(*arguments), env=environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        while not list(run.glob(reached)) and time.monotonic() < deadline:
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.002)
-        assert list(run.glob(reached))
-    finally:
-        process.kill()
-        process.wait()
-    with (run / ".lock").open("r+b") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)  # waits for ranks that are still dying
+def counted(run: Path) -> list[dict[str, object]]:
+    """Return the records without what tells the time or the memory."""
+    told = ("tps", "seconds", "memory", "mfu")
+    return [
+        {key: value for key, value in record.items() if not any(word in key for word in told)}
+        for record in records(run)
+    ]
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
-    assert losses(run) == losses(whole)
+    """Losses, learning rates, norms, counters: all that does not tell the time or the memory; and the weights."""
+    assert counted(run) == counted(whole)
     assert [path.name for path in run.glob("checkpoints/.tmp-*")] == []
     expected, found = weights(whole), weights(run)
     assert expected.keys() == found.keys()
@@ -48,18 +36,54 @@ def assert_same_run(run: Path, whole: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "reached", ["checkpoints/step-00000002", "checkpoints/.tmp-step-00000004/engine", "checkpoints/step-00000008"]
+    ("phase", "landed"),
+    [
+        ("steps", {"between steps", "inside a checkpoint's write", "between rename and retention"}),
+        ("engine", {"inside a checkpoint's write"}),
+        ("export", {"inside the export", "after the export"}),
+    ],
 )
-def test_a_killed_run_goes_on_as_if_undisturbed(reached: str, inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    """Between steps, inside the write of a checkpoint, and between the last step and the export."""
+def test_a_killed_run_goes_on_as_if_undisturbed(
+    phase: str, landed: set[str], inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Between steps, inside the write of a checkpoint, and inside the export."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     call = ("--shards", inputs[0], "--recipe", inputs[1], "--output")
     assert train_here(*call, whole).exit_code == 0
-    kill_when(run, reached, *call, run)
+    assert kill_at(run, phase, random.Random(1), *call, run) in landed
     assert status(run)["state"] == "running"
-    assert not (run / "model").exists()
     assert train_here(*call, run).exit_code == 0
     assert_same_run(run, whole)
+
+
+MOMENTS = (
+    *("start", "steps", "write", "engine", "retire", "steps", "start", "state", "steps", "retire"),
+    *("steps", "engine", "start", "write", "steps", "retire", "state", "export", "export", "exported"),
+)
+PHASES = {
+    "start", "between steps", "inside a checkpoint's write", "between rename and retention", "inside the export",
+    "after the export",
+}  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_twenty_kills_change_nothing(num_ranks: int, inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """One run, killed twenty times at seeded moments, whole or one rank of it; dropout is on."""
+    draw = random.Random(num_ranks)
+    call = ("--shards", inputs[0], "--recipe", inputs[1], "--nproc-per-node", num_ranks, "--max-steps", 80, "--output")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train_apart(*call, whole).returncode == 0
+    landed, wandb_ids = [], set()
+    for phase in MOMENTS:
+        landed.append(kill_at(run, phase, draw, *call, run))
+        wandb_ids.add(json.loads((run / "config.json").read_text())["wandb_id"])
+    done = train_apart(*call, run)
+    assert done.returncode == 0, done.stderr
+    print(f"{num_ranks} ranks:", *(f"{landed.count(phase)} {phase}," for phase in sorted(set(landed))))
+    assert_same_run(run, whole)
+    assert len(wandb_ids) == 1
+    assert set(landed) == PHASES
 
 
 NO_DROPOUT = ("--set", "model.config.attention_dropout=0.0")  # ranks draw from different generators
@@ -80,8 +104,7 @@ def two_ranks(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
 def test_two_killed_ranks_go_on_as_if_undisturbed(two_ranks: Path, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     call = ("--shards", inputs[0], "--recipe", inputs[1], "--nproc-per-node", 2, "--output", run, *NO_DROPOUT)
-    kill_when(run, "checkpoints/.tmp-step-00000004/engine", *call)
-    assert status(run)["state"] == "running"
+    assert kill_at(run, "engine", random.Random(0), *call) == "inside a checkpoint's write"
     assert train_apart(*call).returncode == 0
     assert_same_run(run, two_ranks)
 
@@ -93,21 +116,3 @@ def test_one_rank_and_two_ranks_log_the_same_losses(two_ranks: Path, inputs: tup
     for (step, one), (other, two) in zip(losses(run), losses(two_ranks), strict=True):
         assert step == other
         assert two == pytest.approx(one, rel=1e-5)
-
-
-@pytest.mark.slow
-def test_sigterm_to_the_launcher_stops_all_ranks_after_a_save(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    arguments = ("--shards", inputs[0], "--recipe", inputs[1], "--nproc-per-node", 2, "--output", run)
-    process = subprocess.Popen(
-        command(*arguments, "--max-steps", 5000), env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(run.glob("checkpoints/step-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 75, errors
-    assert status(run)["state"] == "stopped"
-    assert errors.rstrip().split("\n")[-1].startswith("stopped after step")
