@@ -4,7 +4,7 @@ PYTHON ?= python3
 EXTRAS ?= prep,train,dev
 BIN := .venv/bin
 
-.PHONY: env demo test check format bench clean
+.PHONY: env demo test check format bench nodes clean
 
 env: .venv/.made
 
@@ -37,6 +37,10 @@ format: env
 
 bench: env
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+# two nodes with a network of their own, as root on Linux: the run between them, and its recovery from a cut link
+nodes: env
+	$(BIN)/python -m pytest -m full tests/test_train_nodes.py
 
 # the demo's outputs and what tools leave behind; never your own shard sets and runs
 clean:
