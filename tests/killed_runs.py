@@ -74,7 +74,8 @@ def kill_at(run: Path, phase: str, draw: random.Random, *arguments: object) -> s
             assert process.poll() is None, f"the run ended before it could be killed in {phase}"
             time.sleep(0.0005)
         time.sleep(draw.uniform(0, 3.0) if phase == "start" else draw.choice([0.0, 0.0, draw.uniform(0, 0.02)]))
-        ranks = rank_processes(process.pid) if draw.random() < 0.5 else []
+        alone = draw.random() < 0.5 and not phase.startswith("export")  # rank 0 ends an export without the others
+        ranks = rank_processes(process.pid) if alone else []
         for victim in draw.sample(ranks, min(1, len(ranks))):
             os.kill(victim, signal.SIGKILL)
             process.wait(timeout=120)
