@@ -122,11 +122,17 @@ def use_liger() -> None:
     from train import loss, model
 
     def as_on_a_gpu(
-        hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, *, uniform: float | None
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        uniform: float | None,
+        row_losses: torch.Tensor,
     ) -> torch.Tensor:
         if uniform is None:
-            return loss.chunked_cross_entropy(hidden, head, targets, weights)
-        return loss.liger_cross_entropy(hidden, head, targets) * uniform
+            return loss.chunked_cross_entropy(hidden, head, targets, weights, row_losses)
+        return loss.liger_cross_entropy(hidden, head, targets, row_losses) * uniform
 
     model.weighted_cross_entropy = as_on_a_gpu
 

@@ -60,6 +60,14 @@ def word_tokenizer(vocab_size: int) -> dict[str, bytes]:
     }
 
 
+def empty_source(name: str) -> SourceEntry:
+    """A further source of a set; the totals of all are told of the first."""
+    return SourceEntry(
+        name=name, hub_id=None, revision=None, content_sha256=None, rows_read=0, rows_used=0, rows_rejected={},
+        rows_uncarried={}, rows_dropped={}, rows_truncated=0, rows_without_terminator=0, tokens=0, loss_tokens=0,
+    )  # fmt: skip
+
+
 def write_shard_set(
     path: Path,
     packs: Sequence[Sequence[tuple[list[int], list[int]]]],
@@ -72,6 +80,7 @@ def write_shard_set(
     chat_template: bytes = b"",
     name: str = "tiny",
     origins: Sequence[Sequence[tuple[int, int, int]]] | None = None,
+    source_names: Sequence[str] = ("made-up",),
 ) -> Path:
     """Write a complete shard set of `packs` (sequences of tokens and loss mask) at `path`; return `path`."""
     path.mkdir(parents=True)
@@ -103,8 +112,8 @@ def write_shard_set(
         shards.append(write_shard(path, index, columns))
     tokens_total = sum(shard.tokens for shard in shards)
     loss_total = sum(shard.loss_tokens for shard in shards)
-    source = SourceEntry(
-        name="made-up", hub_id=None, revision=None, content_sha256=None, rows_read=row, rows_used=row,
+    first = SourceEntry(
+        name=source_names[0], hub_id=None, revision=None, content_sha256=None, rows_read=row, rows_used=row,
         rows_rejected={}, rows_uncarried={}, rows_dropped={}, rows_truncated=0, rows_without_terminator=0,
         tokens=tokens_total, loss_tokens=loss_total,
     )  # fmt: skip
@@ -114,7 +123,7 @@ def write_shard_set(
         name=name,
         fingerprint=fingerprint_of(
             max_seq_len=max_seq_len, tokenizer_files=files, template_sha256=sha256_bytes(chat_template),
-            source_names=["made-up"], shards=shards,
+            source_names=list(source_names), shards=shards,
         ),
         inputs_digest=digest(inputs),
         inputs=inputs,
@@ -126,7 +135,7 @@ def write_shard_set(
         ),
         chat_template=TemplateEntry(name="none", sha256=sha256_bytes(chat_template)),
         kinds={kind.name.lower(): int(kind) for kind in Kind},
-        sources=(source,),
+        sources=(first, *(empty_source(name) for name in source_names[1:])),
         max_seq_len=max_seq_len,
         max_token_id=max(max(ids) for pack in packs for ids, _ in pack),
         totals=Totals(

@@ -17,7 +17,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def counted(run: Path) -> list[dict[str, object]]:
     """Return the records without what tells the time or the memory."""
-    told = ("tps", "seconds", "memory", "mfu")
+    told = ("tps", "second", "memory", "mfu")
     return [
         {key: value for key, value in record.items() if not any(word in key for word in told)}
         for record in records(run)

@@ -28,6 +28,8 @@ def case() -> Case:
 
 def with_gradients(function: object, hidden: torch.Tensor, head: torch.Tensor, *rest: object) -> list[torch.Tensor]:
     hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    if function is chunked_cross_entropy:
+        rest = (*rest, torch.empty(len(hidden)))
     loss = function(hidden, head, *rest)  # type: ignore[operator]
     (loss * 3.0).backward()
     assert hidden.grad is not None
@@ -70,9 +72,9 @@ def test_bf16_sums_in_fp32(case: Case) -> None:
 
 def test_no_gradient_is_computed_where_none_is_asked(case: Case) -> None:
     hidden, head, targets, weights = case
-    assert not chunked_cross_entropy(hidden, head, targets, weights).requires_grad
+    assert not chunked_cross_entropy(hidden, head, targets, weights, torch.empty(ROWS)).requires_grad
     frozen_head = hidden.clone().requires_grad_()
-    chunked_cross_entropy(frozen_head, head, targets, weights).backward()
+    chunked_cross_entropy(frozen_head, head, targets, weights, torch.empty(ROWS)).backward()
     assert frozen_head.grad is not None
 
 
@@ -83,7 +85,10 @@ def test_memory_holds_one_chunk_of_logits_not_all(monkeypatch: pytest.MonkeyPatc
     hidden = torch.randn(1000, 8, requires_grad=True)
     head = torch.randn(4000, 8, requires_grad=True)
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        chunked_cross_entropy(hidden, head, torch.zeros(1000, dtype=torch.int64), torch.ones(1000)).backward()
+        row_losses = torch.empty(1000)
+        chunked_cross_entropy(
+            hidden, head, torch.zeros(1000, dtype=torch.int64), torch.ones(1000), row_losses
+        ).backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest <= 4 * 32 * 4000 * 2
     assert 10 * largest < 4 * 1000 * 4000
@@ -104,12 +109,18 @@ generator = torch.Generator().manual_seed(0)
 data = torch.randn(48, 32, generator=generator), torch.randn(128, 32, generator=generator)
 targets = torch.randint(0, 128, (48,), generator=generator)
 results = []
-for function in (lambda h, w: liger_cross_entropy(h, w, targets) * 0.25,
-                 lambda h, w: chunked_cross_entropy(h, w, targets, torch.full((48,), 0.25))):
+for function in (lambda h, w, rows: liger_cross_entropy(h, w, targets, rows) * 0.25,
+                 lambda h, w, rows: chunked_cross_entropy(h, w, targets, torch.full((48,), 0.25), rows)):
     hidden, head = (tensor.clone().requires_grad_() for tensor in data)
-    loss = function(hidden, head)
+    row_losses = torch.empty(48)
+    loss = function(hidden, head, row_losses)
     (loss * 3.0).backward()
-    results.append((loss.detach(), hidden.grad, head.grad))
+    results.append((loss.detach(), hidden.grad, head.grad, row_losses))
+hidden, head = data[0].clone().requires_grad_(), data[1].clone()  # a frozen head
+liger_cross_entropy(hidden, head, targets, torch.empty(48)).backward()
+torch.testing.assert_close(hidden.grad * 0.75, results[0][1], rtol=2e-6, atol=2e-6)
+liger_cross_entropy(*data, targets, row_losses := torch.empty(48))  # no gradient at all
+torch.testing.assert_close(row_losses, results[0][3])
 for liger, ours in zip(*results, strict=True):
     torch.testing.assert_close(liger, ours, rtol=2e-6, atol=2e-6)
 print("equal")

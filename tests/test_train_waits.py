@@ -65,13 +65,13 @@ def test_one_rank_reads_the_norm_of_each_step_and_the_losses_of_each_window(
 ) -> None:
     """Neither transformers nor DeepSpeed adds a read: not to find sequences in position_ids, not for a timer."""
     counts = reads_of_a_run(tmp_path, monkeypatch, every_steps=every_steps, stage="auto")
-    assert counts == {("train/one_rank.py", "step"): STEPS, ("train/metrics.py", "global_losses"): windows}
+    assert counts == {("train/one_rank.py", "step"): STEPS, ("train/metrics.py", "sums"): windows}
 
 
 def test_under_zero_3_the_read_of_each_step_is_deepspeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads the norm too; besides, it looks at the order of the layers, in the first step only."""
     counts = reads_of_a_run(tmp_path, monkeypatch, every_steps=4, stage="3")
     ours = {key: number for key, number in counts.items() if key[0].startswith("train/")}
-    assert ours == {("train/metrics.py", "global_losses"): 2, ("train/loop.py", "_log"): 2}
+    assert ours == {("train/metrics.py", "sums"): 2, ("train/loop.py", "_log"): 2}
     assert counts["runtime/utils.py", "is_invalid_grad_norm"] == STEPS
     assert counts["zero/utils.py", "get_lst_from_rank0"] < STEPS

@@ -37,6 +37,7 @@ class MicroBatch:
     rows: torch.Tensor  # int64 [R]
     targets: torch.Tensor  # int64 [R]
     weights: torch.Tensor  # float32 [R], of each row in the loss of the step
+    row_sources: torch.Tensor  # int64 [R], 1 + the index of the source of each row; 0 for a row that only fills
     uniform_weight: float | None
     """The weight of every row, where they have the same."""
 
@@ -51,7 +52,7 @@ class MicroBatch:
         )
 
 
-_TENSORS = ("input_ids", "position_ids", "cu_seqlens", "rows", "targets", "weights")
+_TENSORS = ("input_ids", "position_ids", "cu_seqlens", "rows", "targets", "weights", "row_sources")
 
 
 def make_micro_batch(
@@ -67,9 +68,12 @@ def make_micro_batch(
     row_weights = np.concatenate(weights)
     assert len(rows) == len(row_weights), (len(rows), len(row_weights))
     targets = labels[rows]
+    lengths = np.diff(cu_seqlens)
+    sources = np.concatenate([pack.seq_origin[:, 0] for pack in packs])
+    row_sources = np.repeat(1 + sources, lengths)[rows]
     if not len(rows):
         rows, targets, row_weights, uniform_weight = np.zeros(1, np.int64), tokens[:1], np.zeros(1, np.float32), 0.0
-    lengths = np.diff(cu_seqlens)
+        row_sources = np.zeros(1, np.int64)
     return MicroBatch(
         input_ids=torch.from_numpy(tokens)[None],
         position_ids=torch.from_numpy(restarting_positions(cu_seqlens))[None],
@@ -78,6 +82,7 @@ def make_micro_batch(
         rows=torch.from_numpy(rows),
         targets=torch.from_numpy(targets),
         weights=torch.from_numpy(row_weights),
+        row_sources=torch.from_numpy(row_sources),
         uniform_weight=uniform_weight,
     )
 
@@ -128,5 +133,6 @@ def _filler() -> MicroBatch:
         rows=torch.zeros(1, dtype=torch.int64),
         targets=torch.zeros(1, dtype=torch.int64),
         weights=torch.zeros(1, dtype=torch.float32),
+        row_sources=torch.zeros(1, dtype=torch.int64),
         uniform_weight=0.0,
     )

@@ -34,7 +34,7 @@ from train.checkpoint_files import (
 )
 from train.distributed import Ranks, barrier, broadcast_from_main, gather_to_main
 from train.engine import has_frozen_weights, trained_parameters
-from train.metrics import Counters
+from train.metrics import Counters, WindowSums
 from train.run_dir import RunDir
 from train.universal import convert, load_converted
 
@@ -50,8 +50,8 @@ class TrainState:
     step: int
     """Updates done."""
     counters: Counters
-    window_losses: list[float]
-    """Losses of the steps since the last record, so that a resumed run logs what an undisturbed one does."""
+    window: WindowSums | None
+    """The steps since the last record; None at the start."""
 
 
 def save_checkpoint(
@@ -99,9 +99,7 @@ def load_checkpoint(engine: Any, path: Path, *, run: RunDir, ranks: Ranks, seed:
     else:
         _load_converted(engine, path, data, run=run, ranks=ranks)
         torch.manual_seed(seed_from("dropout", seed, ranks.rank, data["step"]))
-    return TrainState(
-        step=data["step"], counters=Counters(**data["counters"]), window_losses=list(data["window_losses"])
-    )
+    return TrainState(step=data["step"], counters=Counters(**data["counters"]), window=WindowSums(**data["window"]))
 
 
 def _load_as_written(engine: Any, path: Path, ranks: Ranks) -> None:
@@ -154,7 +152,7 @@ def _commit(
         "format_version": FORMAT_VERSION,
         "step": state.step,
         "counters": asdict(state.counters),
-        "window_losses": state.window_losses,
+        "window": None if state.window is None else asdict(state.window),
         "identity": identity,
         "world_size": ranks.world_size,
         "zero_stage": zero_stage,

@@ -17,7 +17,7 @@ from typing import Any
 from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
 from shared.hashing import sha256_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATE_NAME = "state.json"
 RUN_NAME = "run.json"
 MODEL_DIR = "model"

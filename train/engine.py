@@ -96,15 +96,17 @@ def start_engine(model: LossModel, optim: OptimConfig, config: dict[str, Any]) -
     return engine
 
 
-def accumulate(engine: Any, micro_batches: Sequence[MicroBatch], ranks: Ranks) -> torch.Tensor:
+def accumulate(
+    engine: Any, micro_batches: Sequence[MicroBatch], ranks: Ranks, source_totals: torch.Tensor | None = None
+) -> torch.Tensor:
     """Run every micro-batch forward and backward; return their parts of the step's loss, fp32 [num_micro_batches].
 
-    Losses already carry their weight in the step's loss. DeepSpeed averages gradients over ranks, so each loss is
-    multiplied by their number.
+    `source_totals`: see `LossModel.forward`. Losses already carry their weight in the step's loss. DeepSpeed averages
+    gradients over ranks, so each loss is multiplied by their number.
     """
     losses = torch.zeros(len(micro_batches), dtype=torch.float32, device=ranks.device)
     for number, batch in enumerate(micro_batches):
-        loss = engine(batch.to(ranks.device))
+        loss = engine(batch.to(ranks.device), source_totals)
         engine.backward(loss * ranks.world_size, scale_wrt_gas=False)
         losses[number] = loss.detach()
     return losses

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from shared.errors import DataError, StoppedOnRequest
+from train.by_source import empty_totals, means
 from train.checkpoint import TrainState, save_checkpoint
 from train.distributed import Ranks, any_rank
 from train.engine import accumulate, update
 from train.feed import Feed, StepBatch
 from train.flops import ModelCost, peak_flops
-from train.metrics import Counters, MetricsLog, Window, make_record
+from train.metrics import Counters, MetricsLog, Window, make_record, open_window
 from train.not_finite import judge_refused_update
 from train.prepare import Prepared
 from train.schedule import learning_rate
@@ -48,7 +49,8 @@ def train(parts: Parts, start: TrainState) -> None:
     """Run the steps after `start.step` to the end. Raises StoppedOnRequest, with the state saved, if asked to stop."""
     recipe, total_steps = parts.prepared.recipe, parts.prepared.order.total_steps
     counters = start.counters
-    window = _resumed_window(start, parts.ranks)
+    num_sources = len(parts.feed.shard_set.manifest.sources)
+    window = open_window(num_sources, parts.ranks, start.window)
     fetch_started = time.perf_counter()
     for batch in parts.feed.steps(start.step):
         data_seconds = time.perf_counter() - fetch_started
@@ -56,10 +58,11 @@ def train(parts: Parts, start: TrainState) -> None:
             batch.step, peak=recipe.optim.learning_rate, schedule=recipe.schedule, total_steps=total_steps
         )
         # ------------------------------------------------------------------------------------------------
-        losses = accumulate(parts.engine, batch.micro_batches, parts.ranks)
+        source_totals = empty_totals(num_sources, parts.ranks.device)
+        losses = accumulate(parts.engine, batch.micro_batches, parts.ranks, source_totals)
         is_updated = _update(parts, batch, losses, counters, rate=rate)
         step = batch.step + 1
-        window.add(batch, losses, is_skipped=not is_updated, data_seconds=data_seconds)
+        window.add(batch, losses, source_totals, is_skipped=not is_updated, data_seconds=data_seconds)
         counters.tokens += batch.num_tokens
         counters.positions += batch.num_positions
         counters.loss_tokens += batch.num_loss_tokens
@@ -67,11 +70,11 @@ def train(parts: Parts, start: TrainState) -> None:
         is_last = step == total_steps
         if is_last or step % recipe.log.every_steps == 0:
             _log(parts, window, counters, step=step, rate=rate, is_updated=is_updated)
-            window = Window()
+            window = open_window(num_sources, parts.ranks)
         stopping = not is_last and _should_stop(parts, steps_done=step - start.step)
         if is_last or stopping or step % recipe.checkpoint.every_steps == 0:
             saving_started = time.perf_counter()
-            state = TrainState(step=step, counters=counters, window_losses=window.global_losses(parts.ranks))
+            state = TrainState(step=step, counters=counters, window=window.sums(parts.ranks))
             saved = _save(parts, state)
             window.started += time.perf_counter() - saving_started  # a save is no part of the speed of training
             if stopping or is_last:
@@ -104,8 +107,8 @@ def _update(parts: Parts, batch: StepBatch, losses: torch.Tensor, counters: Coun
 
 
 def _log(parts: Parts, window: Window, counters: Counters, *, step: int, rate: float, is_updated: bool) -> None:
-    losses = window.global_losses(parts.ranks)
-    if not all(math.isfinite(loss) for loss in losses):
+    sums = window.sums(parts.ranks)
+    if not all(math.isfinite(loss) for loss in sums.losses):
         raise DataError(f"step {step}: the loss is not finite, though the gradients were; lower optim.learning_rate")
     if parts.log is None or parts.spikes is None:
         return
@@ -115,10 +118,12 @@ def _log(parts: Parts, window: Window, counters: Counters, *, step: int, rate: f
         "epoch": parts.prepared.order.epoch_after(step),
         "learning_rate": rate,
         "grad_norm": float(parts.engine.get_global_grad_norm()) if is_updated else None,
-        **make_record(window, losses, counters, ranks=parts.ranks, cost=parts.cost, peak=peak),
+        **make_record(window, sums, counters, ranks=parts.ranks, cost=parts.cost, peak=peak),
+        **means("train_loss", sums.source_losses, sums.source_tokens, parts.feed.shard_set.manifest),
     }
     parts.log.write(record, total_steps=parts.prepared.order.total_steps)
-    parts.spikes.look_at(window.loss_steps, losses[len(losses) - len(window.loss_steps) :], parts.feed)
+    own_losses = sums.losses[len(sums.losses) - len(window.loss_steps) :]  # without those that a checkpoint carried
+    parts.spikes.look_at(window.loss_steps, own_losses, parts.feed)
 
 
 def _save(parts: Parts, state: TrainState) -> Path:
@@ -138,10 +143,3 @@ def _should_stop(parts: Parts, *, steps_done: int) -> bool:
     stop_after = parts.prepared.request.stop_after
     wished = parts.wish.is_there() or (stop_after is not None and steps_done >= stop_after)
     return any_rank(wished, parts.ranks)
-
-
-def _resumed_window(start: TrainState, ranks: Ranks) -> Window:
-    """Rank 0 brings back the losses that were logged by no record yet; they are sums over ranks already."""
-    share = 1.0 if ranks.is_main else 0.0
-    losses = [torch.tensor([loss * share], dtype=torch.float32, device=ranks.device) for loss in start.window_losses]
-    return Window(losses=losses)

@@ -58,43 +58,68 @@ def weighted_cross_entropy(
     weights: torch.Tensor,  # float32 [R]
     *,
     uniform: float | None,
+    row_losses: torch.Tensor | None = None,  # float32 [R]
 ) -> torch.Tensor:
-    """Return sum over rows of weight x cross-entropy, fp32: Liger's kernel on a GPU, chunks of rows elsewhere."""
+    """Return sum over rows of weight x cross-entropy, fp32: Liger's kernel on a GPU, chunks of rows elsewhere.
+
+    The cross-entropy of each row is written into `row_losses`, where given, without its weight or a gradient.
+    """
+    if row_losses is None:
+        row_losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     if hidden.device.type == "cuda" and uniform is not None:
-        return liger_cross_entropy(hidden, head, targets) * uniform
-    return chunked_cross_entropy(hidden, head, targets, weights)
+        return liger_cross_entropy(hidden, head, targets, row_losses) * uniform
+    return chunked_cross_entropy(hidden, head, targets, weights, row_losses)
 
 
-def liger_cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def liger_cross_entropy(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, row_losses: torch.Tensor
+) -> torch.Tensor:
     """Return the sum of cross-entropies by Liger's fused kernel, which has one weight for all rows of a call."""
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-
-    outputs = LigerFusedLinearCrossEntropyFunction.apply(
-        hidden,
-        head,
-        targets,
-        None,  # bias
-        None,  # class weights
-        -100,
-        0.0,  # lse_square_scale
-        0.0,  # label_smoothing
-        "sum",
-        None,  # softcap
-        False,  # z loss
-        torch.float32,  # accumulate the gradient of the head in fp32 over the kernel's chunks
-    )
-    loss = outputs[0]
+    loss = _LigerCrossEntropy.apply(hidden, head, targets, row_losses)  # type: ignore[no-untyped-call]
     assert isinstance(loss, torch.Tensor)
-    return loss.float()
+    return loss
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, row_losses: torch.Tensor
 ) -> torch.Tensor:
     """Return sum of weight x cross-entropy over chunks of rows that share one buffer of logits."""
-    loss = _ChunkedCrossEntropy.apply(hidden, head, targets, weights)  # type: ignore[no-untyped-call]
+    loss = _ChunkedCrossEntropy.apply(hidden, head, targets, weights, row_losses)  # type: ignore[no-untyped-call]
     assert isinstance(loss, torch.Tensor)
     return loss
+
+
+class _LigerCrossEntropy(torch.autograd.Function):
+    """Liger's kernel for the losses of all rows; its own autograd function gives their sum or asks for a gradient each.
+
+    The gradient of the head is accumulated in fp32 over the kernel's chunks. The backward pass reads nothing from the
+    device, where Liger's looks whether the incoming gradient is 1.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, row_losses: torch.Tensor
+    ) -> torch.Tensor:
+        from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
+
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        losses, _, _, _, grad_hidden, grad_head, _ = fused_linear_cross_entropy_forward(
+            hidden,
+            head,
+            targets,
+            reduction="none",
+            accum_dtype=torch.float32,
+            compute_gradients=needs_hidden or needs_head,
+            weight_requires_grad=needs_head,
+        )
+        assert isinstance(losses, torch.Tensor)
+        row_losses.copy_(losses)
+        ctx.save_for_backward(grad_hidden if needs_hidden else None, grad_head)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (*_scaled(ctx.saved_tensors, grad_loss), None, None)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -106,7 +131,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        row_losses: torch.Tensor,
     ) -> torch.Tensor:
         num_rows, chunk_rows = len(hidden), _rows_per_chunk(len(hidden), len(head))
         hidden, targets, weights = _padded(hidden, targets, weights, multiple=chunk_rows)
@@ -122,7 +152,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             target_logit = logits.gather(0, target)[0]
             top = logits.amax(dim=0)
             total = logits.sub_(top).exp_().sum(dim=0)
-            loss += ((total.log() + top - target_logit) * weight).sum()
+            losses = total.log() + top - target_logit
+            row_losses[chunk] = losses[: num_rows - start]
+            loss += (losses * weight).sum()
             grad = logits.mul_(weight / total)  # in place: the buffer turns from exp into the gradient
             grad.scatter_add_(0, target, -weight[None])
             grad = grad.to(hidden.dtype)
@@ -138,9 +170,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        scaled = [None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in (grad_hidden, grad_head)]
-        return (*scaled, None, None)
+        return (*_scaled(ctx.saved_tensors, grad_loss), None, None, None)
+
+
+def _scaled(gradients: tuple[torch.Tensor | None, ...], factor: torch.Tensor) -> list[torch.Tensor | None]:
+    """In place: they were computed for this."""
+    return [None if gradient is None else gradient.mul_(factor.to(gradient.dtype)) for gradient in gradients]
 
 
 def _rows_per_chunk(num_rows: int, vocab_size: int) -> int:

@@ -6,7 +6,12 @@
                                              normalised as loss.norm says; null if they held no loss token
     grad_norm                                of the last step, before clipping; null if its update was left out
     skipped_steps                            steps left out since the start of the run (`run.on_non_finite = "skip"`)
+    train_loss/SOURCE                        mean over the window's loss tokens of a source, whatever loss.norm is; null
+                                             if there were none
     loss_tokens                              targets in the window
+    loss_tokens_per_second                   goodput: targets per second over all ranks, over the window
+    padding_share                            of the positions in the window: fillers of ranks without a micro-batch, and
+                                             what makes shared rows divide; packs themselves are not padded
     total_tokens, total_tokens_including_padding      since the start of the run, over all ranks
     per_device_tps, per_device_tps_including_padding  tokens per second and rank, over the window
     step_seconds, data_seconds               mean per step: all of it, and the wait for data
@@ -27,6 +32,7 @@ from typing import Any, TextIO
 import torch
 
 from shared import atomic
+from train.by_source import empty_totals
 from train.config import LogConfig
 from train.distributed import Ranks, sum_over_ranks
 from train.feed import StepBatch
@@ -58,12 +64,24 @@ class Window:
     loss_tokens: int = 0
     squared_lengths: int = 0
     data_seconds: float = 0.0
+    source_totals: torch.Tensor  # float64 [2, 1 + num_sources], this rank's part; see train/by_source.py
+    carried_loss_tokens: int = 0
+    """Those of the window before the run was resumed in the middle of it."""
 
-    def add(self, batch: StepBatch, losses: torch.Tensor, *, is_skipped: bool, data_seconds: float) -> None:
+    def add(
+        self,
+        batch: StepBatch,
+        losses: torch.Tensor,
+        source_totals: torch.Tensor,
+        *,
+        is_skipped: bool,
+        data_seconds: float,
+    ) -> None:
         """Add a step and the losses of its micro-batches on this rank; those of a skipped step are no numbers."""
         if batch.num_loss_tokens and not is_skipped:
             self.losses.append(losses.sum(0, keepdim=True))
             self.loss_steps.append(batch.step + 1)
+            self.source_totals += source_totals
         self.steps += 1
         self.tokens += batch.num_tokens
         self.positions += batch.num_positions
@@ -71,24 +89,61 @@ class Window:
         self.squared_lengths += batch.squared_lengths
         self.data_seconds += data_seconds
 
-    def global_losses(self, ranks: Ranks) -> list[float]:
-        """Return the loss of each step of the window that had one, over all ranks: the one wait for the device."""
-        if not self.losses:
-            return []
-        losses: list[float] = sum_over_ranks(torch.cat(self.losses), ranks).tolist()
-        return losses
+    def sums(self, ranks: Ranks) -> "WindowSums":
+        """Return what the window has gathered, over all ranks: one message, and the one wait for the device."""
+        num_losses, num_columns = len(self.losses), self.source_totals.shape[1]
+        loss_tokens = self.carried_loss_tokens + self.loss_tokens
+        if not num_losses:  # nothing to wait for
+            none = [0.0] * num_columns
+            return WindowSums(losses=[], source_losses=none, source_tokens=none, loss_tokens=loss_tokens)
+        parts = [*(loss.double() for loss in self.losses), self.source_totals.flatten()]
+        values: list[float] = sum_over_ranks(torch.cat(parts), ranks).tolist()
+        return WindowSums(
+            losses=values[:num_losses],
+            source_losses=values[num_losses : num_losses + num_columns],
+            source_tokens=values[num_losses + num_columns :],
+            loss_tokens=loss_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowSums:
+    """A window over all ranks; part of a checkpoint, so that a resumed run logs what an undisturbed one does."""
+
+    losses: list[float]
+    """Of each step that had one."""
+    source_losses: list[float]
+    """Sum of the cross-entropies of each source, the fillers before them."""
+    source_tokens: list[float]
+    """How many those are."""
+    loss_tokens: int
+
+
+def open_window(num_sources: int, ranks: Ranks, carried: WindowSums | None = None) -> Window:
+    """Return an empty window, or one that goes on from what a checkpoint carried: its sums count on rank 0 only."""
+    if carried is None:
+        return Window(source_totals=empty_totals(num_sources, ranks.device))
+    share = 1.0 if ranks.is_main else 0.0
+    values = [carried.source_losses, carried.source_tokens]
+    return Window(
+        losses=[torch.tensor([loss * share], dtype=torch.float32, device=ranks.device) for loss in carried.losses],
+        source_totals=share * torch.tensor(values, dtype=torch.float64, device=ranks.device),
+        carried_loss_tokens=carried.loss_tokens,
+    )
 
 
 def make_record(
-    window: Window, losses: list[float], counters: Counters, *, ranks: Ranks, cost: ModelCost, peak: float | None
+    window: Window, sums: WindowSums, counters: Counters, *, ranks: Ranks, cost: ModelCost, peak: float | None
 ) -> dict[str, Any]:
     """Return the part of a record that follows from the window and the counters."""
     seconds = time.perf_counter() - window.started
     steps = max(1, window.steps)
     flops = cost.flops(tokens=window.tokens, loss_tokens=window.loss_tokens, squared_lengths=window.squared_lengths)
     return {
-        "train_loss": sum(losses) / len(losses) if losses else None,
-        "loss_tokens": window.loss_tokens,
+        "train_loss": sum(sums.losses) / len(sums.losses) if sums.losses else None,
+        "loss_tokens": sums.loss_tokens,
+        "loss_tokens_per_second": window.loss_tokens / seconds,
+        "padding_share": 1.0 - window.tokens / window.positions if window.positions else 0.0,
         "total_tokens": counters.tokens,
         "total_tokens_including_padding": counters.positions,
         "skipped_steps": counters.skipped_steps,

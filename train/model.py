@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from shared.errors import ArtifactError, ConfigError
 from shared.shard_format import Manifest
 from train.batch import MicroBatch
+from train.by_source import add_rows
 from train.config import LoraConfig, ModelConfig
 from train.lora import add_adapters, quantization
 from train.loss import weighted_cross_entropy
@@ -37,7 +38,8 @@ class LossModel(torch.nn.Module):
         self.model = model
         self.logit_scale = logit_scale(model.config)
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
+    def forward(self, batch: MicroBatch, source_totals: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the loss; add the rows' cross-entropies and their number to `source_totals` (train/by_source.py)."""
         hidden = self.model.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -52,7 +54,13 @@ class LossModel(torch.nn.Module):
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
         head = self.model.get_output_embeddings().weight  # [V, D], gathered here under ZeRO-3
-        return weighted_cross_entropy(hidden, head, batch.targets, batch.weights, uniform=batch.uniform_weight)
+        row_losses = torch.empty(len(batch.rows), dtype=torch.float32, device=hidden.device)
+        loss = weighted_cross_entropy(
+            hidden, head, batch.targets, batch.weights, uniform=batch.uniform_weight, row_losses=row_losses
+        )
+        if source_totals is not None:
+            add_rows(source_totals, batch.row_sources, row_losses)
+        return loss
 
 
 def build_model(

@@ -133,7 +133,7 @@ def _quiet_libraries() -> None:
 
 def _starting_state(prepared: Prepared, engine: Any, ranks: Ranks) -> TrainState:
     if prepared.resume_from is None:
-        return TrainState(step=0, counters=Counters(), window_losses=[])
+        return TrainState(step=0, counters=Counters(), window=None)
     state = load_checkpoint(engine, prepared.resume_from, run=prepared.run, ranks=ranks, seed=prepared.recipe.run.seed)
     logger.info("going on after step %d, from %s", state.step, prepared.resume_from)
     return state

@@ -25,9 +25,11 @@ def take_slice(batch: MicroBatch, index: int, size: int) -> MicroBatch:
         bounds = torch.cat([bounds, bounds.new_tensor([length * size])])
     here = torch.nonzero((batch.rows >= start) & (batch.rows < end))[:, 0]
     rows = {"rows": batch.rows[here] - start, "targets": batch.targets[here], "weights": batch.weights[here]}
+    rows["row_sources"] = batch.row_sources[here]
     uniform = batch.uniform_weight
     if not len(here):  # one row of weight 0: a rank that left the head out would leave the others waiting
         rows = {"rows": batch.rows.new_zeros(1), "targets": batch.targets[:1], "weights": batch.weights.new_zeros(1)}
+        rows["row_sources"] = batch.row_sources.new_zeros(1)
         uniform = 0.0
     return dataclasses.replace(
         batch,
