@@ -75,7 +75,7 @@ def damage(run: Path, kind: str) -> None:
         ("cut short", "state.json says"),
         ("missing", "is missing"),
         ("no state.json", "is not a whole checkpoint"),
-        ("other version", "format_version is 99; this program reads 1"),
+        ("other version", "format_version is 99; this program reads 2"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_the_older_one_offered(

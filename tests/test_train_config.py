@@ -23,6 +23,8 @@ KEYS = [
     "engine.dtype",
     "engine.sequence_parallel",
     "engine.zero_stage",
+    "eval.every_steps",
+    "eval.max_packs",
     "log.every_steps",
     "log.spike_sigma",
     "log.wandb",

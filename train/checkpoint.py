@@ -19,6 +19,7 @@ from shared import atomic
 from shared.errors import ArtifactError, SftError
 from shared.hashing import seed_from, sha256_file
 from train.checkpoint_files import (
+    BEST_NAME,
     ENGINE_DIR,
     ENGINE_TAG,
     FORMAT_VERSION,
@@ -26,6 +27,7 @@ from train.checkpoint_files import (
     PREFIX,
     RUN_NAME,
     STATE_NAME,
+    best_checkpoint,
     check_digest,
     list_checkpoints,
     read_state_file,
@@ -52,6 +54,8 @@ class TrainState:
     counters: Counters
     window: WindowSums | None
     """The steps since the last record; None at the start."""
+    eval_loss: float | None = None
+    """Of these weights, if they were evaluated: written into the checkpoint after it was committed."""
 
 
 def save_checkpoint(
@@ -79,10 +83,24 @@ def save_checkpoint(
     if ranks.is_main:
         stage = engine.zero_optimization_stage()
         _commit(staged, final, state, identity=identity, ranks=ranks, zero_stage=stage, files=files)
+        best = best_checkpoint(run.checkpoints)
         for old in list_checkpoints(run.checkpoints)[:-keep_last]:
-            _remove(old)
+            if old != best:
+                _remove(old)
     barrier(ranks)
     return final
+
+
+def record_eval_loss(path: Path, loss: float) -> None:
+    """Write the evaluation loss of a committed checkpoint into its state.json; link the best one of its run."""
+    data = read_state_file(path)
+    atomic.write_json(path / STATE_NAME, {**data, "eval_loss": loss})
+    best = best_checkpoint(path.parent)
+    assert best is not None
+    aside = path.parent / f".tmp-{BEST_NAME}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(best.name)
+    os.replace(aside, path.parent / BEST_NAME)
 
 
 def load_checkpoint(engine: Any, path: Path, *, run: RunDir, ranks: Ranks, seed: int) -> TrainState:
@@ -99,7 +117,12 @@ def load_checkpoint(engine: Any, path: Path, *, run: RunDir, ranks: Ranks, seed:
     else:
         _load_converted(engine, path, data, run=run, ranks=ranks)
         torch.manual_seed(seed_from("dropout", seed, ranks.rank, data["step"]))
-    return TrainState(step=data["step"], counters=Counters(**data["counters"]), window=WindowSums(**data["window"]))
+    return TrainState(
+        step=data["step"],
+        counters=Counters(**data["counters"]),
+        window=WindowSums(**data["window"]),
+        eval_loss=data["eval_loss"],
+    )
 
 
 def _load_as_written(engine: Any, path: Path, ranks: Ranks) -> None:
@@ -153,6 +176,7 @@ def _commit(
         "step": state.step,
         "counters": asdict(state.counters),
         "window": None if state.window is None else asdict(state.window),
+        "eval_loss": state.eval_loss,
         "identity": identity,
         "world_size": ranks.world_size,
         "zero_stage": zero_stage,

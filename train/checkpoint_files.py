@@ -1,12 +1,14 @@
 """What a checkpoint consists of on disk: found, described and checked without torch or DeepSpeed.
 
     checkpoints/step-00000500/
-      state.json            step, counters, identity of the run, number of ranks, size and sha256 of every other file
+      state.json            step, counters, identity of the run, number of ranks, evaluation loss or null, size and
+                            sha256 of every other file
       run.json              a copy of the run's config.json, so that an export needs this directory only
       model/config.json     the transformers config of the model
       engine/state/*.pt     DeepSpeed's state, one part per rank
       rng/rank-00000.safetensors
 
+`best` is a symbolic link to the checkpoint with the lowest evaluation loss, which stays when others are removed.
 A directory named step-N is whole: it was renamed into place. state.json names every other file with its digest.
 """
 
@@ -17,6 +19,7 @@ from typing import Any
 from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
 from shared.hashing import sha256_file
 
+BEST_NAME = "best"
 FORMAT_VERSION = 2
 STATE_NAME = "state.json"
 RUN_NAME = "run.json"
@@ -29,6 +32,19 @@ PREFIX = "step-"
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the committed checkpoints in `folder`, oldest first."""
     return sorted(path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit())
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """Return the committed checkpoint in `folder` with the lowest evaluation loss, the older of equals, if any."""
+    losses: list[tuple[float, Path]] = []
+    for path in list_checkpoints(folder):
+        try:
+            loss = read_state_file(path)["eval_loss"]
+        except ArtifactError:
+            continue  # a damaged one is not the best; who wants to load it is told
+        if loss is not None:
+            losses.append((loss, path))
+    return min(losses)[1] if losses else None
 
 
 def read_state_file(path: Path) -> dict[str, Any]:

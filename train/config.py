@@ -172,6 +172,21 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """How to evaluate, where there is an evaluation set: that of --eval-shards, or the one inside the shard set."""
+
+    every_steps: int = 0
+    """Steps between evaluations; 0 evaluates at every checkpoint that is due. The last step always is evaluated."""
+    max_packs: int = 0
+    """Evaluate a sample of so many packs, the same each time; 0 evaluates all."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "max_packs"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}; expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
     every_steps: int = 1
     """Steps per logged line: each line costs one wait for the device."""
@@ -220,6 +235,7 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

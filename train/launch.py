@@ -137,6 +137,7 @@ def request_arguments(request: TrainRequest) -> list[str]:
         ("--recipe", request.recipe),
         ("--model", request.model),
         ("--output", request.output),
+        ("--eval-shards", request.eval_shards),
         ("--max-steps", request.max_steps),
         ("--stop-after", request.stop_after),
         ("--resume", request.resume if request.resume != "auto" else None),

@@ -12,9 +12,10 @@ import torch
 
 from shared.errors import DataError, StoppedOnRequest
 from train.by_source import empty_totals, means
-from train.checkpoint import TrainState, save_checkpoint
+from train.checkpoint import TrainState, record_eval_loss, save_checkpoint
 from train.distributed import Ranks, any_rank
 from train.engine import accumulate, update
+from train.evaluate import EvalFeed, evaluate
 from train.feed import Feed, StepBatch
 from train.flops import ModelCost, peak_flops
 from train.metrics import Counters, MetricsLog, Window, make_record, open_window
@@ -36,6 +37,7 @@ class Parts:
     ranks: Ranks
     engine: Any
     feed: Feed
+    eval_feed: EvalFeed | None
     cost: ModelCost
     log: MetricsLog | None
     """On rank 0."""
@@ -50,6 +52,8 @@ def train(parts: Parts, start: TrainState) -> None:
     recipe, total_steps = parts.prepared.recipe, parts.prepared.order.total_steps
     counters = start.counters
     num_sources = len(parts.feed.shard_set.manifest.sources)
+    if start.step and start.eval_loss is None and _is_due(parts, start.step):
+        _evaluate(parts, start.step, parts.prepared.resume_from)  # saved, then stopped or killed before it was
     window = open_window(num_sources, parts.ranks, start.window)
     fetch_started = time.perf_counter()
     for batch in parts.feed.steps(start.step):
@@ -73,16 +77,22 @@ def train(parts: Parts, start: TrainState) -> None:
             window = open_window(num_sources, parts.ranks)
         stopping = not is_last and _should_stop(parts, steps_done=step - start.step)
         if is_last or stopping or step % recipe.checkpoint.every_steps == 0:
-            saving_started = time.perf_counter()
+            pause_started = time.perf_counter()
             state = TrainState(step=step, counters=counters, window=window.sums(parts.ranks))
             saved = _save(parts, state)
-            window.started += time.perf_counter() - saving_started  # a save is no part of the speed of training
             if stopping or is_last:
                 parts.wish.granted()
             if stopping:
                 raise StoppedOnRequest(
                     f"stopped after step {step} of {total_steps}, saved in {saved}; run the same command again to go on"
                 )
+            window.started += time.perf_counter() - pause_started  # a save is no part of the speed of training
+        else:
+            saved = None
+        if _is_due(parts, step):
+            pause_started = time.perf_counter()
+            _evaluate(parts, step, saved)
+            window.started += time.perf_counter() - pause_started
         if step == start.step + 1:
             gc.collect()
             gc.freeze()  # what lives now lives to the end: later collections, and the stalls they cause, stay small
@@ -136,6 +146,25 @@ def _save(parts: Parts, state: TrainState) -> Path:
             identity=parts.prepared.identity,
             keep_last=parts.prepared.recipe.checkpoint.keep_last,
         )
+
+
+def _is_due(parts: Parts, step: int) -> bool:
+    """Return whether the weights after `step` steps are to be evaluated."""
+    recipe, order = parts.prepared.recipe, parts.prepared.order
+    every = recipe.eval.every_steps or recipe.checkpoint.every_steps
+    return parts.eval_feed is not None and (step == order.total_steps or step % every == 0)
+
+
+def _evaluate(parts: Parts, step: int, saved: Path | None) -> None:
+    """Evaluate the weights after `step` steps, which lie in the checkpoint `saved`, if any: already safe by now."""
+    assert parts.eval_feed is not None
+    with parts.watchdog.resting():
+        result = evaluate(parts.engine, parts.eval_feed, parts.ranks)
+    if parts.log is None:
+        return
+    parts.log.write_eval({"step": step, "epoch": parts.prepared.order.epoch_after(step), **result})
+    if saved is not None:
+        record_eval_loss(saved, result["eval_loss"])
 
 
 def _should_stop(parts: Parts, *, steps_done: int) -> bool:

@@ -64,6 +64,8 @@ def weighted_cross_entropy(
 
     The cross-entropy of each row is written into `row_losses`, where given, without its weight or a gradient.
     """
+    if not torch.is_grad_enabled():  # what asks for a gradient is asked in spite of it, inside an autograd function
+        hidden, head = hidden.detach(), head.detach()
     if row_losses is None:
         row_losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     if hidden.device.type == "cuda" and uniform is not None:

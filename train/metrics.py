@@ -18,6 +18,13 @@
     mfu                                      see train/flops.py; null where the device's peak is not known
     memory_gib                               peak on this rank: of the GPU, or of the process on a CPU
 
+An evaluation has a record of its own:
+
+    step, epoch                              as above
+    eval_loss                                mean cross-entropy over the loss tokens of the evaluation set
+    eval_loss/SOURCE                         over those of one of its sources; null if it has none
+    eval_tokens, eval_seconds                how many those are; how long it took
+
 A window is the steps since the last record (`log.every_steps`).
 """
 
@@ -160,19 +167,37 @@ class MetricsLog:
     """Rank 0's records: appended to metrics.jsonl, shown on the console, sent to Weights & Biases."""
 
     def __init__(
-        self, path: Path, *, config: LogConfig, run_name: str, wandb_id: str, recipe: dict[str, Any], after_step: int
+        self,
+        path: Path,
+        *,
+        config: LogConfig,
+        run_name: str,
+        wandb_id: str,
+        recipe: dict[str, Any],
+        after_step: int,
+        is_evaluated: bool,
     ) -> None:
         """Open the log of a run that goes on after step `after_step`: later records, and a torn last line, go away."""
-        keep_records(path, up_to_step=after_step)
+        keep_records(path, up_to_step=after_step, is_evaluated=is_evaluated)
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(path.parent, config, run_name, wandb_id, recipe)
 
     def write(self, record: dict[str, Any], *, total_steps: int) -> None:
+        self._append(record)
+        logger.info("%s", console_line(record, total_steps))
+
+    def _append(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
         self._file.flush()
-        logger.info("%s", console_line(record, total_steps))
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in record.items() if value is not None}, step=record["step"])
+
+    def write_eval(self, record: dict[str, Any]) -> None:
+        """Write the record of an evaluation."""
+        self._append(record)
+        logger.info(
+            "step %d: evaluation loss %.4f, %.1f s", record["step"], record["eval_loss"], record["eval_seconds"]
+        )
 
     def close(self) -> None:
         self._file.close()
@@ -196,11 +221,18 @@ def console_line(record: dict[str, Any], total_steps: int) -> str:
     return "  ".join(parts)
 
 
-def keep_records(path: Path, *, up_to_step: int) -> None:
-    """Drop the records of metrics.jsonl after step `up_to_step`, and a last line that a crash cut short."""
+def keep_records(path: Path, *, up_to_step: int, is_evaluated: bool = True) -> None:
+    """Drop the records of metrics.jsonl after step `up_to_step`, and a last line that a crash cut short.
+
+    If that step is yet to be evaluated, a record of its evaluation goes too.
+    """
     if not path.exists():
         return
-    kept = [record for record in read_records(path) if record["step"] <= up_to_step]
+    kept = [
+        record
+        for record in read_records(path)
+        if record["step"] <= up_to_step and (is_evaluated or record["step"] < up_to_step or "eval_loss" not in record)
+    ]
     lines = "".join(json.dumps(record, sort_keys=True, allow_nan=False) + "\n" for record in kept)
     atomic.write_bytes(path, lines.encode("utf-8"))
 

@@ -51,8 +51,17 @@ def card_facts(description: Mapping[str, Any], manifest: Manifest, records: Sequ
         totals=manifest.totals,
         recipe=recipe,
         versions={key: value for key, value in sorted(description["versions"].items()) if value},
-        final=dict(records[-1]) if records else {},
+        final=_last_values(records),
     )
+
+
+def _last_values(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last record of training, and the evaluation loss of the same step, if it was evaluated."""
+    trained = [record for record in records if "eval_loss" not in record]
+    if not trained:
+        return {}
+    at_end = [record for record in records if "eval_loss" in record and record["step"] == trained[-1]["step"]]
+    return {**trained[-1], **({"eval_loss": at_end[-1]["eval_loss"]} if at_end else {})}
 
 
 def render_card(facts: CardFacts) -> str:
@@ -128,7 +137,7 @@ def _sources_table(facts: CardFacts) -> str:
 
 
 def _final_table(final: Mapping[str, Any]) -> str:
-    names = ("step", "epoch", "train_loss", "learning_rate", "total_tokens", "per_device_tps")
+    names = ("step", "epoch", "train_loss", "eval_loss", "learning_rate", "total_tokens", "per_device_tps")
     shown = {name: final[name] for name in names if final.get(name) is not None}
     if not shown:
         return "Nothing was logged.\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ArtifactError, ConfigError, DataError
-from shared.shard_format import Manifest
+from shared.shard_format import EVAL_DIR, MANIFEST_NAME, Manifest
 from shared.shard_reader import ShardSet, open_shard_set
 from train.checkpoint_files import list_checkpoints, read_state_file, same_layout
 from train.config import TrainConfig, load_recipe
@@ -29,6 +29,7 @@ class TrainRequest:
     max_steps: int | None = None
     stop_after: int | None = None
     resume: str = "auto"
+    eval_shards: Path | None = None
     verbosity: int = 0
 
 
@@ -43,6 +44,7 @@ class Prepared:
     run: RunDir
     identity: dict[str, Any]
     resume_from: Path | None
+    eval_set: ShardSet | None
 
     @property
     def is_complete(self) -> bool:
@@ -66,6 +68,7 @@ def prepare(request: TrainRequest) -> Prepared:
         run=run,
         identity=found,
         resume_from=_find_checkpoint(run, request.resume, found),
+        eval_set=_open_eval_set(request.eval_shards, shard_set),
     )
 
 
@@ -84,6 +87,29 @@ def open_inputs(request: TrainRequest) -> tuple[TrainConfig, ShardSet]:
     if recipe.model.config is None and not recipe.model.name:
         raise ConfigError("no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe")
     return recipe, shard_set
+
+
+def _open_eval_set(path: Path | None, shard_set: ShardSet) -> ShardSet | None:
+    """Return the set at `path`, or the one that lies in the shard set, if any. Raises DataError or ArtifactError."""
+    if path is None:
+        path = shard_set.path / EVAL_DIR
+        if not (path / MANIFEST_NAME).exists():
+            return None
+    eval_set = open_shard_set(path)
+    ours, theirs = shard_set.manifest, eval_set.manifest
+    if theirs.tokenizer.files != ours.tokenizer.files:
+        raise DataError(
+            f"{path} was made with another tokenizer ({theirs.tokenizer.name}) than {shard_set.path} "
+            f"({ours.tokenizer.name}); build both from the same one"
+        )
+    if theirs.max_seq_len > ours.max_seq_len:
+        raise DataError(
+            f"{path} has sequences of up to {theirs.max_seq_len} tokens, {shard_set.path} of up to {ours.max_seq_len}; "
+            f"build the evaluation set with max_seq_len = {ours.max_seq_len} or less"
+        )
+    if not theirs.totals.loss_tokens:
+        raise DataError(f"{path} has no loss tokens; there is nothing to evaluate")
+    return eval_set
 
 
 def make_run_order(recipe: TrainConfig, manifest: Manifest) -> StepOrder:

@@ -20,6 +20,7 @@ from train.checkpoint import TrainState, load_checkpoint
 from train.config import TrainConfig
 from train.distributed import Ranks, barrier, process_group
 from train.engine import choose_dtype, consolidated_weights, deepspeed_config, shard_while_building, start_engine
+from train.evaluate import EvalFeed
 from train.feed import Feed
 from train.flops import ModelCost, model_cost
 from train.lora import adapted_by
@@ -56,7 +57,7 @@ def run_rank(prepared: Prepared) -> None:
         barrier(ranks)
         engine, cost = _start(prepared, ranks)
         start = _starting_state(prepared, engine, ranks)
-        log = _open_log(prepared, start.step) if ranks.is_main else None
+        log = _open_log(prepared, start) if ranks.is_main else None
         feed = Feed(
             shard_set=prepared.shard_set,
             order=prepared.order,
@@ -76,6 +77,7 @@ def run_rank(prepared: Prepared) -> None:
             ranks=ranks,
             engine=engine,
             feed=feed,
+            eval_feed=_eval_feed(prepared, ranks),
             cost=cost,
             log=log,
             spikes=SpikeLog(run.spikes, sigma=prepared.recipe.log.spike_sigma, after_step=start.step)
@@ -151,7 +153,23 @@ def _open_run(prepared: Prepared, world_size: int) -> None:
     atomic.write_json(run.config, description)
 
 
-def _open_log(prepared: Prepared, after_step: int) -> MetricsLog:
+def _eval_feed(prepared: Prepared, ranks: Ranks) -> EvalFeed | None:
+    if prepared.eval_set is None:
+        return None
+    recipe = prepared.recipe
+    feed = EvalFeed(
+        shard_set=prepared.eval_set,
+        max_packs=recipe.eval.max_packs,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        packs_per_micro_batch=recipe.batch.packs_per_micro_batch,
+        sequence_parallel=recipe.engine.sequence_parallel,
+    )
+    logger.info("evaluating on %s: %d packs", prepared.eval_set.path, len(feed.pack_ids()))
+    return feed
+
+
+def _open_log(prepared: Prepared, start: TrainState) -> MetricsLog:
     description = read_description(prepared.run)
     assert description is not None
     return MetricsLog(
@@ -160,7 +178,8 @@ def _open_log(prepared: Prepared, after_step: int) -> MetricsLog:
         run_name=prepared.run.path.name,
         wandb_id=description["wandb_id"],
         recipe=config.to_plain(prepared.recipe),
-        after_step=after_step,
+        after_step=start.step,
+        is_evaluated=start.eval_loss is not None,
     )
 
 
