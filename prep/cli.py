@@ -275,18 +275,26 @@ def pull(
         click.echo("\n".join(fetch(repo, out, PullOptions(revision=revision, replace=replace, workers=workers))))
 
 
+@cli.command(epilog="Example: sft-prep pin tulu3")
+@click.argument("mixture", metavar="NAME|FILE")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write; default: FILE itself, or NAME.toml here.")
+def pin(mixture: str, out: Path | None) -> None:
+    """Write the commits that the revisions of a MIXTURE name now into its file."""
+    with _reporting():
+        from prep.pin import pin as pin_mixture
+
+        click.echo("\n".join(pin_mixture(mixture, out)))
+
+
 @cli.command(epilog="Example: sft-prep mixtures")
 def mixtures() -> None:
     """List the mixtures that ship."""
     with _reporting():
-        from prep.config import load_mixture, shipped_mixtures
+        from prep.config import shipped_mixtures
+        from shared.config import first_comment
 
-        for name in shipped_mixtures():
-            mixture, _ = load_mixture(name)
-            click.echo(
-                f"{name:<16} tokenizer {mixture.tokenizer.name}, template {mixture.template.name}, "
-                f"max_seq_len {mixture.max_seq_len}, sources {len(mixture.sources)}"
-            )
+        for name, path in shipped_mixtures().items():
+            click.echo(f"{name:<16} {first_comment(path)}")
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
 Identity is the hashes of its files, known without importing transformers: an up-to-date build must say so at once.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,18 +137,31 @@ def _download(config: TokenizerConfig, known: Mapping[str, Any]) -> tuple[str, P
     remembered = known.get(_key(config))
     if isinstance(remembered, list) and Path(remembered[1]).is_dir():
         return remembered[0], Path(remembered[1])
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    commit = resolve_tokenizer_commit(config.name, config.revision)
+    with _hub_errors(config.name, config.revision):
+        return commit, Path(snapshot_download(config.name, revision=commit, allow_patterns=list(FILE_NAMES)))
+
+
+def resolve_tokenizer_commit(name: str, revision: str) -> str:
+    """Return the commit that `revision` of a hub model names now. Raises DataError if the hub does not say."""
+    from huggingface_hub import HfApi
+
+    with _hub_errors(name, revision):
+        return str(HfApi().model_info(name, revision=revision).sha)
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str, revision: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        commit = HfApi().model_info(config.name, revision=config.revision).sha
-        folder = snapshot_download(config.name, revision=commit, allow_patterns=list(FILE_NAMES))
+        yield
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as exc:
         raise DataError(
-            f"tokenizer.name = {config.name!r}: no such directory, and the hub does not give revision "
-            f"{config.revision!r}: {exc}"
+            f"tokenizer.name = {name!r}: no such directory, and the hub does not give revision {revision!r}: {exc}"
         ) from exc
-    return str(commit), Path(folder)
 
 
 def _key(config: TokenizerConfig) -> str:

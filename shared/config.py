@@ -60,6 +60,13 @@ def build(cls: type[T], tables: Mapping[str, Any], where: str) -> T:
     return typing.cast(T, _build_dataclass(cls, tables, where, ""))
 
 
+def first_comment(path: Path) -> str:
+    """Return what the first line of the TOML file at `path` says, if it is a comment: the file in one sentence."""
+    with path.open(encoding="utf-8") as file:
+        line = file.readline().strip()
+    return line.removeprefix("#").strip() if line.startswith("#") else ""
+
+
 def to_plain(value: Any) -> Any:
     """Return dataclasses as dicts and tuples as lists, ready for canonical JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

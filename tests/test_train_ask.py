@@ -31,7 +31,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=shard_set.manifest.tokenizer.vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=8, initializer_range=0.5,
     )  # fmt: skip
-    recipe = config.to_plain(load_recipe("debug"))
+    recipe = config.to_plain(load_recipe("tiny"))
     export_model(
         state_dict=dict(AutoModelForCausalLM.from_config(model_config).state_dict()),
         model_config=model_config,

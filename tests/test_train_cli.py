@@ -195,10 +195,10 @@ def test_no_shards_is_a_usage_error() -> None:
 
 def test_the_recipe_of_the_shard_set_is_the_default(tmp_path: Path) -> None:
     packs = random_packs(num_packs=4, max_seq_len=32, vocab_size=VOCAB)
-    shards = write_shard_set(tmp_path / "set", packs, max_seq_len=32, vocab_size=VOCAB, recipe="debug")
+    shards = write_shard_set(tmp_path / "set", packs, max_seq_len=32, vocab_size=VOCAB, recipe="tiny")
     result = train_here("--shards", shards, "--output", tmp_path / "run", "--max-steps", 1)
     assert result.exit_code == 0
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]["name"] == "debug"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]["name"] == "tiny"
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def test_every_shipped_recipe_loads_and_is_named_after_its_file(name: str) -> No
 
 
 def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
-    recipe = load_recipe("debug", ("optim.learning_rate=1", "loss.norm=sum"), model="some/model", max_steps=7)
+    recipe = load_recipe("tiny", ("optim.learning_rate=1", "loss.norm=sum"), model="some/model", max_steps=7)
     assert recipe.optim.learning_rate == 1.0
     assert recipe.loss.norm == "sum"
     assert recipe.schedule.max_steps == 7
@@ -135,4 +135,4 @@ def test_a_model_directory_is_found_beside_the_recipe(tmp_path: Path, monkeypatc
 )
 def test_a_bad_value_is_refused(setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_recipe("debug", (setting,))
+        load_recipe("tiny", (setting,))

@@ -38,7 +38,7 @@ def _config(shard_set: ShardSet, *, tied: bool) -> PretrainedConfig:
 
 
 def _card(shard_set: ShardSet) -> CardFacts:
-    recipe = config.to_plain(load_recipe("debug"))
+    recipe = config.to_plain(load_recipe("tiny"))
     return card_facts({"recipe": recipe, "versions": {"torch": "0", "gone": None}}, shard_set.manifest, [])
 
 
@@ -239,7 +239,7 @@ def test_another_shard_set_in_the_old_place_is_refused(run: Path, tmp_path: Path
 
 
 def _facts(shards: ShardSet, *, name: str) -> CardFacts:
-    recipe = config.to_plain(load_recipe("debug"))
+    recipe = config.to_plain(load_recipe("tiny"))
     recipe["model"] |= {"name": name, "config": None}
     records = [{"step": 7, "train_loss": 1.25, "total_tokens": 12345}]
     return card_facts({"recipe": recipe, "versions": {"torch": "2.0", "gone": None}}, shards.manifest, records)

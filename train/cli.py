@@ -241,10 +241,11 @@ def status(run: Path, changed_after: Path | None, wait: float) -> None:
 def recipes() -> None:
     """List the recipes that ship."""
     with _reporting():
+        from shared.config import first_comment
         from train.config import shipped_recipes
 
         for name, path in shipped_recipes().items():
-            click.echo(f"{name:16} {path}")
+            click.echo(f"{name:<20} {first_comment(path)}")
 
 
 def main() -> None:
