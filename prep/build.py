@@ -1,6 +1,7 @@
 """`sft-prep build`: compose the stages, once; an existing set is left alone or refused, never overwritten by surprise.
 
-inputs -> sample store per source -> selection -> packs -> shards -> manifest, all in a directory beside, renamed last
+inputs -> sample store per source -> selection -> packs -> shards -> manifest, all in a directory beside, renamed last;
+what the mixture holds out goes the same way into `eval/` in that directory, before the manifest.
 """
 
 import contextlib
@@ -16,33 +17,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from prep.assemble import assemble
 from prep.chunk_workers import chunk_workers
 from prep.chunks import Chunk
 from prep.config import MixtureConfig, SourceConfig
 from prep.decontaminate import Overlap, find_overlaps, read_questions
 from prep.detect import conversion_of
 from prep.encode import Encoder
+from prep.held_out import num_held_out
 from prep.inputs import Inputs, resolve_inputs
-from prep.mixture import select_all
-from prep.pack import pack_best_fit
+from prep.mixture import Selections, select_all
 from prep.progress import progress
-from prep.report import Tally, check_budgets, make_manifest, write_rejects
+from prep.report import Tally, check_budgets, write_rejects
 from prep.sample_chunk import ChunkSpec
 from prep.sample_store import SampleStore, StoredChunk, StoreRequest, ensure_stores
 from prep.selection import Selection
 from prep.source_reader import iter_chunks
-from prep.tokenizer import LoadedTokenizer, load_tokenizer, write_tokenizer
+from prep.tokenizer import LoadedTokenizer, load_tokenizer
 from prep.tokenizer_fit import check_bos, choose_encoder
+from prep.write_set import Material, Packed, pack, write_set
 from shared import atomic, config
 from shared.disk import writing_to
 from shared.errors import ArtifactError, DataError
-from shared.shard_format import BUILD_INFO_NAME, MANIFEST_NAME, TOKENIZER_DIR, Manifest
+from shared.shard_format import BUILD_INFO_NAME, EVAL_DIR, MANIFEST_NAME, Manifest
 from shared.shard_reader import read_manifest
-
-Ints = npt.NDArray[np.int64]
 
 logger = logging.getLogger(__name__)
 
@@ -81,18 +79,26 @@ def dry_run(plan: BuildPlan) -> list[str]:
     inputs = resolve_inputs(plan.mixture, plan.base, memory_of(plan))
     stores, tallies, _ = _samples(plan, inputs, load_tokenizer(inputs.tokenizer))
     selections = _select(plan, inputs, stores, tallies)
-    sequences, _, pack_offsets = _pack(inputs, selections)
-    tokens, packs = int(sequences["length"].sum(dtype=np.int64)), len(pack_offsets) - 1
-    lines = [
-        f"{plan.out} would hold {packs:,} packs of {plan.mixture.max_seq_len:,}, {len(sequences):,} sequences, "
-        f"{tokens:,} tokens, {int(sequences['loss_tokens'].sum(dtype=np.int64)):,} loss tokens, "
-        f"density {tokens / (packs * plan.mixture.max_seq_len):.2%}, about {tokens * 6 / 2**20:,.1f} MiB"
-    ]
-    for source, tally, selection in zip(inputs.sources, tallies, selections, strict=True):
+    lines = [_size_line(plan.out, pack(inputs, selections.train), plan.mixture.max_seq_len)]
+    for source, tally, selection in zip(inputs.sources, tallies, selections.train, strict=True):
         lost = [f"rejected {len(tally.rejects):,}", f"uncarried {len(tally.uncarried):,}"]
         lost += [f"{reason} {count:,}" for reason, count in sorted(selection.dropped.items())]
         lines.append(f"  {source.name}: {tally.rows:,} rows, {len(selection.sequences):,} sequences; {', '.join(lost)}")
+    if selections.num_held_out:
+        lines.append(_size_line(plan.out / EVAL_DIR, pack(inputs, selections.held_out), plan.mixture.max_seq_len))
+        for source, selection in zip(inputs.sources, selections.held_out, strict=True):
+            lines.append(f"  {source.name}: {len(selection.sequences):,} sequences")
     return lines
+
+
+def _size_line(out: Path, packed: Packed, max_seq_len: int) -> str:
+    sequences, packs = packed.sequences, len(packed.pack_offsets) - 1
+    tokens, loss_tokens = (int(sequences[name].sum(dtype=np.int64)) for name in ("length", "loss_tokens"))
+    density, size = tokens / (packs * max_seq_len), tokens * 6 / 2**20
+    return (
+        f"{out} would hold {packs:,} packs of {max_seq_len:,}, {len(sequences):,} sequences, {tokens:,} tokens, "
+        f"{loss_tokens:,} loss tokens, density {density:.2%}, about {size:,.1f} MiB"
+    )
 
 
 def memory_of(plan: BuildPlan) -> dict[str, Any]:
@@ -111,6 +117,8 @@ def _existing(out: Path, inputs: Inputs) -> Manifest:
         raise ArtifactError(
             f"{out} was made from other inputs: {'; '.join(changed)}. Give another --out, or --rebuild to replace it"
         )
+    if num_held_out(manifest):
+        read_manifest(out / EVAL_DIR)  # it may have been removed
     return manifest
 
 
@@ -119,27 +127,31 @@ def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
     loaded = load_tokenizer(inputs.tokenizer)
     stores, tallies, encoder = _samples(plan, inputs, loaded)
     tokenised = time.monotonic()
+    material = Material(loaded, encoder, stores, tallies)
     selections = _select(plan, inputs, stores, tallies)
-    sequences, source_of, pack_offsets = _pack(inputs, selections)
-    packed = time.monotonic()
+    packed = pack(inputs, selections.train)
+    when_packed = time.monotonic()
     with _replacing(plan.out) as aside:
-        with progress("writing", len(sequences), "sequences") as advance:
-            assembled = assemble(
-                aside,
-                stores=stores,
-                sequences=sequences,
-                source_of=source_of,
-                pack_offsets=pack_offsets,
-                policy=inputs.mixture.mask,
-                on_sequences=advance,
-            )
-        tokenizer_files = write_tokenizer(aside / TOKENIZER_DIR, loaded, encoder.spec.tokenizer_json, inputs.template)
-        write_rejects(aside, inputs, tallies, selections)
-        manifest = make_manifest(inputs, loaded, encoder, tokenizer_files, assembled, tallies, selections)
-        seconds = {"tokenise": tokenised - began, "pack": packed - tokenised, "write": time.monotonic() - packed}
+        if selections.num_held_out:
+            _write_eval_set(aside / EVAL_DIR, inputs, material, selections.held_out)
+        manifest = write_set(aside, inputs, material, selections.train, packed)
+        write_rejects(aside, inputs, tallies, selections.train)
+        seconds = {
+            "tokenise": tokenised - began,
+            "pack": when_packed - tokenised,
+            "write": time.monotonic() - when_packed,
+        }
         atomic.write_json(aside / BUILD_INFO_NAME, _build_info(plan, inputs, encoder.spec.backend, seconds))
         atomic.write_json(aside / MANIFEST_NAME, config.to_plain(manifest))
     return manifest
+
+
+def _write_eval_set(out: Path, inputs: Inputs, material: Material, selections: list[Selection]) -> None:
+    """Write the rows that are held out as a set of their own."""
+    out.mkdir()
+    own = inputs.of_eval_set()
+    manifest = write_set(out, own, material, selections, pack(own, selections))
+    atomic.write_json(out / MANIFEST_NAME, config.to_plain(manifest))
 
 
 def _samples(
@@ -214,7 +226,7 @@ def _check_rows(inputs: Inputs, index: int, tally: Tally) -> None:
         )
 
 
-def _select(plan: BuildPlan, inputs: Inputs, stores: list[SampleStore], tallies: list[Tally]) -> list[Selection]:
+def _select(plan: BuildPlan, inputs: Inputs, stores: list[SampleStore], tallies: list[Tally]) -> Selections:
     asked = inputs.mixture.decontaminate
     overlaps: list[list[Overlap]] = [[] for _ in stores]
     if asked.files:
@@ -223,23 +235,29 @@ def _select(plan: BuildPlan, inputs: Inputs, stores: list[SampleStore], tallies:
         rows = [(source, tally.conversion) for source, tally in zip(inputs.sources, tallies, strict=True)]
         with writing_to(plan.store):
             overlaps = find_overlaps(rows, read_questions(questions, asked), store=plan.store, workers=plan.workers)
-    return select_all(inputs, stores, overlaps)
+    selections = select_all(inputs, stores, overlaps)
+    _check_selections(inputs, selections)
+    return selections
 
 
-def _pack(inputs: Inputs, selections: list[Selection]) -> tuple[npt.NDArray[np.void], Ints, Ints]:
-    """Return all sequences in pack order, the source of each, and the pack offsets."""
-    sequences = np.concatenate([selection.sequences for selection in selections])
-    counts = [len(selection.sequences) for selection in selections]
-    source_of = np.repeat(np.arange(len(selections)), counts)
-    if not len(sequences):
+def _check_selections(inputs: Inputs, selections: Selections) -> None:
+    """Raise DataError where nothing is left to train on; warn where nothing is held out although it is asked for."""
+    fraction, names = inputs.mixture.eval.fraction, ", ".join(source.name for source in inputs.sources)
+    if not any(len(selection.sequences) for selection in selections.train):
+        if selections.num_held_out:
+            raise DataError(
+                f"every prompt of {names} is held out by eval.fraction = {fraction}; give a smaller fraction"
+            )
         raise DataError(
-            f"no row of {', '.join(source.name for source in inputs.sources)} can be used: every one was left out; "
-            "sft-prep build -v says why, or look at template and lengths.min_loss_tokens"
+            f"no row of {names} can be used: every one was left out; sft-prep build -v says why, or look at template "
+            "and lengths.min_loss_tokens"
         )
-    order, pack_offsets = pack_best_fit(
-        sequences["length"].astype(np.int64), capacity=inputs.mixture.max_seq_len, tie=sequences["tie"]
-    )
-    return sequences[order], source_of[order], pack_offsets
+    if fraction and not selections.num_held_out:
+        logger.warning(
+            "eval.fraction = %s holds none of the prompts of %s out: there are too few; there is no eval set",
+            fraction,
+            names,
+        )
 
 
 def _clear(out: Path) -> None:

@@ -138,6 +138,16 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    fraction: float = 0.0
+    """Hold out this share of the prompts, chosen by seed, with all their rows: the set OUT/eval."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.fraction < 1.0:
+            raise ConfigError(f"fraction = {self.fraction}; expected 0 (hold nothing out) or more, and less than 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DedupConfig:
     exact: bool = False
     """Of rows with equal messages, tools and train flags keep the first, in the order of the sources."""
@@ -190,6 +200,7 @@ class MixtureConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     rows: RowsConfig = field(default_factory=RowsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     mixing: MixingConfig = field(default_factory=MixingConfig)

@@ -1,6 +1,7 @@
 """Rows that leave although nothing is wrong with them: too little loss, a passage of a question, said before."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,9 @@ def without_duplicates(usables: Sequence[Usable], stores: Sequence[SampleStore],
     counts = [len(usable.rows) for usable in usables]
     source = np.repeat(np.arange(len(usables)), counts)
     row = np.concatenate([usable.rows["row"] for usable in usables])
-    content = np.concatenate([_content(usable, store) for usable, store in zip(usables, stores, strict=True)])
+    content = np.concatenate(
+        [hashes_of(usable, store, "content_hash") for usable, store in zip(usables, stores, strict=True)]
+    )
     order = np.lexsort((row, source, content[:, 1], content[:, 0]))
     ordered = content[order]
     is_new = np.append(True, (ordered[1:] != ordered[:-1]).any(axis=1))[: len(order)]
@@ -56,11 +59,13 @@ def without_duplicates(usables: Sequence[Usable], stores: Sequence[SampleStore],
     return kept
 
 
-def _content(usable: Usable, store: SampleStore) -> npt.NDArray[np.uint64]:
-    """Return the content hash of every sequence, as two numbers, uint64 [S, 2]."""
-    content = np.zeros((len(usable.rows), 2), np.uint64)
+def hashes_of(
+    usable: Usable, store: SampleStore, column: Literal["content_hash", "prompt_hash"]
+) -> npt.NDArray[np.uint64]:
+    """Return a hash of the sample of every sequence, as two numbers, uint64 [S, 2]."""
+    found = np.zeros((len(usable.rows), 2), np.uint64)
     for index in np.unique(usable.rows["chunk"]).tolist():
         mine = usable.rows["chunk"] == index
-        hashes = np.ascontiguousarray(store.chunks[index].column("content_hash")).view("<u8")  # [samples, 2]
-        content[mine] = hashes[usable.rows["sample"][mine]]
-    return content
+        hashes = np.ascontiguousarray(store.chunks[index].column(column)).view("<u8")  # [samples, 2]
+        found[mine] = hashes[usable.rows["sample"][mine]]
+    return found

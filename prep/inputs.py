@@ -4,7 +4,7 @@
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from prep.tokenizer import TokenizerFiles, remember_tokenizer, resolve_tokenizer
 from shared import config
 from shared.errors import ConfigError
 from shared.hashing import digest
-from shared.shard_format import FORMAT_VERSION
+from shared.shard_format import EVAL_DIR, FORMAT_VERSION
 
 SPAN_CODE_VERSION = 5  # bump when the same rows would give other tokens, kinds or messages
 _SHOWN_DIFFERENCES = 20
@@ -41,6 +41,12 @@ class Inputs:
     def differences(self, old: dict[str, Any]) -> list[str]:
         """Return, line by line, what differs from the inputs that another set was made from."""
         return difference_lines(old, self.tree)
+
+    def of_eval_set(self) -> "Inputs":
+        """Return the inputs of the set that is held out: every row of its prompts, once, whatever the mix."""
+        entries = (replace(entry, fraction=None, rows=None, epochs=None) for entry in self.mixture.sources)
+        mixture = replace(self.mixture, name=f"{self.mixture.name}-eval", sources=tuple(entries))
+        return replace(self, mixture=mixture, tree={**self.tree, "part": EVAL_DIR})
 
     def memory(self) -> dict[str, Any]:
         """Return what the next build may trust instead of hashing again; holds paths, goes to build_info.json."""
@@ -89,6 +95,8 @@ def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) ->
     for entry, source in zip(plain["sources"], sources, strict=True):
         entry["path"] = source.hub_id or source.name
         entry["name"] = source.name
+    if not mixture.eval.fraction:
+        del plain["eval"]  # nothing is held out: the digest is that of a mixture without the table
     plain["decontaminate"]["files"] = [source.hub_id or source.name for source in questions]
     tree = {
         "format_version": FORMAT_VERSION,

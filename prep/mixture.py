@@ -1,21 +1,23 @@
 """What each source gives to the shard set: filters, then duplicates over all sources, then how much of what is left.
 
 Filters come first, so that the copy that stays is one that can be used; choosing comes last, so that `rows = N`
-means N.
+means N. Rows are held out before that: the eval set is the same for every mix.
 """
 
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from prep.config import SourceConfig
 from prep.decontaminate import Overlap
 from prep.filters import without_duplicates, without_little_loss, without_overlaps
+from prep.held_out import hold_out
 from prep.inputs import Inputs
 from prep.sample_store import SampleStore
-from prep.selection import Selection, choose, usable_rows
+from prep.selection import Selection, Usable, choose, usable_rows
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,21 @@ _MANY_EPOCHS = 10
 _DIGITS = 6  # of the epochs of a source: the last bits of a power differ between machines, these digits do not
 
 
-def select_all(inputs: Inputs, stores: Sequence[SampleStore], overlaps: Sequence[Sequence[Overlap]]) -> list[Selection]:
+@dataclass(frozen=True, slots=True)
+class Selections:
+    """What every source gives, in order."""
+
+    train: list[Selection]
+    held_out: list[Selection]
+    """Without a sequence where the mixture holds nothing out."""
+
+    @property
+    def num_held_out(self) -> int:
+        """The sequences of all sources that are held out."""
+        return sum(len(selection.sequences) for selection in self.held_out)
+
+
+def select_all(inputs: Inputs, stores: Sequence[SampleStore], overlaps: Sequence[Sequence[Overlap]]) -> Selections:
     """Return what every source gives. Raises DataError where one cannot give the rows that are asked of it."""
     mixture = inputs.mixture
     names = [source.name for source in inputs.sources]
@@ -42,18 +58,32 @@ def select_all(inputs: Inputs, stores: Sequence[SampleStore], overlaps: Sequence
         usables.append(without_overlaps(usable, shared, mixture.decontaminate.ngram))
     if mixture.dedup.exact:
         usables = without_duplicates(usables, stores, names)
+    train, held_out = hold_out(usables, stores, fraction=mixture.eval.fraction, seed=mixture.seed)
+    return Selections(
+        _choose_all(train, _entries(inputs, train), inputs),
+        _choose_all(held_out, inputs.of_eval_set().mixture.sources, inputs),
+    )
+
+
+def _entries(inputs: Inputs, usables: Sequence[Usable]) -> list[SourceConfig]:
+    """Return the sources with the epochs that the temperature of the mixture gives them, if it has one."""
+    mixture = inputs.mixture
     entries = list(mixture.sources)
     if mixture.mixing.temperature is not None:
         tokens = [int(usable.rows["length"].sum(dtype=np.int64)) for usable in usables]
         epochs = epochs_at(mixture.mixing.temperature, tokens)
-        for index, (name, times) in enumerate(zip(names, epochs, strict=True)):
+        for index, (source, times) in enumerate(zip(inputs.sources, epochs, strict=True)):
             if mixture.mixing.max_epochs is None and times > _MANY_EPOCHS:
-                logger.warning("%s is used %.1f times; mixing.max_epochs sets a limit", name, times)
+                logger.warning("%s is used %.1f times; mixing.max_epochs sets a limit", source.name, times)
             times = min(times, mixture.mixing.max_epochs or math.inf)
             entries[index] = replace(entries[index], epochs=times or None)
+    return entries
+
+
+def _choose_all(usables: Sequence[Usable], entries: Sequence[SourceConfig], inputs: Inputs) -> list[Selection]:
     return [
-        choose(usable, entry, name, seed=mixture.seed)
-        for usable, entry, name in zip(usables, entries, names, strict=True)
+        choose(usable, entry, source.name, seed=inputs.mixture.seed)
+        for usable, entry, source in zip(usables, entries, inputs.sources, strict=True)
     ]
 
 

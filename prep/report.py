@@ -12,11 +12,13 @@ import numpy.typing as npt
 from prep.assemble import Assembled
 from prep.convert import PLAIN_MESSAGES, Conversion
 from prep.encode import Encoder
+from prep.held_out import num_held_out
 from prep.inputs import Inputs
 from prep.selection import Selection
 from prep.tokenizer import CANARY_TEXT, LoadedTokenizer
 from shared.errors import DataError
 from shared.shard_format import (
+    EVAL_DIR,
     FORMAT_VERSION,
     REJECTS_NAME,
     FileEntry,
@@ -28,6 +30,7 @@ from shared.shard_format import (
     Totals,
     fingerprint_of,
 )
+from shared.shard_reader import read_manifest
 
 _EXAMPLES = 5
 
@@ -149,7 +152,11 @@ def make_manifest(
 
 
 def summary_lines(manifest: Manifest, out: Path) -> list[str]:
-    """Return what a build says at its end: the set, then a line for each source, nothing left out unsaid."""
+    """Return what a build says at its end: the set, then a line for each source, nothing left out unsaid.
+
+    What is held out of the set follows in the same way.
+    """
+    held_out = summary_lines(read_manifest(out / EVAL_DIR), out / EVAL_DIR) if num_held_out(manifest) else []
     totals = manifest.totals
     lines = [
         f"{out}: {totals.packs:,} packs of {manifest.max_seq_len:,}, {totals.sequences:,} sequences, "
@@ -170,7 +177,7 @@ def summary_lines(manifest: Manifest, out: Path) -> list[str]:
             f"  {source.name}: {source.rows_used:,} of {source.rows_read:,} rows, {source.tokens:,} tokens, "
             f"{source.loss_tokens:,} loss tokens{notes}"
         )
-    return lines
+    return lines + held_out
 
 
 def _source_entry(inputs: Inputs, index: int, tally: Tally, selection: Selection, loss_tokens: int) -> SourceEntry:

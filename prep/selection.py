@@ -98,9 +98,9 @@ def usable_rows(
     few = rows["loss_tokens"] < lengths.min_loss_tokens
     reason = "fragments_with_few_loss_tokens" if lengths.over_length == "split" else "few_loss_tokens"
     rows = _leave_out(rows, few, reason, f"under {lengths.min_loss_tokens} loss tokens", dropped, listed)
-    rows["tie"] = _mix(rows["row"].astype(np.uint64) ^ np.uint64(seed_from(seed, "order", name)))
+    rows["tie"] = mix(rows["row"].astype(np.uint64) ^ np.uint64(seed_from(seed, "order", name)))
     first = rows["first"].astype(np.uint64)
-    rows["tie"] = np.where(first > 0, _mix(rows["tie"] ^ first), rows["tie"])
+    rows["tie"] = np.where(first > 0, mix(rows["tie"] ^ first), rows["tie"])
     return Usable(rows, dropped, listed)
 
 
@@ -181,13 +181,13 @@ def _choose(sequences: npt.NDArray[np.void], source: SourceConfig, name: str, se
     repeated = np.repeat(sequences, times)
     repeat = np.arange(len(repeated)) - np.repeat(np.cumsum(times) - times, times)
     again = repeat > 0
-    repeated["tie"][again] = _mix(repeated["tie"][again] + repeat[again].astype(np.uint64))
+    repeated["tie"][again] = mix(repeated["tie"][again] + repeat[again].astype(np.uint64))
     return repeated
 
 
 def _times(rows: Ints, source: SourceConfig, name: str, seed: int) -> Ints:
     """Return how often each row is used, int64 [rows]."""
-    draw = np.argsort(_mix(rows.astype(np.uint64) ^ np.uint64(seed_from(seed, "choose", name))), kind="stable")
+    draw = np.argsort(mix(rows.astype(np.uint64) ^ np.uint64(seed_from(seed, "choose", name))), kind="stable")
     total, whole, extra = len(rows), 0, len(rows)
     if source.rows is not None:
         if source.rows > total:
@@ -212,7 +212,7 @@ def _row_and_lengths(sequences: npt.NDArray[np.void]) -> list[tuple[int, int, in
     return [(int(row["row"]), int(row["length"]), int(row["full_length"])) for row in sequences[first]]
 
 
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Hash 64-bit integers: the finaliser of splitmix64 (Steele, Lea and Flood 2014), a bijection."""
     with np.errstate(over="ignore"):
         x = values + np.uint64(0x9E3779B97F4A7C15)

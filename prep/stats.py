@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shared.shard_format import KIND_MASK
-from shared.shard_reader import ShardSet
+from prep.held_out import num_held_out
+from shared import config
+from shared.shard_format import EVAL_DIR, KIND_MASK, Manifest
+from shared.shard_reader import ShardSet, read_manifest
 
 _PERCENTILES = (5, 25, 50, 75, 95, 99)
 _BLOCK_TOKENS = 1 << 24
@@ -20,6 +22,7 @@ def stats(shard_set: ShardSet) -> dict[str, Any]:
     per_pack = np.concatenate([np.diff(shard["pack_offsets"]) for shard in shard_set.shards] or [np.zeros(0, np.int64)])
     files = [entry.bytes for shard in manifest.shards for entry in shard.files.values()]
     totals = manifest.totals
+    held_out = read_manifest(shard_set.path / EVAL_DIR) if num_held_out(manifest) else None
     return {
         "name": manifest.name,
         "fingerprint": manifest.fingerprint,
@@ -37,6 +40,7 @@ def stats(shard_set: ShardSet) -> dict[str, Any]:
         "sequence_length": _spread(lengths),
         "sequences_per_pack": _spread(per_pack),
         "kinds": _kinds(shard_set),
+        "held_out": _held_out(held_out) if held_out is not None else None,
         "sources": [
             {
                 "name": source.name,
@@ -70,6 +74,13 @@ def stats_lines(shard_set: ShardSet) -> list[str]:
         f"in {found['sequences']:,} sequences",
         "",
     ]
+    if found["held_out"]:
+        held = found["held_out"]
+        lines[-1:] = [
+            f"held out in {EVAL_DIR}/: {held['packs']:,} packs, {held['tokens']:,} tokens, {held['loss_tokens']:,} of "
+            f"them with loss, in {held['sequences']:,} sequences; sft-prep stats {shard_set.path / EVAL_DIR}",
+            "",
+        ]
     lines += _table(
         ["", "mean", "min", *(f"p{p}" for p in _PERCENTILES), "max"],
         [[label, *_spread_cells(found[key])] for label, key in (
@@ -97,6 +108,14 @@ def stats_lines(shard_set: ShardSet) -> list[str]:
     rows = [[*_source_cells(source), f"{source['loss_share']:.1%}"] for source in found["sources"]]
     lines += ["", *_table(columns, rows)]
     return lines + list(_reason_lines(found["sources"]))
+
+
+def _held_out(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "fingerprint": manifest.fingerprint,
+        "rows_used": {source.name: source.rows_used for source in manifest.sources},
+        **config.to_plain(manifest.totals),
+    }
 
 
 def _source_cells(source: dict[str, Any]) -> list[str]:

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prep.both_sides import compare_sides
 from prep.config import MaskConfig
+from prep.held_out import num_held_out
 from prep.mask_proof import MaskFault, prove_mask
 from shared import config
 from shared.errors import ArtifactError, ChecksumError, ConfigError
@@ -73,8 +75,9 @@ def verify(path: Path) -> list[str]:
     _check_totals(shard_set, sums)
     _check_origins(shard_set)
     lines = _report(shard_set, policy, sums)
-    if (path / EVAL_DIR).exists():
+    if num_held_out(manifest) or (path / EVAL_DIR).exists():
         lines += verify(path / EVAL_DIR)
+        lines.append(f"  both sides   {compare_sides(shard_set, open_shard_set(path / EVAL_DIR))}")
     return lines
 
 

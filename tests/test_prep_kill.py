@@ -80,6 +80,31 @@ def test_a_build_killed_at_any_change_goes_on_to_the_same_set(
 
 
 @pytest.fixture(scope="module")
+def held_out(small: PrepCase, forked: ForkedPrep, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A place with a set and its eval set, and the number of changes that its build makes with the samples there."""
+    place = tmp_path_factory.mktemp("held_out")
+    file = write_toml(place / "held_out.toml", {**small.tables, "eval": {"fraction": 0.2}})
+    assert forked.run(small.arguments(place, file=file)).code == 0
+    again = small.arguments(place / "counted", file=file, store=place / "store")
+    return place, forked.run(again).changes
+
+
+@pytest.mark.parametrize("moment", moments("held out"))
+def test_a_build_killed_at_any_change_leaves_no_set_without_what_it_holds_out(
+    moment: float, held_out: tuple[Path, int], small: PrepCase, forked: ForkedPrep, tmp_path: Path
+) -> None:
+    place, changes = held_out
+    arguments = small.arguments(tmp_path, file=place / "held_out.toml", store=place / "store")
+    assert forked.run(arguments, at=int(moment * changes)).code == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert forked.run(arguments).code == 0
+    assert leftovers(tmp_path) == []
+    for name in ("out", "out/eval"):
+        check_hashes(tmp_path / name)
+        assert (tmp_path / name / "manifest.json").read_bytes() == (place / name / "manifest.json").read_bytes()
+
+
+@pytest.fixture(scope="module")
 def narrow(small: PrepCase, forked: ForkedPrep, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """A place with a set of another length, and the number of changes that its rebuild makes."""
     place = tmp_path_factory.mktemp("narrow")
