@@ -147,6 +147,65 @@ def selftest(
         report.check()
 
 
+@cli.command(epilog="Example: sft-train plan --shards data_cache/demo --gpus 1")
+@click.option("--shards", type=_PATH, help="Directory of a shard set; or state sizes instead:")
+@click.option("--rows", type=click.IntRange(min=1), help="Conversations of a set that is yet to be built.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Its tokens.")
+@click.option("--loss-tokens", type=click.IntRange(min=1), help="Its loss tokens.")
+@click.option("--max-seq-len", type=click.IntRange(min=2), default=4096, show_default=True, help="Its packs.")
+@click.option("--recipe", metavar="NAME|FILE", help="Default: what the shard set names.")
+@click.option("--model", metavar="NAME|DIR", help="Default: the recipe's. A directory needs config.json only.")
+@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Change a key of the recipe.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Total number of steps.")
+@click.option("--gpus", "num_gpus", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--gpus-per-node", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--gpu", default="H100", show_default=True, help="A100, 'A100 40GB', B200, H100, H200, L40S, ...")
+@click.option("--mfu", type=float, default=0.35, show_default=True, help="Share of its peak that a GPU reaches.")
+@click.option("--price", type=click.FloatRange(min=0), help="Of one GPU for one hour.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def plan(
+    shards: Path | None,
+    rows: int | None,
+    tokens: int | None,
+    loss_tokens: int | None,
+    max_seq_len: int,
+    recipe: str | None,
+    model: str | None,
+    settings: tuple[str, ...],
+    max_steps: int | None,
+    num_gpus: int,
+    gpus_per_node: int,
+    gpu: str,
+    mfu: float,
+    price: float | None,
+    as_json: bool,
+) -> None:
+    """Say before a run what it takes: steps, memory per GPU, time, cost. Needs no GPU and loads no weights."""
+    stated = (rows, tokens, loss_tokens)
+    if (shards is None) == (stated == (None, None, None)) or (shards is None and None in stated):
+        raise click.UsageError("Give --shards, or all of --rows, --tokens and --loss-tokens.")
+    with _reporting():
+        from train import data_size, plan_report, preflight
+        from train.prepare import TrainRequest
+
+        sizes = data_size.sizes_stated(rows, tokens, loss_tokens, max_seq_len)
+        train = TrainRequest(
+            shards=shards or data_size.STATED, recipe=recipe, model=model, settings=settings, max_steps=max_steps
+        )
+        made = preflight.make_plan(
+            preflight.PlanRequest(
+                train=train,
+                sizes=sizes,
+                num_gpus=num_gpus,
+                gpus_per_node=gpus_per_node,
+                gpu=gpu,
+                mfu=mfu,
+                price=price,
+            )
+        )
+        click.echo(plan_report.as_json(made) if as_json else plan_report.as_text(made))
+
+
 @cli.command(epilog="Example: sft-train launch --nodes 8 --gpus-per-node 8 --slurm -- --shards data_cache/tulu3")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="-- OPTIONS OF sft-train")
 @click.option("--slurm", "way", flag_value="slurm", help="By a batch script for SLURM.")

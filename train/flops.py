@@ -5,17 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-# dense bf16 peaks in FLOP/s by a part of the device's name, the longer names first
-_PEAKS = (
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("GH200", 989e12),
-    ("B200", 2250e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-)
+from train.gpus import find_gpu
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,8 +46,8 @@ def peak_flops(device: torch.device) -> float | None:
     """Return the dense bf16 peak of `device` in FLOP/s, or None where it is not known: then there is no MFU."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS if part in name), None)
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.peak_flops
 
 
 def _num_elements(parameter: torch.nn.Parameter) -> int:

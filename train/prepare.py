@@ -130,19 +130,24 @@ def make_run_order(recipe: TrainConfig, manifest: Manifest) -> StepOrder:
 
 def check_ranks(prepared: Prepared, world_size: int) -> None:
     """Raise ConfigError unless `world_size` ranks can run the steps."""
-    stage = resolve_zero_stage(prepared.recipe.engine, world_size=world_size)
-    if prepared.recipe.lora.quantize != "none" and stage == 3:
+    check_division(prepared.recipe, prepared.order, world_size)
+
+
+def check_division(recipe: TrainConfig, order: StepOrder, world_size: int) -> None:
+    """Raise ConfigError unless steps of `order` divide over `world_size` ranks as `recipe` shares them out."""
+    stage = resolve_zero_stage(recipe.engine, world_size=world_size)
+    if recipe.lora.quantize != "none" and stage == 3:
         raise ConfigError(
-            f"lora.quantize = {prepared.recipe.lora.quantize!r} goes with whole weights on every rank, not with ZeRO "
+            f"lora.quantize = {recipe.lora.quantize!r} goes with whole weights on every rank, not with ZeRO "
             "stage 3; set engine.zero_stage = 2"
         )
-    shared_by = prepared.recipe.engine.sequence_parallel
+    shared_by = recipe.engine.sequence_parallel
     if world_size % shared_by:
         raise ConfigError(f"engine.sequence_parallel = {shared_by} does not divide {world_size} ranks")
-    if prepared.order.unit == "pack":  # conversations divide over any number of ranks
+    if order.unit == "pack":  # conversations divide over any number of ranks
         check_divides(
-            packs_per_step=prepared.order.units_per_step,
-            packs_per_micro_batch=prepared.recipe.batch.packs_per_micro_batch,
+            packs_per_step=order.units_per_step,
+            packs_per_micro_batch=recipe.batch.packs_per_micro_batch,
             world_size=world_size // shared_by,
         )
 

@@ -1,0 +1,109 @@
+"""How much data a run has: counted in a shard set, or stated where there is none yet."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from shared.errors import ConfigError
+from shared.hashing import digest
+from shared.shard_format import FORMAT_VERSION, Kind, Manifest, TemplateEntry, TokenizerEntry, Totals
+from shared.shard_reader import ShardSet
+
+STATED = Path("SHARDS")
+"""Stands for the shard set in commands where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatedSizes:
+    """The sizes of a shard set that is yet to be built."""
+
+    rows: int
+    tokens: int
+    loss_tokens: int
+    max_seq_len: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.loss_tokens <= self.tokens:
+            raise ConfigError(f"--loss-tokens {self.loss_tokens}; expected from 1 to --tokens {self.tokens}")
+        if self.tokens < self.rows:
+            raise ConfigError(f"--tokens {self.tokens} are fewer than --rows {self.rows}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSize:
+    manifest: Manifest
+    squared_lengths: float
+    """Sum over all sequences of their length squared: what causal attention costs."""
+    assumptions: tuple[str, ...] = field(default=())
+
+
+def sizes_stated(rows: int | None, tokens: int | None, loss_tokens: int | None, max_seq_len: int) -> StatedSizes | None:
+    """Return what the command line states; None where it states nothing."""
+    if rows is None or tokens is None or loss_tokens is None:
+        return None
+    return StatedSizes(rows=rows, tokens=tokens, loss_tokens=loss_tokens, max_seq_len=max_seq_len)
+
+
+def counted(shard_set: ShardSet) -> DataSize:
+    """Return the size of a shard set; reads its offsets alone."""
+    total = 0
+    for columns in shard_set.shards:
+        lengths = np.diff(columns["seq_offsets"])
+        total += int(np.dot(lengths, lengths))
+    return DataSize(manifest=shard_set.manifest, squared_lengths=float(total))
+
+
+def stated(sizes: StatedSizes) -> DataSize:
+    """Return the size of a set that does not exist, with what is assumed of it.
+
+    A mean length of m with lengths spread as an exponential distribution has them makes 2 m^2 the mean square.
+    """
+    packs = -(-sizes.tokens // sizes.max_seq_len)
+    mean = sizes.tokens / sizes.rows
+    return DataSize(
+        manifest=_manifest(sizes, packs),
+        squared_lengths=min(2.0 * mean, sizes.max_seq_len) * sizes.tokens,
+        assumptions=(
+            f"{sizes.rows:,} conversations, {sizes.tokens:,} tokens, {sizes.loss_tokens:,} loss tokens: as stated",
+            f"full packs of {sizes.max_seq_len:,} tokens, so {packs:,} packs",
+            f"lengths spread exponentially around their mean of {mean:,.0f} tokens",
+        ),
+    )
+
+
+def _manifest(sizes: StatedSizes, packs: int) -> Manifest:
+    """A manifest of no files: what the order of a run and the config of a model are made from."""
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        name="stated",
+        fingerprint=digest({"stated": [sizes.rows, sizes.tokens]}),
+        inputs_digest=digest({}),
+        inputs={},
+        config={},
+        recipe="",
+        tokenizer=TokenizerEntry(
+            name="none",
+            revision=None,
+            files={},
+            vocab_size=1,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+            terminator_ids=(),
+            canary_ids=(),
+        ),
+        chat_template=TemplateEntry(name="none", sha256=""),
+        kinds={kind.name.lower(): int(kind) for kind in Kind},
+        max_seq_len=sizes.max_seq_len,
+        max_token_id=0,
+        sources=(),
+        totals=Totals(
+            packs=packs,
+            sequences=sizes.rows,
+            tokens=sizes.tokens,
+            loss_tokens=sizes.loss_tokens,
+            density=sizes.tokens / (packs * sizes.max_seq_len),
+        ),
+        shards=(),
+    )

@@ -1,0 +1,97 @@
+"""Whether a run fits on its GPUs, and which changes of the recipe or of their number would make it fit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from train.config import TrainConfig
+from train.gpus import Gpu
+from train.memory import GIB, Memory, Setup, memory_of
+from train.model_size import ModelSize
+from train.zero_stage import resolve_zero_stage
+
+_MOST_TIMES_MORE_GPUS = 64
+_MLP_TILES = 8
+_SHARES = (2, 4, 8)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    what: str
+    gib: float
+    """Of the fullest GPU after the change."""
+    fits: bool
+
+
+def fits(memory: Memory, gpu: Gpu) -> bool:
+    return memory.total <= gpu.memory_gib * GIB
+
+
+def setup_of(
+    recipe: TrainConfig, max_seq_len: int, world_size: int, *, dtype: torch.dtype, micro_batches: int
+) -> Setup:
+    """Return what of `recipe` decides on memory, on `world_size` GPUs."""
+    # a stage that several ranks can't have is named by check_division; memory is then that of "auto"
+    engine = replace(recipe.engine, zero_stage="auto") if recipe.engine.zero_stage == 0 else recipe.engine
+    return Setup(
+        world_size=world_size,
+        zero_stage=resolve_zero_stage(engine, world_size=world_size),
+        weight_bytes=dtype.itemsize,
+        tokens=-(-recipe.batch.packs_per_micro_batch * max_seq_len // recipe.engine.sequence_parallel),
+        micro_batches=micro_batches,
+        gradient_checkpointing=recipe.model.gradient_checkpointing,
+        mlp_tiles=recipe.model.mlp_tiles,
+        quantized=recipe.lora.quantize != "none",
+    )
+
+
+def changes(size: ModelSize, setup: Setup, gpu: Gpu, recipe: TrainConfig, *, gpus_per_node: int) -> Iterator[Change]:
+    """Yield what would make the run fit, one change a line; where it fits, what would make it faster and still fit."""
+
+    def change(what: str, changed: Setup) -> Change:
+        memory = memory_of(size, changed)
+        return Change(what=what, gib=memory.total / GIB, fits=fits(memory, gpu))
+
+    if fits(memory_of(size, setup), gpu):
+        without = change("model.gradient_checkpointing=false", replace(setup, gradient_checkpointing=False))
+        if setup.gradient_checkpointing and without.fits:
+            yield without
+        return
+    packs, shared_by = recipe.batch.packs_per_micro_batch, recipe.engine.sequence_parallel
+    saving, words = setup, ""
+    if packs > 1:
+        saving, words = replace(saving, tokens=setup.tokens // packs), "batch.packs_per_micro_batch=1"
+        yield change(words, saving)
+    if not setup.gradient_checkpointing:
+        saving = replace(saving, gradient_checkpointing=True)
+        words = f"{words} model.gradient_checkpointing=true".strip()
+        yield change(words, saving)
+    if setup.mlp_tiles == 1 and size.mlp_bytes:
+        yield change(f"{words} model.mlp_tiles={_MLP_TILES}".strip(), replace(saving, mlp_tiles=_MLP_TILES))
+    for share in _SHARES:
+        if shared_by == 1 and _heads_divide(size, share) and setup.world_size % share == 0:
+            tokens = -(-saving.tokens // share)
+            yield change(f"{words} engine.sequence_parallel={share}".strip(), replace(saving, tokens=tokens))
+    yield from _more_gpus(size, setup, saving, gpu, gpus_per_node=gpus_per_node)
+
+
+def _more_gpus(size: ModelSize, setup: Setup, saving: Setup, gpu: Gpu, *, gpus_per_node: int) -> Iterator[Change]:
+    """Yield the smallest number of GPUs, doubled up, on which it fits as it is, and with all that saves memory."""
+    seen: set[int] = set()
+    for form, words in ((setup, ""), (saving, ", with the changes above that come before mlp_tiles")):
+        ranks = setup.world_size
+        while ranks < setup.world_size * _MOST_TIMES_MORE_GPUS:
+            ranks *= 2
+            stage = 3 if setup.zero_stage == 0 else setup.zero_stage
+            memory = memory_of(size, replace(form, world_size=ranks, zero_stage=stage))
+            if fits(memory, gpu):
+                if ranks not in seen:
+                    nodes = f" ({ranks // gpus_per_node} nodes)" if ranks > gpus_per_node else ""
+                    yield Change(what=f"--gpus {ranks}{nodes}{words}", gib=memory.total / GIB, fits=True)
+                seen.add(ranks)
+                break
+
+
+def _heads_divide(size: ModelSize, share: int) -> bool:
+    return size.num_heads % share == 0 and (size.num_key_heads % share == 0 or share % size.num_key_heads == 0)
