@@ -14,6 +14,7 @@ from train.zero_stage import ZeroStage, resolve_zero_stage
 
 OPTIM = OptimConfig(learning_rate=1e-4, max_grad_norm=0.5)
 GOLDEN = {
+    "zero_force_ds_cpu_optimizer": False,
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
     "managed_gradient_accumulation": False,

@@ -124,9 +124,44 @@ class EngineConfig:
     sequence_parallel: int = 1
     """Ranks that share each row, for rows longer than one GPU holds (Ulysses); a divisor of the model's heads."""
 
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where master weights and moments lie, and updates are computed: less GPU memory, slower steps."""
+    offload_params: Literal["none", "cpu", "nvme"] = "none"
+    """Where the shards of the weights lie until a layer needs them; stage 3 only."""
+    nvme_path: str = ""
+    """Directory on a fast local disk for what is offloaded to "nvme"."""
+    hpz_partition_size: int = 1
+    """ZeRO++: keep a second copy of the weights, shared out over so many ranks (those of a node), for the backward
+    pass; stage 3 only."""
+    quantized_weights: bool = False
+    """ZeRO++: gather weights in 8 bits; stage 3 on GPUs only. Changes what is computed, a little."""
+    quantized_gradients: bool = False
+    """ZeRO++: reduce gradients in 4 bits; stage 3 on GPUs only. Changes what is computed, a little."""
+
     def __post_init__(self) -> None:
-        if self.sequence_parallel < 1:
-            raise ConfigError(f"sequence_parallel = {self.sequence_parallel}; expected 1 or more")
+        for name in ("sequence_parallel", "hpz_partition_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}; expected 1 or more")
+        on_disk = "nvme" in (self.offload_optimizer, self.offload_params)
+        if on_disk != bool(self.nvme_path):
+            raise ConfigError(
+                f"nvme_path = {self.nvme_path!r} with offload_optimizer = {self.offload_optimizer!r} and "
+                f'offload_params = {self.offload_params!r}; expected a path where one of them is "nvme", and none otherwise'
+            )
+        if self.zero_stage not in ("auto", 3) and (of_stage_3 := self.of_stage_3()):
+            raise ConfigError(f"{', '.join(of_stage_3)} with zero_stage = {self.zero_stage}; that is for stage 3 only")
+        if self.zero_stage == 0 and self.offload_optimizer != "none":
+            raise ConfigError("offload_optimizer with zero_stage = 0; that is for the stages 1 to 3")
+
+    def of_stage_3(self) -> list[str]:
+        """Return the keys that ask for what only ZeRO stage 3 has."""
+        asked = {
+            "offload_params": self.offload_params != "none",
+            "hpz_partition_size": self.hpz_partition_size > 1,
+            "quantized_weights": self.quantized_weights,
+            "quantized_gradients": self.quantized_gradients,
+        }
+        return [name for name, is_asked in asked.items() if is_asked]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,19 +6,21 @@ reads it itself and offers no way around it.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
-from shared.errors import PrerequisiteError
+from shared.errors import ConfigError, PrerequisiteError
 from train.batch import MicroBatch
-from train.config import OptimConfig
+from train.config import EngineConfig, OptimConfig
 from train.distributed import Ranks
 from train.model import LossModel
 from train.one_rank import OneRankAdamW
 from train.zero_stage import ZeroStage
 
+WITHOUT_OFFLOAD = EngineConfig()
 WEIGHTS_PREFIX = "model."  # of the network inside LossModel, in DeepSpeed's names
 
 
@@ -31,8 +33,27 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bf16" else torch.float32
 
 
+def check_zero(engine: EngineConfig, ranks: Ranks) -> None:
+    """Raise ConfigError or PrerequisiteError for what these ranks and devices cannot do."""
+    if ranks.world_size % engine.hpz_partition_size:
+        raise ConfigError(
+            f"engine.hpz_partition_size = {engine.hpz_partition_size} does not divide {ranks.world_size} ranks; use "
+            "the ranks of a node"
+        )
+    for name in ("quantized_weights", "quantized_gradients"):
+        if getattr(engine, name) and ranks.device.type != "cuda":
+            raise PrerequisiteError(f"engine.{name} needs GPUs; here is {ranks.device.type}. Set it to false")
+    if engine.nvme_path and not Path(engine.nvme_path).is_dir():
+        raise ConfigError(f"engine.nvme_path = {engine.nvme_path!r} is not a directory; make it, or name another")
+
+
 def deepspeed_config(
-    stage: ZeroStage, optim: OptimConfig, *, dtype: torch.dtype, load_universal: bool = False
+    stage: ZeroStage,
+    optim: OptimConfig,
+    *,
+    dtype: torch.dtype,
+    load_universal: bool = False,
+    engine: EngineConfig = WITHOUT_OFFLOAD,
 ) -> dict[str, Any]:
     """Return DeepSpeed's config: every value stated, none "auto".
 
@@ -52,7 +73,9 @@ def deepspeed_config(
             "stage3_max_reuse_distance": 1_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
+    zero |= _offload(engine)
     return {
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW, offloaded or not: theirs would be compiled first
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
@@ -69,6 +92,22 @@ def deepspeed_config(
         "wall_clock_breakdown": False,
         "checkpoint": {"load_universal": load_universal and stage > 0},
     }
+
+
+def _offload(engine: EngineConfig) -> dict[str, Any]:
+    """Return the keys of zero_optimization for offload and ZeRO++; none where nothing of it is asked for."""
+    found: dict[str, Any] = {}
+    for name, device in (("offload_optimizer", engine.offload_optimizer), ("offload_param", engine.offload_params)):
+        if device != "none":
+            place = {"nvme_path": engine.nvme_path} if device == "nvme" else {}
+            found[name] = {"device": device, "pin_memory": torch.cuda.is_available(), **place}
+    if engine.hpz_partition_size > 1:
+        found["zero_hpz_partition_size"] = engine.hpz_partition_size
+    if engine.quantized_weights:
+        found["zero_quantized_weights"] = True
+    if engine.quantized_gradients:
+        found["zero_quantized_gradients"] = True
+    return found
 
 
 def shard_while_building(config: dict[str, Any]) -> HfDeepSpeedConfig | None:

@@ -19,7 +19,14 @@ from train.attention import choose_attention
 from train.checkpoint import TrainState, load_checkpoint
 from train.config import TrainConfig
 from train.distributed import Ranks, barrier, process_group
-from train.engine import choose_dtype, consolidated_weights, deepspeed_config, shard_while_building, start_engine
+from train.engine import (
+    check_zero,
+    choose_dtype,
+    consolidated_weights,
+    deepspeed_config,
+    shard_while_building,
+    start_engine,
+)
 from train.evaluate import EvalFeed
 from train.feed import Feed
 from train.flops import ModelCost, model_cost
@@ -101,7 +108,14 @@ def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
     dtype = choose_dtype(recipe.engine.dtype, ranks.device)
     attention = choose_attention(recipe.model.attention, device=ranks.device, dtype=dtype)
     stage = resolve_zero_stage(recipe.engine, world_size=ranks.world_size)
-    settings = deepspeed_config(stage, recipe.optim, dtype=dtype, load_universal=moves(prepared, ranks.world_size))
+    check_zero(recipe.engine, ranks)
+    settings = deepspeed_config(
+        stage,
+        recipe.optim,
+        dtype=dtype,
+        load_universal=moves(prepared, ranks.world_size),
+        engine=recipe.engine,
+    )
     _quiet_libraries()
     network_config = model_config(recipe.model, prepared.shard_set.manifest)
     check_isolation(network_config, attention, device=ranks.device, dtype=dtype)

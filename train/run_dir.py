@@ -95,7 +95,7 @@ def identity(recipe: TrainConfig, shard_set: ShardSet, order: StepOrder) -> dict
         "loss": plain["loss"],
         "lora": {key: value for key, value in plain["lora"].items() if key != "export"},
         "run": {"seed": recipe.run.seed},
-        "engine": {"dtype": recipe.engine.dtype},
+        "engine": {key: plain["engine"][key] for key in ("dtype", "quantized_weights", "quantized_gradients")},
         f"{order.unit}s_per_step": order.units_per_step,
         "total_steps": order.total_steps,
     }

@@ -15,7 +15,13 @@ def resolve_zero_stage(engine: EngineConfig, *, world_size: int) -> ZeroStage:
     there it is 0, which is `OneRankAdamW` of train/one_rank.py on whole weights.
     """
     if engine.zero_stage == "auto":
-        return 0 if world_size == 1 else 3
+        if world_size > 1:
+            return 3
+        if asked := [*engine.of_stage_3(), *(["offload_optimizer"] if engine.offload_optimizer != "none" else [])]:
+            raise ConfigError(
+                f"engine.{asked[0]} needs ZeRO, which one rank goes without; set engine.zero_stage = 3 to have it there"
+            )
+        return 0
     if engine.zero_stage == 0 and world_size > 1:
         raise ConfigError(f"engine.zero_stage = 0 is for one rank, this run has {world_size}; set auto, 1, 2 or 3")
     return engine.zero_stage
