@@ -1,7 +1,13 @@
-"""The curves of one or more runs, drawn from metrics.jsonl: loss, learning rate, tokens per second."""
+"""The curves of one or more runs over one another, drawn from metrics.jsonl: a panel for what their records hold.
+
+training loss (wide)
+learning rate | tokens / s / device | evaluation loss      the last only where there is one
+a small panel for each source: its training loss, dashed with dots its evaluation loss
+"""
 
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +19,26 @@ from shared.errors import ArtifactError
 from train.metrics import read_records
 from train.run_dir import RunDir
 
-_PANELS = (
-    ("train_loss", "training loss"),
-    ("learning_rate", "learning rate"),
-    ("per_device_tps", "tokens / s / device"),
-)
+Records = list[dict[str, Any]]
+
 _COLOURS = ("#3b6fb6", "#d1603d", "#3f9b6c", "#8d5fb0", "#b58a2a", "#4f9fae", "#b5477d", "#6d6d6d")
 _INK, _GRID = "#333333", "#e3e3e3"
+_STYLE = {
+    "font.size": 9,
+    "axes.edgecolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
 _SMOOTH_FROM = 40  # records: shorter curves are drawn as they are
+_SOURCES_PER_ROW = 5
+_MAX_SOURCES = 30
+_MAX_NAME = 28  # characters that fit over a small panel
 
 
 def plot_runs(run_dirs: list[Path], out: Path) -> None:
@@ -29,31 +47,36 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style = {
-        "font.size": 9,
-        "axes.edgecolor": _INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": _GRID,
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-    }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(9, 5.4), layout="constrained", dpi=130)  # without pyplot: no display, no global state
-        rows = [["train_loss", "train_loss"], ["learning_rate", "per_device_tps"]]
-        places: dict[str, Any] = figure.subplot_mosaic(rows, height_ratios=[1.7, 1])
-        for name, title in _PANELS:
-            _draw_panel(places[name], name, title, runs)
+    counts = sources_of(runs.values())
+    shown = sorted(sorted(counts, key=lambda source: -counts[source])[:_MAX_SOURCES])
+    rows = -(-len(shown) // _SOURCES_PER_ROW)
+    with mpl.rc_context(_STYLE):
+        # without pyplot: no display, no global state
+        figure = Figure(figsize=(11 if rows else 9, 5.4 + 1.7 * rows), layout="constrained", dpi=130)
+        main: Any = figure
+        if rows:
+            main, below = np.ravel(figure.subfigures(2, 1, height_ratios=[5.4, 1.7 * rows]))
+            _draw_sources(below, runs, shown, len(counts))
+        loss_axes = _draw_main(main, runs)
         if len(runs) > 1:
-            places["train_loss"].legend(frameon=False)
+            loss_axes.legend(frameon=False)
         else:
-            figure.suptitle(next(iter(runs)), x=0.01, ha="left", fontweight="bold")
+            main.suptitle(next(iter(runs)), x=0.01, ha="left", fontweight="bold")
         image = io.BytesIO()
         figure.savefig(image, format="png")
     atomic.write_bytes(out, image.getvalue())
+
+
+def sources_of(runs: Iterable[Records]) -> dict[str, int]:
+    """Return how many losses there are of each source; nothing where there is but one: its curve is the loss itself."""
+    found = Counter(
+        key.partition("/")[2]
+        for records in runs
+        for record in records
+        for key, value in record.items()
+        if key.startswith(("train_loss/", "eval_loss/")) and value is not None
+    )
+    return dict(sorted(found.items())) if len(found) > 1 else {}
 
 
 def moving_mean(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
@@ -65,28 +88,69 @@ def moving_mean(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.f
     return np.asarray((sums[end] - sums[start]) / (end - start))
 
 
-def _draw_panel(axes: Any, name: str, title: str, runs: dict[str, list[dict[str, Any]]]) -> None:
-    for number, (label, records) in enumerate(runs.items()):
-        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-        if not points:
-            continue
-        steps, values = (np.array(column, np.float64) for column in zip(*points, strict=True))
-        colour = _COLOURS[number % len(_COLOURS)]
-        if name == "train_loss" and len(values) >= _SMOOTH_FROM:
-            axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-            axes.plot(steps, moving_mean(values, len(values) // 25), color=colour, linewidth=1.8, label=label)
-        else:
-            marker = "o" if len(values) == 1 else None
-            axes.plot(steps, values, color=colour, linewidth=1.4, marker=marker, label=label)
-    axes.set_title(title, loc="left", fontsize=9)
-    axes.set_xlabel("step")
+def _draw_main(figure: Any, runs: dict[str, Records]) -> Any:
+    """Draw the panels of the whole runs and return that of the training loss."""
+    titles = {"learning_rate": "learning rate", "per_device_tps": "tokens / s / device"}
+    if any(record.get("eval_loss") is not None for records in runs.values() for record in records):
+        titles["eval_loss"] = "evaluation loss"
+    places = figure.subplot_mosaic([["train_loss"] * len(titles), list(titles)], height_ratios=[1.7, 1])
+    for name, title in {"train_loss": "training loss", **titles}.items():
+        axes = places[name]
+        for number, (label, records) in enumerate(runs.items()):
+            _draw_curve(axes, records, name, colour=_COLOURS[number % len(_COLOURS)], label=label)
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.set_xlabel("step")
+        _set_scale(axes, name)
+    return places["train_loss"]
+
+
+def _draw_sources(figure: Any, runs: dict[str, Records], shown: list[str], num_sources: int) -> None:
+    """Draw a small panel for each source, all on one scale of steps."""
+    rows = -(-len(shown) // _SOURCES_PER_ROW)
+    panels = figure.subplots(rows, _SOURCES_PER_ROW, sharex=True, squeeze=False).ravel()
+    for axes, source in zip(panels, shown, strict=False):
+        for number, records in enumerate(runs.values()):
+            colour = _COLOURS[number % len(_COLOURS)]
+            _draw_curve(axes, records, f"train_loss/{source}", colour=colour, label=None)
+            _draw_curve(axes, records, f"eval_loss/{source}", colour=_INK if len(runs) == 1 else colour, label=None)
+        axes.set_title(_shorten(source), loc="left", fontsize=7.5)
+        axes.tick_params(labelsize=7)
+        axes.set_ylim(bottom=0)
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
+    some = f", {len(shown)} of {num_sources}" if len(shown) < num_sources else ""
+    figure.suptitle(f"loss by source{some}: training, and evaluation (dashed)", x=0.01, ha="left", fontsize=9)
+
+
+def _draw_curve(axes: Any, records: Records, name: str, *, colour: str, label: str | None) -> None:
+    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    if not points:
+        return
+    steps, values = (np.array(column, np.float64) for column in zip(*points, strict=True))
+    if name.startswith("eval_loss"):
+        axes.plot(steps, values, color=colour, linewidth=1.2, linestyle="--", marker="o", markersize=3, label=label)
+    elif name.startswith("train_loss") and len(values) >= _SMOOTH_FROM:
+        axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, moving_mean(values, max(3, len(values) // 25)), color=colour, linewidth=1.6, label=label)
+    else:
+        marker = "o" if len(values) == 1 else None
+        axes.plot(steps, values, color=colour, linewidth=1.4, marker=marker, label=label)
+
+
+def _set_scale(axes: Any, name: str) -> None:
     if name == "learning_rate":
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     else:
         axes.set_ylim(bottom=0)
 
 
-def _read(run_dir: Path) -> list[dict[str, Any]]:
+def _shorten(name: str) -> str:
+    """Return a name that fits over a small panel and draws as it is: matplotlib reads $ as mathematics."""
+    text = name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME // 2 - 1]}...{name[-_MAX_NAME // 2 + 2 :]}"
+    return text.replace("$", r"\$")
+
+
+def _read(run_dir: Path) -> Records:
     metrics = RunDir(run_dir).metrics
     records = read_records(metrics) if metrics.is_file() else []
     if not records:
