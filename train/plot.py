@@ -55,7 +55,8 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
         figure = Figure(figsize=(11 if rows else 9, 5.4 + 1.7 * rows), layout="constrained", dpi=130)
         main: Any = figure
         if rows:
-            main, below = np.ravel(figure.subfigures(2, 1, height_ratios=[5.4, 1.7 * rows]))
+            halves: Any = figure.subfigures(2, 1, height_ratios=[5.4, 1.7 * rows])
+            main, below = halves
             _draw_sources(below, runs, shown, len(counts))
         loss_axes = _draw_main(main, runs)
         if len(runs) > 1:
