@@ -43,6 +43,7 @@ KEYS = [
     "lora.rank",
     "lora.targets",
     "loss.divisor",
+    "loss.load_balancing_weight",
     "loss.norm",
     "model.attention",
     "model.config",

@@ -47,6 +47,7 @@ def test_records_carry_the_reference_names_and_exact_counts(whole: Path, inputs:
         "step", "epoch", "learning_rate", "train_loss", "grad_norm", "loss_tokens", "total_tokens", "per_device_tps",
         "total_tokens_including_padding", "per_device_tps_including_padding", "step_seconds", "data_seconds", "mfu",
         "memory_gib", "skipped_steps", "loss_tokens_per_second", "padding_share", "train_loss/made-up",
+            "load_balancing_loss",
     }  # fmt: skip
     assert all(set(record) == names for record in found)
     assert found[-1]["epoch"] == 3.0

@@ -40,6 +40,8 @@ class MicroBatch:
     row_sources: torch.Tensor  # int64 [R], 1 + the index of the source of each row; 0 for a row that only fills
     uniform_weight: float | None
     """The weight of every row, where they have the same."""
+    token_share: float = 0.0
+    """Of the tokens of the step that are in this micro-batch."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the micro-batch on `device`; the copies do not wait for one another."""
@@ -49,6 +51,7 @@ class MicroBatch:
             **{name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in _TENSORS},
             max_seqlen=self.max_seqlen,
             uniform_weight=self.uniform_weight,
+            token_share=self.token_share,
         )
 
 

@@ -107,7 +107,13 @@ class LossConfig:
     """What `sum` is divided by, e.g. the conversations per step of a trainer that sums over tokens and divides by
     ranks x accumulation: it sets the scale that `optim.max_grad_norm` clips at."""
 
+    load_balancing_weight: float = 0.0
+    """Of the auxiliary loss that keeps the experts of a mixture-of-experts model evenly used (train/router.py). Unlike
+    the rest of the loss it hangs on how a step is cut into micro-batches: shares are counted in each of them."""
+
     def __post_init__(self) -> None:
+        if self.load_balancing_weight < 0:
+            raise ConfigError(f"load_balancing_weight = {self.load_balancing_weight}; expected 0 or more")
         if not (0.0 < self.divisor < math.inf):
             raise ConfigError(f"divisor = {self.divisor}; expected more than 0")
         if self.divisor != 1.0 and self.norm != "sum":
@@ -146,7 +152,7 @@ class EngineConfig:
         if on_disk != bool(self.nvme_path):
             raise ConfigError(
                 f"nvme_path = {self.nvme_path!r} with offload_optimizer = {self.offload_optimizer!r} and "
-                f'offload_params = {self.offload_params!r}; expected a path where one of them is "nvme", and none otherwise'
+                f"offload_params = {self.offload_params!r}; expected a path where one of them is nvme, else none"
             )
         if self.zero_stage not in ("auto", 3) and (of_stage_3 := self.of_stage_3()):
             raise ConfigError(f"{', '.join(of_stage_3)} with zero_stage = {self.zero_stage}; that is for stage 3 only")

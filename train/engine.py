@@ -136,18 +136,26 @@ def start_engine(model: LossModel, optim: OptimConfig, config: dict[str, Any]) -
 
 
 def accumulate(
-    engine: Any, micro_batches: Sequence[MicroBatch], ranks: Ranks, source_totals: torch.Tensor | None = None
+    engine: Any,
+    micro_batches: Sequence[MicroBatch],
+    ranks: Ranks,
+    source_totals: torch.Tensor | None = None,
+    balancing: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run every micro-batch forward and backward; return their parts of the step's loss, fp32 [num_micro_batches].
 
-    `source_totals`: see `LossModel.forward`. Losses already carry their weight in the step's loss. DeepSpeed averages
-    gradients over ranks, so each loss is multiplied by their number.
+    A load balancing loss is not part of what is returned. `source_totals`, `balancing`: see `LossModel.forward`. Losses
+    already carry their weight in the step's loss. DeepSpeed averages gradients over ranks, so each loss is multiplied
+    by their number.
     """
     losses = torch.zeros(len(micro_batches), dtype=torch.float32, device=ranks.device)
     for number, batch in enumerate(micro_batches):
-        loss = engine(batch.to(ranks.device), source_totals)
+        before = torch.zeros(1, device=ranks.device) if balancing is None else balancing.clone()
+        loss = engine(batch.to(ranks.device), source_totals, balancing)
         engine.backward(loss * ranks.world_size, scale_wrt_gas=False)
         losses[number] = loss.detach()
+        if balancing is not None:
+            losses[number] -= engine.module.balancing_weight * (balancing - before)[0]
     return losses
 
 

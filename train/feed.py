@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -87,10 +87,11 @@ class Feed:
             unit=plan.unit,
             ids=plan.ids,
             micro_batches=[
-                take_slice(
-                    self._micro_batch(plan, positions, counts, weights, weight), slice_index, self.sequence_parallel
+                take_slice(batch, slice_index, self.sequence_parallel)
+                for batch in (
+                    self._micro_batch(plan, positions, counts, weights, weight, num_tokens=num_tokens)
+                    for positions in plan.ranks[group]
                 )
-                for positions in plan.ranks[group]
             ],
             num_tokens=num_tokens,
             num_positions=self._num_positions(plan),
@@ -116,6 +117,8 @@ class Feed:
         counts: npt.NDArray[np.int64],
         weights: list[npt.NDArray[np.float32]] | None,
         weight: float | None,
+        *,
+        num_tokens: int,
     ) -> MicroBatch:
         """`weights` are those of each unit's loss tokens, None where all have the same, `weight`."""
         chosen = positions.tolist()
@@ -126,7 +129,8 @@ class Feed:
             own_weights = [np.full(counts[position], weight, np.float32) for position in chosen]
         else:
             own_weights = [weights[position] for position in chosen]
-        return make_micro_batch(packs, own_weights, uniform_weight=weight)
+        batch = make_micro_batch(packs, own_weights, uniform_weight=weight)
+        return replace(batch, token_share=sum(len(pack.tokens) for pack in packs) / num_tokens)
 
     def _check(self, plan: StepPlan, position: int) -> None:
         """A conversation is checked as part of its pack, whose loss tokens are stored."""

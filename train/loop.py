@@ -63,10 +63,11 @@ def train(parts: Parts, start: TrainState) -> None:
         )
         # ------------------------------------------------------------------------------------------------
         source_totals = empty_totals(num_sources, parts.ranks.device)
-        losses = accumulate(parts.engine, batch.micro_batches, parts.ranks, source_totals)
+        balancing = torch.zeros(1, device=parts.ranks.device) if recipe.loss.load_balancing_weight else None
+        losses = accumulate(parts.engine, batch.micro_batches, parts.ranks, source_totals, balancing)
         is_updated = _update(parts, batch, losses, counters, rate=rate)
         step = batch.step + 1
-        window.add(batch, losses, source_totals, is_skipped=not is_updated, data_seconds=data_seconds)
+        window.add(batch, losses, source_totals, balancing, is_skipped=not is_updated, data_seconds=data_seconds)
         counters.tokens += batch.num_tokens
         counters.positions += batch.num_positions
         counters.loss_tokens += batch.num_loss_tokens

@@ -8,6 +8,7 @@
     skipped_steps                            steps left out since the start of the run (`run.on_non_finite = "skip"`)
     train_loss/SOURCE                        mean over the window's loss tokens of a source, whatever loss.norm is; null
                                              if there were none
+    load_balancing_loss                      mean over the window's steps, without its weight; null where there is none
     loss_tokens                              targets in the window
     loss_tokens_per_second                   goodput: targets per second over all ranks, over the window
     padding_share                            of the positions in the window: fillers of ranks without a micro-batch, and
@@ -72,6 +73,7 @@ class Window:
     squared_lengths: int = 0
     data_seconds: float = 0.0
     source_totals: torch.Tensor  # float64 [2, 1 + num_sources], this rank's part; see train/by_source.py
+    balancing: list[torch.Tensor] = field(default_factory=list)  # this rank's part, fp32 [1] each
     carried_loss_tokens: int = 0
     """Those of the window before the run was resumed in the middle of it."""
 
@@ -80,6 +82,7 @@ class Window:
         batch: StepBatch,
         losses: torch.Tensor,
         source_totals: torch.Tensor,
+        balancing: torch.Tensor | None,
         *,
         is_skipped: bool,
         data_seconds: float,
@@ -89,6 +92,8 @@ class Window:
             self.losses.append(losses.sum(0, keepdim=True))
             self.loss_steps.append(batch.step + 1)
             self.source_totals += source_totals
+            if balancing is not None:
+                self.balancing.append(balancing)
         self.steps += 1
         self.tokens += batch.num_tokens
         self.positions += batch.num_positions
@@ -102,13 +107,15 @@ class Window:
         loss_tokens = self.carried_loss_tokens + self.loss_tokens
         if not num_losses:  # nothing to wait for
             none = [0.0] * num_columns
-            return WindowSums(losses=[], source_losses=none, source_tokens=none, loss_tokens=loss_tokens)
-        parts = [*(loss.double() for loss in self.losses), self.source_totals.flatten()]
+            return WindowSums(losses=[], balancing=[], source_losses=none, source_tokens=none, loss_tokens=loss_tokens)
+        parts = [*(loss.double() for loss in [*self.losses, *self.balancing]), self.source_totals.flatten()]
         values: list[float] = sum_over_ranks(torch.cat(parts), ranks).tolist()
+        first = num_losses + len(self.balancing)
         return WindowSums(
             losses=values[:num_losses],
-            source_losses=values[num_losses : num_losses + num_columns],
-            source_tokens=values[num_losses + num_columns :],
+            balancing=values[num_losses:first],
+            source_losses=values[first : first + num_columns],
+            source_tokens=values[first + num_columns :],
             loss_tokens=loss_tokens,
         )
 
@@ -119,6 +126,8 @@ class WindowSums:
 
     losses: list[float]
     """Of each step that had one."""
+    balancing: list[float]
+    """The load balancing loss of each of these steps; empty where there is none."""
     source_losses: list[float]
     """Sum of the cross-entropies of each source, the fillers before them."""
     source_tokens: list[float]
@@ -134,6 +143,9 @@ def open_window(num_sources: int, ranks: Ranks, carried: WindowSums | None = Non
     values = [carried.source_losses, carried.source_tokens]
     return Window(
         losses=[torch.tensor([loss * share], dtype=torch.float32, device=ranks.device) for loss in carried.losses],
+        balancing=[
+            torch.tensor([loss * share], dtype=torch.float32, device=ranks.device) for loss in carried.balancing
+        ],
         source_totals=share * torch.tensor(values, dtype=torch.float64, device=ranks.device),
         carried_loss_tokens=carried.loss_tokens,
     )
@@ -148,6 +160,7 @@ def make_record(
     flops = cost.flops(tokens=window.tokens, loss_tokens=window.loss_tokens, squared_lengths=window.squared_lengths)
     return {
         "train_loss": sum(sums.losses) / len(sums.losses) if sums.losses else None,
+        "load_balancing_loss": sum(sums.balancing) / len(sums.balancing) if sums.balancing else None,
         "loss_tokens": sums.loss_tokens,
         "loss_tokens_per_second": window.loss_tokens / seconds,
         "padding_share": 1.0 - window.tokens / window.positions if window.positions else 0.0,

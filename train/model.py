@@ -19,6 +19,7 @@ from train.by_source import add_rows
 from train.config import LoraConfig, ModelConfig
 from train.lora import add_adapters, quantization
 from train.loss import weighted_cross_entropy
+from train.router import experts_per_token, load_balancing_loss
 from train.tiled_mlp import tile_mlps
 
 logger = logging.getLogger(__name__)
@@ -33,14 +34,22 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 class LossModel(torch.nn.Module):
     """A causal LM whose forward pass returns the weighted loss of a micro-batch, fp32 []."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, balancing_weight: float = 0.0) -> None:
         super().__init__()
+        self.balancing_weight = balancing_weight
+        self.router_top_k = experts_per_token(model.config) if balancing_weight else 0
         self.model = model
         self.logit_scale = logit_scale(model.config)
 
-    def forward(self, batch: MicroBatch, source_totals: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the loss; add the rows' cross-entropies and their number to `source_totals` (train/by_source.py)."""
-        hidden = self.model.base_model(
+    def forward(
+        self, batch: MicroBatch, source_totals: torch.Tensor | None = None, balancing: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the loss; add the rows' cross-entropies and their number to `source_totals` (train/by_source.py).
+
+        A load balancing loss (train/router.py) is added with its weight, in the share of the step's tokens that are
+        here; `balancing`, fp32 [1], gets it added without its weight.
+        """
+        outputs = self.model.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=None,
@@ -49,7 +58,9 @@ class LossModel(torch.nn.Module):
             cu_seq_lens_k=batch.cu_seqlens,
             max_length_q=batch.max_seqlen,
             max_length_k=batch.max_seqlen,
-        ).last_hidden_state[0]  # [N, D]
+            **({"output_router_logits": True} if self.balancing_weight else {}),
+        )
+        hidden = outputs.last_hidden_state[0]  # [N, D]
         hidden = hidden.index_select(0, batch.rows)  # [R, D]
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
@@ -60,6 +71,11 @@ class LossModel(torch.nn.Module):
         )
         if source_totals is not None:
             add_rows(source_totals, batch.row_sources, row_losses)
+        if self.balancing_weight and torch.is_grad_enabled():
+            imbalance = batch.token_share * load_balancing_loss(outputs.router_logits, top_k=self.router_top_k)
+            loss = loss + self.balancing_weight * imbalance
+            if balancing is not None:
+                balancing += imbalance.detach()
         return loss
 
 
@@ -71,6 +87,7 @@ def build_model(
     dtype: torch.dtype,
     seed: int,
     lora: LoraConfig = NO_LORA,
+    balancing_weight: float = 0.0,
 ) -> LossModel:
     """Return the model to train, in training mode, checked against the shard set that it is to be trained on.
 
@@ -93,7 +110,7 @@ def build_model(
         tile_mlps(network, model.mlp_tiles)
     if model.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
-    return LossModel(network).train()
+    return LossModel(network, balancing_weight=balancing_weight).train()
 
 
 def model_config(model: ModelConfig, manifest: Manifest) -> PretrainedConfig:

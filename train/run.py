@@ -131,6 +131,7 @@ def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
         dtype=dtype,
         seed=seed_from("weights", recipe.run.seed),
         lora=recipe.lora,
+        balancing_weight=recipe.loss.load_balancing_weight,
     )
     cost = model_cost(model.model)
     engine = start_engine(model, recipe.optim, settings)
