@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from train_runs import status, train_here, write_inputs
+from train_runs import losses, records, status, train_here, write_inputs
 
 from train.checkpoint_files import list_checkpoints, read_state_file
 
@@ -87,10 +87,60 @@ def test_a_damaged_checkpoint_is_refused_and_the_older_one_offered(
     assert result.exit_code == 5
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
-    assert f"remove {run / 'checkpoints' / 'step-00000005'} to go on from step-00000004" in result.stderr
-    shutil.rmtree(run / "checkpoints" / "step-00000005")
-    assert train_here(*call).exit_code == 75
+    older = run / "checkpoints" / "step-00000004"
+    assert f"go on from the one before it with --resume {older}" in result.stderr
+    assert train_here(*call, "--resume", older).exit_code == 75
     assert "after step 5 of 8" in status(run)["message"]
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"step-00000004", "step-00000005", "superseded"}
+    assert [path.name for path in (run / "checkpoints" / "superseded").iterdir()] == ["step-00000005"]
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_does_so_from_then_on(
+    again: tuple[Path, tuple[object, ...]], stopped: tuple[Path, Path, Path]
+) -> None:
+    run, call = again
+    done = train_here(*call, "--resume", run / "checkpoints" / "step-00000004", "-v")
+    assert done.exit_code == 75
+    assert "moved step-00000005 to" in done.stderr
+    found = [record["step"] for record in records(run)]
+    assert found == [1, 2, 3, 4, 5]
+    assert losses(run) == losses(stopped[2])
+    assert train_here(*call).exit_code == 75
+    assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_foreign_checkpoint_needs_trust_and_starts_a_run_of_its_own(
+    stopped: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    shards, recipe, run = stopped
+    foreign, own = run / "checkpoints" / "step-00000004", tmp_path / "branch"
+    call = ("--shards", shards, "--recipe", recipe, "--output", own, "--resume", foreign)
+    refused = train_here(*call)
+    assert refused.exit_code == 5
+    assert "DeepSpeed's files can run code" in refused.stderr
+    assert "--trust-checkpoint" in refused.stderr
+    before = {path: path.read_bytes() for path in foreign.rglob("*") if path.is_file()}
+    trusted = (*call, "--trust-checkpoint")
+    assert train_here(*trusted, "--stop-after", 1).exit_code == 75
+    assert losses(own) == losses(run)[4:5]
+    again = train_here(*trusted)
+    assert again.exit_code == 5
+    assert "has checkpoints of its own; leave --resume out to go on from step-00000005" in again.stderr
+    other = train_here(*call[:4], "--output", tmp_path / "other", *trusted[6:], "--set", "optim.learning_rate=1")
+    assert other.exit_code == 3
+    assert "was begun with optim.learning_rate" in other.stderr
+    assert {path: path.read_bytes() for path in foreign.rglob("*") if path.is_file()} == before
+
+
+def test_the_newest_whole_checkpoint_is_never_removed(again: tuple[Path, tuple[object, ...]]) -> None:
+    """Also with room for one only, and with what a crash between a rename and a removal left behind."""
+    run, call = again
+    (run / "checkpoints" / ".tmp-step-00000003-old").mkdir()
+    for step in (6, 7):
+        assert train_here(*call, "--set", "checkpoint.keep_last=1").exit_code == 75
+        assert [path.name for path in list_checkpoints(run / "checkpoints")] == [f"step-{step:08d}"]
+    assert not (run / "checkpoints" / ".tmp-step-00000003-old").exists()
 
 
 def test_a_failed_save_loses_nothing(again: tuple[Path, tuple[object, ...]], monkeypatch: pytest.MonkeyPatch) -> None:

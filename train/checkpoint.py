@@ -27,6 +27,7 @@ from train.checkpoint_files import (
     PREFIX,
     RUN_NAME,
     STATE_NAME,
+    SUPERSEDED_NAME,
     best_checkpoint,
     check_digest,
     list_checkpoints,
@@ -95,12 +96,7 @@ def record_eval_loss(path: Path, loss: float) -> None:
     """Write the evaluation loss of a committed checkpoint into its state.json; link the best one of its run."""
     data = read_state_file(path)
     atomic.write_json(path / STATE_NAME, {**data, "eval_loss": loss})
-    best = best_checkpoint(path.parent)
-    assert best is not None
-    aside = path.parent / f".tmp-{BEST_NAME}"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(best.name)
-    os.replace(aside, path.parent / BEST_NAME)
+    _link_best(path.parent)
 
 
 def load_checkpoint(engine: Any, path: Path, *, run: RunDir, ranks: Ranks, seed: int) -> TrainState:
@@ -123,6 +119,34 @@ def load_checkpoint(engine: Any, path: Path, *, run: RunDir, ranks: Ranks, seed:
         window=WindowSums(**data["window"]),
         eval_loss=data["eval_loss"],
     )
+
+
+def set_aside_newer(run: RunDir, path: Path) -> None:
+    """Move the checkpoints of `run` that are newer than `path` into `superseded`: the run goes on from `path` now.
+
+    They would otherwise be what the next call goes on from, and the best one could be of steps that are not taken.
+    """
+    newer = [other for other in list_checkpoints(run.checkpoints) if other.name > path.name]
+    if not newer or path.parent.resolve() != run.checkpoints.resolve():
+        return
+    folder = run.checkpoints / SUPERSEDED_NAME
+    folder.mkdir(exist_ok=True)
+    for other in newer:
+        shutil.rmtree(folder / other.name, ignore_errors=True)
+        os.rename(other, folder / other.name)
+    logger.warning("moved %s to %s: the run goes on from %s", ", ".join(p.name for p in newer), folder, path.name)
+    _link_best(run.checkpoints)
+
+
+def _link_best(folder: Path) -> None:
+    best, link = best_checkpoint(folder), folder / BEST_NAME
+    if best is None:
+        link.unlink(missing_ok=True)
+        return
+    aside = folder / f".tmp-{BEST_NAME}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(best.name)
+    os.replace(aside, link)
 
 
 def _load_as_written(engine: Any, path: Path, ranks: Ranks) -> None:

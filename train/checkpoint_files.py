@@ -20,6 +20,7 @@ from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
 from shared.hashing import sha256_file
 
 BEST_NAME = "best"
+SUPERSEDED_NAME = "superseded"
 FORMAT_VERSION = 2
 STATE_NAME = "state.json"
 RUN_NAME = "run.json"
@@ -83,6 +84,6 @@ def check_digest(path: Path, name: str, entry: dict[str, Any]) -> None:
 
 
 def way_out(path: Path) -> str:
-    """Return what to do about a checkpoint that cannot be used: the older one to fall back on."""
-    older = [other.name for other in list_checkpoints(path.parent) if other.name < path.name]
-    return f"; remove {path} to go on from {older[-1]}" if older else f"; remove {path} to start again"
+    """Return what to do about a checkpoint that cannot be used: name the older one to fall back on."""
+    older = [other for other in list_checkpoints(path.parent) if other.name < path.name]
+    return f"; go on from the one before it with --resume {older[-1]}" if older else f"; remove {path} to start again"

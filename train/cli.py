@@ -28,6 +28,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--stop-after", type=click.IntRange(min=1), help="Save and stop after so many steps of this call.")
 @click.option("--nproc-per-node", type=click.IntRange(min=1), help="Ranks to start here; default: GPUs, or 1.")
 @click.option("--resume", metavar="auto|never|DIR", default="auto", show_default=True, help="Where to go on from.")
+@click.option("--trust-checkpoint", is_flag=True, help="Let --resume DIR read what another run wrote: it can run code.")
 @click.option("--eval-shards", type=_PATH, help="Evaluation set; default: what was held out of the shard set.")
 @click.option("--under-launcher", is_flag=True, hidden=True)
 @click.option("-v", "--verbose", count=True, help="More on stderr, and tracebacks.")
@@ -44,6 +45,7 @@ def cli(
     stop_after: int | None,
     nproc_per_node: int | None,
     resume: str,
+    trust_checkpoint: bool,
     eval_shards: Path | None,
     under_launcher: bool,
     verbose: int,
@@ -331,6 +333,7 @@ def _train_request(given: Mapping[str, Any]) -> "TrainRequest":
         stop_after=given["stop_after"],
         resume=given["resume"],
         eval_shards=given["eval_shards"],
+        trust_checkpoint=given["trust_checkpoint"],
         verbosity=_verbosity(given),
     )
 

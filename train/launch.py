@@ -144,6 +144,8 @@ def request_arguments(request: TrainRequest) -> list[str]:
     ):
         if value is not None:
             arguments += [name, str(value)]
+    if request.trust_checkpoint:
+        arguments.append("--trust-checkpoint")
     for setting in request.settings:
         arguments += ["--set", setting]
     return arguments + ["-v"] * max(0, request.verbosity) + ["-q"] * max(0, -request.verbosity)

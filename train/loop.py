@@ -53,7 +53,7 @@ def train(parts: Parts, start: TrainState) -> None:
     counters = start.counters
     num_sources = len(parts.feed.shard_set.manifest.sources)
     if start.step and start.eval_loss is None and _is_due(parts, start.step):
-        _evaluate(parts, start.step, parts.prepared.resume_from)  # saved, then stopped or killed before it was
+        _evaluate(parts, start.step, _own_checkpoint(parts.prepared))  # saved, then stopped or killed before it was
     window = open_window(num_sources, parts.ranks, start.window)
     fetch_started = time.perf_counter()
     for batch in parts.feed.steps(start.step):
@@ -154,6 +154,12 @@ def _is_due(parts: Parts, step: int) -> bool:
     recipe, order = parts.prepared.recipe, parts.prepared.order
     every = recipe.eval.every_steps or recipe.checkpoint.every_steps
     return parts.eval_feed is not None and (step == order.total_steps or step % every == 0)
+
+
+def _own_checkpoint(prepared: Prepared) -> Path | None:
+    """Return the checkpoint that the run went on from, unless it belongs to another run."""
+    path = prepared.resume_from
+    return path if path is not None and path.parent.resolve() == prepared.run.checkpoints.resolve() else None
 
 
 def _evaluate(parts: Parts, step: int, saved: Path | None) -> None:

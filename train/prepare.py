@@ -30,6 +30,7 @@ class TrainRequest:
     stop_after: int | None = None
     resume: str = "auto"
     eval_shards: Path | None = None
+    trust_checkpoint: bool = False
     verbosity: int = 0
 
 
@@ -67,7 +68,7 @@ def prepare(request: TrainRequest) -> Prepared:
         order=order,
         run=run,
         identity=found,
-        resume_from=_find_checkpoint(run, request.resume, found),
+        resume_from=_find_checkpoint(run, request, found),
         eval_set=_open_eval_set(request.eval_shards, shard_set),
     )
 
@@ -160,9 +161,9 @@ def moves(prepared: Prepared, world_size: int) -> bool:
     return not same_layout(read_state_file(prepared.resume_from), world_size=world_size, zero_stage=stage)
 
 
-def _find_checkpoint(run: RunDir, resume: str, identity: dict[str, Any]) -> Path | None:
+def _find_checkpoint(run: RunDir, request: TrainRequest, identity: dict[str, Any]) -> Path | None:
     """Return the checkpoint to go on from, None to start at step 0."""
-    description = read_description(run)
+    description, resume = read_description(run), request.resume
     if resume == "never":
         if description is not None:
             raise ArtifactError(f"{run.path} holds a run already; remove it, or name another directory with --output")
@@ -175,9 +176,18 @@ def _find_checkpoint(run: RunDir, resume: str, identity: dict[str, Any]) -> Path
     wanted = Path(resume)
     if not wanted.is_dir():
         raise ArtifactError(f"--resume {resume}: there is no such checkpoint; expected auto, never or its directory")
-    if wanted.resolve() not in [path.resolve() for path in committed]:
+    own = [path for path in committed if path.resolve() == wanted.resolve()]
+    if own:
+        return own[0]
+    if not request.trust_checkpoint:
         raise ArtifactError(
-            f"--resume {resume} is not a checkpoint of {run.path}; reading a foreign one is not supported, since "
-            "DeepSpeed's files can run code"
+            f"--resume {resume} is not a checkpoint of {run.path}. DeepSpeed's files can run code when they are read: "
+            "if you trust who wrote it, say --trust-checkpoint, to start a run from it in another --output"
         )
+    if committed:
+        raise ArtifactError(
+            f"{run.path} has checkpoints of its own; leave --resume out to go on from {committed[-1].name}, or start "
+            "from the other one in another --output"
+        )
+    check_identity(read_state_file(wanted)["identity"], identity, wanted)
     return wanted

@@ -16,7 +16,7 @@ from shared.errors import SftError, StoppedOnRequest
 from shared.hashing import seed_from
 from train import loop
 from train.attention import choose_attention
-from train.checkpoint import TrainState, load_checkpoint
+from train.checkpoint import TrainState, load_checkpoint, set_aside_newer
 from train.config import TrainConfig
 from train.distributed import Ranks, barrier, process_group
 from train.engine import (
@@ -152,6 +152,8 @@ def _starting_state(prepared: Prepared, engine: Any, ranks: Ranks) -> TrainState
     if prepared.resume_from is None:
         return TrainState(step=0, counters=Counters(), window=None)
     state = load_checkpoint(engine, prepared.resume_from, run=prepared.run, ranks=ranks, seed=prepared.recipe.run.seed)
+    if ranks.is_main:
+        set_aside_newer(prepared.run, prepared.resume_from)
     logger.info("going on after step %d, from %s", state.step, prepared.resume_from)
     return state
 
