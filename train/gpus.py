@@ -22,6 +22,7 @@ GPUS = (
     Gpu(name="GH200", peak_flops=989e12, memory_gib=94.5),
     Gpu(name="H100", peak_flops=989e12, memory_gib=79.1),
     Gpu(name="H200", peak_flops=989e12, memory_gib=139.8),
+    Gpu(name="GB200", peak_flops=2500e12, memory_gib=178.4),  # one of its two; runs at more watts than a B200
     Gpu(name="B200", peak_flops=2250e12, memory_gib=178.4),
     Gpu(name="A100 40GB", peak_flops=312e12, memory_gib=39.4),
     Gpu(name="A100", peak_flops=312e12, memory_gib=79.1),
