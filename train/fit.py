@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from shared.errors import ConfigError
 from train.config import TrainConfig
 from train.gpus import Gpu
 from train.memory import GIB, Memory, Setup, memory_of
 from train.model_size import ModelSize
-from train.zero_stage import resolve_zero_stage
+from train.zero_stage import ZeroStage, resolve_zero_stage
 
 _MOST_TIMES_MORE_GPUS = 64
 _MLP_TILES = 8
@@ -29,20 +30,28 @@ def fits(memory: Memory, gpu: Gpu) -> bool:
 
 
 def setup_of(
-    recipe: TrainConfig, max_seq_len: int, world_size: int, *, dtype: torch.dtype, micro_batches: int
+    recipe: TrainConfig,
+    max_seq_len: int,
+    world_size: int,
+    *,
+    dtype: torch.dtype,
+    micro_batches: int,
+    on_gpu: bool = True,
 ) -> Setup:
-    """Return what of `recipe` decides on memory, on `world_size` GPUs."""
-    # a stage that several ranks can't have is named by check_division; memory is then that of "auto"
-    engine = replace(recipe.engine, zero_stage="auto") if recipe.engine.zero_stage == 0 else recipe.engine
+    """Return what of `recipe` decides on memory, on `world_size` ranks."""
     return Setup(
         world_size=world_size,
-        zero_stage=resolve_zero_stage(engine, world_size=world_size),
+        zero_stage=_stage(recipe, world_size),
         weight_bytes=dtype.itemsize,
         tokens=-(-recipe.batch.packs_per_micro_batch * max_seq_len // recipe.engine.sequence_parallel),
         micro_batches=micro_batches,
         gradient_checkpointing=recipe.model.gradient_checkpointing,
         mlp_tiles=recipe.model.mlp_tiles,
         quantized=recipe.lora.quantize != "none",
+        optimizer_offloaded=recipe.engine.offload_optimizer != "none",
+        params_offloaded=recipe.engine.offload_params != "none",
+        second_copy=recipe.engine.hpz_partition_size,
+        on_gpu=on_gpu,
     )
 
 
@@ -73,6 +82,9 @@ def changes(size: ModelSize, setup: Setup, gpu: Gpu, recipe: TrainConfig, *, gpu
         if shared_by == 1 and _heads_divide(size, share) and setup.world_size % share == 0:
             tokens = -(-saving.tokens // share)
             yield change(f"{words} engine.sequence_parallel={share}".strip(), replace(saving, tokens=tokens))
+    if setup.zero_stage > 0 and not setup.optimizer_offloaded:
+        offloaded = replace(saving, optimizer_offloaded=True)
+        yield change(f"{words} engine.offload_optimizer=cpu".strip(), offloaded)
     yield from _more_gpus(size, setup, saving, gpu, gpus_per_node=gpus_per_node)
 
 
@@ -91,6 +103,14 @@ def _more_gpus(size: ModelSize, setup: Setup, saving: Setup, gpu: Gpu, *, gpus_p
                     yield Change(what=f"--gpus {ranks}{nodes}{words}", gib=memory.total / GIB, fits=True)
                 seen.add(ranks)
                 break
+
+
+def _stage(recipe: TrainConfig, world_size: int) -> ZeroStage:
+    """A stage that these ranks can't have is named by check_division; memory is then that of stage 3."""
+    try:
+        return resolve_zero_stage(recipe.engine, world_size=world_size)
+    except ConfigError:
+        return 3
 
 
 def _heads_divide(size: ModelSize, share: int) -> bool:

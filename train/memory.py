@@ -33,6 +33,10 @@ class Setup:
     gradient_checkpointing: bool
     mlp_tiles: int = 1
     quantized: bool = False
+    optimizer_offloaded: bool = False
+    params_offloaded: bool = False
+    second_copy: int = 1
+    """`hpz_partition_size` of ZeRO++: ranks that share out one more copy of the weights; 1 for none."""
     on_gpu: bool = True
 
 
@@ -106,8 +110,8 @@ def _state(size: ModelSize, setup: Setup) -> tuple[float, float, float, float]:
 
     One rank (train/one_rank.py): b P weights, 4 T masters where b is 2, 8 T moments, 4 T gradients. ZeRO (Rajbhandari
     et al. 2020, section 5) keeps 12 T / W masters and moments, also beside fp32 weights, b P weights (b P / W in stage
-    3), and 4 T gradients, summed in fp32 (4 T / W from stage 2 on). Its update copies up to a sub-group of gradients,
-    and stage 3 lays its gradients out once more.
+    3), and 4 T gradients, summed in fp32 (4 T / W from stage 2 on). Its update copies gradients, in stage 3
+    a sub-group of them. What is offloaded lies on the host, from stage 2 on with its gradients.
     """
     own, trained, ranks, stage = float(size.parameters), float(size.trained), setup.world_size, setup.zero_stage
     per_weight = float(setup.weight_bytes)
@@ -116,11 +120,16 @@ def _state(size: ModelSize, setup: Setup) -> tuple[float, float, float, float]:
     if stage == 0:
         masters = 4.0 * trained if setup.weight_bytes < 4 else 0.0
         return weights, masters + 8.0 * trained, 4.0 * trained, 0.0
-    optimizer = 12.0 * trained / ranks
+    optimizer = 0.0 if setup.optimizer_offloaded else 12.0 * trained / ranks
+    gradients = 4.0 * trained / (ranks if stage > 1 else 1)
+    update = 4.0 * trained / ranks
     if stage == 3:
-        return weights / ranks, optimizer, 4.0 * trained / ranks, 4.0 * min(trained / ranks, _MAX_LIVE)
-    gradients = 4.0 * trained / (ranks if stage == 2 else 1)
-    return weights, optimizer, gradients, 4.0 * trained / ranks
+        update = 4.0 * min(trained / ranks, _MAX_LIVE)
+        copy = weights / setup.second_copy if setup.second_copy > 1 else 0.0
+        weights = copy + (0.0 if setup.params_offloaded else weights / ranks)
+    if setup.optimizer_offloaded:
+        return weights, optimizer, gradients if stage == 1 else 0.0, 0.0
+    return weights, optimizer, gradients, update
 
 
 def _activations(size: ModelSize, setup: Setup) -> float:
