@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from hub_state import Blob, Fault, Hub, Repository, git_hash
 
 PAGE = 5  # entries in a listing before the next page
-_LARGE = (".zst",)
+_LARGE = (".zst", ".safetensors")
 
 
 @contextmanager
@@ -96,12 +96,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._create(json.loads(body))
         elif parts == ["api", "validate-yaml"]:
             self._json({"errors": [], "warnings": []})
-        elif parts[:2] == ["api", "datasets"]:
+        elif parts[:2] in (["api", "datasets"], ["api", "models"]):
             self._api("/".join(parts[2:4]), parts[4:], body)
         elif parts[0] == "lfs":
             self._put(parts[1], body)
         elif path.endswith(".git/info/lfs/objects/batch"):
             self._batch(json.loads(body))
+        elif parts[2:3] == ["resolve"]:  # of a model
+            self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]), cut=fault is not None)
         elif parts[3:4] == ["resolve"]:
             self._resolve("/".join(parts[1:3]), parts[4], "/".join(parts[5:]), cut=fault is not None)
         else:

@@ -28,6 +28,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--stop-after", type=click.IntRange(min=1), help="Save and stop after so many steps of this call.")
 @click.option("--nproc-per-node", type=click.IntRange(min=1), help="Ranks to start here; default: GPUs, or 1.")
 @click.option("--resume", metavar="auto|never|DIR", default="auto", show_default=True, help="Where to go on from.")
+@click.option("--push-to-hub", metavar="USER/NAME", help="Push the model to the hub when it is trained.")
 @click.option("--trust-checkpoint", is_flag=True, help="Let --resume DIR read what another run wrote: it can run code.")
 @click.option("--eval-shards", type=_PATH, help="Evaluation set; default: what was held out of the shard set.")
 @click.option("--under-launcher", is_flag=True, hidden=True)
@@ -45,6 +46,7 @@ def cli(
     stop_after: int | None,
     nproc_per_node: int | None,
     resume: str,
+    push_to_hub: str | None,
     trust_checkpoint: bool,
     eval_shards: Path | None,
     under_launcher: bool,
@@ -66,9 +68,12 @@ def cli(
         prepared = prepare(_train_request(context.params))
         if prepared.is_complete:
             click.echo(f"{prepared.run.path} is complete: the model is in {prepared.run.model}")
-            return
-        if run_or_launch(prepared, nproc_per_node) and read_place().rank == 0:
+        elif run_or_launch(prepared, nproc_per_node) and read_place().rank == 0:
             click.echo(prepared.run.model)
+        if push_to_hub is not None and read_place().rank == 0:
+            from train.push import push_model
+
+            click.echo(push_model(prepared.run.path, push_to_hub))
 
 
 @cli.command(epilog="Example: sft-train export runs/demo/checkpoints/step-00000100 model-100")
@@ -81,6 +86,17 @@ def export(checkpoint: Path, out: Path) -> None:
 
         export_checkpoint(checkpoint, out)
         click.echo(out)
+
+
+@cli.command(epilog="Example: sft-train push runs/demo user/demo-model")
+@click.argument("run", type=_PATH)
+@click.argument("repo", metavar="USER/NAME")
+def push(run: Path, repo: str) -> None:
+    """Push the model of a complete RUN, or an exported model, to a repository of the hub, private if it is made."""
+    with _reporting():
+        from train.push import push_model
+
+        click.echo(push_model(run, repo))
 
 
 @cli.command(epilog="Example: sft-train plot runs/a runs/b --out both.png")

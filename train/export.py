@@ -27,7 +27,7 @@ from train.config import TrainConfig
 from train.engine import WEIGHTS_PREFIX
 from train.lora import Adapted, adapted_by, adapter_weights, merged_model, write_adapter
 from train.metrics import read_records
-from train.model_card import CardFacts, card_facts, render_card
+from train.model_card import PLOT_NAME, CardFacts, card_facts, render_card
 from train.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def export_model(
     card: CardFacts,
     out_dir: Path,
     adapted: Adapted | None = None,
+    plot: Path | None = None,
 ) -> None:
     """Write the model to `out_dir`, in the place of an older export; one process calls it, with the full weights.
 
@@ -53,7 +54,9 @@ def export_model(
     shutil.rmtree(aside, ignore_errors=True)
     with atomic.staged_dir(aside) as staged:
         _write_tokenizer(staged, shard_set)
-        (staged / "README.md").write_text(render_card(card), encoding="utf-8")
+        (staged / "README.md").write_text(render_card(card, has_plot=plot is not None), encoding="utf-8")
+        if plot is not None:
+            shutil.copyfile(plot, staged / PLOT_NAME)
         if adapted is not None and adapted.lora.export == "adapter":
             write_adapter(staged, adapter_weights(state_dict), lora=adapted.lora, model=adapted.model)
         else:

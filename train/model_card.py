@@ -8,6 +8,8 @@ from typing import Any
 
 from shared.shard_format import Manifest, SourceEntry, Totals
 
+PLOT_NAME = "loss.png"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardFacts:
@@ -64,7 +66,7 @@ def _last_values(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**trained[-1], **({"eval_loss": at_end[-1]["eval_loss"]} if at_end else {})}
 
 
-def render_card(facts: CardFacts) -> str:
+def render_card(facts: CardFacts, *, has_plot: bool = False) -> str:
     """Return the card as Markdown with the hub's YAML front matter."""
     return "\n".join(
         [
@@ -79,6 +81,7 @@ def render_card(facts: CardFacts) -> str:
             f"{facts.max_seq_len} tokens, packed. Loss tokens are those that the model was trained to predict.\n",
             "## Result\n",
             _final_table(facts.final),
+            *([f"![curves of the run]({PLOT_NAME})\n"] if has_plot else []),
             "## Recipe\n",
             f"```json\n{json.dumps(facts.recipe, indent=2, sort_keys=True)}\n```\n",
             "## Software\n",

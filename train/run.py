@@ -212,6 +212,7 @@ def _finish(prepared: Prepared, engine: Any, ranks: Ranks) -> None:
         description = read_description(run)
         assert description is not None
         records = read_records(run.metrics)
+        plot_runs([run.path], run.plot)
         export_model(
             state_dict=weights,
             model_config=engine.module.model.config,
@@ -219,8 +220,8 @@ def _finish(prepared: Prepared, engine: Any, ranks: Ranks) -> None:
             card=card_facts(description, prepared.shard_set.manifest, records),
             out_dir=run.model,
             adapted=adapted_by(prepared.recipe),
+            plot=run.plot,
         )
-        plot_runs([run.path], run.plot)
         steps = prepared.order.total_steps
         write_status(run, "complete", exit_code=0, message=f"trained {steps} steps, model in {run.model}")
         logger.info("done: %d steps, model in %s, loss in %s", steps, run.model, run.plot)
