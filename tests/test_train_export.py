@@ -157,7 +157,7 @@ def test_weights_of_other_shapes_leave_the_older_export_alone(tmp_path: Path, sh
 def test_an_interrupted_export_leaves_no_model(
     tmp_path: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(_: CardFacts, **_: object) -> str:
+    def interrupt(_: CardFacts, **_options: object) -> str:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("train.export.render_card", interrupt)
