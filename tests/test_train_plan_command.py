@@ -131,6 +131,14 @@ def test_what_a_plan_advises_comes_true(recipe_8b: Path, gpus: int) -> None:
     assert after["verdict"]["fits"] == change["fits"]
 
 
+def test_offload_is_advised_with_what_the_host_needs(recipe_8b: Path) -> None:
+    plan = planned(*STATED, "--recipe", recipe_8b, "--gpus", 2)
+    (change,) = (change for change in plan["changes"] if "offload_optimizer=cpu" in change["what"])
+    assert change["host_gib"] == pytest.approx(16 * plan["model"]["parameters"] / 2 / GIB)
+    assert all(change["gib"] < plan["memory_gib"]["total"] for change in plan["changes"])
+    assert "GiB of the host for each GPU" in train_here("plan", *STATED, "--recipe", recipe_8b, "--gpus", 2).stdout
+
+
 def test_a_batch_that_does_not_divide_is_said_with_what_does(recipe_8b: Path) -> None:
     result = train_here("plan", *STATED, "--recipe", recipe_8b, "--gpus", 64)
     assert result.exit_code == 0

@@ -15,6 +15,7 @@ from train.zero_stage import ZeroStage, resolve_zero_stage
 _MOST_TIMES_MORE_GPUS = 64
 _MLP_TILES = 8
 _SHARES = (2, 4, 8)
+_WORTH_IT = 0.99  # what saves less than a hundredth is no advice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +24,8 @@ class Change:
     gib: float
     """Of the fullest GPU after the change."""
     fits: bool
+    host_gib: float = 0.0
+    """Of the host's memory for each GPU, where states are offloaded there."""
 
 
 def fits(memory: Memory, gpu: Gpu) -> bool:
@@ -55,18 +58,25 @@ def setup_of(
     )
 
 
-def changes(size: ModelSize, setup: Setup, gpu: Gpu, recipe: TrainConfig, *, gpus_per_node: int) -> Iterator[Change]:
-    """Yield what would make the run fit, one change a line; where it fits, what would make it faster and still fit."""
+def changes(size: ModelSize, setup: Setup, gpu: Gpu, recipe: TrainConfig, *, gpus_per_node: int) -> list[Change]:
+    """Return what would make the run fit; where it fits, what would make it faster and still fit."""
+    memory = memory_of(size, setup)
+    if not fits(memory, gpu):
+        found = _savings(size, setup, gpu, recipe, gpus_per_node=gpus_per_node)
+        return [change for change in found if change.gib <= _WORTH_IT * memory.total / GIB]
+    faster = memory_of(size, replace(setup, gradient_checkpointing=False))
+    if not setup.gradient_checkpointing or not fits(faster, gpu):
+        return []
+    return [Change(what="model.gradient_checkpointing=false", gib=faster.total / GIB, fits=True)]
 
-    def change(what: str, changed: Setup) -> Change:
+
+def _savings(size: ModelSize, setup: Setup, gpu: Gpu, recipe: TrainConfig, *, gpus_per_node: int) -> Iterator[Change]:
+    """Yield changes that need less memory, the cheap ones first; later ones build upon the first two."""
+
+    def change(what: str, changed: Setup, *, host_gib: float = 0.0) -> Change:
         memory = memory_of(size, changed)
-        return Change(what=what, gib=memory.total / GIB, fits=fits(memory, gpu))
+        return Change(what=what, gib=memory.total / GIB, fits=fits(memory, gpu), host_gib=host_gib)
 
-    if fits(memory_of(size, setup), gpu):
-        without = change("model.gradient_checkpointing=false", replace(setup, gradient_checkpointing=False))
-        if setup.gradient_checkpointing and without.fits:
-            yield without
-        return
     packs, shared_by = recipe.batch.packs_per_micro_batch, recipe.engine.sequence_parallel
     saving, words = setup, ""
     if packs > 1:
@@ -84,7 +94,9 @@ def changes(size: ModelSize, setup: Setup, gpu: Gpu, recipe: TrainConfig, *, gpu
             yield change(f"{words} engine.sequence_parallel={share}".strip(), replace(saving, tokens=tokens))
     if setup.zero_stage > 0 and not setup.optimizer_offloaded:
         offloaded = replace(saving, optimizer_offloaded=True)
-        yield change(f"{words} engine.offload_optimizer=cpu".strip(), offloaded)
+        kept, left = memory_of(size, saving), memory_of(size, offloaded)
+        host_gib = (kept.optimizer + kept.gradients - left.gradients) / GIB
+        yield change(f"{words} engine.offload_optimizer=cpu".strip(), offloaded, host_gib=host_gib)
     yield from _more_gpus(size, setup, saving, gpu, gpus_per_node=gpus_per_node)
 
 

@@ -1,5 +1,6 @@
 """A plan as lines for people and as one JSON object."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -98,7 +99,7 @@ def _figures(plan: Plan) -> dict[str, Any]:
             "of": plan.gpu.memory_gib,
             "peak_in": plan.memory.peak_in,
         },
-        "changes": [{"what": change.what, "gib": change.gib, "fits": change.fits} for change in plan.changes],
+        "changes": [dataclasses.asdict(change) for change in plan.changes],
         "command": plan.command,
     }
 
@@ -133,8 +134,10 @@ def _change_lines(plan: Plan) -> list[str]:
     if not plan.changes:
         return []
     head = "fits too, and computes nothing twice:" if plan.fits else "what would change it:"
+    fits = {True: "fits", False: "does not fit"}
+    host = {change.what: f" (and {change.host_gib:.0f} GiB of the host for each GPU)" for change in plan.changes}
     rows = [
-        f"  {change.gib:7.1f} GiB {'fits' if change.fits else 'does not fit':12} {change.what}"
+        f"  {change.gib:7.1f} GiB {fits[change.fits]:12} {change.what}{host[change.what] if change.host_gib else ''}"
         for change in plan.changes
     ]
     return [head, *rows, ""]
