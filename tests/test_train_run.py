@@ -180,21 +180,6 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_pac
     assert all(torch.isfinite(parameter).all() for parameter in master)
 
 
-def test_weights_and_biases_offline_needs_no_network_and_keeps_its_run_id(
-    inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
-    pytest.importorskip("wandb")
-    shards, recipe = inputs
-    run = tmp_path / "run"
-    call = ("--shards", shards, "--recipe", recipe, "--output", run, "--set", "log.wandb=offline", "--max-steps", 4)
-    assert train_here(*call, "--stop-after", 2).exit_code == 75
-    run_id = json.loads((run / "config.json").read_text())["wandb_id"]
-    assert train_here(*call).exit_code == 0
-    folders = list((run / "wandb").glob("offline-run-*"))
-    assert len(folders) == 2
-    assert all(run_id in folder.name for folder in folders)
-
-
 def test_two_runs_do_not_share_a_directory(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     import subprocess
     import sys

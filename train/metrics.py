@@ -26,7 +26,7 @@ An evaluation has a record of its own:
     eval_loss/SOURCE                         over those of one of its sources; null if it has none
     eval_tokens, eval_seconds                how many those are; how long it took
 
-A window is the steps since the last record (`log.every_steps`).
+A window is the steps since the last record (`log.every_steps`). Steps and counts are integers, all else fractions.
 """
 
 import json
