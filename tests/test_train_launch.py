@@ -20,6 +20,8 @@ FULL = TrainRequest(
     max_steps=7,
     stop_after=3,
     resume="never",
+    eval_shards=Path("held-out"),
+    trust_checkpoint=True,
     verbosity=2,
 )
 

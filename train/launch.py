@@ -126,7 +126,7 @@ def torchrun_command(request: TrainRequest, num_ranks: int) -> list[str]:
 
 
 def rank_arguments(request: TrainRequest) -> list[str]:
-    """Return the command line of a rank: that of `request`."""
+    """Return the command line of a rank: that of `request`, without the push, which is for who started the ranks."""
     return ["--under-launcher", *request_arguments(request)]
 
 

@@ -31,6 +31,7 @@ class TrainRequest:
     resume: str = "auto"
     eval_shards: Path | None = None
     trust_checkpoint: bool = False
+    push_to_hub: str | None = None
     verbosity: int = 0
 
 

@@ -1,0 +1,91 @@
+"""The commands of `sft-train` that work on what a run has left: export, push, plot, ask, which, status."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from train.cli_shared import PATH, reporting
+
+
+@click.command(epilog="Example: sft-train export runs/demo/checkpoints/step-00000100 model-100")
+@click.argument("checkpoint", type=PATH)
+@click.argument("out", type=PATH)
+def export(checkpoint: Path, out: Path) -> None:
+    """Write the model of CHECKPOINT to OUT in Hugging Face format."""
+    with reporting():
+        from train.export import export_checkpoint
+
+        export_checkpoint(checkpoint, out)
+        click.echo(out)
+
+
+@click.command(epilog="Example: sft-train push runs/demo user/demo-model")
+@click.argument("run", type=PATH)
+@click.argument("repo", metavar="USER/NAME")
+def push(run: Path, repo: str) -> None:
+    """Push the model of a complete RUN, or an exported model, to a repository of the hub, private if it is made."""
+    with reporting():
+        from train.push import push_model
+
+        click.echo(push_model(run, repo))
+
+
+@click.command(epilog="Example: sft-train plot runs/a runs/b --out both.png")
+@click.argument("runs", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, help="Image file; default: loss.png in the first run.")
+def plot(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Draw the loss of one or more RUNS."""
+    with reporting():
+        from train.plot import plot_runs
+
+        image = out or runs[0] / "loss.png"
+        plot_runs(list(runs), image)
+        click.echo(image)
+
+
+@click.command(epilog="Example: sft-train ask runs/demo/model --prompt 'What is 3 + 4?'")
+@click.argument("model", type=PATH)
+@click.option("--prompt", "prompts", multiple=True, help="A question; repeat for more.")
+@click.option("--questions", type=PATH, help="JSON lines with conversations whose answers are known.")
+@click.option("--show", type=click.IntRange(min=0), default=3, show_default=True, help="Answers to print.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+def ask(model: Path, prompts: tuple[str, ...], questions: Path | None, show: int, max_new_tokens: int) -> None:
+    """Let an exported MODEL answer, and count the right answers where they are known."""
+    with reporting():
+        from train.ask import ask as ask_model
+
+        for line in ask_model(model, prompts=prompts, questions=questions, show=show, max_new_tokens=max_new_tokens):
+            click.echo(line)
+
+
+@click.command(epilog="Example: sft-train which runs/demo --step 3")
+@click.argument("run", type=PATH)
+@click.option("--step", type=int, required=True, help="As in metrics.jsonl, counted from 1.")
+@click.option("--rank", type=int, help="Of the last call that trained; default: all ranks.")
+@click.option("--shards", type=PATH, help="Where the shard set lies now; default: where it was.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per sequence, with all of its text.")
+@click.option("--full", is_flag=True, help="All of the text, not its beginning.")
+def which(run: Path, step: int, rank: int | None, shards: Path | None, as_json: bool, full: bool) -> None:
+    """Show the source rows that a step of RUN trains on; trained text is [[marked]], or green on a terminal."""
+    with reporting():
+        from train.which import which as rows_of_step
+
+        colour = sys.stdout.isatty()
+        for line in rows_of_step(run, step=step, rank=rank, shards=shards, as_json=as_json, full=full, colour=colour):
+            click.echo(line)
+
+
+@click.command(epilog="Example: sft-train status runs/demo")
+@click.argument("run", type=PATH)
+@click.option("--changed-after", type=PATH, help="Believe only a status written after this file.")
+@click.option("--wait", type=click.FloatRange(min=0), default=0, help="Seconds to wait for the last word of a rank.")
+def status(run: Path, changed_after: Path | None, wait: float) -> None:
+    """Say how RUN stands, and exit with its exit code: torchrun would say 1 for everything."""
+    with reporting():
+        from train.outcome import read_outcome
+        from train.run_dir import RunDir
+
+        code, line = read_outcome(RunDir(run), changed_after=changed_after, wait_seconds=wait)
+    click.echo(line)
+    sys.exit(code)
