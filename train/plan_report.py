@@ -32,7 +32,7 @@ def as_text(plan: Plan) -> str:
     lines = [
         f"{plan.recipe.name} on {request.num_gpus} x {plan.gpu.name}, ZeRO stage {plan.zero_stage}: {_verdict(plan)}",
         "",
-        f"model    {plan.size.parameters / 1e9:.2f} B parameters, {plan.size.trained / 1e9:.2f} B of them train",
+        f"model    {_count(plan.size.parameters)} parameters, {_count(plan.size.trained)} of them train",
         f"data     {_data(plan)}",
         *(f"         assumed: {assumption}" for assumption in plan.data.assumptions),
         f"run      {forecast.steps:,} steps of {order.units_per_step:,} {order.unit}s, {forecast.warmup_steps:,} of "
@@ -125,7 +125,7 @@ def _division_lines(plan: Plan) -> list[str]:
         return []
     per_rank = plan.forecast.tokens / plan.forecast.steps / plan.request.num_gpus
     return [
-        f"ranks    {per_rank:,.0f} tokens of a rank in a step, in {plan.division.micro_batches} micro-batches at most; "
+        f"ranks    {per_rank:,.0f} tokens of a rank in a step, at most {plan.division.micro_batches} micro-batches; "
         f"waiting for the slowest rank multiplies time by {plan.division.waiting:.2f}"
     ]
 
@@ -158,6 +158,10 @@ def _cost_text(plan: Plan) -> str:
 
 def _tokens_per_second(plan: Plan) -> float:
     return plan.forecast.tokens / plan.forecast.seconds / plan.request.num_gpus
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
 def _hours(seconds: float) -> str:
