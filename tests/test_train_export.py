@@ -272,3 +272,27 @@ def test_random_weights_are_called_so(shards: ShardSet) -> None:
     card = render_card(_facts(shards, name=""))
     assert "Trained from random weights." in card
     assert "base_model:" not in card
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_an_export_in_several_files_of_a_chosen_dtype_is_the_same_model(
+    dtype: str, expected: torch.dtype, run: Path, tmp_path: Path
+) -> None:
+    done = train_here("export", _checkpoint(run), tmp_path / "m", "--dtype", dtype, "--max-file-size", "20KB")
+    assert done.exit_code == 0, done.output
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    trained = AutoModelForCausalLM.from_pretrained(run / "model")
+    ids = torch.arange(12)[None]
+    tolerance = 0.0 if dtype == "fp32" else 0.05
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits.float(), trained(ids).logits, rtol=tolerance, atol=tolerance)
+
+
+def test_a_size_that_is_none_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    done = train_here("export", _checkpoint(run), tmp_path / "m", "--max-file-size", "big")
+    assert done.exit_code == 3
+    assert "max-file-size" in done.stderr
+    assert not (tmp_path / "m").exists()

@@ -2,21 +2,24 @@
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from train.cli_shared import PATH, reporting
 
 
-@click.command(epilog="Example: sft-train export runs/demo/checkpoints/step-00000100 model-100")
+@click.command(epilog="Example: sft-train export runs/demo/checkpoints/best model-best --dtype bf16")
 @click.argument("checkpoint", type=PATH)
 @click.argument("out", type=PATH)
-def export(checkpoint: Path, out: Path) -> None:
+@click.option("--dtype", type=click.Choice(["trained", "bf16", "fp32"]), default="trained", show_default=True)
+@click.option("--max-file-size", default="5GB", show_default=True, help="More weights go into several files.")
+def export(checkpoint: Path, out: Path, dtype: Literal["trained", "bf16", "fp32"], max_file_size: str) -> None:
     """Write the model of CHECKPOINT to OUT in Hugging Face format."""
     with reporting():
-        from train.export import export_checkpoint
+        from train.export import WeightFiles, export_checkpoint
 
-        export_checkpoint(checkpoint, out)
+        export_checkpoint(checkpoint, out, WeightFiles(dtype=dtype, max_file_size=max_file_size))
         click.echo(out)
 
 

@@ -7,18 +7,20 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from shared import atomic
 from shared.config import build
-from shared.errors import ArtifactError, FingerprintMismatchError
+from shared.errors import ArtifactError, ConfigError, FingerprintMismatchError
 from shared.hashing import canonical_json
 from shared.shard_format import TokenizerEntry
 from shared.shard_reader import ShardSet, open_shard_set
@@ -35,6 +37,22 @@ logger = logging.getLogger(__name__)
 WHOLE_WEIGHTS_NAME = "mp_rank_00_model_states.pt"  # DeepSpeed's, where weights are not shared out
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightFiles:
+    """How weights are written."""
+
+    dtype: Literal["trained", "bf16", "fp32"] = "trained"
+    max_file_size: str = "5GB"
+    """More weights than this go into several files with an index, as transformers counts sizes: 500MB, 5GB."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[1-9]\d*[KMG]i?B", self.max_file_size):
+            raise ConfigError(f"--max-file-size {self.max_file_size!r}; expected a number and a unit: 500MB, 5GB")
+
+
+AS_TRAINED = WeightFiles()
+
+
 def export_model(
     *,
     state_dict: dict[str, torch.Tensor],
@@ -44,6 +62,7 @@ def export_model(
     out_dir: Path,
     adapted: Adapted | None = None,
     plot: Path | None = None,
+    files: WeightFiles = AS_TRAINED,
 ) -> None:
     """Write the model to `out_dir`, in the place of an older export; one process calls it, with the full weights.
 
@@ -62,13 +81,14 @@ def export_model(
         else:
             if adapted is not None:
                 state_dict, model_config = merged_model(adapted.model, adapted.lora, adapter_weights(state_dict))
-            _write_weights(staged, state_dict, model_config, generation_config(shard_set.manifest.tokenizer))
+            generation = generation_config(shard_set.manifest.tokenizer)
+            _write_weights(staged, state_dict, model_config, generation, files)
             _check_loads(staged)
         _share_modes(staged, like=staged / "README.md")
     atomic.replace_dir(aside, out_dir)
 
 
-def export_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
+def export_checkpoint(checkpoint_dir: Path, out_dir: Path, files: WeightFiles = AS_TRAINED) -> None:
     """Write the model of a checkpoint to `out_dir`, which must not exist. Needs the shard set where the run had it.
 
     Raises ArtifactError for a checkpoint that is not whole or has changed, and for another shard set in that place.
@@ -93,6 +113,7 @@ def export_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
         card=card_facts(description, shard_set.manifest, records),
         out_dir=out_dir,
         adapted=adapted_by(recipe),
+        files=files,
     )
 
 
@@ -133,8 +154,15 @@ def _added_token(tokenizer_json: Path, token_id: int) -> str | None:
 
 
 def _write_weights(
-    staged: Path, state_dict: dict[str, torch.Tensor], config: PretrainedConfig, generation: GenerationConfig
+    staged: Path,
+    state_dict: dict[str, torch.Tensor],
+    config: PretrainedConfig,
+    generation: GenerationConfig,
+    files: WeightFiles,
 ) -> None:
+    if files.dtype != "trained":
+        dtype = torch.bfloat16 if files.dtype == "bf16" else torch.float32
+        state_dict = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state_dict.items()}
     dtypes = Counter(tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point())
     config.dtype = dtypes.most_common(1)[0][0] if dtypes else torch.float32
     with torch.device("meta"):
@@ -145,7 +173,7 @@ def _write_weights(
     if missing := sorted(needed - weights.keys()):
         raise ArtifactError(f"the weights lack {len(missing)} parameters of the model, e.g. {missing[0]}")
     model.generation_config = generation
-    model.save_pretrained(staged, state_dict=weights)
+    model.save_pretrained(staged, state_dict=weights, max_shard_size=files.max_file_size)
 
 
 def _check_loads(staged: Path) -> None:
