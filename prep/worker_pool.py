@@ -36,6 +36,8 @@ class WorkerPool:
     ) -> None:
         if kind is not None and not issubclass(kind, Exception):
             self._leash.close()  # an interrupt does not wait for the work under way
+        if kind is not None:
+            _unblock(self._pool)
         self._pool.shutdown(cancel_futures=True)
         self._leash.close()
         self._watched.close()
@@ -51,6 +53,16 @@ class WorkerPool:
             return failed
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _unblock(pool: ProcessPoolExecutor) -> None:
+    """Let go of our end of the queue of tasks: with its workers dead, a write to it would wait for us to read.
+
+    Python before 3.11.5 hangs at shutdown then (cpython issue 94777); later ones do this themselves.
+    """
+    queue = pool._call_queue  # type: ignore[attr-defined]
+    if queue is not None and not queue._reader.closed:
+        queue._reader.close()
 
 
 def _start(watched: Connection, prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
