@@ -7,7 +7,7 @@ import pytest
 
 from shared.errors import ArtifactError, ConfigError, SftError
 from train.cli import cli
-from train.launch import rank_arguments, torchrun_command
+from train.launch import rank_arguments, ranks_on, torchrun_command
 from train.prepare import TrainRequest
 from train.ranks import RankPlace, described_as_single, launched, read_place
 
@@ -68,3 +68,9 @@ def test_every_exit_code_of_a_rank_becomes_its_error_again() -> None:
     assert _ERRORS[5] is ArtifactError
     assert sorted(code for code in _ERRORS if isinstance(code, int)) == [3, 4, 5, 6, 75]
     assert all(issubclass(error, SftError) for error in _ERRORS.values())
+
+
+def test_there_are_no_more_ranks_than_gpus() -> None:
+    assert [ranks_on(8, None), ranks_on(0, None), ranks_on(8, 4), ranks_on(0, 2)] == [8, 1, 4, 2]
+    with pytest.raises(ConfigError, match="--nproc-per-node 9, but 8 GPUs are visible; give at most 8"):
+        ranks_on(8, 9)

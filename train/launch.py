@@ -26,12 +26,17 @@ _FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def choose_num_ranks(wanted: int | None) -> int:
-    """Return `wanted`, or all visible GPUs, or 1."""
-    if wanted is not None:
-        return wanted
+    """Return `wanted`, or all visible GPUs, or 1. Raises ConfigError for more ranks than GPUs, where there are any."""
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return ranks_on(torch.cuda.device_count(), wanted)
+
+
+def ranks_on(num_gpus: int, wanted: int | None) -> int:
+    """Return how many ranks to start on a machine with `num_gpus` visible GPUs; without any, they run on the CPU."""
+    if wanted is not None and num_gpus and wanted > num_gpus:
+        raise ConfigError(f"--nproc-per-node {wanted}, but {num_gpus} GPUs are visible; give at most {num_gpus}")
+    return wanted or max(1, num_gpus)
 
 
 def run_or_launch(prepared: Prepared, num_ranks: int | None) -> bool:
