@@ -1,14 +1,16 @@
-"""The command line of sft-prep: options and one call each. The only module of prep that prints."""
+"""The command line of sft-prep: options and one call each; push and pull are in cli_transfer.py."""
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+
+from prep import cli_transfer
+from prep.cli_shared import logging_options, reporting
 
 
 def _check_own_shared() -> None:
@@ -22,26 +24,6 @@ def _check_own_shared() -> None:
             "run the console script sft-prep, without PYTHONPATH\n"
         )
         raise SystemExit(6)
-
-
-def _logging_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option("-v", "--verbose", is_flag=True, help="Say more, and give tracebacks with errors.")(command)
-    return click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")(command)
-
-
-@contextlib.contextmanager
-def _reporting(*, verbose: bool = False, quiet: bool = False) -> Iterator[None]:
-    from shared import log
-    from shared.command import reporting_errors
-
-    verbosity = 1 if verbose else -1 if quiet else 0
-    log.configure(verbosity)
-    try:
-        with reporting_errors(verbosity):
-            yield
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; run the same command again to go on\n")
-        raise SystemExit(130) from None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -97,7 +79,7 @@ def _plan(
 @click.option("--rebuild", is_flag=True, help="Replace a set that was made from other inputs.")
 @click.option("--dry-run", is_flag=True, help="Tokenise and pack, say what would be written, write no set.")
 @click.option("--scheduler", default="", metavar="ADDRESS", help="Use a Dask cluster on a shared file system.")
-@_logging_options
+@logging_options
 def build(
     mixture: str,
     out: Path | None,
@@ -112,7 +94,7 @@ def build(
     quiet: bool,
 ) -> None:
     """Make a shard set. Does nothing if it is there and made from the same inputs."""
-    with _reporting(verbose=verbose, quiet=quiet):
+    with reporting(verbose=verbose, quiet=quiet):
         plan = _plan(mixture, out, settings, store, workers, rehash=rehash, scheduler=scheduler)
         if dry_run:
             from prep.build import dry_run as measure
@@ -127,7 +109,7 @@ def build(
 
 @cli.command(epilog="Example: sft-prep explain --mixture demo")
 @_mixture_options
-@_logging_options
+@logging_options
 def explain(
     mixture: str,
     out: Path | None,
@@ -139,7 +121,7 @@ def explain(
     quiet: bool,
 ) -> None:
     """Say what a build would do, and field by field why a set that is there does or does not match."""
-    with _reporting(verbose=verbose, quiet=quiet):
+    with reporting(verbose=verbose, quiet=quiet):
         from prep.explain import explain as compare
 
         click.echo("\n".join(compare(_plan(mixture, out, settings, store, workers, rehash=rehash))))
@@ -153,7 +135,7 @@ def explain(
 @click.option("--ids", is_flag=True, help="Print token ids too.")
 @click.option("--color/--no-color", default=None, help="Colour. [on a terminal]")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page for a browser instead.")
-@_logging_options
+@logging_options
 def inspect(
     shards: Path,
     pack: int | None,
@@ -166,7 +148,7 @@ def inspect(
     quiet: bool,
 ) -> None:
     """Show tokens: who wrote them, which are trained, which row they came from."""
-    with _reporting(verbose=verbose, quiet=quiet):
+    with reporting(verbose=verbose, quiet=quiet):
         from prep.preview import inspect_lines
         from shared.shard_reader import open_shard_set
 
@@ -185,10 +167,10 @@ def inspect(
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw lengths and sources as well.")
-@_logging_options
+@logging_options
 def stats(shards: Path, as_json: bool, plot: Path | None, verbose: bool, quiet: bool) -> None:
     """Count rows, tokens and loss tokens by source, lengths, density."""
-    with _reporting(verbose=verbose, quiet=quiet):
+    with reporting(verbose=verbose, quiet=quiet):
         from prep.stats import stats as measure
         from prep.stats import stats_lines
         from shared.shard_reader import open_shard_set
@@ -206,73 +188,13 @@ def stats(shards: Path, as_json: bool, plot: Path | None, verbose: bool, quiet: 
 
 @cli.command(epilog="Example: sft-prep verify data_cache/demo")
 @click.argument("shards", type=click.Path(path_type=Path))
-@_logging_options
+@logging_options
 def verify(shards: Path, verbose: bool, quiet: bool) -> None:
     """Prove a set again from its shards alone: hashes, bounds, masks. The exit code says."""
-    with _reporting(verbose=verbose, quiet=quiet):
+    with reporting(verbose=verbose, quiet=quiet):
         from prep.verify import verify as prove
 
         click.echo("\n".join(prove(shards)))
-
-
-def _transfer_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(
-        (
-            click.option(
-                "--revision", metavar="NAME", help="Of a hub data set: branch (pull: tag or commit too). [main]"
-            ),
-            click.option("--replace", is_flag=True, help="Put the set in the place of another one."),
-            click.option("--workers", type=click.IntRange(min=1), default=4, help="Files at the same time. [4]"),
-        )
-    ):
-        command = option(command)
-    return _logging_options(command)
-
-
-@cli.command(epilog="Example: sft-prep push data_cache/demo user/demo-shards")
-@click.argument("shards", type=click.Path(path_type=Path))
-@click.argument("repo")
-@click.option("--private/--public", default=True, help="Who may see a data set that is made. [--private]")
-@_transfer_options
-def push(
-    shards: Path,
-    repo: str,
-    private: bool,
-    revision: str | None,
-    replace: bool,
-    workers: int,
-    verbose: bool,
-    quiet: bool,
-) -> None:
-    """Verify a set, compress it, and send it to a hub data set or a directory.
-
-    REPO is user/name or hf://user/name, or a directory: ./NAME, an absolute path, or any that exists.
-    What is there already is not sent again; a push that was stopped goes on.
-    """
-    with _reporting(verbose=verbose, quiet=quiet):
-        from prep.push import PushOptions
-        from prep.push import push as send
-
-        options = PushOptions(revision=revision, public=not private, replace=replace, workers=workers)
-        click.echo("\n".join(send(shards, repo, options)))
-
-
-@cli.command(epilog="Example: sft-prep pull user/demo-shards data_cache/demo")
-@click.argument("repo")
-@click.argument("out", required=False, type=click.Path(path_type=Path))
-@_transfer_options
-def pull(
-    repo: str, out: Path | None, revision: str | None, replace: bool, workers: int, verbose: bool, quiet: bool
-) -> None:
-    """Fetch a pushed set to OUT, check every digest, verify it. [data_cache/NAME]
-
-    A pull that was stopped goes on; a set that is there is checked, and only what is damaged is fetched again.
-    """
-    with _reporting(verbose=verbose, quiet=quiet):
-        from prep.pull import PullOptions
-        from prep.pull import pull as fetch
-
-        click.echo("\n".join(fetch(repo, out, PullOptions(revision=revision, replace=replace, workers=workers))))
 
 
 @cli.command(epilog="Example: sft-prep pin tulu3")
@@ -280,7 +202,7 @@ def pull(
 @click.option("--out", type=click.Path(path_type=Path), help="File to write; default: FILE itself, or NAME.toml here.")
 def pin(mixture: str, out: Path | None) -> None:
     """Write the commits that the revisions of a MIXTURE name now into its file."""
-    with _reporting():
+    with reporting():
         from prep.pin import pin as pin_mixture
 
         click.echo("\n".join(pin_mixture(mixture, out)))
@@ -289,12 +211,16 @@ def pin(mixture: str, out: Path | None) -> None:
 @cli.command(epilog="Example: sft-prep mixtures")
 def mixtures() -> None:
     """List the mixtures that ship."""
-    with _reporting():
+    with reporting():
         from prep.config import shipped_mixtures
         from shared.config import first_comment
 
         for name, path in shipped_mixtures().items():
             click.echo(f"{name:<16} {first_comment(path)}")
+
+
+cli.add_command(cli_transfer.push)
+cli.add_command(cli_transfer.pull)
 
 
 def main() -> None:

@@ -13,10 +13,11 @@ import torch
 from shared.shard_reader import open_shard_set
 from train.attention import register_attention
 from train.batch import MicroBatch, make_micro_batch
-from train.config import EngineConfig, load_recipe
+from train.config import EngineConfig
 from train.distributed import process_group
 from train.engine import accumulate, deepspeed_config, start_engine
 from train.model import build_model
+from train.recipe_file import load_recipe
 from train.zero_stage import resolve_zero_stage
 
 PASSES = 33  # 33 g needs more digits than bf16 has

@@ -15,6 +15,7 @@ from shared.shard_format import (
     FileEntry,
     Kind,
     Manifest,
+    ShardEntry,
     SourceEntry,
     TemplateEntry,
     TokenizerEntry,
@@ -89,27 +90,8 @@ def write_shard_set(
         (path / TOKENIZER_DIR).mkdir(exist_ok=True)
         (path / TOKENIZER_DIR / file_name).write_bytes(data)
         files[file_name] = FileEntry(bytes=len(data), sha256=sha256_bytes(data))
-    shards, row = [], 0
-    for index, start in enumerate(range(0, len(packs), packs_per_shard)):
-        chosen = packs[start : start + packs_per_shard]
-        sequences = [sequence for pack in chosen for sequence in pack]
-        tokens = np.concatenate([np.array(ids, "<i4") for ids, _ in sequences])
-        mask = np.concatenate([np.array(bits, "|u1") for _, bits in sequences])
-        if origins is None:
-            origin = np.array([(0, row + number, 0) for number in range(len(sequences))], "<i8")
-        else:
-            origin = np.array([item for pack in origins[start : start + packs_per_shard] for item in pack], "<i8")
-        row += len(sequences)
-        columns = {
-            "tokens": tokens,
-            "loss_mask": mask,
-            "kind": np.where(mask, int(Kind.ASSISTANT), int(Kind.USER)).astype("|u1"),
-            "seq_offsets": np.cumsum([0, *(len(ids) for ids, _ in sequences)], dtype="<i8"),
-            "pack_offsets": np.cumsum([0, *(len(pack) for pack in chosen)], dtype="<i8"),
-            "pack_loss_tokens": np.array([sum(sum(bits) for _, bits in pack) for pack in chosen], "<i4"),
-            "seq_origin": origin.reshape(-1, 3),
-        }
-        shards.append(write_shard(path, index, columns))
+    shards = _write_shards(path, packs, packs_per_shard, origins)
+    row = sum(shard.sequences for shard in shards)
     tokens_total = sum(shard.tokens for shard in shards)
     loss_total = sum(shard.loss_tokens for shard in shards)
     first = SourceEntry(
@@ -146,3 +128,34 @@ def write_shard_set(
     )  # fmt: skip
     atomic.write_json(path / MANIFEST_NAME, config.to_plain(manifest))
     return path
+
+
+def _write_shards(
+    path: Path,
+    packs: Sequence[Sequence[tuple[list[int], list[int]]]],
+    packs_per_shard: int,
+    origins: Sequence[Sequence[tuple[int, int, int]]] | None,
+) -> list[ShardEntry]:
+    """Write the columns of every shard; without `origins` sequences are rows 0, 1, ... of source 0."""
+    shards, row = [], 0
+    for index, start in enumerate(range(0, len(packs), packs_per_shard)):
+        chosen = packs[start : start + packs_per_shard]
+        sequences = [sequence for pack in chosen for sequence in pack]
+        tokens = np.concatenate([np.array(ids, "<i4") for ids, _ in sequences])
+        mask = np.concatenate([np.array(bits, "|u1") for _, bits in sequences])
+        if origins is None:
+            origin = np.array([(0, row + number, 0) for number in range(len(sequences))], "<i8")
+        else:
+            origin = np.array([item for pack in origins[start : start + packs_per_shard] for item in pack], "<i8")
+        row += len(sequences)
+        columns = {
+            "tokens": tokens,
+            "loss_mask": mask,
+            "kind": np.where(mask, int(Kind.ASSISTANT), int(Kind.USER)).astype("|u1"),
+            "seq_offsets": np.cumsum([0, *(len(ids) for ids, _ in sequences)], dtype="<i8"),
+            "pack_offsets": np.cumsum([0, *(len(pack) for pack in chosen)], dtype="<i8"),
+            "pack_loss_tokens": np.array([sum(sum(bits) for _, bits in pack) for pack in chosen], "<i4"),
+            "seq_origin": origin.reshape(-1, 3),
+        }
+        shards.append(write_shard(path, index, columns))
+    return shards

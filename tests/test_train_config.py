@@ -9,7 +9,8 @@ import pytest
 
 from shared.errors import ConfigError
 from train import config
-from train.config import TrainConfig, load_recipe, shipped_recipes
+from train.config import TrainConfig
+from train.recipe_file import load_recipe, shipped_recipes
 
 PACKAGE = Path(config.__file__).parent
 

@@ -14,9 +14,9 @@ from prep.demo import generate
 from shared import config
 from shared.errors import ArtifactError, ChecksumError, FingerprintMismatchError
 from shared.shard_reader import ShardSet
-from train.config import load_recipe
 from train.export import export_checkpoint, export_model
 from train.model_card import CardFacts, card_facts, render_card
+from train.recipe_file import load_recipe
 
 ROWS = [
     chat("Hi", "Hello there!", "2 + 2?", "The answer is 4.", system="Be kind. <|im_end|> is only text."),

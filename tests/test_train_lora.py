@@ -102,6 +102,17 @@ def test_frozen_weights_in_4_bits_train_adapters_and_export_a_whole_model(
     assert "quantization_config" not in (tmp_path / "run" / "model" / "config.json").read_text()
 
 
+def test_adapters_go_on_in_another_zero_stage(inputs: Inputs, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train_here(*arguments(inputs, whole)).exit_code == 0
+    for stage in (0, 3, 2):
+        done = train_here(*arguments(inputs, run, f"engine.zero_stage={stage}"), "--stop-after", 2)
+        assert done.exit_code == 75, done.output
+    assert train_here(*arguments(inputs, run)).exit_code == 0
+    for (_, found), (_, expected) in zip(losses(run), losses(whole), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_merging_equals_peft(inputs: Inputs, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train_here(*arguments(inputs, run, "lora.export=adapter"), "--max-steps", 5).exit_code == 0

@@ -7,8 +7,8 @@ import pytest
 from prep.config import load_mixture, shipped_mixtures
 from shared.config import first_comment
 from shared.errors import ConfigError
-from train.config import load_recipe, shipped_recipes
 from train.plan import check_divides
+from train.recipe_file import load_recipe, shipped_recipes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

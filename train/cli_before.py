@@ -171,7 +171,7 @@ def recipes() -> None:
     """List the recipes that ship."""
     with reporting():
         from shared.config import first_comment
-        from train.config import shipped_recipes
+        from train.recipe_file import shipped_recipes
 
         for name, path in shipped_recipes().items():
             click.echo(f"{name:<20} {first_comment(path)}")

@@ -1,12 +1,9 @@
-"""The recipe file: how `sft-train` trains. Nothing derived lives here; paths in it are relative to the file."""
+"""What a recipe says: how `sft-train` trains. Nothing derived lives here; train/recipe_file.py reads the files."""
 
 import math
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
-from shared import config
 from shared.errors import ConfigError
 
 
@@ -290,46 +287,3 @@ class TrainConfig:
                 "[lora] trains beside weights that exist: it goes with model.name, not with model.config or "
                 "model.resize_vocab"
             )
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Return the recipes that ship with the package: name -> file."""
-    folder = Path(str(resources.files("train"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
-
-
-def load_recipe(
-    recipe: str, settings: tuple[str, ...] = (), *, model: str | None = None, max_steps: int | None = None
-) -> TrainConfig:
-    """Return the recipe named `recipe` (one that ships, or a .toml file) with the changes of the command line.
-
-    A `model.name` that is a directory becomes its absolute path. Raises ConfigError for an unknown name, key or value.
-    """
-    shipped = shipped_recipes()
-    path = shipped.get(recipe, Path(recipe))
-    if recipe not in shipped and path.suffix != ".toml":
-        raise ConfigError(
-            f"no recipe named {recipe!r}; shipped: {', '.join(shipped) or 'none'}. Or give the path of a .toml file"
-        )
-    tables: dict[str, Any] = config.apply_settings(config.load_toml(path), settings)
-    model_dir = path.resolve().parent
-    if model is not None:
-        tables["model"] = {**tables.get("model", {}), "name": model}
-        tables["model"].pop("config", None)
-        model_dir = Path.cwd()
-    if max_steps is not None:
-        tables["schedule"] = {**tables.get("schedule", {}), "max_steps": max_steps}
-    _make_absolute(tables, model_dir)
-    return config.build(TrainConfig, tables, str(path))
-
-
-def _make_absolute(tables: dict[str, Any], model_dir: Path) -> None:
-    section = tables.get("model")
-    name = section.get("name") if isinstance(section, dict) else None
-    if not isinstance(section, dict) or not isinstance(name, str) or not name:
-        return
-    folder = model_dir / Path(name).expanduser()
-    if folder.is_dir():
-        section["name"] = str(folder.resolve())
-    elif name.startswith(("/", "./", "../", "~")):
-        raise ConfigError(f"model.name = {name!r}: there is no directory {folder}")

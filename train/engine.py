@@ -85,9 +85,7 @@ def deepspeed_config(
         "bf16": {"enabled": dtype == torch.bfloat16 and stage > 0, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        "timers": {
-            "throughput": {"enabled": False, "synchronized": False}
-        },  # it would wait for the device twice a step
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},  # or it waits for the device twice a step
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "checkpoint": {"load_universal": load_universal and stage > 0},
@@ -150,11 +148,11 @@ def accumulate(
     """
     losses = torch.zeros(len(micro_batches), dtype=torch.float32, device=ranks.device)
     for number, batch in enumerate(micro_batches):
-        before = torch.zeros(1, device=ranks.device) if balancing is None else balancing.clone()
+        before = None if balancing is None else balancing.clone()
         loss = engine(batch.to(ranks.device), source_totals, balancing)
         engine.backward(loss * ranks.world_size, scale_wrt_gas=False)
         losses[number] = loss.detach()
-        if balancing is not None:
+        if balancing is not None and before is not None:
             losses[number] -= engine.module.balancing_weight * (balancing - before)[0]
     return losses
 

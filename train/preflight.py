@@ -7,7 +7,7 @@ import torch
 from shared.errors import ConfigError
 from shared.shard_reader import ShardSet
 from train.cluster import suggested_command
-from train.config import TrainConfig, load_recipe
+from train.config import TrainConfig
 from train.data_size import DataSize, StatedSizes, counted, stated
 from train.fit import Change, changes, fits, setup_of
 from train.forecast import Division, Forecast, division, forecast
@@ -17,6 +17,7 @@ from train.model import model_config
 from train.model_size import ModelSize, model_size
 from train.plan import StepOrder
 from train.prepare import TrainRequest, check_division, make_run_order, open_inputs
+from train.recipe_file import load_recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

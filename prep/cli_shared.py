@@ -1,0 +1,30 @@
+"""What every command of `sft-prep` shares: options for the log, errors that become exit codes."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+
+def logging_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give `command` the options -v and -q."""
+    command = click.option("-v", "--verbose", is_flag=True, help="Say more, and give tracebacks with errors.")(command)
+    return click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")(command)
+
+
+@contextlib.contextmanager
+def reporting(*, verbose: bool = False, quiet: bool = False) -> Iterator[None]:
+    """Set up the log; turn the errors of the block into one line and an exit code."""
+    from shared import log
+    from shared.command import reporting_errors
+
+    verbosity = 1 if verbose else -1 if quiet else 0
+    log.configure(verbosity)
+    try:
+        with reporting_errors(verbosity):
+            yield
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again to go on\n")
+        raise SystemExit(130) from None

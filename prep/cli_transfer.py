@@ -1,0 +1,69 @@
+"""The commands of `sft-prep` that move a set to another place: push and pull."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prep.cli_shared import logging_options, reporting
+
+
+def _transfer_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        (
+            click.option(
+                "--revision", metavar="NAME", help="Of a hub data set: branch (pull: tag or commit too). [main]"
+            ),
+            click.option("--replace", is_flag=True, help="Put the set in the place of another one."),
+            click.option("--workers", type=click.IntRange(min=1), default=4, help="Files at the same time. [4]"),
+        )
+    ):
+        command = option(command)
+    return logging_options(command)
+
+
+@click.command(epilog="Example: sft-prep push data_cache/demo user/demo-shards")
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private/--public", default=True, help="Who may see a data set that is made. [--private]")
+@_transfer_options
+def push(
+    shards: Path,
+    repo: str,
+    private: bool,
+    revision: str | None,
+    replace: bool,
+    workers: int,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Verify a set, compress it, and send it to a hub data set or a directory.
+
+    REPO is user/name or hf://user/name, or a directory: ./NAME, an absolute path, or any that exists.
+    What is there already is not sent again; a push that was stopped goes on.
+    """
+    with reporting(verbose=verbose, quiet=quiet):
+        from prep.push import PushOptions
+        from prep.push import push as send
+
+        options = PushOptions(revision=revision, public=not private, replace=replace, workers=workers)
+        click.echo("\n".join(send(shards, repo, options)))
+
+
+@click.command(epilog="Example: sft-prep pull user/demo-shards data_cache/demo")
+@click.argument("repo")
+@click.argument("out", required=False, type=click.Path(path_type=Path))
+@_transfer_options
+def pull(
+    repo: str, out: Path | None, revision: str | None, replace: bool, workers: int, verbose: bool, quiet: bool
+) -> None:
+    """Fetch a pushed set to OUT, check every digest, verify it. [data_cache/NAME]
+
+    A pull that was stopped goes on; a set that is there is checked, and only what is damaged is fetched again.
+    """
+    with reporting(verbose=verbose, quiet=quiet):
+        from prep.pull import PullOptions
+        from prep.pull import pull as fetch
+
+        click.echo("\n".join(fetch(repo, out, PullOptions(revision=revision, replace=replace, workers=workers))))
