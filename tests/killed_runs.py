@@ -1,5 +1,6 @@
 """Kill a run at a moment that its directory shows, and say afterwards in which phase it was hit."""
 
+import contextlib
 import fcntl
 import os
 import random
@@ -68,16 +69,20 @@ def kill_at(run: Path, phase: str, draw: random.Random, *arguments: object) -> s
         command(*arguments), env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
+    alone, ranks, look_again = draw.random() < 0.5, [], 0.0
     try:
         deadline = time.monotonic() + 240
         while not has_come() and time.monotonic() < deadline:
             assert process.poll() is None, f"the run ended before it could be killed in {phase}"
+            if time.monotonic() > look_again:  # known by then: a kill must not come late
+                ranks, look_again = rank_processes(process.pid), time.monotonic() + 0.25
             time.sleep(0.0005)
         time.sleep(draw.uniform(0, 3.0) if phase == "start" else draw.choice([0.0, 0.0, draw.uniform(0, 0.02)]))
-        alone = draw.random() < 0.5 and not phase.startswith("export")  # rank 0 ends an export without the others
-        ranks = rank_processes(process.pid) if alone else []
-        for victim in draw.sample(ranks, min(1, len(ranks))):
-            os.kill(victim, signal.SIGKILL)
+        victims = draw.sample(ranks, min(1, len(ranks))) if alone else ranks
+        for victim in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+        if alone and victims:
             process.wait(timeout=120)
     finally:
         process.kill()
