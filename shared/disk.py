@@ -3,10 +3,11 @@
 import contextlib
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared.errors import PrerequisiteError
+from shared.errors import PrerequisiteError, SftError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REMEDIES = {
@@ -28,6 +29,22 @@ def writing_to(place: Path) -> Iterator[None]:
         if error is None:
             raise
         raise error from exc
+
+
+@contextlib.contextmanager
+def library_writing_to(place: Path) -> Iterator[None]:
+    """Do as `writing_to`, also where a library says in words of its own that it could not write: the disk is asked."""
+    try:
+        with writing_to(place):
+            yield
+    except SftError:
+        raise
+    except Exception:
+        with writing_to(place), tempfile.TemporaryFile(dir=place) as probe:
+            probe.write(bytes(1 << 20))
+            probe.flush()
+            os.fsync(probe.fileno())
+        raise
 
 
 def unwritable(exc: OSError, place: Path | None = None) -> PrerequisiteError | None:

@@ -66,14 +66,14 @@ def without(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
     """Make the loop forget the gradients of `steps`: a step that was never asked to update."""
     done: list[int] = []
 
-    def update(engine: Any, *, learning_rate: float) -> bool:
+    def update(engine: Any, *, learning_rate: float) -> torch.Tensor:
         done.append(len(done) + 1)
         if done[-1] not in steps:
             return real(engine, learning_rate=learning_rate)
         for group in engine.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
-        return False
+        return torch.tensor(True)
 
     real = loop.update
     monkeypatch.setattr(loop, "update", update)
@@ -114,6 +114,34 @@ def test_skipping_ends_when_its_budget_is_spent_however_often_the_run_is_started
         assert f"run.max_skipped = {len(steps) - 1} steps were left out before it" in result.stderr
     assert train_here(*call).exit_code == 0
     assert records(run)[-1]["skipped_steps"] == len(steps)
+
+
+def test_steps_that_nobody_has_looked_at_yet_are_refused_and_named_all_the_same(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Losses are read every fifth step only; a save reads them too."""
+    call = ("--shards", inputs[0], "--recipe", inputs[1], "--set", "log.every_steps=5", "--output")
+    steps = bad_steps(inputs[0])
+    stopped = train_here(*call, tmp_path / "stopped", "--set", "checkpoint.every_steps=1000")
+    assert stopped.exit_code == 4
+    assert f"step {steps[0]}: the loss or a gradient is not finite" in stopped.stderr
+    assert not list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
+    skip = ("--set", "run.on_non_finite=skip")
+    assert train_here(*call, tmp_path / "read-late", *skip).exit_code == 0
+    assert train_here(*call, tmp_path / "read-at-once", *skip, "--set", "log.every_steps=1").exit_code == 0
+    late, at_once = (records(tmp_path / name) for name in ("read-late", "read-at-once"))
+    assert [record["skipped_steps"] for record in late] == [
+        at_once[record["step"] - 1]["skipped_steps"] for record in late
+    ]
+    for record in late:
+        window = [
+            at_once[step]["train_loss"] for step in range(record["step"] - 1) if step // 5 == (record["step"] - 1) // 5
+        ]
+        seen = [loss for loss in [*window, at_once[record["step"] - 1]["train_loss"]] if loss is not None]
+        assert record["train_loss"] == pytest.approx(sum(seen) / len(seen))
+    expected, got = weights(tmp_path / "read-at-once"), weights(tmp_path / "read-late")
+    for name in expected:
+        assert torch.equal(expected[name].nan_to_num(7.0), got[name].nan_to_num(7.0)), name
 
 
 @pytest.mark.slow

@@ -16,12 +16,19 @@ def weights(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((5, 7), (7,))]
 
 
-def optimizer_of(parameters: list[torch.nn.Parameter], *, max_grad_norm: float = 0.5) -> OneRankAdamW:
+def optimizer_of(
+    parameters: list[torch.nn.Parameter], *, max_grad_norm: float = 0.5, halts: bool = False
+) -> OneRankAdamW:
     groups = [
         {"params": [parameters[0]], "weight_decay": 0.1},
         {"params": [parameters[1]], "weight_decay": 0.0},
     ]
-    return OneRankAdamW(groups, **SETTINGS, max_grad_norm=max_grad_norm)  # type: ignore[arg-type]
+    return OneRankAdamW(groups, **SETTINGS, max_grad_norm=max_grad_norm, halts=halts)  # type: ignore[arg-type]
+
+
+def was_refused(optimizer: OneRankAdamW) -> bool:
+    assert optimizer.refused is not None
+    return bool(optimizer.refused)
 
 
 def backward(parameters: list[torch.nn.Parameter], seed: int, scale: float = 1.0) -> None:
@@ -41,7 +48,7 @@ def test_fp32_steps_are_those_of_adamw_on_clipped_gradients(max_grad_norm: float
         optimizer.step()
         backward(theirs, seed)
         norm = torch.nn.utils.clip_grad_norm_(theirs, max_grad_norm or math.inf)
-        assert optimizer._global_grad_norm == pytest.approx(norm.item())
+        assert float(optimizer._global_grad_norm) == pytest.approx(norm.item())
         reference.step()
         reference.zero_grad()
     for found, expected in zip(ours, theirs, strict=True):
@@ -57,7 +64,7 @@ def test_fp32_weights_are_their_own_masters() -> None:
 def test_bf16_gradients_are_summed_in_fp32() -> None:
     """One large gradient and many small ones: a bf16 sum would lose every one of them."""
     parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
-    optimizer = OneRankAdamW([{"params": [parameter]}], **SETTINGS, max_grad_norm=0.0)  # type: ignore[arg-type]
+    optimizer = OneRankAdamW([{"params": [parameter]}], **SETTINGS, max_grad_norm=0.0, halts=False)  # type: ignore[arg-type]
     (parameter * 1.0).sum().backward()
     for _ in range(256):
         (parameter * 2.0**-10).sum().backward()
@@ -94,13 +101,29 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype: torch.dtype, bad: 
         optimizer.step()
     backward(spoiled, 2, scale=bad)
     optimizers[0].step()
-    assert optimizers[0].overflow
+    assert was_refused(optimizers[0])
     for parameters, optimizer in zip((spoiled, clean), optimizers, strict=True):
         backward(parameters, 3)
         optimizer.step()
-        assert not optimizer.overflow
+        assert not was_refused(optimizer)
     for found, expected in zip(spoiled, clean, strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_after_a_refused_step_nothing_changes_any_more_if_it_halts(dtype: torch.dtype) -> None:
+    parameters = weights(dtype)
+    optimizer = optimizer_of(parameters, halts=True)
+    backward(parameters, 1)
+    optimizer.step()
+    assert not was_refused(optimizer)
+    before = [parameter.detach().clone() for parameter in parameters]
+    for seed, scale in ((2, math.nan), (3, 1.0), (4, 1.0)):
+        backward(parameters, seed, scale)
+        optimizer.step()
+        assert was_refused(optimizer)
+    for parameter, kept in zip(parameters, before, strict=True):
+        assert torch.equal(parameter, kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

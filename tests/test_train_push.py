@@ -77,7 +77,7 @@ def test_a_run_pushes_if_it_is_asked_and_the_same_command_pushes_what_failed(
     failed = call(hub, tmp_path, *train, "--push-to-hub", REPO)
     assert failed.returncode == 6
     assert "the hub answered 403; log in with `hf auth login`" in failed.stderr
-    assert f"The model is safe in {run / 'model'}" in failed.stderr
+    assert f"all is safe in {run / 'model'}" in failed.stderr
     again = call(hub, tmp_path, *train, "--push-to-hub", REPO)
     assert again.returncode == 0, again.stderr
     assert held(hub) == local(run)

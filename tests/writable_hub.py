@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from hub_state import Blob, Fault, Hub, Repository, git_hash
 
 PAGE = 5  # entries in a listing before the next page
-_LARGE = (".zst", ".safetensors")
+_LARGE = (".zst", ".safetensors", ".pt")
 
 
 @contextmanager

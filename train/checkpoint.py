@@ -37,9 +37,9 @@ from train.checkpoint_files import (
 )
 from train.distributed import Ranks, barrier, broadcast_from_main, gather_to_main
 from train.engine import has_frozen_weights, trained_parameters
-from train.metrics import Counters, WindowSums
 from train.run_dir import RunDir
 from train.universal import convert, load_converted
+from train.window import Counters, WindowSums
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,19 @@ class TrainState:
 
 
 def save_checkpoint(
-    engine: Any, state: TrainState, *, run: RunDir, ranks: Ranks, identity: dict[str, Any], keep_last: int
+    engine: Any,
+    state: TrainState,
+    *,
+    run: RunDir,
+    ranks: Ranks,
+    identity: dict[str, Any],
+    keep_last: int,
+    in_use: Path | None = None,
 ) -> Path:
-    """Commit a checkpoint of all ranks, then remove those older than the newest `keep_last`; return its path."""
+    """Commit a checkpoint of all ranks, then remove those older than the newest `keep_last`; return its path.
+
+    The best one stays, and the one that is `in_use`.
+    """
     final = run.checkpoints / f"{PREFIX}{state.step:08d}"
     staged = run.checkpoints / f".tmp-{final.name}"
     if ranks.is_main:
@@ -86,7 +96,7 @@ def save_checkpoint(
         _commit(staged, final, state, identity=identity, ranks=ranks, zero_stage=stage, files=files)
         best = best_checkpoint(run.checkpoints)
         for old in list_checkpoints(run.checkpoints)[:-keep_last]:
-            if old != best:
+            if old not in (best, in_use):
                 _remove(old)
     barrier(ranks)
     return final

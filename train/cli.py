@@ -24,6 +24,7 @@ from train.cli_shared import PATH, reporting, train_request, verbosity_of
 @click.option("--nproc-per-node", type=click.IntRange(min=1), help="Ranks to start here; default: GPUs, or 1.")
 @click.option("--resume", metavar="auto|never|DIR", default="auto", show_default=True, help="Where to go on from.")
 @click.option("--push-to-hub", metavar="USER/NAME", help="Push the model to the hub when it is trained.")
+@click.option("--push-checkpoints", metavar="USER/NAME", help="Push checkpoints to the hub as training goes on.")
 @click.option("--trust-checkpoint", is_flag=True, help="Let --resume DIR read what another run wrote: it can run code.")
 @click.option("--eval-shards", type=PATH, help="Evaluation set; default: what was held out of the shard set.")
 @click.option("--under-launcher", is_flag=True, hidden=True)
@@ -42,6 +43,7 @@ def cli(
     nproc_per_node: int | None,
     resume: str,
     push_to_hub: str | None,
+    push_checkpoints: str | None,
     trust_checkpoint: bool,
     eval_shards: Path | None,
     under_launcher: bool,
@@ -63,6 +65,10 @@ def cli(
         prepared = prepare(train_request(context.params))
         if prepared.is_complete:
             click.echo(f"{prepared.run.path} is complete: the model is in {prepared.run.model}")
+            if push_checkpoints is not None and read_place().rank == 0:
+                from train.push_checkpoints import push_checkpoints as push_all
+
+                push_all(prepared.run, push_checkpoints)
         elif run_or_launch(prepared, nproc_per_node) and read_place().rank == 0:
             click.echo(prepared.run.model)
         if push_to_hub is not None and read_place().rank == 0:

@@ -24,14 +24,17 @@ def export(checkpoint: Path, out: Path, dtype: Literal["trained", "bf16", "fp32"
 
 
 @click.command(epilog="Example: sft-train push runs/demo user/demo-model")
-@click.argument("run", type=PATH)
+@click.argument("what", type=PATH)
 @click.argument("repo", metavar="USER/NAME")
-def push(run: Path, repo: str) -> None:
-    """Push the model of a complete RUN, or an exported model, to a repository of the hub, private if it is made."""
+def push(what: Path, repo: str) -> None:
+    """Push WHAT to a repository of the hub, private if it is made: the model of a complete run, an exported model, or
+    a checkpoint (to a branch of its name)."""
     with reporting():
+        from train.checkpoint_files import STATE_NAME
         from train.push import push_model
+        from train.push_checkpoints import push_checkpoint
 
-        click.echo(push_model(run, repo))
+        click.echo((push_checkpoint if (what / STATE_NAME).exists() else push_model)(what, repo))
 
 
 @click.command(epilog="Example: sft-train plot runs/a runs/b --out both.png")

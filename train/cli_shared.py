@@ -35,6 +35,7 @@ def train_request(given: Mapping[str, Any]) -> "TrainRequest":
         eval_shards=given["eval_shards"],
         trust_checkpoint=given["trust_checkpoint"],
         push_to_hub=given["push_to_hub"],
+        push_checkpoints=given["push_checkpoints"],
         verbosity=verbosity_of(given),
     )
 

@@ -1,8 +1,8 @@
 """DeepSpeed behind few functions: its config, generated from ours; start; gradients; update; the weights at the end.
 
 Several ranks share out weights, gradients and optimizer state (ZeRO); one rank has whole weights and `OneRankAdamW`.
-Waits for the device: one number per update, the gradient norm, which must be finite before the update begins. ZeRO
-reads it itself and offers no way around it.
+Nothing here waits for the device, but ZeRO does: in each step it reads the gradient norm, which must be finite before
+an update begins, and offers no way around it.
 """
 
 from collections.abc import Sequence
@@ -113,8 +113,8 @@ def shard_while_building(config: dict[str, Any]) -> HfDeepSpeedConfig | None:
     return HfDeepSpeedConfig(config) if config["zero_optimization"]["stage"] == 3 else None
 
 
-def start_engine(model: LossModel, optim: OptimConfig, config: dict[str, Any]) -> Any:
-    """Return the DeepSpeed engine around `model` with AdamW."""
+def start_engine(model: LossModel, optim: OptimConfig, config: dict[str, Any], *, halts: bool = False) -> Any:
+    """Return the DeepSpeed engine around `model` with AdamW; for `halts` see `OneRankAdamW`."""
     import deepspeed
 
     groups = _parameter_groups(model, optim.weight_decay)
@@ -122,7 +122,12 @@ def start_engine(model: LossModel, optim: OptimConfig, config: dict[str, Any]) -
     optimizer: torch.optim.Optimizer
     if stage == 0:
         optimizer = OneRankAdamW(
-            groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm
+            groups,
+            lr=optim.learning_rate,
+            betas=optim.betas,
+            eps=optim.eps,
+            max_grad_norm=optim.max_grad_norm,
+            halts=halts,
         )
     else:
         # torch's own optimizer: DeepSpeed's default compiles a kernel first, 53 s against 4
@@ -157,15 +162,24 @@ def accumulate(
     return losses
 
 
-def update(engine: Any, *, learning_rate: float) -> bool:
-    """Apply the accumulated gradients. Return False, with weights and optimizer unchanged, if one is not finite.
+def update(engine: Any, *, learning_rate: float) -> torch.Tensor:
+    """Apply the accumulated gradients. Return whether that was refused, as one was not finite: bool [].
 
-    All ranks get the same answer.
+    Weights and optimizer are unchanged then. All ranks get the same answer. It lies on the device; `is_refused` says
+    whether the host knows.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     engine.step()
-    return not engine.optimizer.overflow
+    if isinstance(engine.optimizer, OneRankAdamW):
+        assert engine.optimizer.refused is not None
+        return engine.optimizer.refused
+    return torch.full((), engine.optimizer.overflow, device=engine.device)
+
+
+def is_refused(engine: Any) -> bool:
+    """Return whether the last update is known to be refused: under ZeRO, which waits for the device to find out."""
+    return bool(engine.optimizer.overflow)
 
 
 def consolidated_weights(engine: Any) -> dict[str, torch.Tensor]:

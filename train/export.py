@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from shared import atomic
 from shared.config import build
+from shared.disk import library_writing_to
 from shared.errors import ArtifactError, ConfigError, FingerprintMismatchError
 from shared.hashing import canonical_json
 from shared.shard_format import TokenizerEntry
@@ -71,7 +72,7 @@ def export_model(
     """
     aside = out_dir.with_name(f".tmp-whole-{out_dir.name}-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
-    with atomic.staged_dir(aside) as staged:
+    with atomic.staged_dir(aside) as staged, library_writing_to(out_dir.parent):
         _write_tokenizer(staged, shard_set)
         (staged / "README.md").write_text(render_card(card, has_plot=plot is not None), encoding="utf-8")
         if plot is not None:

@@ -16,6 +16,7 @@ from shared.errors import ConfigError, PrerequisiteError
 from train.outcome import last_change, raise_unless_complete, status_since
 from train.prepare import Prepared, TrainRequest, check_ranks
 from train.ranks import die_with_parent, launched
+from train.run_dir import RunDir
 from train.stop import CTRL_C_LINE
 
 logger = logging.getLogger(__name__)
@@ -66,13 +67,21 @@ def launch(prepared: Prepared, num_ranks: int) -> None:
     signal for a wish to end without a save.
     """
     with atomic.exclusive_lock(prepared.run.lock, f"training in {prepared.run.path}"):
-        pass  # said here, it is one line; a rank that finds the lock taken fails within torchrun's report
+        _check_writable(prepared.run)
+    # said here, a lock that is taken and a full disk are one line; a rank would fail within torchrun's report
     before = last_change(prepared.run)
     command = torchrun_command(prepared.request, num_ranks)
     with subprocess.Popen(command, preexec_fn=die_with_parent, process_group=0) as process, _forwarding_to(process):
         code = _wait(process, lambda: status_since(prepared.run, before))
     said = f"the ranks ended with exit code {code}; what they wrote above says why"
     raise_unless_complete(prepared, succeeded=code == 0, before=before, said=said)
+
+
+def _check_writable(run: RunDir) -> None:
+    """Raise OSError if not even a status can be written."""
+    probe = run.path / ".tmp-probe"
+    atomic.write_bytes(probe, bytes(4096))
+    probe.unlink()
 
 
 @contextlib.contextmanager
@@ -131,7 +140,7 @@ def torchrun_command(request: TrainRequest, num_ranks: int) -> list[str]:
 
 
 def rank_arguments(request: TrainRequest) -> list[str]:
-    """Return the command line of a rank: that of `request`, without the push, which is for who started the ranks."""
+    """Return the command line of a rank: that of `request`, without the model's push, for who started the ranks."""
     return ["--under-launcher", *request_arguments(request)]
 
 
@@ -145,6 +154,7 @@ def request_arguments(request: TrainRequest) -> list[str]:
         ("--eval-shards", request.eval_shards),
         ("--max-steps", request.max_steps),
         ("--stop-after", request.stop_after),
+        ("--push-checkpoints", request.push_checkpoints),
         ("--resume", request.resume if request.resume != "auto" else None),
     ):
         if value is not None:

@@ -10,21 +10,24 @@ from typing import Any
 
 import torch
 
+from shared.disk import library_writing_to
 from shared.errors import DataError, StoppedOnRequest
 from train.by_source import empty_totals, means
 from train.checkpoint import TrainState, record_eval_loss, save_checkpoint
 from train.distributed import Ranks, any_rank
-from train.engine import accumulate, update
+from train.engine import accumulate, is_refused, update
 from train.evaluate import EvalFeed, evaluate
 from train.feed import Feed, StepBatch
 from train.flops import ModelCost, peak_flops
-from train.metrics import Counters, MetricsLog, Window, make_record, open_window
+from train.metrics import MetricsLog, make_record
 from train.not_finite import judge_refused_update
 from train.prepare import Prepared
+from train.push_checkpoints import CheckpointPusher
 from train.schedule import learning_rate
 from train.spikes import SpikeLog
 from train.stop import StopWish
 from train.watchdog import Watchdog
+from train.window import Counters, StepResult, Window, WindowSums, open_window
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,8 @@ class Parts:
     """On rank 0."""
     spikes: SpikeLog | None
     """On rank 0."""
+    pusher: CheckpointPusher | None
+    """On rank 0, if checkpoints are to be pushed to the hub."""
     wish: StopWish
     watchdog: Watchdog
 
@@ -52,8 +57,7 @@ def train(parts: Parts, start: TrainState) -> None:
     recipe, total_steps = parts.prepared.recipe, parts.prepared.order.total_steps
     counters = start.counters
     num_sources = len(parts.feed.shard_set.manifest.sources)
-    if start.step and start.eval_loss is None and _is_due(parts, start.step):
-        _evaluate(parts, start.step, _own_checkpoint(parts.prepared))  # saved, then stopped or killed before it was
+    _make_up(parts, start)
     window = open_window(num_sources, parts.ranks, start.window)
     fetch_started = time.perf_counter()
     for batch in parts.feed.steps(start.step):
@@ -61,39 +65,32 @@ def train(parts: Parts, start: TrainState) -> None:
         rate = learning_rate(
             batch.step, peak=recipe.optim.learning_rate, schedule=recipe.schedule, total_steps=total_steps
         )
-        # ------------------------------------------------------------------------------------------------
-        source_totals = empty_totals(num_sources, parts.ranks.device)
-        balancing = torch.zeros(1, device=parts.ranks.device) if recipe.loss.load_balancing_weight else None
-        losses = accumulate(parts.engine, batch.micro_batches, parts.ranks, source_totals, balancing)
-        is_updated = _update(parts, batch, losses, counters, rate=rate)
+        window.add(_run_step(parts, batch, rate=rate), data_seconds=data_seconds)
+        counters.add(batch)
         step = batch.step + 1
-        window.add(batch, losses, source_totals, balancing, is_skipped=not is_updated, data_seconds=data_seconds)
-        counters.tokens += batch.num_tokens
-        counters.positions += batch.num_positions
-        counters.loss_tokens += batch.num_loss_tokens
-        # ------------------------------------------------------------------------------------------------
         is_last = step == total_steps
         if is_last or step % recipe.log.every_steps == 0:
-            _log(parts, window, counters, step=step, rate=rate, is_updated=is_updated)
+            _log(parts, window, counters, step=step, rate=rate)
             window = open_window(num_sources, parts.ranks)
+        elif is_refused(parts.engine):
+            _read(parts, window, counters)
         stopping = not is_last and _should_stop(parts, steps_done=step - start.step)
-        if is_last or stopping or step % recipe.checkpoint.every_steps == 0:
-            pause_started = time.perf_counter()
-            state = TrainState(step=step, counters=counters, window=window.sums(parts.ranks))
-            saved = _save(parts, state)
+        saves = is_last or stopping or step % recipe.checkpoint.every_steps == 0
+        evaluates = _is_due(parts, step)
+        sums = _read(parts, window, counters) if saves or evaluates else None
+        saved = None
+        pause_started = time.perf_counter()
+        if saves:
+            saved = _save(parts, TrainState(step=step, counters=counters, window=sums))
             if stopping or is_last:
                 parts.wish.granted()
             if stopping:
                 raise StoppedOnRequest(
                     f"stopped after step {step} of {total_steps}, saved in {saved}; run the same command again to go on"
                 )
-            window.started += time.perf_counter() - pause_started  # a save is no part of the speed of training
-        else:
-            saved = None
-        if _is_due(parts, step):
-            pause_started = time.perf_counter()
+        if evaluates:
             _evaluate(parts, step, saved)
-            window.started += time.perf_counter() - pause_started
+        window.started += time.perf_counter() - pause_started  # such a pause is no part of the speed of training
         if step == start.step + 1:
             gc.collect()
             gc.freeze()  # what lives now lives to the end: later collections, and the stalls they cause, stay small
@@ -101,24 +98,41 @@ def train(parts: Parts, start: TrainState) -> None:
         fetch_started = time.perf_counter()
 
 
-def _update(parts: Parts, batch: StepBatch, losses: torch.Tensor, counters: Counters, *, rate: float) -> bool:
-    """Return whether the weights were updated: not if a gradient was not finite and the step may be left out."""
-    if update(parts.engine, learning_rate=rate):
-        return True
-    counters.skipped_steps += 1
-    judge_refused_update(
-        batch,
-        losses,
-        config=parts.prepared.recipe.run,
-        skipped_steps=counters.skipped_steps,
-        feed=parts.feed,
-        ranks=parts.ranks,
+def _run_step(parts: Parts, batch: StepBatch, *, rate: float) -> StepResult:
+    """Run forward and backward passes and the update, without waiting for the device."""
+    device = parts.ranks.device
+    source_totals = empty_totals(len(parts.feed.shard_set.manifest.sources), device)
+    balancing = torch.zeros(1, device=device) if parts.prepared.recipe.loss.load_balancing_weight else None
+    losses = accumulate(parts.engine, batch.micro_batches, parts.ranks, source_totals, balancing)
+    refused = update(parts.engine, learning_rate=rate)
+    return StepResult(
+        batch=batch,
+        losses=losses,
+        source_totals=source_totals,
+        balancing=balancing,
+        refused=refused,
+        grad_norm=parts.engine.get_global_grad_norm(),
     )
-    return False
 
 
-def _log(parts: Parts, window: Window, counters: Counters, *, step: int, rate: float, is_updated: bool) -> None:
-    sums = window.sums(parts.ranks)
+def _read(parts: Parts, window: Window, counters: Counters) -> WindowSums:
+    """Return the sums of the window; raise DataError if it holds refused steps that may not be left out."""
+    sums, refused = window.read(parts.ranks)
+    for result in refused:
+        counters.skipped_steps += 1
+        judge_refused_update(
+            result.batch,
+            result.losses,
+            config=parts.prepared.recipe.run,
+            skipped_steps=counters.skipped_steps,
+            feed=parts.feed,
+            ranks=parts.ranks,
+        )
+    return sums
+
+
+def _log(parts: Parts, window: Window, counters: Counters, *, step: int, rate: float) -> None:
+    sums = _read(parts, window, counters)
     if not all(math.isfinite(loss) for loss in sums.losses):
         raise DataError(f"step {step}: the loss is not finite, though the gradients were; lower optim.learning_rate")
     if parts.log is None or parts.spikes is None:
@@ -128,7 +142,6 @@ def _log(parts: Parts, window: Window, counters: Counters, *, step: int, rate: f
         "step": step,
         "epoch": parts.prepared.order.epoch_after(step),
         "learning_rate": rate,
-        "grad_norm": float(parts.engine.get_global_grad_norm()) if is_updated else None,
         **make_record(window, sums, counters, ranks=parts.ranks, cost=parts.cost, peak=peak),
         **means("train_loss", sums.source_losses, sums.source_tokens, parts.feed.shard_set.manifest),
     }
@@ -138,15 +151,19 @@ def _log(parts: Parts, window: Window, counters: Counters, *, step: int, rate: f
 
 
 def _save(parts: Parts, state: TrainState) -> Path:
-    with parts.watchdog.resting():
-        return save_checkpoint(
+    with parts.watchdog.resting(), library_writing_to(parts.prepared.run.path):
+        saved = save_checkpoint(
             parts.engine,
             state,
             run=parts.prepared.run,
             ranks=parts.ranks,
             identity=parts.prepared.identity,
             keep_last=parts.prepared.recipe.checkpoint.keep_last,
+            in_use=None if parts.pusher is None else parts.pusher.busy_with(),
         )
+    if parts.pusher is not None:
+        parts.pusher.push(saved)
+    return saved
 
 
 def _is_due(parts: Parts, step: int) -> bool:
@@ -154,6 +171,15 @@ def _is_due(parts: Parts, step: int) -> bool:
     recipe, order = parts.prepared.recipe, parts.prepared.order
     every = recipe.eval.every_steps or recipe.checkpoint.every_steps
     return parts.eval_feed is not None and (step == order.total_steps or step % every == 0)
+
+
+def _make_up(parts: Parts, start: TrainState) -> None:
+    """Do with the checkpoint that the run goes on from what comes after a save: it may have ended before that."""
+    own = _own_checkpoint(parts.prepared)
+    if start.step and start.eval_loss is None and _is_due(parts, start.step):
+        _evaluate(parts, start.step, own)
+    if parts.pusher is not None and own is not None:
+        parts.pusher.push(own)
 
 
 def _own_checkpoint(prepared: Prepared) -> Path | None:

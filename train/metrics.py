@@ -33,122 +33,18 @@ import json
 import logging
 import resource
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from shared import atomic
-from train.by_source import empty_totals
 from train.config import LogConfig
-from train.distributed import Ranks, sum_over_ranks
-from train.feed import StepBatch
+from train.distributed import Ranks
 from train.flops import ModelCost
+from train.window import Counters, Window, WindowSums
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True, slots=True)
-class Counters:
-    """Totals since the start of the run; part of every checkpoint."""
-
-    tokens: int = 0
-    positions: int = 0
-    loss_tokens: int = 0
-    skipped_steps: int = 0
-
-
-@dataclass(kw_only=True, slots=True)
-class Window:
-    """The steps since the last record. Losses stay on the device until someone looks."""
-
-    losses: list[torch.Tensor] = field(default_factory=list)  # this rank's part, fp32 [1] each
-    loss_steps: list[int] = field(default_factory=list)  # the steps of the last of these losses, counted from 1
-    started: float = field(default_factory=time.perf_counter)
-    steps: int = 0
-    tokens: int = 0
-    positions: int = 0
-    loss_tokens: int = 0
-    squared_lengths: int = 0
-    data_seconds: float = 0.0
-    source_totals: torch.Tensor  # float64 [2, 1 + num_sources], this rank's part; see train/by_source.py
-    balancing: list[torch.Tensor] = field(default_factory=list)  # this rank's part, fp32 [1] each
-    carried_loss_tokens: int = 0
-    """Those of the window before the run was resumed in the middle of it."""
-
-    def add(
-        self,
-        batch: StepBatch,
-        losses: torch.Tensor,
-        source_totals: torch.Tensor,
-        balancing: torch.Tensor | None,
-        *,
-        is_skipped: bool,
-        data_seconds: float,
-    ) -> None:
-        """Add a step and the losses of its micro-batches on this rank; those of a skipped step are no numbers."""
-        if batch.num_loss_tokens and not is_skipped:
-            self.losses.append(losses.sum(0, keepdim=True))
-            self.loss_steps.append(batch.step + 1)
-            self.source_totals += source_totals
-            if balancing is not None:
-                self.balancing.append(balancing)
-        self.steps += 1
-        self.tokens += batch.num_tokens
-        self.positions += batch.num_positions
-        self.loss_tokens += batch.num_loss_tokens
-        self.squared_lengths += batch.squared_lengths
-        self.data_seconds += data_seconds
-
-    def sums(self, ranks: Ranks) -> "WindowSums":
-        """Return what the window has gathered, over all ranks: one message, and the one wait for the device."""
-        num_losses, num_columns = len(self.losses), self.source_totals.shape[1]
-        loss_tokens = self.carried_loss_tokens + self.loss_tokens
-        if not num_losses:  # nothing to wait for
-            none = [0.0] * num_columns
-            return WindowSums(losses=[], balancing=[], source_losses=none, source_tokens=none, loss_tokens=loss_tokens)
-        parts = [*(loss.double() for loss in [*self.losses, *self.balancing]), self.source_totals.flatten()]
-        values: list[float] = sum_over_ranks(torch.cat(parts), ranks).tolist()
-        first = num_losses + len(self.balancing)
-        return WindowSums(
-            losses=values[:num_losses],
-            balancing=values[num_losses:first],
-            source_losses=values[first : first + num_columns],
-            source_tokens=values[first + num_columns :],
-            loss_tokens=loss_tokens,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WindowSums:
-    """A window over all ranks; part of a checkpoint, so that a resumed run logs what an undisturbed one does."""
-
-    losses: list[float]
-    """Of each step that had one."""
-    balancing: list[float]
-    """The load balancing loss of each of these steps; empty where there is none."""
-    source_losses: list[float]
-    """Sum of the cross-entropies of each source, the fillers before them."""
-    source_tokens: list[float]
-    """How many those are."""
-    loss_tokens: int
-
-
-def open_window(num_sources: int, ranks: Ranks, carried: WindowSums | None = None) -> Window:
-    """Return an empty window, or one that goes on from what a checkpoint carried: its sums count on rank 0 only."""
-    if carried is None:
-        return Window(source_totals=empty_totals(num_sources, ranks.device))
-    share = 1.0 if ranks.is_main else 0.0
-    values = [carried.source_losses, carried.source_tokens]
-    return Window(
-        losses=[torch.tensor([loss * share], dtype=torch.float32, device=ranks.device) for loss in carried.losses],
-        balancing=[
-            torch.tensor([loss * share], dtype=torch.float32, device=ranks.device) for loss in carried.balancing
-        ],
-        source_totals=share * torch.tensor(values, dtype=torch.float64, device=ranks.device),
-        carried_loss_tokens=carried.loss_tokens,
-    )
 
 
 def make_record(
@@ -159,6 +55,7 @@ def make_record(
     steps = max(1, window.steps)
     flops = cost.flops(tokens=window.tokens, loss_tokens=window.loss_tokens, squared_lengths=window.squared_lengths)
     return {
+        "grad_norm": window.grad_norm,
         "train_loss": sum(sums.losses) / len(sums.losses) if sums.losses else None,
         "load_balancing_loss": sum(sums.balancing) / len(sums.balancing) if sums.balancing else None,
         "loss_tokens": sums.loss_tokens,

@@ -4,10 +4,9 @@ They keep fp32 master weights and fp32 sums of gradients for bf16 weights, clip 
 alone if a gradient is not finite. So does this one; DeepSpeed takes it as it is (ZeRO stage 0). Where weights are fp32
 they are their own masters, and there is no copy of anything.
 
-Each step reads one number from the device, the gradient norm: an update must not begin before it is known to be finite.
+No step waits for the device: whether the gradients are finite is found, and obeyed, there.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,12 +26,18 @@ class OneRankAdamW(torch.optim.AdamW):
         betas: tuple[float, float],
         eps: float,
         max_grad_norm: float,
+        halts: bool,
     ) -> None:
-        """Take parameter groups as torch's AdamW does; a `max_grad_norm` of 0 does not clip."""
+        """Take parameter groups as torch's AdamW does; a `max_grad_norm` of 0 does not clip.
+
+        `halts`: once a step is refused, so are all that follow; nobody may have looked by then.
+        """
         self.max_grad_norm = max_grad_norm
+        self.halts = halts
+        self.refused: Tensor | None = None  # whether the last step was; bool []
         self.overflow = False
-        """Whether the last step was refused; DeepSpeed looks for this name."""
-        self._global_grad_norm = 0.0  # before clipping; DeepSpeed looks for this name
+        """DeepSpeed looks for this name, and would wait for a tensor."""
+        self._global_grad_norm: Tensor | float = 0.0  # before clipping, fp32 []; DeepSpeed looks for this name
         self._masters = {
             parameter: _master_of(parameter) for group in groups for parameter in group["params"]
         }  # of every weight that trains; fp32
@@ -48,15 +53,16 @@ class OneRankAdamW(torch.optim.AdamW):
         assert closure is None
         grads = [master.grad for master in self._masters.values() if master.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        self._global_grad_norm = norm.item()
-        self.overflow = not math.isfinite(self._global_grad_norm)
-        if not self.overflow:
-            if self.max_grad_norm > 0:  # the fused kernel divides by it as it reads the gradients: no pass of its own
-                self.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp_(min=1.0)  # DeepSpeed's formula
-            super().step()
-            for parameter, master in self._masters.items():
-                if master is not parameter:
-                    parameter.copy_(master)
+        self._global_grad_norm = norm
+        refused = ~norm.isfinite()
+        self.refused = refused if self.refused is None or not self.halts else refused | self.refused
+        self.found_inf = self.refused.float()  # the fused kernel leaves everything alone where it is 1
+        if self.max_grad_norm > 0:  # and divides by this as it reads the gradients: no pass of its own
+            self.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp_(min=1.0)  # DeepSpeed's formula
+        super().step()
+        for parameter, master in self._masters.items():
+            if master is not parameter:
+                parameter.copy_(master)
         for master in self._masters.values():
             master.grad = None
 

@@ -33,6 +33,7 @@ class TrainRequest:
     eval_shards: Path | None = None
     trust_checkpoint: bool = False
     push_to_hub: str | None = None
+    push_checkpoints: str | None = None
     verbosity: int = 0
 
 

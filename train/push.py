@@ -1,14 +1,15 @@
 """A trained model as a model repository of the hub: one commit, verified by digest, private unless it is there already.
 
 Nothing is pushed unless asked. What the hub has is not sent again, so a push that was stopped goes on when it is
-repeated; the local model is never touched.
+repeated; what lies here is never touched.
 """
 
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -25,66 +26,99 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = (1.0, 3.0, 9.0)
+NO_DIGESTS: Mapping[str, str] = MappingProxyType({})
 _BUSY = (429, 500, 502, 503, 504)
 # HfHubHTTPError derives from the client's HTTPError: httpx's or httpx2's, depending on its release
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
+Content = Path | bytes
+
+
 def push_model(path: Path, repo: str) -> str:
     """Push the model of the run, or the exported model, at `path` to the hub repository `repo`; return its address.
 
-    A repository that is made is private. Raises IncompleteArtifactError without a model, ConfigError for a bad name,
-    PrerequisiteError for what the hub or the network does not let through (repeat it), and ChecksumError if the hub
-    holds other bytes afterwards.
+    Raises IncompleteArtifactError without a model, and what `sync` raises.
     """
     folder = RunDir(path).model if (path / "config.json").exists() and RunDir(path).model.is_dir() else path
-    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    files: dict[str, Content] = {
+        file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()
+    }
     if not {"model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"} & files.keys():
         raise IncompleteArtifactError(f"{path} holds no exported model; give the directory of a run that is complete")
+    return sync(repo, files, source=folder, message=f"Trained by sft-train: {folder.parent.name}", is_ours=_is_weights)
+
+
+def sync(
+    repo: str,
+    files: Mapping[str, Content],
+    *,
+    source: Path,
+    message: str,
+    is_ours: Callable[[str], bool],
+    branch: str | None = None,
+    digests: Mapping[str, str] = NO_DIGESTS,
+) -> str:
+    """Make a branch (default: main) of the hub repository `repo` hold `files`, in one commit; return its address.
+
+    What it holds already is not sent, and what `is_ours` and not among `files` is removed there. A repository that is
+    made is private. `digests`: the sha256 that large files must have; others are hashed here. `source` is for messages.
+    Raises ConfigError for a bad name, PrerequisiteError for what the hub or the network does not let through (repeat
+    it), and ChecksumError if the hub holds other bytes afterwards.
+    """
     disable_progress_bars()
     api = HfApi(library_name="sft-train")
     try:
         _retrying(lambda: api.create_repo(repo, private=True, exist_ok=True))
-        head, held = _look(api, repo)
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(name, file) for name, file in files.items() if not _is_same(held.get(name), file)
-        ]
-        operations += [CommitOperationDelete(name) for name in held if _is_weights(name) and name not in files]
-        if operations:
-            logger.info("pushing %d of %d files to %s", len(operations), len(files), repo)
-            message = f"Trained by sft-train: {folder.parent.name}"
-            _retrying(lambda: api.create_commit(repo, operations, commit_message=message, parent_commit=head))
-            _, held = _look(api, repo)
+        if branch is not None:
+            _retrying(lambda: api.create_branch(repo, branch=branch, exist_ok=True))
+        head, held = _look(api, repo, branch)
+        new = {
+            name: content for name, content in files.items() if not _is_same(held.get(name), content, digests.get(name))
+        }
+        gone = [name for name in held if is_ours(name) and name not in files]
+        operations = [CommitOperationAdd(name, content) for name, content in new.items()]
+        removals = [CommitOperationDelete(name) for name in gone]
+        if operations or removals:
+            logger.info("pushing %d of %d files of %s to %s", len(operations), len(files), source, repo)
+            _retrying(
+                lambda: api.create_commit(
+                    repo, [*operations, *removals], commit_message=message, revision=branch, parent_commit=head
+                )
+            )
+            _, held = _look(api, repo, branch)
     except HFValidationError as exc:
         raise ConfigError(f"{repo!r} is not the name of a hub repository; expected user/name") from exc
     except OfflineModeIsEnabled as exc:
         raise PrerequisiteError(f"cannot push to {repo}: offline mode is on; unset HF_HUB_OFFLINE") from exc
     except HfHubHTTPError as exc:
-        raise PrerequisiteError(_explained(repo, folder, exc)) from exc
+        raise PrerequisiteError(_explained(repo, source, exc)) from exc
     except (_TRANSPORT_ERROR, OSError, RuntimeError) as exc:
         raise PrerequisiteError(
-            f"cannot push to {repo}: {_one_line(exc)}; the model is safe in {folder}, the same command goes on"
+            f"cannot push to {repo}: {_one_line(exc)}; all is safe in {source}, the same command goes on"
         ) from exc
-    wrong = [name for name, file in files.items() if not _is_same(held.get(name), file)]
+    wrong = [name for name, content in files.items() if not _is_same(held.get(name), content, digests.get(name))]
     if wrong:
-        raise ChecksumError(f"{repo} does not hold {', '.join(wrong)} as {folder} does; push it again")
-    return f"{api.endpoint}/{repo}"
+        raise ChecksumError(f"{repo} does not hold {', '.join(wrong)} as {source} does; push it again")
+    return f"{api.endpoint}/{repo}" if branch is None else f"{api.endpoint}/{repo}/tree/{branch}"
 
 
-def _look(api: HfApi, repo: str) -> tuple[str | None, dict[str, RepoFile]]:
-    """Return the newest commit and its files."""
-    head = _retrying(lambda: api.model_info(repo)).sha
-    listed = api.list_repo_tree(repo, recursive=True, revision=head)
+def _look(api: HfApi, repo: str, branch: str | None) -> tuple[str | None, dict[str, RepoFile]]:
+    """Return the newest commit of the branch and its files."""
+    head = _retrying(lambda: api.model_info(repo, revision=branch)).sha
+    listed = _retrying(lambda: list(api.list_repo_tree(repo, recursive=True, revision=head)))
     return head, {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
 
 
-def _is_same(entry: RepoFile | None, file: Path) -> bool:
+def _is_same(entry: RepoFile | None, content: Content, digest: str | None) -> bool:
     """The hub tells the sha256 of a large file and the git hash of a small one, which may be read whole."""
-    if entry is None or entry.size != file.stat().st_size:
+    if entry is None or entry.size != (content.stat().st_size if isinstance(content, Path) else len(content)):
         return False
+    if entry.lfs is not None and isinstance(content, Path):
+        return entry.lfs.sha256 == (digest or sha256_file(content))
+    data = content.read_bytes() if isinstance(content, Path) else content
     if entry.lfs is not None:
-        return entry.lfs.sha256 == sha256_file(file)
-    data = file.read_bytes()
+        return entry.lfs.sha256 == hashlib.sha256(data).hexdigest()
     return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
@@ -105,7 +139,7 @@ def _retrying(call: Callable[[], T]) -> T:
     return call()
 
 
-def _explained(repo: str, folder: Path, exc: HfHubHTTPError) -> str:
+def _explained(repo: str, source: Path, exc: HfHubHTTPError) -> str:
     status = exc.response.status_code
     if status in (401, 403):
         what = "log in with `hf auth login`, with a token that may write there"
@@ -113,7 +147,7 @@ def _explained(repo: str, folder: Path, exc: HfHubHTTPError) -> str:
         what = "someone else pushed at the same time; look at it, then push again"
     else:
         what = "try later, the same command goes on"
-    return f"cannot push to {repo}: the hub answered {status}; {what}. The model is safe in {folder}"
+    return f"cannot push to {repo}: the hub answered {status}; {what}; all is safe in {source}"
 
 
 def _one_line(exc: BaseException) -> str:

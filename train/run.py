@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 from shared import atomic, config
+from shared.disk import unwritable
 from shared.errors import SftError, StoppedOnRequest
 from shared.hashing import seed_from
 from train import loop
@@ -31,16 +33,18 @@ from train.evaluate import EvalFeed
 from train.feed import Feed
 from train.flops import ModelCost, model_cost
 from train.lora import adapted_by
-from train.metrics import Counters, MetricsLog, read_records
+from train.metrics import MetricsLog, read_records
 from train.model import build_model, model_config
 from train.plan import StepOrder
 from train.prepare import Prepared, check_ranks, moves
 from train.probe import check_isolation
+from train.push_checkpoints import push_checkpoints, pushing
 from train.run_dir import RunDir, State, describe, read_description, read_status, write_status
 from train.spikes import SpikeLog
 from train.stop import watching_signals
 from train.ulysses import register_ulysses, sequence_group
 from train.watchdog import Watchdog
+from train.window import Counters
 from train.zero_stage import ZeroStage, resolve_zero_stage
 
 logger = logging.getLogger(__name__)
@@ -57,6 +61,7 @@ def run_rank(prepared: Prepared) -> None:
         process_group(2 * patience + timedelta(minutes=1)) as ranks,  # longer than the watchdog, which says more
         _locked(run, ranks),
         _outcome(run),
+        pushing(prepared.request.push_checkpoints if ranks.is_main else None) as pusher,
     ):
         check_ranks(prepared, ranks.world_size)
         if ranks.is_main:
@@ -90,6 +95,7 @@ def run_rank(prepared: Prepared) -> None:
             spikes=SpikeLog(run.spikes, sigma=prepared.recipe.log.spike_sigma, after_step=start.step)
             if ranks.is_main
             else None,
+            pusher=pusher,
             wish=wish,
             watchdog=watchdog,
         )
@@ -100,6 +106,10 @@ def run_rank(prepared: Prepared) -> None:
             if log is not None:
                 log.close()
         _finish(prepared, engine, ranks)
+        if pusher is not None:
+            pusher.wait()
+            push_checkpoints(run, pusher.repo)
+        _complete(prepared, ranks)
 
 
 def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
@@ -134,7 +144,7 @@ def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
         balancing_weight=recipe.loss.load_balancing_weight,
     )
     cost = model_cost(model.model)
-    engine = start_engine(model, recipe.optim, settings)
+    engine = start_engine(model, recipe.optim, settings, halts=recipe.run.on_non_finite == "stop")
     del sharding
     torch.manual_seed(seed_from("dropout", recipe.run.seed, ranks.rank))
     _announce(prepared, ranks, attention=attention, dtype=dtype, stage=stage)
@@ -222,10 +232,14 @@ def _finish(prepared: Prepared, engine: Any, ranks: Ranks) -> None:
             adapted=adapted_by(prepared.recipe),
             plot=run.plot,
         )
-        steps = prepared.order.total_steps
+    barrier(ranks)
+
+
+def _complete(prepared: Prepared, ranks: Ranks) -> None:
+    run, steps = prepared.run, prepared.order.total_steps
+    if ranks.is_main:
         write_status(run, "complete", exit_code=0, message=f"trained {steps} steps, model in {run.model}")
         logger.info("done: %d steps, model in %s, loss in %s", steps, run.model, run.plot)
-    barrier(ranks)
 
 
 @contextlib.contextmanager
@@ -245,16 +259,25 @@ def _outcome(run: RunDir) -> Iterator[None]:
     try:
         yield
     except BaseException as exc:
-        stopped = isinstance(exc, StoppedOnRequest)
-        code = exc.exit_code if isinstance(exc, SftError) else 1
-        _record_end(run, "stopped" if stopped else "failed", exit_code=code, message=str(exc) or type(exc).__name__)
+        known = unwritable(exc) or exc if isinstance(exc, OSError) else exc
+        state: State = "stopped" if isinstance(known, StoppedOnRequest) else "failed"
+        code = known.exit_code if isinstance(known, SftError) else 1
+        _record_end(run, state, exit_code=code, message=str(known) or type(known).__name__)
         raise
 
 
 def _record_end(run: RunDir, state: State, *, exit_code: int, message: str) -> None:
     status = read_status(run)
-    if status is not None and status.get("state") == "running":
+    if status is None or status.get("state") != "running":
+        return
+    try:
         write_status(run, state, exit_code=exit_code, message=message)
+    except OSError:  # a full disk: what an unfinished save holds is worthless, and room enough
+        with contextlib.suppress(OSError):  # what went wrong first matters more
+            for file in run.checkpoints.glob(".tmp-*/**/*"):
+                if file.is_file():
+                    os.truncate(file, 0)  # removed it would keep its room for as long as it is open
+            write_status(run, state, exit_code=exit_code, message=message)
 
 
 def _announce(prepared: Prepared, ranks: Ranks, *, attention: str, dtype: torch.dtype, stage: ZeroStage) -> None:
