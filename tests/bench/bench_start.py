@@ -2,7 +2,8 @@
 
 Two made-up sets with packs of 2,048 tokens are trained on for a few steps: a small one, and one of 10 GB whose shards
 are the same files under many names, so that it needs little disk. Imports and the making of the model are left out:
-no set changes them. `data wait` is the share of a step in which the model waits for its batch.
+no set changes them. `data wait` is the share of a step in which the model waits for its batch. Own memory is that of the
+process itself at the end; pages of the shards that it has looked at are the system's, which shares and drops them.
 
     python tests/bench/bench_start.py [--gigabytes 10] [--steps 6]
 """
@@ -52,8 +53,10 @@ def main() -> None:
     if options.measure:
         measure(*map(Path, options.measure), steps=options.steps)
         return
-    print("| set | command to first step, s | of that: open and plan | engine | peak MiB | data wait |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| set | command to first step, s | of that: open and plan | engine | own MiB | pages of files, MiB | data wait |"
+    )
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "recipe.toml").write_text(RECIPE)
@@ -68,7 +71,7 @@ def main() -> None:
             found = json.loads(done.stdout.splitlines()[-1])
             print(
                 f"| {count * shard_bytes / 1e9:,.3f} GB | {found['start']:.2f} | {found['prepare']:.2f} | "
-                f"{found['engine']:.2f} | {found['peak_mib']:,.0f} | {found['data_wait']:.2%} |",
+                f"{found['engine']:.2f} | {found['own_mib']:,.0f} | {found['file_mib']:,.0f} | {found['data_wait']:.2%} |",
                 flush=True,
             )
 
@@ -184,16 +187,17 @@ def measure(shards: Path, recipe: Path, *, steps: int) -> None:
         "start": first_step[0] - began - seconds["model"],
         "prepare": seconds["prepare"],
         "engine": seconds["engine"],
-        "peak_mib": peak_mib(),
+        "own_mib": memory_mib("RssAnon"),
+        "file_mib": memory_mib("RssFile"),
         "data_wait": waited / all_of_it,
     }
     print(json.dumps(found))
 
 
-def peak_mib() -> float:
-    """Return the peak memory of this process; that of `getrusage` begins with what the parent had."""
+def memory_mib(kind: str) -> float:
+    """Return the resident memory of this process that is its own (RssAnon), or pages of files (RssFile)."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")) / 1024
 
 
 if __name__ == "__main__":

