@@ -2,8 +2,8 @@
 
 Two made-up sets with packs of 2,048 tokens are trained on for a few steps: a small one, and one of 10 GB whose shards
 are the same files under many names, so that it needs little disk. Imports and the making of the model are left out:
-no set changes them. `data wait` is the share of a step in which the model waits for its batch. Own memory is that of the
-process itself at the end; pages of the shards that it has looked at are the system's, which shares and drops them.
+no set changes them. `data wait` is the share of a step in which the model waits for its batch. Own memory is that of
+the process itself at the end; pages of the shards that it has looked at are the system's, which shares and drops them.
 
     python tests/bench/bench_start.py [--gigabytes 10] [--steps 6]
 """
@@ -53,9 +53,7 @@ def main() -> None:
     if options.measure:
         measure(*map(Path, options.measure), steps=options.steps)
         return
-    print(
-        "| set | command to first step, s | of that: open and plan | engine | own MiB | pages of files, MiB | data wait |"
-    )
+    print("| set | command to first step, s | open and plan | engine | own MiB | pages of files, MiB | data wait |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -71,7 +69,8 @@ def main() -> None:
             found = json.loads(done.stdout.splitlines()[-1])
             print(
                 f"| {count * shard_bytes / 1e9:,.3f} GB | {found['start']:.2f} | {found['prepare']:.2f} | "
-                f"{found['engine']:.2f} | {found['own_mib']:,.0f} | {found['file_mib']:,.0f} | {found['data_wait']:.2%} |",
+                f"{found['engine']:.2f} | {found['own_mib']:,.0f} | {found['file_mib']:,.0f} | "
+                f"{found['data_wait']:.2%} |",
                 flush=True,
             )
 
