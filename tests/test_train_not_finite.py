@@ -79,6 +79,15 @@ def without(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
     monkeypatch.setattr(loop, "update", update)
 
 
+def counting(updates: list[None]) -> Any:
+    def update(engine: Any, *, learning_rate: float) -> torch.Tensor:
+        updates.append(None)
+        return real(engine, learning_rate=learning_rate)
+
+    real = loop.update
+    return update
+
+
 def test_skipping_gives_the_weights_of_a_run_in_which_those_steps_have_no_gradient(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,14 +125,20 @@ def test_skipping_ends_when_its_budget_is_spent_however_often_the_run_is_started
     assert records(run)[-1]["skipped_steps"] == len(steps)
 
 
+@pytest.mark.parametrize("stage", ["0", "3"])
 def test_steps_that_nobody_has_looked_at_yet_are_refused_and_named_all_the_same(
-    inputs: tuple[Path, Path], tmp_path: Path
+    stage: str, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses are read every fifth step only; a save reads them too."""
-    call = ("--shards", inputs[0], "--recipe", inputs[1], "--set", "log.every_steps=5", "--output")
+    """Losses are read every fifth step only; a save reads them too. ZeRO knows at once, and no step follows."""
+    settings = ("--set", "log.every_steps=5", "--set", f"engine.zero_stage={stage}")
+    call = ("--shards", inputs[0], "--recipe", inputs[1], *settings, "--output")
     steps = bad_steps(inputs[0])
-    stopped = train_here(*call, tmp_path / "stopped", "--set", "checkpoint.every_steps=1000")
+    updates: list[None] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "update", counting(updates))
+        stopped = train_here(*call, tmp_path / "stopped", "--set", "checkpoint.every_steps=1000")
     assert stopped.exit_code == 4
+    assert stage == "0" or len(updates) == steps[0]
     assert f"step {steps[0]}: the loss or a gradient is not finite" in stopped.stderr
     assert not list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
     skip = ("--set", "run.on_non_finite=skip")
