@@ -47,6 +47,11 @@ def library_writing_to(place: Path) -> Iterator[None]:
         raise
 
 
+def is_full(exc: OSError) -> bool:
+    """Return whether `exc` says that there is no space, on the disk or in a quota."""
+    return exc.errno in _FULL
+
+
 def unwritable(exc: OSError, place: Path | None = None) -> PrerequisiteError | None:
     """Return what to tell a user of `exc`; None where it is not about space or permission."""
     if exc.errno not in _REMEDIES:

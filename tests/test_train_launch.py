@@ -21,6 +21,7 @@ FULL = TrainRequest(
     stop_after=3,
     resume="never",
     eval_shards=Path("held-out"),
+    push_to_hub="user/model",
     push_checkpoints="user/checkpoints",
     trust_checkpoint=True,
     verbosity=2,

@@ -94,12 +94,17 @@ def save_checkpoint(
     if ranks.is_main:
         stage = engine.zero_optimization_stage()
         _commit(staged, final, state, identity=identity, ranks=ranks, zero_stage=stage, files=files)
-        best = best_checkpoint(run.checkpoints)
-        for old in list_checkpoints(run.checkpoints)[:-keep_last]:
-            if old not in (best, in_use):
-                _remove(old)
+        remove_older(run, keep_last=keep_last, in_use=in_use)
     barrier(ranks)
     return final
+
+
+def remove_older(run: RunDir, *, keep_last: int, in_use: Path | None = None) -> None:
+    """Remove the checkpoints that are older than the newest `keep_last`, but for the best one and that `in_use`."""
+    best = best_checkpoint(run.checkpoints)
+    for old in list_checkpoints(run.checkpoints)[:-keep_last]:
+        if old not in (best, in_use):
+            _remove(old)
 
 
 def record_eval_loss(path: Path, loss: float) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from train import cli_before, cli_results
+from train.cli_results import push_all
 from train.cli_shared import PATH, reporting, train_request, verbosity_of
 
 
@@ -65,16 +66,10 @@ def cli(
         prepared = prepare(train_request(context.params))
         if prepared.is_complete:
             click.echo(f"{prepared.run.path} is complete: the model is in {prepared.run.model}")
-            if push_checkpoints is not None and read_place().rank == 0:
-                from train.push_checkpoints import push_checkpoints as push_all
-
-                push_all(prepared.run, push_checkpoints)
+            if read_place().rank == 0:
+                push_all(prepared.run.path, checkpoints=push_checkpoints, model=push_to_hub)
         elif run_or_launch(prepared, nproc_per_node) and read_place().rank == 0:
             click.echo(prepared.run.model)
-        if push_to_hub is not None and read_place().rank == 0:
-            from train.push import push_model
-
-            click.echo(push_model(prepared.run.path, push_to_hub))
 
 
 for _command in (

@@ -26,15 +26,36 @@ def export(checkpoint: Path, out: Path, dtype: Literal["trained", "bf16", "fp32"
 @click.command(epilog="Example: sft-train push runs/demo user/demo-model")
 @click.argument("what", type=PATH)
 @click.argument("repo", metavar="USER/NAME")
-def push(what: Path, repo: str) -> None:
+@click.option("--checkpoints", is_flag=True, help="Of a run: not its model but its checkpoints.")
+@click.option("--die-with-parent", is_flag=True, hidden=True)
+def push(what: Path, repo: str, checkpoints: bool, die_with_parent: bool) -> None:
     """Push WHAT to a repository of the hub, private if it is made: the model of a complete run, an exported model, or
-    a checkpoint (to a branch of its name)."""
+    a checkpoint, which goes to a branch RUN-step-N."""
     with reporting():
+        from train import ranks
         from train.checkpoint_files import STATE_NAME
-        from train.push import push_model
         from train.push_checkpoints import push_checkpoint
 
-        click.echo((push_checkpoint if (what / STATE_NAME).exists() else push_model)(what, repo))
+        if die_with_parent:
+            ranks.die_with_parent()
+        if (what / STATE_NAME).exists():
+            click.echo(push_checkpoint(what, repo))
+        else:
+            push_all(what, checkpoints=repo if checkpoints else None, model=None if checkpoints else repo)
+
+
+def push_all(path: Path, *, checkpoints: str | None, model: str | None) -> None:
+    """Push the checkpoints of a run, and a model, to these repositories, if any; say where they are."""
+    if checkpoints is not None:
+        from train.push_checkpoints import push_checkpoints
+        from train.run_dir import RunDir
+
+        for address in push_checkpoints(RunDir(path), checkpoints):
+            click.echo(address)
+    if model is not None:
+        from train.push import push_model
+
+        click.echo(push_model(path, model))
 
 
 @click.command(epilog="Example: sft-train plot runs/a runs/b --out both.png")

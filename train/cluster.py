@@ -120,4 +120,6 @@ def _check(
 
 
 def _nothing_to_do(prepared: Prepared) -> str:
-    return f"{prepared.run.path} is complete: the model is in {prepared.run.model}"
+    asked = prepared.request.push_to_hub or prepared.request.push_checkpoints
+    push = f"; push it with sft-train push [--checkpoints] {prepared.run.path} USER/NAME" if asked else ""
+    return f"{prepared.run.path} is complete: the model is in {prepared.run.model}{push}"

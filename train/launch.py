@@ -140,7 +140,7 @@ def torchrun_command(request: TrainRequest, num_ranks: int) -> list[str]:
 
 
 def rank_arguments(request: TrainRequest) -> list[str]:
-    """Return the command line of a rank: that of `request`, without the model's push, for who started the ranks."""
+    """Return the command line of a rank: that of `request`."""
     return ["--under-launcher", *request_arguments(request)]
 
 
@@ -154,6 +154,7 @@ def request_arguments(request: TrainRequest) -> list[str]:
         ("--eval-shards", request.eval_shards),
         ("--max-steps", request.max_steps),
         ("--stop-after", request.stop_after),
+        ("--push-to-hub", request.push_to_hub),
         ("--push-checkpoints", request.push_checkpoints),
         ("--resume", request.resume if request.resume != "auto" else None),
     ):

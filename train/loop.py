@@ -22,7 +22,7 @@ from train.flops import ModelCost, peak_flops
 from train.metrics import MetricsLog, make_record
 from train.not_finite import judge_refused_update
 from train.prepare import Prepared
-from train.push_checkpoints import CheckpointPusher
+from train.pusher import Pusher
 from train.schedule import learning_rate
 from train.spikes import SpikeLog
 from train.stop import StopWish
@@ -46,8 +46,8 @@ class Parts:
     """On rank 0."""
     spikes: SpikeLog | None
     """On rank 0."""
-    pusher: CheckpointPusher | None
-    """On rank 0, if checkpoints are to be pushed to the hub."""
+    pusher: Pusher | None
+    """On rank 0."""
     wish: StopWish
     watchdog: Watchdog
 
@@ -90,6 +90,8 @@ def train(parts: Parts, start: TrainState) -> None:
                 )
         if evaluates:
             _evaluate(parts, step, saved)
+        if saved is not None and parts.pusher is not None:
+            parts.pusher.push(saved)  # with its evaluation loss
         window.started += time.perf_counter() - pause_started  # such a pause is no part of the speed of training
         if step == start.step + 1:
             gc.collect()
@@ -118,6 +120,7 @@ def _run_step(parts: Parts, batch: StepBatch, *, rate: float) -> StepResult:
 def _read(parts: Parts, window: Window, counters: Counters) -> WindowSums:
     """Return the sums of the window; raise DataError if it holds refused steps that may not be left out."""
     sums, refused = window.read(parts.ranks)
+    own_losses = sums.losses[len(sums.losses) - len(window.loss_steps) :]  # without those that a checkpoint carried
     for result in refused:
         counters.skipped_steps += 1
         judge_refused_update(
@@ -128,13 +131,16 @@ def _read(parts: Parts, window: Window, counters: Counters) -> WindowSums:
             feed=parts.feed,
             ranks=parts.ranks,
         )
+    for step, loss in zip(window.loss_steps, own_losses, strict=True):
+        if not math.isfinite(loss):
+            raise DataError(
+                f"step {step}: the loss is not finite, though the gradients were; lower optim.learning_rate"
+            )
     return sums
 
 
 def _log(parts: Parts, window: Window, counters: Counters, *, step: int, rate: float) -> None:
     sums = _read(parts, window, counters)
-    if not all(math.isfinite(loss) for loss in sums.losses):
-        raise DataError(f"step {step}: the loss is not finite, though the gradients were; lower optim.learning_rate")
     if parts.log is None or parts.spikes is None:
         return
     peak = peak_flops(parts.ranks.device)
@@ -152,7 +158,7 @@ def _log(parts: Parts, window: Window, counters: Counters, *, step: int, rate: f
 
 def _save(parts: Parts, state: TrainState) -> Path:
     with parts.watchdog.resting(), library_writing_to(parts.prepared.run.path):
-        saved = save_checkpoint(
+        return save_checkpoint(
             parts.engine,
             state,
             run=parts.prepared.run,
@@ -161,9 +167,6 @@ def _save(parts: Parts, state: TrainState) -> Path:
             keep_last=parts.prepared.recipe.checkpoint.keep_last,
             in_use=None if parts.pusher is None else parts.pusher.busy_with(),
         )
-    if parts.pusher is not None:
-        parts.pusher.push(saved)
-    return saved
 
 
 def _is_due(parts: Parts, step: int) -> bool:

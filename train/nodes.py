@@ -64,7 +64,6 @@ def node_command(cluster: Cluster, request: TrainRequest, rendezvous: Sequence[s
         *("--shutdown-timeout", str(cluster.seconds_to_save)),
         *("--no-python", str(console_script())),
         *rank_arguments(request),
-        *(["--push-to-hub", request.push_to_hub] if request.push_to_hub else []),  # by rank 0: nobody else is there
     ]
 
 

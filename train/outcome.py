@@ -14,6 +14,11 @@ _ERRORS: dict[object, type[SftError]] = {
 }
 
 
+def error_of(exit_code: object) -> type[SftError]:
+    """Return the error that a process which ended with `exit_code` stands for."""
+    return _ERRORS.get(exit_code, SftError)
+
+
 def last_change(run: RunDir) -> int | None:
     """Return when status.json changed: what tells the outcome of this start from that of an earlier one."""
     return run.status.stat().st_mtime_ns if run.status.exists() else None
@@ -35,7 +40,7 @@ def raise_unless_complete(prepared: Prepared, *, succeeded: bool, before: int | 
     if status is None or status.get("exit_code") is None:  # they were killed
         prepared.shard_set.check_unchanged()
         raise SftError(said)
-    raise _ERRORS.get(status["exit_code"], SftError)(status["message"])
+    raise error_of(status["exit_code"])(status["message"])
 
 
 def read_outcome(run: RunDir, *, changed_after: Path | None = None, wait_seconds: float = 0.0) -> tuple[int, str]:

@@ -4,10 +4,11 @@ Nothing is pushed unless asked. What the hub has is not sent again, so a push th
 repeated; what lies here is never touched.
 """
 
+import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -33,6 +34,12 @@ _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 Content = Path | bytes
+
+
+def check_access(repo: str) -> None:
+    """Make the hub repository `repo`, private, unless it is there. Raises ConfigError or PrerequisiteError."""
+    with _told(repo, None):
+        _retrying(lambda: HfApi(library_name="sft-train").create_repo(repo, private=True, exist_ok=True))
 
 
 def push_model(path: Path, repo: str) -> str:
@@ -62,45 +69,57 @@ def sync(
     """Make a branch (default: main) of the hub repository `repo` hold `files`, in one commit; return its address.
 
     What it holds already is not sent, and what `is_ours` and not among `files` is removed there. A repository that is
-    made is private. `digests`: the sha256 that large files must have; others are hashed here. `source` is for messages.
-    Raises ConfigError for a bad name, PrerequisiteError for what the hub or the network does not let through (repeat
-    it), and ChecksumError if the hub holds other bytes afterwards.
+    made is private. `digests`: the sha256 that files must have. `source` is for messages. Raises ConfigError for a bad
+    name, PrerequisiteError for what the hub or the network does not let through (repeat it), and ChecksumError if a
+    file here, or the hub afterwards, holds other bytes.
     """
     disable_progress_bars()
+    check_access(repo)
     api = HfApi(library_name="sft-train")
-    try:
-        _retrying(lambda: api.create_repo(repo, private=True, exist_ok=True))
+    with _told(repo, source):
         if branch is not None:
             _retrying(lambda: api.create_branch(repo, branch=branch, exist_ok=True))
         head, held = _look(api, repo, branch)
-        new = {
-            name: content for name, content in files.items() if not _is_same(held.get(name), content, digests.get(name))
-        }
-        gone = [name for name in held if is_ours(name) and name not in files]
-        operations = [CommitOperationAdd(name, content) for name, content in new.items()]
-        removals = [CommitOperationDelete(name) for name in gone]
-        if operations or removals:
-            logger.info("pushing %d of %d files of %s to %s", len(operations), len(files), source, repo)
+        new = [name for name, content in files.items() if not _is_same(held.get(name), content, digests.get(name))]
+        added = [CommitOperationAdd(name, files[name]) for name in new]
+        _check_digests(added, digests, source)
+        gone = [CommitOperationDelete(name) for name in held if is_ours(name) and name not in files]
+        if added or gone:
+            logger.info("pushing %d of %d files of %s to %s", len(added), len(files), source, repo)
             _retrying(
                 lambda: api.create_commit(
-                    repo, [*operations, *removals], commit_message=message, revision=branch, parent_commit=head
+                    repo, [*added, *gone], commit_message=message, revision=branch, parent_commit=head
                 )
             )
             _, held = _look(api, repo, branch)
-    except HFValidationError as exc:
-        raise ConfigError(f"{repo!r} is not the name of a hub repository; expected user/name") from exc
-    except OfflineModeIsEnabled as exc:
-        raise PrerequisiteError(f"cannot push to {repo}: offline mode is on; unset HF_HUB_OFFLINE") from exc
-    except HfHubHTTPError as exc:
-        raise PrerequisiteError(_explained(repo, source, exc)) from exc
-    except (_TRANSPORT_ERROR, OSError, RuntimeError) as exc:
-        raise PrerequisiteError(
-            f"cannot push to {repo}: {_one_line(exc)}; all is safe in {source}, the same command goes on"
-        ) from exc
     wrong = [name for name, content in files.items() if not _is_same(held.get(name), content, digests.get(name))]
     if wrong:
         raise ChecksumError(f"{repo} does not hold {', '.join(wrong)} as {source} does; push it again")
     return f"{api.endpoint}/{repo}" if branch is None else f"{api.endpoint}/{repo}/tree/{branch}"
+
+
+@contextlib.contextmanager
+def _told(repo: str, source: Path | None) -> Iterator[None]:
+    """Turn what the hub's client raises into errors of ours."""
+    safe = "" if source is None else f"; all is safe in {source}"
+    try:
+        yield
+    except HFValidationError as exc:
+        raise ConfigError(f"{repo!r} is not the name of a hub repository; expected user/name") from exc
+    except OfflineModeIsEnabled as exc:
+        raise PrerequisiteError(f"cannot push to {repo}: offline mode is on; unset HF_HUB_OFFLINE{safe}") from exc
+    except HfHubHTTPError as exc:
+        raise PrerequisiteError(f"cannot push to {repo}: {_explained(exc.response.status_code)}{safe}") from exc
+    except (_TRANSPORT_ERROR, OSError, RuntimeError) as exc:
+        raise PrerequisiteError(f"cannot push to {repo}: {_one_line(exc)}; the same command goes on{safe}") from exc
+
+
+def _check_digests(added: list[CommitOperationAdd], digests: Mapping[str, str], source: Path) -> None:
+    """Raise ChecksumError before anything is sent if a file is not what it was written as: the client has hashed it."""
+    for operation in added:
+        name = operation.path_in_repo
+        if name in digests and operation.upload_info.sha256.hex() != digests[name]:
+            raise ChecksumError(f"{source / name}: its bytes have changed since it was written; it was not pushed")
 
 
 def _look(api: HfApi, repo: str, branch: str | None) -> tuple[str | None, dict[str, RepoFile]]:
@@ -139,15 +158,14 @@ def _retrying(call: Callable[[], T]) -> T:
     return call()
 
 
-def _explained(repo: str, source: Path, exc: HfHubHTTPError) -> str:
-    status = exc.response.status_code
+def _explained(status: int) -> str:
     if status in (401, 403):
         what = "log in with `hf auth login`, with a token that may write there"
     elif status in (409, 412):
         what = "someone else pushed at the same time; look at it, then push again"
     else:
         what = "try later, the same command goes on"
-    return f"cannot push to {repo}: the hub answered {status}; {what}; all is safe in {source}"
+    return f"the hub answered {status}; {what}"
 
 
 def _one_line(exc: BaseException) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import faulthandler
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -13,14 +12,13 @@ import torch
 import transformers
 
 from shared import atomic, config
-from shared.disk import unwritable
-from shared.errors import SftError, StoppedOnRequest
 from shared.hashing import seed_from
 from train import loop
 from train.attention import choose_attention
-from train.checkpoint import TrainState, load_checkpoint, set_aside_newer
+from train.checkpoint import TrainState, load_checkpoint, remove_older, set_aside_newer
 from train.config import TrainConfig
 from train.distributed import Ranks, barrier, process_group
+from train.ending import record_end, recorded_end
 from train.engine import (
     check_zero,
     choose_dtype,
@@ -38,8 +36,9 @@ from train.model import build_model, model_config
 from train.plan import StepOrder
 from train.prepare import Prepared, check_ranks, moves
 from train.probe import check_isolation
-from train.push_checkpoints import push_checkpoints, pushing
-from train.run_dir import RunDir, State, describe, read_description, read_status, write_status
+from train.push import check_access
+from train.pusher import push_the_rest, pushing
+from train.run_dir import RunDir, describe, read_description, write_status
 from train.spikes import SpikeLog
 from train.stop import watching_signals
 from train.ulysses import register_ulysses, sequence_group
@@ -60,8 +59,8 @@ def run_rank(prepared: Prepared) -> None:
         watching_signals(run.stop) as wish,
         process_group(2 * patience + timedelta(minutes=1)) as ranks,  # longer than the watchdog, which says more
         _locked(run, ranks),
-        _outcome(run),
-        pushing(prepared.request.push_checkpoints if ranks.is_main else None) as pusher,
+        recorded_end(run),
+        pushing(prepared.request, run, ranks) as pusher,
     ):
         check_ranks(prepared, ranks.world_size)
         if ranks.is_main:
@@ -82,7 +81,7 @@ def run_rank(prepared: Prepared) -> None:
         watchdog = Watchdog(
             limit_seconds=patience.total_seconds(),
             stacks=run.stacks / f"rank-{ranks.rank}.txt",
-            on_hang=lambda reason: _record_end(run, "failed", exit_code=1, message=reason),
+            on_hang=lambda reason: record_end(run, "failed", exit_code=1, message=reason),
         )
         parts = loop.Parts(
             prepared=prepared,
@@ -106,9 +105,7 @@ def run_rank(prepared: Prepared) -> None:
             if log is not None:
                 log.close()
         _finish(prepared, engine, ranks)
-        if pusher is not None:
-            pusher.wait()
-            push_checkpoints(run, pusher.repo)
+        push_the_rest(pusher, ranks, wish)
         _complete(prepared, ranks)
 
 
@@ -170,7 +167,10 @@ def _starting_state(prepared: Prepared, engine: Any, ranks: Ranks) -> TrainState
 
 def _open_run(prepared: Prepared, world_size: int) -> None:
     """Write what the run is, on rank 0, holding its lock."""
-    run = prepared.run
+    run, request = prepared.run, prepared.request
+    for repo in {request.push_checkpoints, request.push_to_hub}:
+        if repo is not None:
+            check_access(repo)  # or days of training would end with a name that does not exist
     atomic.remove_leftovers(run.path)
     atomic.remove_leftovers(run.checkpoints)
     old = read_description(run)
@@ -238,6 +238,7 @@ def _finish(prepared: Prepared, engine: Any, ranks: Ranks) -> None:
 def _complete(prepared: Prepared, ranks: Ranks) -> None:
     run, steps = prepared.run, prepared.order.total_steps
     if ranks.is_main:
+        remove_older(run, keep_last=prepared.recipe.checkpoint.keep_last)
         write_status(run, "complete", exit_code=0, message=f"trained {steps} steps, model in {run.model}")
         logger.info("done: %d steps, model in %s, loss in %s", steps, run.model, run.plot)
 
@@ -251,33 +252,6 @@ def _locked(run: RunDir, ranks: Ranks) -> Iterator[None]:
     with atomic.exclusive_lock(run.lock, f"training in {run.path}"):
         write_status(run, "running", exit_code=None, message="")
         yield
-
-
-@contextlib.contextmanager
-def _outcome(run: RunDir) -> Iterator[None]:
-    """Record how the block ends. The first rank to fail says why: what others then see is only its absence."""
-    try:
-        yield
-    except BaseException as exc:
-        known = unwritable(exc) or exc if isinstance(exc, OSError) else exc
-        state: State = "stopped" if isinstance(known, StoppedOnRequest) else "failed"
-        code = known.exit_code if isinstance(known, SftError) else 1
-        _record_end(run, state, exit_code=code, message=str(known) or type(known).__name__)
-        raise
-
-
-def _record_end(run: RunDir, state: State, *, exit_code: int, message: str) -> None:
-    status = read_status(run)
-    if status is None or status.get("state") != "running":
-        return
-    try:
-        write_status(run, state, exit_code=exit_code, message=message)
-    except OSError:  # a full disk: what an unfinished save holds is worthless, and room enough
-        with contextlib.suppress(OSError):  # what went wrong first matters more
-            for file in run.checkpoints.glob(".tmp-*/**/*"):
-                if file.is_file():
-                    os.truncate(file, 0)  # removed it would keep its room for as long as it is open
-            write_status(run, state, exit_code=exit_code, message=message)
 
 
 def _announce(prepared: Prepared, ranks: Ranks, *, attention: str, dtype: torch.dtype, stage: ZeroStage) -> None:

@@ -1,0 +1,150 @@
+"""Pushes to the hub beside training and after it, by processes of their own: no step and no stop waits for the hub.
+
+While the run trains, a push that fails is said and stops nothing. When it has trained, what is missing is pushed, and
+all ranks wait: a launcher could take the end of one for the end of all.
+"""
+
+import contextlib
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from shared.errors import SftError, StoppedOnRequest
+from train.distributed import Ranks, any_rank, broadcast_from_main
+from train.launch import console_script
+from train.outcome import error_of
+from train.prepare import TrainRequest
+from train.run_dir import RunDir
+from train.stop import StopWish
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class Pusher:
+    """Rank 0's: runs one `sft-train push` at a time."""
+
+    def __init__(self, run: RunDir, *, checkpoints: str | None, model: str | None) -> None:
+        """`checkpoints`, `model`: the repositories that they are to be pushed to, if any."""
+        self._run, self._checkpoints = run, checkpoints
+        self._at_the_end: list[list[str]] = []
+        if checkpoints is not None:
+            self._at_the_end.append(["--checkpoints", str(run.path), checkpoints])
+        if model is not None:
+            self._at_the_end.append([str(run.path), model])
+        self._path: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def push(self, path: Path) -> None:
+        """Have the checkpoint at `path` pushed, unless one is being pushed."""
+        if self._checkpoints is None:
+            return
+        busy_with = self.busy_with()
+        if busy_with is not None:
+            logger.warning(
+                "%s is not pushed yet: %s still is. It is when the run ends, if it is still there",
+                path.name, busy_with.name,
+            )  # fmt: skip
+            return
+        try:
+            self._process = _start([str(path), self._checkpoints])
+        except OSError as exc:
+            logger.warning("%s is not pushed yet: no process could be started (%s)", path.name, exc)
+            return
+        self._path = path
+        logger.info("pushing %s to %s", path.name, self._checkpoints)
+
+    def busy_with(self) -> Path | None:
+        """Return the checkpoint that is being pushed, if any: it must stay."""
+        if self._process is None:
+            return None
+        code = self._process.poll()
+        if code is None:
+            return self._path
+        assert self._path is not None
+        if code == 0:
+            logger.info("%s is on the hub", self._path.name)
+        else:
+            logger.warning(
+                "%s was not pushed (see above); training goes on. It is pushed when the run ends, if it is still there",
+                self._path.name,
+            )
+        self._process = None
+        return None
+
+    def finish_next(self) -> bool:
+        """Start what is left to push when the run has trained, one thing after the other; return whether all is done.
+
+        Raises the SftError that a push ended with.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return False
+        if self._path is not None:
+            self.busy_with()  # that one may have failed: it is among what follows
+            self._path = None
+        elif self._process is not None:
+            done = self._at_the_end.pop(0)
+            code, self._process = self._process.returncode, None
+            if code:
+                raise error_of(code)(
+                    f"the run has trained, but `sft-train push {' '.join(done)}` failed (see above); the same command "
+                    "goes on, or that one"
+                )
+        if not self._at_the_end:
+            return True
+        self._process = _start(self._at_the_end[0])
+        return False
+
+    def stop(self) -> None:
+        """End the push that is going on, if any; the hub keeps the files that it has whole."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+            logger.warning("a push is cut short; the same command goes on with it")
+
+
+@contextlib.contextmanager
+def pushing(request: TrainRequest, run: RunDir, ranks: Ranks) -> Iterator[Pusher | None]:
+    """Give rank 0 its pusher; end its push if the block fails."""
+    if not ranks.is_main:
+        yield None
+        return
+    pusher = Pusher(run, checkpoints=request.push_checkpoints, model=request.push_to_hub)
+    try:
+        yield pusher
+    except BaseException:
+        pusher.stop()
+        raise
+
+
+def push_the_rest(pusher: Pusher | None, ranks: Ranks, wish: StopWish) -> None:
+    """Push what is missing; all ranks wait. Raises the SftError of a push that failed, StoppedOnRequest if asked to."""
+    while True:
+        answer: object = True
+        if pusher is not None:
+            try:
+                answer = pusher.finish_next()
+            except SftError as exc:
+                answer = exc
+        answer = broadcast_from_main(answer, ranks)
+        if isinstance(answer, SftError):
+            raise answer
+        if answer:
+            return
+        if any_rank(wish.is_there(), ranks):
+            wish.granted()
+            raise StoppedOnRequest("stopped while pushing, all steps done; run the same command again to go on")
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _start(words: list[str]) -> "subprocess.Popen[bytes]":
+    """Signals for this process, or its group, do not reach the push; what ends this process ends it."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    command = [str(console_script()), "push", "--die-with-parent", *words]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, process_group=0)
