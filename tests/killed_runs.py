@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import math
 import os
 import random
 import signal
@@ -62,14 +63,17 @@ def moment(run: Path, phase: str, draw: random.Random) -> Callable[[], bool]:
 
 
 def kill_at(run: Path, phase: str, draw: random.Random, *arguments: object) -> str:
-    """Start `sft-train`, SIGKILL it or one of its ranks at a moment of `phase`, return the phase that it was hit in."""
+    """Start `sft-train`, SIGKILL it or one of its ranks at a moment of `phase`, return the phase that it was hit in.
+
+    A 2 among `arguments` is the number of ranks; otherwise the command is the only one, and nobody looks for more.
+    """
     has_come = moment(run, phase, draw)
     before = last_step(run)
     process = subprocess.Popen(
         command(*arguments), env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    alone, ranks, look_again = draw.random() < 0.5, [], 0.0
+    alone, ranks, look_again = draw.random() < 0.5, [], 0.0 if 2 in arguments else math.inf
     try:
         deadline = time.monotonic() + 240
         while not has_come() and time.monotonic() < deadline:

@@ -67,11 +67,21 @@ PHASES = {
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_twenty_kills_change_nothing(num_ranks: int, inputs: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_ranks", "steps"), [(1, 240), (2, 80)])  # several in the time that a kill takes
+def test_twenty_kills_change_nothing(num_ranks: int, steps: int, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """One run, killed twenty times at seeded moments, whole or one rank of it; dropout is on."""
     draw = random.Random(num_ranks)
-    call = ("--shards", inputs[0], "--recipe", inputs[1], "--nproc-per-node", num_ranks, "--max-steps", 80, "--output")
+    call = (
+        "--shards",
+        inputs[0],
+        "--recipe",
+        inputs[1],
+        "--nproc-per-node",
+        num_ranks,
+        "--max-steps",
+        steps,
+        "--output",
+    )
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert train_apart(*call, whole).returncode == 0
     landed, wandb_ids = [], set()
