@@ -10,7 +10,7 @@ import torch
 
 from train import loss as loss_module
 from train.config import LossConfig
-from train.loss import chunked_cross_entropy, uniform_weight
+from train.loss import chunked_cross_entropy, uniform_weight, weighted_cross_entropy
 
 ROWS, HIDDEN, VOCAB = 37, 24, 91
 
@@ -76,6 +76,14 @@ def test_no_gradient_is_computed_where_none_is_asked(case: Case) -> None:
     frozen_head = hidden.clone().requires_grad_()
     chunked_cross_entropy(frozen_head, head, targets, weights, torch.empty(ROWS)).backward()
     assert frozen_head.grad is not None
+
+
+def test_an_evaluation_pays_for_no_gradient_of_the_head(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An autograd function is told which inputs want a gradient even where none is recorded."""
+    hidden, head, targets, weights = case
+    monkeypatch.setattr(loss_module, "_add_product", lambda *_: pytest.fail("computed a gradient"))
+    with torch.no_grad():
+        weighted_cross_entropy(hidden, head.clone().requires_grad_(), targets, weights, uniform=None)
 
 
 def test_memory_holds_one_chunk_of_logits_not_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,10 +79,13 @@ def without(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
     monkeypatch.setattr(loop, "update", update)
 
 
-def counting(updates: list[None]) -> Any:
+def looking_at_weights(updates: list[torch.Tensor]) -> Any:
+    """Return an `update` that notes some weights after each."""
+
     def update(engine: Any, *, learning_rate: float) -> torch.Tensor:
-        updates.append(None)
-        return real(engine, learning_rate=learning_rate)
+        refused = real(engine, learning_rate=learning_rate)
+        updates.append(engine.module.model.get_output_embeddings().weight.detach().clone())
+        return refused
 
     real = loop.update
     return update
@@ -133,12 +136,17 @@ def test_steps_that_nobody_has_looked_at_yet_are_refused_and_named_all_the_same(
     settings = ("--set", "log.every_steps=5", "--set", f"engine.zero_stage={stage}")
     call = ("--shards", inputs[0], "--recipe", inputs[1], *settings, "--output")
     steps = bad_steps(inputs[0])
-    updates: list[None] = []
+    updates: list[torch.Tensor] = []
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "update", counting(updates))
+        patched.setattr(loop, "update", looking_at_weights(updates))
         stopped = train_here(*call, tmp_path / "stopped", "--set", "checkpoint.every_steps=1000")
     assert stopped.exit_code == 4
-    assert stage == "0" or len(updates) == steps[0]
+    if stage == "3":
+        assert len(updates) == steps[0]
+    else:
+        assert len(updates) > steps[0]
+        last = updates[steps[0] - 1].nan_to_num(7.0)
+        assert all(torch.equal(later.nan_to_num(7.0), last) for later in updates[steps[0] :])
     assert f"step {steps[0]}: the loss or a gradient is not finite" in stopped.stderr
     assert not list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
     skip = ("--set", "run.on_non_finite=skip")

@@ -71,6 +71,16 @@ def test_two_ranks_offload_weights_and_optimizer(
     assert_same(losses(run), plain)
 
 
+def test_a_run_that_began_without_quantised_messages_does_not_go_on_with_them(inputs: Inputs, tmp_path: Path) -> None:
+    """They change the weights."""
+    call = arguments(inputs, tmp_path / "run", "engine.zero_stage=3")
+    assert train_here(*call, "--stop-after", 1).exit_code == 75
+    for name in ("quantized_weights", "quantized_gradients"):
+        refused = train_here(*call, "--set", f"engine.{name}=true")
+        assert refused.exit_code == 3
+        assert name in refused.stderr
+
+
 def told(**keys: Any) -> dict[str, Any]:
     config = deepspeed_config(3, OptimConfig(learning_rate=1.0), dtype=torch.bfloat16, engine=EngineConfig(**keys))
     found: dict[str, Any] = config["zero_optimization"]

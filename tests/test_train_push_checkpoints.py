@@ -222,6 +222,7 @@ def test_a_ctrl_c_ends_the_last_pushes_too(num_ranks: int, hub: Hub, inputs: tup
     assert code == 75, said
     assert not fault.released.is_set()
     assert "stopped while pushing, all steps done; run the same command again to go on" in said
+    assert "was not pushed" not in said  # the signal is for the run, which ends the push itself
     assert (status(run)["state"], status(run)["exit_code"]) == ("stopped", 75)
     fault.released.set()
     code, said = ended(start(hub, inputs, run, *ranks))
@@ -248,7 +249,7 @@ def test_a_killed_run_takes_its_push_along(hub: Hub, inputs: tuple[Path, Path], 
     wait_until(fault.reached.is_set, process)
     assert len(pushes_of(run)) == 1
     process.kill()
-    process.communicate()  # ends when nobody holds the pipes any more
+    process.communicate(timeout=40)  # ends when nobody holds the pipes any more; the hub would for a minute
     deadline = time.monotonic() + 30
     while pushes_of(run):
         assert time.monotonic() < deadline
