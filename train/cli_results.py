@@ -27,11 +27,12 @@ def export(checkpoint: Path, out: Path, dtype: Literal["trained", "bf16", "fp32"
 @click.argument("what", type=PATH)
 @click.argument("repo", metavar="USER/NAME")
 @click.option("--checkpoints", is_flag=True, help="Of a run: not its model but its checkpoints.")
+@click.option("-q", "--quiet", is_flag=True, help="Warnings and errors only.")
 @click.option("--die-with-parent", is_flag=True, hidden=True)
-def push(what: Path, repo: str, checkpoints: bool, die_with_parent: bool) -> None:
+def push(what: Path, repo: str, checkpoints: bool, quiet: bool, die_with_parent: bool) -> None:
     """Push WHAT to a repository of the hub, private if it is made: the model of a complete run, an exported model, or
     a checkpoint, which goes to a branch RUN-step-N."""
-    with reporting():
+    with reporting(-1 if quiet else 0):
         from train import ranks
         from train.checkpoint_files import STATE_NAME
         from train.push_checkpoints import push_checkpoint

@@ -7,6 +7,7 @@ repeated; what lies here is never touched.
 import contextlib
 import hashlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -73,7 +74,8 @@ def sync(
     name, PrerequisiteError for what the hub or the network does not let through (repeat it), and ChecksumError if a
     file here, or the hub afterwards, holds other bytes.
     """
-    disable_progress_bars()
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # the client draws them into files too
     check_access(repo)
     api = HfApi(library_name="sft-train")
     with _told(repo, source):

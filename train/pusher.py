@@ -23,14 +23,15 @@ from train.stop import StopWish
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 class Pusher:
     """Rank 0's: runs one `sft-train push` at a time."""
 
-    def __init__(self, run: RunDir, *, checkpoints: str | None, model: str | None) -> None:
+    def __init__(self, run: RunDir, *, checkpoints: str | None, model: str | None, quiet: bool) -> None:
         """`checkpoints`, `model`: the repositories that they are to be pushed to, if any."""
-        self._run, self._checkpoints = run, checkpoints
+        self._checkpoints, self._quiet = checkpoints, quiet
         self._at_the_end: list[list[str]] = []
         if checkpoints is not None:
             self._at_the_end.append(["--checkpoints", str(run.path), checkpoints])
@@ -51,7 +52,7 @@ class Pusher:
             )  # fmt: skip
             return
         try:
-            self._process = _start([str(path), self._checkpoints])
+            self._process = _start([str(path), self._checkpoints], quiet=self._quiet)
         except OSError as exc:
             logger.warning("%s is not pushed yet: no process could be started (%s)", path.name, exc)
             return
@@ -96,7 +97,7 @@ class Pusher:
                 )
         if not self._at_the_end:
             return True
-        self._process = _start(self._at_the_end[0])
+        self._process = _start(self._at_the_end[0], quiet=self._quiet)
         return False
 
     def stop(self) -> None:
@@ -113,7 +114,7 @@ def pushing(request: TrainRequest, run: RunDir, ranks: Ranks) -> Iterator[Pusher
     if not ranks.is_main:
         yield None
         return
-    pusher = Pusher(run, checkpoints=request.push_checkpoints, model=request.push_to_hub)
+    pusher = Pusher(run, checkpoints=request.push_checkpoints, model=request.push_to_hub, quiet=request.verbosity < 0)
     try:
         yield pusher
     except BaseException:
@@ -141,10 +142,9 @@ def push_the_rest(pusher: Pusher | None, ranks: Ranks, wish: StopWish) -> None:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def _start(words: list[str]) -> "subprocess.Popen[bytes]":
+def _start(words: list[str], *, quiet: bool) -> "subprocess.Popen[bytes]":
     """Signals for this process, or its group, do not reach the push; what ends this process ends it."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    }
-    command = [str(console_script()), "push", "--die-with-parent", *words]
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
+    environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # they would run through the lines of the log
+    command = [str(console_script()), "push", "--die-with-parent", *(["-q"] if quiet else []), *words]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, process_group=0)
