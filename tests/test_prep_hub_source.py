@@ -85,3 +85,21 @@ def test_what_the_hub_does_not_have_is_named(
     keys: dict[str, str], expected: str, endpoint: str, tmp_path: Path
 ) -> None:
     assert expected in read(tmp_path, endpoint, **keys)["error"]
+
+
+def test_a_hub_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
+    """Not the traceback of the client, which is not the class that its release before raised."""
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
+    (tmp_path / "m.toml").write_text(
+        'name = "m"\nmax_seq_len = 64\ntokenizer.name = "org/tokenizer"\ntemplate.name = "tulu"\n'
+        '[[sources]]\npath = "rows.jsonl"\n'
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("sft-prep"), "build", "--mixture", "m.toml", "--out", "set"], cwd=tmp_path,
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 4
+    assert "Traceback" not in done.stderr
+    assert "tokenizer.name = 'org/tokenizer': no such directory, and the hub does not give" in done.stderr

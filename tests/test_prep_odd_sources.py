@@ -60,10 +60,17 @@ def test_an_empty_source_counts_as_no_rows_and_alone_is_an_error(
 ) -> None:
     (tmp_path / "empty.jsonl").write_bytes(content)
     good = write_rows(tmp_path / "good.jsonl", ROWS)
-    with pytest.raises(DataError, match="no row of empty can be used"):
+    with pytest.raises(DataError, match=r"no row of empty can be used \(there is none\)"):
         build(plan_of(mixture_of([tmp_path / "empty.jsonl"], tokenizer), tmp_path / "out"), rebuild=False)
     manifest = build_set(mixture_of([tmp_path / "empty.jsonl", good], tokenizer), tmp_path / "out").manifest
     assert [(source.name, source.rows_read) for source in manifest.sources] == [("empty", 0), ("good", len(ROWS))]
+
+
+def test_rows_that_are_all_left_out_are_counted_by_reason(tokenizer: Path, tmp_path: Path) -> None:
+    unanswered = ['{"messages": [{"role": "user", "content": "a"}]}'] * 3
+    tables = mixture_of([write_rows(tmp_path / "rows.jsonl", unanswered)], tokenizer)
+    with pytest.raises(DataError, match=r"no row of rows can be used \([a-z_]+ 3\)"):
+        build(plan_of(tables, tmp_path / "out"), rebuild=False)
 
 
 def test_a_lone_surrogate_is_named_or_skipped_and_listed(tokenizer: Path, tmp_path: Path) -> None:

@@ -147,6 +147,54 @@ def test_a_batch_that_does_not_divide(inputs: tuple[Path, Path], tmp_path: Path)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_a_batch_that_divides_with_smaller_micro_batches_is_told_so(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    call = ("--shards", inputs[0], "--recipe", inputs[1], "--output", tmp_path / "run")
+    told = "set batch.packs_per_micro_batch = 2, which changes no gradient, or use 8 packs per step"
+    fails(3, told, *call, "--nproc-per-node", 2, "--set", "batch.packs_per_micro_batch=4")
+
+
+def test_what_is_no_checkpoint_is_never_to_be_removed(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    call = ("--shards", inputs[0], "--recipe", inputs[1], "--output", run, "--stop-after", 2)
+    assert train_here(*call).exit_code == 75
+    there = f"give a checkpoint, such as {run / 'checkpoints' / 'step-00000002'}"
+    fails(5, f"{run} is a run; {there}", "export", run, out)
+    fails(5, f"no checkpoint of this run was evaluated; {there}", "export", run / "checkpoints" / "best", out)
+    fails(5, f"does not exist; {there}", "export", run / "checkpoints" / "step-00000003", out)
+    fails(5, "does not exist; give a checkpoint: RUN/checkpoints/step-N", "export", tmp_path / "none", out)
+    fails(5, "is no checkpoint; give a checkpoint: RUN/checkpoints/step-N", "export", inputs[0], out)
+    fails(5, "does not exist; give the directory of a run", "push", run / "checkpoints" / "best", "user/name")
+
+
+def test_a_start_that_failed_claims_nothing(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """The model was mistyped; the corrected command may use the same directory."""
+    recipe = tmp_path / "named.toml"
+    text = inputs[1].read_text()
+    recipe.write_text('name = "tiny"\n[model]\nname = "no-model"\n' + text[text.index("[optim]") :])
+    (tmp_path / "no-model").mkdir()
+    run = tmp_path / "run"
+    failed = train_here("--shards", inputs[0], "--recipe", recipe, "--output", run)
+    assert failed.exit_code == 5
+    assert (run / "config.json").exists()
+    assert train_here("--shards", inputs[0], "--recipe", inputs[1], "--output", run, "--stop-after", 1).exit_code == 75
+    fails(3, "was begun with", "--shards", inputs[0], "--recipe", recipe, "--output", run)
+
+
+def test_a_wandb_that_is_not_logged_in(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_: object) -> None:
+        raise wandb.errors.UsageError("No API key\nconfigured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    call = ("--shards", inputs[0], "--recipe", inputs[1], "--output", tmp_path / "run", "--set", "log.wandb=online")
+    failed = train_here(*call)
+    assert failed.exit_code == 6
+    assert "log.wandb = 'online': No API key configured.; log in with `wandb login`" in failed.stderr
+
+
 def test_a_batch_in_tokens_that_is_no_whole_number_of_packs(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     recipe = tmp_path / "tokens.toml"
     recipe.write_text(RECIPE.replace("packs_per_step = 4", "tokens_per_step = 100"))

@@ -40,7 +40,7 @@ def test_a_rank_gets_the_request_of_the_launcher(request_: TrainRequest) -> None
 
 def test_torchrun_forwards_signals_waits_for_a_save_and_imports_nothing_from_here() -> None:
     command = torchrun_command(FULL, 4)
-    assert command[1:4] == ["-P", "-m", "torch.distributed.run"]
+    assert command[1:4] == ["-P", "-m", "train.elastic"]
     assert command[command.index("--nproc-per-node") + 1] == "4"
     assert "SIGUSR1" in command[command.index("--signals-to-handle") + 1].split(",")
     assert int(command[command.index("--shutdown-timeout") + 1]) >= 300

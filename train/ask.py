@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ArtifactError, ConfigError, DataError
+from train.run_dir import RunDir
 
 Message = dict[str, str]
 
@@ -34,8 +35,10 @@ def ask(
     if not prompts and questions is None:
         raise ConfigError("nothing to ask: give --prompt TEXT or --questions FILE")
     known = [] if questions is None else read_questions(questions)
+    if RunDir(model_dir).model.is_dir():
+        model_dir = RunDir(model_dir).model
     if not (model_dir / "config.json").is_file():
-        raise ArtifactError(f"{model_dir} holds no config.json; expected a model that sft-train exported")
+        raise ArtifactError(f"{model_dir} holds no config.json; expected a whole model that sft-train exported")
     free = [Question(({"role": "user", "content": text},), None, "") for text in prompts]
     answers = _generate(model_dir, [*free, *known], max_new_tokens=max_new_tokens)
     lines = [line for question, answer in zip(free, answers, strict=False) for line in _dialogue(question, answer)]

@@ -54,9 +54,7 @@ def read_state_file(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as exc:
-        raise IncompleteArtifactError(
-            f"{path} is not a whole checkpoint: it has no {STATE_NAME}{way_out(path)}"
-        ) from exc
+        raise IncompleteArtifactError(_not_a_checkpoint(path)) from exc
     except ValueError as exc:
         raise ArtifactError(f"{file} is not valid JSON ({exc}){way_out(path)}") from exc
     if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
@@ -81,6 +79,19 @@ def check_digest(path: Path, name: str, entry: dict[str, Any]) -> None:
         raise IncompleteArtifactError(f"{file} has {size} bytes, {STATE_NAME} says {entry['bytes']}{way_out(path)}")
     if sha256_file(file) != entry["sha256"]:
         raise ChecksumError(f"{file}: its bytes have changed since it was written{way_out(path)}")
+
+
+def _not_a_checkpoint(path: Path) -> str:
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path.parent
+    found = list_checkpoints(folder)
+    instead = f"; give a checkpoint, such as {found[-1]}" if found else "; give a checkpoint: RUN/checkpoints/step-N"
+    if path.name.removeprefix(PREFIX).isdigit() and path.is_dir():
+        return f"{path} is not a whole checkpoint: it has no {STATE_NAME}{way_out(path)}"
+    if folder == path / "checkpoints":
+        return f"{path} is a run{instead}"
+    if path.name == BEST_NAME and found:
+        return f"{path} is not there: no checkpoint of this run was evaluated{instead}"
+    return f"{path} {'is no checkpoint' if path.exists() else 'does not exist'}{instead}"
 
 
 def way_out(path: Path) -> str:

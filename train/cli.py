@@ -15,6 +15,7 @@ from train.cli_shared import PATH, reporting, train_request, verbosity_of
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Example: sft-train --shards data_cache/demo --output runs/demo",
 )
+@click.version_option(package_name="sft-shards")
 @click.option("--shards", type=PATH, help="Directory of a shard set, made by sft-prep build.")
 @click.option("--recipe", metavar="NAME|FILE", help="How to train; default: what the shard set names.")
 @click.option("--model", metavar="NAME|DIR", help="Hugging Face causal LM; default: the recipe's.")

@@ -9,7 +9,7 @@ import click
 from train.cli_shared import PATH, reporting
 
 
-@click.command(epilog="Example: sft-train export runs/demo/checkpoints/best model-best --dtype bf16")
+@click.command(epilog="Example: sft-train export runs/demo/checkpoints/step-00002746 model-bf16 --dtype bf16")
 @click.argument("checkpoint", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--dtype", type=click.Choice(["trained", "bf16", "fp32"]), default="trained", show_default=True)

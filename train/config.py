@@ -233,7 +233,7 @@ class LogConfig:
     wandb_name: str = ""
     """Default: the name of the run directory."""
     spike_sigma: float = 6.0
-    """A loss so many deviations above the median of late is reported with its rows (RUN/spikes.jsonl); 0: none is."""
+    """A loss so many deviations above the recent median is reported with its rows (RUN/spikes.jsonl); 0: none is."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
@@ -284,6 +284,6 @@ class TrainConfig:
             raise ConfigError("model.name and model.config are both set; keep one of them")
         if self.lora.is_on and (self.model.config is not None or self.model.resize_vocab):
             raise ConfigError(
-                "[lora] trains beside weights that exist: it goes with model.name, not with model.config or "
-                "model.resize_vocab"
+                "[lora] trains beside weights that exist: it goes with model.name (--model NAME|DIR), not with "
+                "model.config or model.resize_vocab"
             )

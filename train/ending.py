@@ -4,6 +4,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+import torch
+
 from shared.disk import is_full, unwritable
 from shared.errors import SftError, StoppedOnRequest
 from train.checkpoint_files import PREFIX
@@ -19,8 +21,15 @@ def recorded_end(run: RunDir) -> Iterator[None]:
         known = unwritable(exc) or exc if isinstance(exc, OSError) else exc
         state: State = "stopped" if isinstance(known, StoppedOnRequest) else "failed"
         code = known.exit_code if isinstance(known, SftError) else 1
-        record_end(run, state, exit_code=code, message=str(known) or type(known).__name__)
+        record_end(run, state, exit_code=code, message=_in_words(known))
         raise
+
+
+def _in_words(exc: BaseException) -> str:
+    text = " ".join(str(exc).split()) or type(exc).__name__
+    if "gloo/transport" in text or isinstance(exc, torch.distributed.DistError):
+        return f"another rank is gone (killed, or out of memory?); the same command goes on from the last save. {text}"
+    return text
 
 
 def record_end(run: RunDir, state: State, *, exit_code: int, message: str) -> None:

@@ -169,6 +169,20 @@ def _start_wandb(folder: Path, config: LogConfig, run_name: str, wandb_id: str, 
         from shared.errors import PrerequisiteError
 
         raise PrerequisiteError(f"log.wandb = {config.wandb!r} needs the package wandb; install it or set off") from exc
+    try:
+        return _wandb_run(wandb, folder, config, run_name, wandb_id, recipe)
+    except wandb.errors.Error as exc:
+        from shared.errors import PrerequisiteError
+
+        raise PrerequisiteError(
+            f"log.wandb = {config.wandb!r}: {' '.join(str(exc).split())}; log in with `wandb login`, or set offline "
+            "or off"
+        ) from exc
+
+
+def _wandb_run(
+    wandb: Any, folder: Path, config: LogConfig, run_name: str, wandb_id: str, recipe: dict[str, Any]
+) -> Any:
     return wandb.init(
         project=config.wandb_project,
         name=config.wandb_name or run_name,

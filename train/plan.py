@@ -127,9 +127,11 @@ def check_divides(*, packs_per_step: int, packs_per_micro_batch: int, world_size
     below = packs_per_step // unit * unit
     steps = " or ".join(str(value) for value in (below, below + unit) if value)
     ranks = [n for n in range(1, packs_per_step + 1) if packs_per_step % (n * packs_per_micro_batch) == 0]
+    fewer = math.gcd(packs_per_micro_batch, packs_per_step // world_size) if packs_per_step % world_size == 0 else 0
+    same_training = f"set batch.packs_per_micro_batch = {fewer}, which changes no gradient, or " if fewer else ""
     raise ConfigError(
         f"{packs_per_step} packs per step do not divide over {world_size} ranks x {packs_per_micro_batch} packs per "
-        f"micro-batch (batch.packs_per_micro_batch); use {steps} packs per step"
+        f"micro-batch (batch.packs_per_micro_batch); {same_training}use {steps} packs per step"
         + (f", or {', '.join(map(str, ranks))} ranks" if ranks else "")
     )
 

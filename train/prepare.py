@@ -164,9 +164,17 @@ def moves(prepared: Prepared, world_size: int) -> bool:
     return not same_layout(read_state_file(prepared.resume_from), world_size=world_size, zero_stage=stage)
 
 
+def _has_begun(run: RunDir) -> bool:
+    """Return whether some step was taken: whether the directory holds anything that hangs on what the run is."""
+    has_records = run.metrics.exists() and run.metrics.stat().st_size > 0
+    return has_records or run.model.exists() or any(run.checkpoints.glob("*"))
+
+
 def _find_checkpoint(run: RunDir, request: TrainRequest, identity: dict[str, Any]) -> Path | None:
     """Return the checkpoint to go on from, None to start at step 0."""
     description, resume = read_description(run), request.resume
+    if description is not None and not _has_begun(run):
+        description = None  # its start failed before the first step
     if resume == "never":
         if description is not None:
             raise ArtifactError(f"{run.path} holds a run already; remove it, or name another directory with --output")

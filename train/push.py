@@ -53,7 +53,8 @@ def push_model(path: Path, repo: str) -> str:
         file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()
     }
     if not {"model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"} & files.keys():
-        raise IncompleteArtifactError(f"{path} holds no exported model; give the directory of a run that is complete")
+        what = "holds no exported model" if path.exists() else "does not exist"
+        raise IncompleteArtifactError(f"{path} {what}; give the directory of a run that is complete, or a checkpoint")
     return sync(repo, files, source=folder, message=f"Trained by sft-train: {folder.parent.name}", is_ours=_is_weights)
 
 

@@ -57,6 +57,6 @@ class SpikeLog:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, sort_keys=True) + "\n")
         logger.warning(
-            "step %d: the loss spiked to %.4f (median of late %.4f, limit %.4f). Its rows: %s; all in %s",
+            "step %d: the loss spiked to %.4f (recent median %.4f, limit %.4f). Its rows: %s; all in %s",
             *(step, loss, expected, limit, in_short(rows), self._path),
         )
