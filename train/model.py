@@ -6,6 +6,7 @@ logits of a row exist only for the positions that carry loss.
 
 import difflib
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -216,7 +217,8 @@ def _config_of_pretrained(model: ModelConfig) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(model.name, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as exc:
-        raise ArtifactError(f"cannot read the model {model.name!r}: {_one_line(exc)}") from exc
+        where = "" if Path(model.name).is_dir() else "there is no such directory, and not on the hub: "
+        raise ArtifactError(f"cannot read the model {model.name!r}: {where}{_one_line(exc)}") from exc
     assert isinstance(config, PretrainedConfig)
     return config
 

@@ -37,7 +37,7 @@ def load_recipe(
     if max_steps is not None:
         tables["schedule"] = {**tables.get("schedule", {}), "max_steps": max_steps}
     _make_absolute(tables, model_dir)
-    return config.build(TrainConfig, tables, str(path))
+    return config.build(TrainConfig, tables, f"{path} with --set" if settings else str(path))
 
 
 def _make_absolute(tables: dict[str, Any], model_dir: Path) -> None:
