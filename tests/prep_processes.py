@@ -7,6 +7,7 @@ those (files opened for writing, renames, directories made, files and directorie
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -156,9 +157,15 @@ def manifest_bytes(place: Path) -> bytes:
 
 
 def start(arguments: Sequence[Any]) -> "subprocess.Popen[str]":
-    """Start the installed command as the leader of a process group of its own."""
+    """Start the installed command as the leader of a process group of its own.
+
+    Interrupts are on, as at a terminal: who runs the tests in the background of a shell hands down that they are not.
+    """
     command = [str(SFT_PREP), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def wait_until(found: Callable[[], Any], process: "subprocess.Popen[str] | None" = None, seconds: float = 60) -> Any:
