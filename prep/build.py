@@ -10,7 +10,6 @@ import logging
 import platform
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,7 @@ from prep.held_out import num_held_out
 from prep.inputs import Inputs, resolve_inputs
 from prep.mixture import Selections, select_all
 from prep.progress import progress
-from prep.report import Tally, check_budgets, write_rejects
+from prep.report import Tally, check_budgets, check_selections, write_rejects
 from prep.sample_chunk import ChunkSpec
 from prep.sample_store import SampleStore, StoredChunk, StoreRequest, ensure_stores
 from prep.selection import Selection
@@ -237,32 +236,8 @@ def _select(plan: BuildPlan, inputs: Inputs, stores: list[SampleStore], tallies:
         with writing_to(plan.store):
             overlaps = find_overlaps(rows, read_questions(questions, asked), store=plan.store, workers=plan.workers)
     selections = select_all(inputs, stores, overlaps)
-    _check_selections(inputs, selections, tallies)
+    check_selections(inputs, selections, tallies)
     return selections
-
-
-def _check_selections(inputs: Inputs, selections: Selections, tallies: list[Tally]) -> None:
-    """Raise DataError where nothing is left to train on; warn where nothing is held out although it is asked for."""
-    fraction, names = inputs.mixture.eval.fraction, ", ".join(source.name for source in inputs.sources)
-    if not any(len(selection.sequences) for selection in selections.train):
-        if selections.num_held_out:
-            raise DataError(
-                f"every prompt of {names} is held out by eval.fraction = {fraction}; give a smaller fraction"
-            )
-        reasons = Counter(reason for tally in tallies for _, reason, *_ in [*tally.rejects, *tally.uncarried])
-        for selection in selections.train:
-            reasons += selection.dropped
-        why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common()) or "there is none"
-        raise DataError(
-            f"no row of {names} can be used ({why}); look at the rows, at max_seq_len, at the template and at "
-            "lengths.min_loss_tokens"
-        )
-    if fraction and not selections.num_held_out:
-        logger.warning(
-            "eval.fraction = %s holds none of the prompts of %s out: there are too few; there is no eval set",
-            fraction,
-            names,
-        )
 
 
 def _clear(out: Path) -> None:

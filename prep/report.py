@@ -1,6 +1,7 @@
 """What is counted, listed and said of a build: budgets, the rejects file, the manifest."""
 
 import json
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from prep.convert import PLAIN_MESSAGES, Conversion
 from prep.encode import Encoder
 from prep.held_out import num_held_out
 from prep.inputs import Inputs
+from prep.mixture import Selections
 from prep.selection import Selection
 from prep.tokenizer import CANARY_TEXT, LoadedTokenizer
 from shared.errors import DataError
@@ -33,6 +35,9 @@ from shared.shard_format import (
 from shared.shard_reader import read_manifest
 
 _EXAMPLES = 5
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -80,6 +85,30 @@ def check_budgets(inputs: Inputs, tallies: list[Tally]) -> None:
             f"{len(lost):,} of {rows:,} rows hold something that the template {inputs.template.name!r} would drop, "
             f"more than rows.max_uncarried = {policy.max_uncarried} allows. {_table(reasons)}. "
             "Use a template that carries them"
+        )
+
+
+def check_selections(inputs: Inputs, selections: Selections, tallies: list[Tally]) -> None:
+    """Raise DataError where nothing is left to train on; warn where nothing is held out although it is asked for."""
+    fraction, names = inputs.mixture.eval.fraction, ", ".join(source.name for source in inputs.sources)
+    if not any(len(selection.sequences) for selection in selections.train):
+        if selections.num_held_out:
+            raise DataError(
+                f"every prompt of {names} is held out by eval.fraction = {fraction}; give a smaller fraction"
+            )
+        reasons = Counter(reason for tally in tallies for _, reason, *_ in [*tally.rejects, *tally.uncarried])
+        for selection in selections.train:
+            reasons += selection.dropped
+        why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common()) or "there is none"
+        raise DataError(
+            f"no row of {names} can be used ({why}); look at the rows, at max_seq_len, at the template and at "
+            "lengths.min_loss_tokens"
+        )
+    if fraction and not selections.num_held_out:
+        logger.warning(
+            "eval.fraction = %s holds none of the prompts of %s out: there are too few; there is no eval set",
+            fraction,
+            names,
         )
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import random
 import signal
 import subprocess
 import time
@@ -46,7 +45,7 @@ def test_two_ranks_end_in_a_few_lines(number: signal.Signals, inputs: tuple[Path
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(random.choice(rank_processes(process.pid)) if number == signal.SIGKILL else process.pid, number)
+    os.kill(rank_processes(process.pid)[0] if number == signal.SIGKILL else process.pid, number)
     said = process.communicate(timeout=120)[1]
     last = said.splitlines()[-1]
     assert "torch/distributed/elastic/multiprocessing/errors" not in said  # its traceback

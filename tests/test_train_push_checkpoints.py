@@ -170,7 +170,14 @@ def test_a_stop_does_not_wait_for_the_hub_and_what_was_pushed_can_be_gone_on_fro
         file = run / "checkpoints" / "step-00000005" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
-    done = train_here("--shards", inputs[0], "--recipe", inputs[1], "--output", run, "--max-steps", STEPS)
+    call = ("--shards", inputs[0], "--recipe", inputs[1], "--output", run, "--max-steps", STEPS)
+    refused = train_here(*call)  # it holds pickles, which nobody wrote here
+    assert refused.exit_code == 5
+    assert "they were not written there" in refused.stderr
+    other = train_here(*call, "--trust-checkpoint", "--set", "optim.learning_rate=1.0")
+    assert other.exit_code == 3
+    assert "optim.learning_rate" in other.stderr
+    done = train_here(*call, "--trust-checkpoint")
     assert done.exit_code == 0, done.output
     assert losses(run) == losses(whole)[5:]
 

@@ -182,6 +182,13 @@ def _find_checkpoint(run: RunDir, request: TrainRequest, identity: dict[str, Any
     if description is not None:
         check_identity(description["identity"], identity, run.path)
     committed = list_checkpoints(run.checkpoints)
+    if committed and description is None:
+        if not request.trust_checkpoint:
+            raise ArtifactError(
+                f"{run.path} has checkpoints but no config.json: they were not written there. DeepSpeed's files can "
+                "run code when they are read: if you trust who wrote them, say --trust-checkpoint"
+            )
+        check_identity(read_state_file(committed[-1])["identity"], identity, run.path)
     if resume == "auto":
         return committed[-1] if committed else None
     wanted = Path(resume)

@@ -85,7 +85,8 @@ def sync(
         head, held = _look(api, repo, branch)
         new = [name for name, content in files.items() if not _is_same(held.get(name), content, digests.get(name))]
         added = [CommitOperationAdd(name, files[name]) for name in new]
-        _check_digests(added, digests, source)
+        hashed = {operation.path_in_repo: operation.upload_info.sha256.hex() for operation in added}
+        _check_digests(hashed, digests, source)
         gone = [CommitOperationDelete(name) for name in held if is_ours(name) and name not in files]
         if added or gone:
             logger.info("pushing %d of %d files of %s to %s", len(added), len(files), source, repo)
@@ -95,7 +96,8 @@ def sync(
                 )
             )
             _, held = _look(api, repo, branch)
-    wrong = [name for name, content in files.items() if not _is_same(held.get(name), content, digests.get(name))]
+    known = {**digests, **hashed}  # large files are not read again
+    wrong = [name for name, content in files.items() if not _is_same(held.get(name), content, known.get(name))]
     if wrong:
         raise ChecksumError(f"{repo} does not hold {', '.join(wrong)} as {source} does; push it again")
     return f"{api.endpoint}/{repo}" if branch is None else f"{api.endpoint}/{repo}/tree/{branch}"
@@ -117,11 +119,10 @@ def _told(repo: str, source: Path | None) -> Iterator[None]:
         raise PrerequisiteError(f"cannot push to {repo}: {_one_line(exc)}; the same command goes on{safe}") from exc
 
 
-def _check_digests(added: list[CommitOperationAdd], digests: Mapping[str, str], source: Path) -> None:
+def _check_digests(hashed: Mapping[str, str], digests: Mapping[str, str], source: Path) -> None:
     """Raise ChecksumError before anything is sent if a file is not what it was written as: the client has hashed it."""
-    for operation in added:
-        name = operation.path_in_repo
-        if name in digests and operation.upload_info.sha256.hex() != digests[name]:
+    for name, digest in hashed.items():
+        if digests.get(name, digest) != digest:
             raise ChecksumError(f"{source / name}: its bytes have changed since it was written; it was not pushed")
 
 

@@ -1,6 +1,7 @@
 """Checkpoints on the hub: each lies on a branch RUN-step-N as it lies on disk.
 
-Fetched into the `checkpoints` of a run directory, as step-N, it can be gone on from.
+Fetched into the `checkpoints` of a run directory, as step-N, it can be gone on from (--trust-checkpoint: it holds
+pickles).
 """
 
 from pathlib import Path
