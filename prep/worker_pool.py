@@ -4,13 +4,16 @@ A pool of the standard library outlives a parent that is killed: its workers hol
 ever, with a tokenizer each. Here every worker watches a pipe of which only the parent holds the other end.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -58,11 +61,13 @@ class WorkerPool:
 def _unblock(pool: ProcessPoolExecutor) -> None:
     """Let go of our end of the queue of tasks: with its workers dead, a write to it would wait for us to read.
 
-    Python before 3.11.5 hangs at shutdown then (cpython issue 94777); later ones do this themselves.
+    Python before 3.11.5 hangs at shutdown then (cpython issue 94777); later ones close it themselves. A thread of the
+    pool closes the descriptor at the same time, so it is not closed here but made another's.
     """
     queue = pool._call_queue  # type: ignore[attr-defined]
-    if queue is not None and not queue._reader.closed:
-        queue._reader.close()
+    if sys.version_info < (3, 11, 5) and queue is not None:
+        with Path(os.devnull).open("rb") as nothing, contextlib.suppress(OSError):  # it may be closed already
+            os.dup2(nothing.fileno(), queue._reader.fileno())
 
 
 def _start(watched: Connection, prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
