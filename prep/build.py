@@ -10,6 +10,7 @@ import logging
 import platform
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,19 +28,21 @@ from prep.encode import Encoder
 from prep.held_out import num_held_out
 from prep.inputs import Inputs, resolve_inputs
 from prep.mixture import Selections, select_all
+from prep.parts import SplitSources, check_parts, split_sources
 from prep.progress import progress
-from prep.report import Tally, check_budgets, check_selections, write_rejects
+from prep.report import check_budgets, check_selections, write_rejects
 from prep.sample_chunk import ChunkSpec
 from prep.sample_store import SampleStore, StoredChunk, StoreRequest, ensure_stores
 from prep.selection import Selection
 from prep.source_reader import iter_chunks
+from prep.tally import Tally
 from prep.tokenizer import LoadedTokenizer, load_tokenizer
 from prep.tokenizer_fit import check_bos, choose_encoder
 from prep.write_set import Material, Packed, pack, write_set
 from shared import atomic, config
 from shared.disk import writing_to
 from shared.errors import ArtifactError, DataError
-from shared.shard_format import BUILD_INFO_NAME, EVAL_DIR, MANIFEST_NAME, Manifest
+from shared.shard_format import BUILD_INFO_NAME, EVAL_DIR, MANIFEST_NAME, OTHER_PARTS, Manifest
 from shared.shard_reader import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -78,12 +81,16 @@ def dry_run(plan: BuildPlan) -> list[str]:
     """Tokenise (the samples stay in the store) and pack, and say what a build would write."""
     inputs = resolve_inputs(plan.mixture, plan.base, memory_of(plan))
     stores, tallies, _ = _samples(plan, inputs, load_tokenizer(inputs.tokenizer))
-    selections = _select(plan, inputs, stores, tallies)
+    split = split_sources(inputs, stores, tallies)
+    selections = _select(plan, inputs, stores, tallies, split)
+    inputs = split.inputs
     lines = [_size_line(plan.out, pack(inputs, selections.train), plan.mixture.max_seq_len)]
-    for source, tally, selection in zip(inputs.sources, tallies, selections.train, strict=True):
+    for source, tally, selection in zip(inputs.sources, split.tallies, selections.train, strict=True):
+        dropped = Counter(selection.dropped)
+        rows = tally.rows - dropped.pop(OTHER_PARTS, 0)
         lost = [f"rejected {len(tally.rejects):,}", f"uncarried {len(tally.uncarried):,}"]
-        lost += [f"{reason} {count:,}" for reason, count in sorted(selection.dropped.items())]
-        lines.append(f"  {source.name}: {tally.rows:,} rows, {len(selection.sequences):,} sequences; {', '.join(lost)}")
+        lost += [f"{reason} {count:,}" for reason, count in sorted(dropped.items())]
+        lines.append(f"  {source.name}: {rows:,} rows, {len(selection.sequences):,} sequences; {', '.join(lost)}")
     if selections.num_held_out:
         lines.append(_size_line(plan.out / EVAL_DIR, pack(inputs, selections.held_out), plan.mixture.max_seq_len))
         for source, selection in zip(inputs.sources, selections.held_out, strict=True):
@@ -127,15 +134,17 @@ def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
     loaded = load_tokenizer(inputs.tokenizer)
     stores, tallies, encoder = _samples(plan, inputs, loaded)
     tokenised = time.monotonic()
-    material = Material(loaded, encoder, stores, tallies)
-    selections = _select(plan, inputs, stores, tallies)
+    split = split_sources(inputs, stores, tallies)
+    selections = _select(plan, inputs, stores, tallies, split)
+    inputs = split.inputs
+    material = Material(loaded, encoder, split.stores, split.tallies)
     packed = pack(inputs, selections.train)
     when_packed = time.monotonic()
     with _replacing(plan.out) as aside:
         if selections.num_held_out:
             _write_eval_set(aside / EVAL_DIR, inputs, material, selections.held_out)
         manifest = write_set(aside, inputs, material, selections.train, packed)
-        write_rejects(aside, inputs, tallies, selections.train)
+        write_rejects(aside, inputs, split.tallies, selections.train)
         seconds = {
             "tokenise": tokenised - began,
             "pack": when_packed - tokenised,
@@ -197,6 +206,7 @@ def _tokenise(plan: BuildPlan, inputs: Inputs, spec: ChunkSpec, tallies: list[Ta
         def on_chunk(index: int, chunk: StoredChunk) -> None:
             tallies[index].add(chunk.facts)
             _check_rows(inputs, index, tallies[index])
+            check_parts(inputs.sources[index], inputs.mixture.sources[index], tallies[index])
             rows, tokens = sum(tally.rows for tally in tallies), sum(tally.tokens for tally in tallies)
             number = int(chunk.path.name.rpartition("-")[2])
             advance(read.pop((index, number), 0), f"{rows:,} rows, {tokens:,} tokens, {inputs.sources[index].name}")
@@ -226,7 +236,9 @@ def _check_rows(inputs: Inputs, index: int, tally: Tally) -> None:
         )
 
 
-def _select(plan: BuildPlan, inputs: Inputs, stores: list[SampleStore], tallies: list[Tally]) -> Selections:
+def _select(
+    plan: BuildPlan, inputs: Inputs, stores: list[SampleStore], tallies: list[Tally], split: SplitSources
+) -> Selections:
     asked = inputs.mixture.decontaminate
     overlaps: list[list[Overlap]] = [[] for _ in stores]
     if asked.files:
@@ -235,7 +247,7 @@ def _select(plan: BuildPlan, inputs: Inputs, stores: list[SampleStore], tallies:
         rows = [(source, tally.conversion) for source, tally in zip(inputs.sources, tallies, strict=True)]
         with writing_to(plan.store):
             overlaps = find_overlaps(rows, read_questions(questions, asked), store=plan.store, workers=plan.workers)
-    selections = select_all(inputs, stores, overlaps)
+    selections = select_all(inputs, stores, overlaps, split)
     check_selections(inputs, selections, tallies)
     return selections
 

@@ -119,26 +119,36 @@ def _find_row(shard_set: ShardSet, row: str) -> Chosen:
     names = [source.name for source in shard_set.manifest.sources]
     if not separator or not number.isdecimal() or name not in names:
         raise ConfigError(f"--row {row!r}: expected SOURCE:ROW with a source among {', '.join(names)}")
-    found: Chosen = []
-    for first_pack, columns in zip(shard_set.pack_starts, shard_set.shards, strict=True):
-        origin = columns["seq_origin"]
-        matches = (origin[:, 0] == names.index(name)) & (origin[:, 1] == int(number))
-        sequences = np.flatnonzero(matches)
-        packs = np.searchsorted(columns["pack_offsets"], sequences, side="right") - 1
-        within = sequences - columns["pack_offsets"][packs]
-        found += zip((packs + first_pack).tolist(), within.tolist(), strict=True)
+    found = _sequences_of(shard_set, names.index(name), int(number))
     if not found:
         why = _why_left_out(shard_set, name, int(number))
         raise ConfigError(f"--row {row!r}: no sequence of this row is in the set: {why}")
     return found
 
 
+def _sequences_of(shard_set: ShardSet, source: int, row: int) -> Chosen:
+    found: Chosen = []
+    for first_pack, columns in zip(shard_set.pack_starts, shard_set.shards, strict=True):
+        origin = columns["seq_origin"]
+        sequences = np.flatnonzero((origin[:, 0] == source) & (origin[:, 1] == row))
+        packs = np.searchsorted(columns["pack_offsets"], sequences, side="right") - 1
+        within = sequences - columns["pack_offsets"][packs]
+        found += zip((packs + first_pack).tolist(), within.tolist(), strict=True)
+    return found
+
+
 def _why_left_out(shard_set: ShardSet, name: str, row: int) -> str:
-    """Return what the build's list of left-out rows says of a row."""
-    for event in left_out_events(shard_set):
-        if event["source"] == name and event["row"] == row:
-            return printable(f"{event['reason']}: {event['detail']}".encode())
-    rows = next(source.rows_read for source in shard_set.manifest.sources if source.name == name)
+    """Return what the build's list of left-out rows says of a row, or which other part of its source has it."""
+    sources = shard_set.manifest.sources
+    whole = next(source.details.get("part_of") for source in sources if source.name == name)
+    parts = {source.name: i for i, source in enumerate(sources) if whole and source.details.get("part_of") == whole}
+    events = {event["source"]: event for event in left_out_events(shard_set) if event["row"] == row}
+    for part, index in parts.items():
+        if part != name and (part in events or _sequences_of(shard_set, index, row)):
+            return printable(f"it is in {part}, another part of {whole}: --row {part}:{row}".encode())
+    if name in events:
+        return printable(f"{events[name]['reason']}: {events[name]['detail']}".encode())
+    rows = next(source.rows_read for source in sources if source.name == name)
     if not (shard_set.path / REJECTS_NAME).is_file():
         return f"the source has {rows} rows, and {REJECTS_NAME} is not there to say why"
     return f"the source has rows 0 to {rows - 1}, and this one was not chosen"

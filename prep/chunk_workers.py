@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.chunks import Chunk
-from prep.sample_chunk import COLUMNS, ChunkBuilder, ChunkSpec
+from prep.sample_chunk import ChunkBuilder, ChunkSpec
 from prep.worker_pool import WorkerPool
 from shared import atomic
 from shared.errors import ArtifactError, PrerequisiteError, SftError
@@ -110,8 +110,7 @@ def _commit(builder: ChunkBuilder, chunk: Chunk, target: Path) -> None:
     result = builder.build(chunk)
     try:
         with atomic.staged_dir(target, durable=False) as aside:
-            for name in COLUMNS:
-                column = result.columns[name]
+            for name, column in result.columns.items():
                 with (aside / f"{name}.npy").open("xb") as file:  # np.save forgets why a write failed
                     file.write(npy_header(column.dtype.str, column.shape))
                     file.write(column.data)

@@ -97,6 +97,8 @@ class SourceConfig:
     """What its rows look like (prep/convert.py); `auto` goes by the keys of the first rows, for all of them."""
     columns: dict[str, str] = field(default_factory=dict)
     """Where the source has other names than its format: {prompt = "question", completion = "answer"}."""
+    split_by: str = ""
+    """A column whose values name parts: each is mixed, counted and reported as a source of its own (prep/parts.py)."""
     min_tokens: int | None = None
     """Leave out rows of fewer tokens, counted whole, before any cut."""
     max_tokens: int | None = None
@@ -120,6 +122,11 @@ class SourceConfig:
             raise ConfigError(f"rows = {self.rows}; expected 1 or more")
         if self.epochs is not None and self.epochs <= 0:
             raise ConfigError(f"epochs = {self.epochs}; expected more than 0")
+        if self.split_by and self.rows is not None:
+            raise ConfigError(
+                f"rows = {self.rows} and split_by = {self.split_by!r} are both set, which does not say how many rows "
+                "of each part; set fraction or epochs, which hold for every part"
+            )
         self._check_columns()
         for key in ("min_tokens", "max_tokens", "min_loss_tokens"):
             value = getattr(self, key)

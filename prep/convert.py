@@ -32,6 +32,7 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
 }
 _ROWS_LOOKED_AT = 64
+_LONGEST_PART = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Conversion:
 
     format: Format = "messages"
     columns: tuple[tuple[str, str], ...] = ()  # (name in FIELDS, name in the source), where they differ
+    split_by: str = ""  # the column that names the part a row belongs to
 
     def column(self, field: str) -> str:
         """Return what the source calls `field`."""
@@ -73,6 +75,20 @@ def read_conversation(record: dict[str, Any], conversion: Conversion, *, where: 
         return parse_conversation({"messages": messages, "tools": tools}, where=where)
     except DataError as exc:
         raise DataError(f"{exc} (messages as read from {conversion})") from exc
+
+
+def read_part(record: dict[str, Any], conversion: Conversion, *, where: str) -> str:
+    """Return which part of its source a record belongs to, "" where it does not say. Raises DataError."""
+    value = record.get(conversion.split_by, "") if conversion.split_by else ""
+    if value is None:
+        return ""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not text.isprintable() or len(text) > _LONGEST_PART:
+        raise DataError(
+            f"{where}: {conversion.split_by} is {_show(value)}; expected a name of at most {_LONGEST_PART} printable "
+            "characters, for the source is split by it"
+        )
+    return text
 
 
 def _fit(record: dict[str, Any], name: Format, columns: Mapping[str, str]) -> Conversion | None:

@@ -6,6 +6,7 @@ One source has one format. It is settled before any row is read for good, so tha
 import contextlib
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from prep.chunks import parse_chunk
@@ -25,7 +26,11 @@ logger = logging.getLogger(__name__)
 def conversion_of(source: ResolvedSource, entry: SourceConfig, store: Path) -> Conversion:
     """Return what the rows of `source` look like. Raises DataError where stated columns fit none of its first rows."""
     if entry.format != "auto":
-        return Conversion(entry.format, tuple(sorted(entry.columns.items())))
+        return Conversion(entry.format, tuple(sorted(entry.columns.items())), entry.split_by)
+    return replace(_detected(source, entry, store), split_by=entry.split_by)
+
+
+def _detected(source: ResolvedSource, entry: SourceConfig, store: Path) -> Conversion:
     key = digest({"source": source.identity(), "columns": entry.columns, "code": _CODE_VERSION})
     memory = store / f"format-{key[:32]}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # only a memory

@@ -57,9 +57,10 @@ class Inputs:
 
     def store_inputs(self, source: ResolvedSource, conversion: Conversion, backend: str) -> dict[str, Any]:
         """Return all that decides the samples of one source; a hash of it is the name of their store."""
+        split_by = [["split_by", conversion.split_by]] if conversion.split_by else []
         return {
             "source": source.identity(),
-            "rows": [conversion.format, *map(list, conversion.columns)],
+            "rows": [conversion.format, *map(list, conversion.columns), *split_by],
             "tokenizer": self.tree["tokenizer"],
             "template": self.tree["template"],
             "date": self.mixture.template.date,
@@ -95,6 +96,8 @@ def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) ->
     for entry, source in zip(plain["sources"], sources, strict=True):
         entry["path"] = source.hub_id or source.name
         entry["name"] = source.name
+        if not entry["split_by"]:
+            del entry["split_by"]  # as for `eval`: a mixture that does without it has the digest that it had
     if not mixture.eval.fraction:
         del plain["eval"]  # nothing is held out: the digest is that of a mixture without the table
     plain["decontaminate"]["files"] = [source.hub_id or source.name for source in questions]

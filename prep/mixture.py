@@ -1,4 +1,4 @@
-"""What each source gives to the shard set: filters, then duplicates over all sources, then how much of what is left.
+"""What each source gives to the shard set: filters, parts, then duplicates over all, then how much of what is left.
 
 Filters come first, so that the copy that stays is one that can be used; choosing comes last, so that `rows = N`
 means N. Rows are held out before that: the eval set is the same for every mix.
@@ -16,6 +16,7 @@ from prep.decontaminate import Overlap
 from prep.filters import without_duplicates, without_little_loss, without_overlaps
 from prep.held_out import hold_out
 from prep.inputs import Inputs
+from prep.parts import SplitSources
 from prep.sample_store import SampleStore
 from prep.selection import Selection, Usable, choose, usable_rows
 
@@ -39,16 +40,20 @@ class Selections:
         return sum(len(selection.sequences) for selection in self.held_out)
 
 
-def select_all(inputs: Inputs, stores: Sequence[SampleStore], overlaps: Sequence[Sequence[Overlap]]) -> Selections:
-    """Return what every source gives. Raises DataError where one cannot give the rows that are asked of it."""
+def select_all(
+    inputs: Inputs, stores: Sequence[SampleStore], overlaps: Sequence[Sequence[Overlap]], sources: SplitSources
+) -> Selections:
+    """Return what every one of `sources` gives, the sources of the set; the others are those of the mixture.
+
+    Raises DataError where one cannot give the rows that are asked of it.
+    """
     mixture = inputs.mixture
-    names = [source.name for source in inputs.sources]
     usables = []
-    for name, entry, store, shared in zip(names, mixture.sources, stores, overlaps, strict=True):
+    for source, entry, store, shared in zip(inputs.sources, mixture.sources, stores, overlaps, strict=True):
         usable = usable_rows(
             store,
             entry,
-            name,
+            source.name,
             lengths=mixture.lengths,
             mask=mixture.mask,
             max_seq_len=mixture.max_seq_len,
@@ -56,12 +61,14 @@ def select_all(inputs: Inputs, stores: Sequence[SampleStore], overlaps: Sequence
         )
         usable = without_little_loss(usable, entry.min_loss_tokens)
         usables.append(without_overlaps(usable, shared, mixture.decontaminate.ngram))
+    usables = sources.split(usables)
     if mixture.dedup.exact:
-        usables = without_duplicates(usables, stores, names)
-    train, held_out = hold_out(usables, stores, fraction=mixture.eval.fraction, seed=mixture.seed)
+        names = [source.name for source in sources.inputs.sources]
+        usables = without_duplicates(usables, sources.stores, names)
+    train, held_out = hold_out(usables, sources.stores, fraction=mixture.eval.fraction, seed=mixture.seed)
     return Selections(
-        _choose_all(train, _entries(inputs, train), inputs),
-        _choose_all(held_out, inputs.of_eval_set().mixture.sources, inputs),
+        _choose_all(train, _entries(sources.inputs, train), sources.inputs),
+        _choose_all(held_out, sources.inputs.of_eval_set().mixture.sources, sources.inputs),
     )
 
 

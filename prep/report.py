@@ -3,7 +3,6 @@
 import json
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.assemble import Assembled
-from prep.convert import PLAIN_MESSAGES, Conversion
 from prep.encode import Encoder
 from prep.held_out import num_held_out
 from prep.inputs import Inputs
 from prep.mixture import Selections
 from prep.selection import Selection
+from prep.tally import Tally
 from prep.tokenizer import CANARY_TEXT, LoadedTokenizer
 from shared.errors import DataError
 from shared.shard_format import (
     EVAL_DIR,
     FORMAT_VERSION,
+    OTHER_PARTS,
     REJECTS_NAME,
     FileEntry,
     Kind,
@@ -36,34 +36,7 @@ from shared.shard_reader import read_manifest
 
 _EXAMPLES = 5
 
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Tally:
-    """What the chunks of one source add up to."""
-
-    conversion: Conversion = PLAIN_MESSAGES
-    rows: int = 0
-    tokens: int = 0
-    rows_by_hand: int = 0
-    rows_refereed: int = 0
-    messages_dropped: int = 0
-    messages_untrained: int = 0  # with `train: false` of their own
-    rejects: list[tuple[int, str, str]] = field(default_factory=list)  # row, reason, detail
-    uncarried: list[tuple[int, str]] = field(default_factory=list)  # row, reason
-
-    def add(self, facts: dict[str, Any]) -> None:
-        """Add the facts of one chunk."""
-        self.rows += facts["rows"]
-        self.tokens += facts["tokens"]
-        self.rows_by_hand += facts["rows_by_hand"]
-        self.rows_refereed += facts["rows_refereed"]
-        self.messages_dropped += facts["messages_dropped"]
-        self.messages_untrained += facts["messages_untrained"]
-        self.rejects += [(row, reason, detail) for row, reason, detail in facts["rejects"]]
-        self.uncarried += [(row, reason) for row, reason in facts["uncarried"]]
 
 
 def check_budgets(inputs: Inputs, tallies: list[Tally]) -> None:
@@ -99,6 +72,7 @@ def check_selections(inputs: Inputs, selections: Selections, tallies: list[Tally
         reasons = Counter(reason for tally in tallies for _, reason, *_ in [*tally.rejects, *tally.uncarried])
         for selection in selections.train:
             reasons += selection.dropped
+        del reasons[OTHER_PARTS]
         why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common()) or "there is none"
         raise DataError(
             f"no row of {names} can be used ({why}); look at the rows, at max_seq_len, at the template and at "
@@ -195,7 +169,7 @@ def summary_lines(manifest: Manifest, out: Path) -> list[str]:
     for source in manifest.sources:
         left_out = {f"rejected ({k})": v for k, v in source.rows_rejected.items()}
         left_out |= {f"uncarried ({k})": v for k, v in source.rows_uncarried.items()}
-        left_out |= {f"left out ({k})": v for k, v in source.rows_dropped.items()}
+        left_out |= {f"left out ({k})": v for k, v in source.rows_dropped.items() if k != OTHER_PARTS}
         left_out |= {"truncated": source.rows_truncated} if source.rows_truncated else {}
         left_out |= {"without terminator": source.rows_without_terminator} if source.rows_without_terminator else {}
         notes = "".join(f"; {what} {count:,}" for what, count in left_out.items())
@@ -203,7 +177,7 @@ def summary_lines(manifest: Manifest, out: Path) -> list[str]:
         notes += f"; used {epochs:g} times" if epochs > 1 else ""
         notes += f"; format {form}" if form != "messages" else ""
         lines.append(
-            f"  {source.name}: {source.rows_used:,} of {source.rows_read:,} rows, {source.tokens:,} tokens, "
+            f"  {source.name}: {source.rows_used:,} of {source.own_rows:,} rows, {source.tokens:,} tokens, "
             f"{source.loss_tokens:,} loss tokens{notes}"
         )
     return lines + held_out
@@ -231,6 +205,7 @@ def _source_entry(inputs: Inputs, index: int, tally: Tally, selection: Selection
         tokens=int(used["length"].sum(dtype=np.int64)),
         loss_tokens=loss_tokens,
         details={
+            **({"part_of": source.part_of, "split_by": asked.split_by} if source.part_of else {}),
             "format": tally.conversion.format,
             "columns": dict(tally.conversion.columns),
             "sequences": len(used),

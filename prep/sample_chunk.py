@@ -15,7 +15,7 @@ from prep.carriage import all_uncarried, without_messages
 from prep.chunks import Chunk, parse_chunk
 from prep.compiled import CompiledTemplate
 from prep.conversation import Conversation, content_hash, prompt_hash
-from prep.convert import read_conversation
+from prep.convert import read_conversation, read_part
 from prep.encode import Encoded, Encoder, EncoderSpec
 from prep.mask import TRAIN_NO, TRAIN_UNSET
 from prep.spans import ROLE_KINDS, Rendered, SpanRules, find_spans, learn_rules
@@ -38,6 +38,10 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "message_train": ("|u1", ()),  # [M] 0 no, 1 yes, 2 unset
     "prompt_hash": ("|u1", (16,)),  # [S, 16]
     "content_hash": ("|u1", (16,)),  # [S, 16]
+    "row_part": (
+        "<i4",
+        (),
+    ),  # [R] of every row of a split source, rejected ones too: index into `parts`
 }
 
 
@@ -84,12 +88,14 @@ class ChunkBuilder:
         rejects: list[tuple[int, str, str]] = []  # row, reason, detail
         missing: list[tuple[int, str]] = []
         kept: list[_Kept] = []
-        dropped_messages = rows = 0
+        parts: list[str] = []  # of every row
+        dropped_messages = 0
         for row, where, record in parse_chunk(chunk):
-            rows += 1
+            parts.append("")
             try:
                 if isinstance(record, DataError):
                     raise record
+                parts[-1] = read_part(record, chunk.conversion, where=where)
                 conversation = read_conversation(record, chunk.conversion, where=where)
             except DataError as exc:
                 rejects.append((row, "malformed", str(exc)))
@@ -109,7 +115,7 @@ class ChunkBuilder:
                 kept.append(_Kept(row, where, conversation, rendered, digest))
         columns, by_hand, refereed = self._columns(kept, rejects)
         facts = {
-            "rows": rows,
+            "rows": len(parts),
             "samples": len(columns["sample_row"]),
             "tokens": len(columns["tokens"]),
             "rejects": sorted(rejects),
@@ -119,6 +125,8 @@ class ChunkBuilder:
             "rows_by_hand": by_hand,
             "rows_refereed": refereed,
         }
+        if chunk.conversion.split_by:
+            facts["parts"], columns["row_part"] = _named(parts)
         return ChunkResult(columns, facts)
 
     def _render(self, conversation: Conversation) -> tuple[Conversation, Rendered | None, str, int]:
@@ -176,6 +184,7 @@ class ChunkBuilder:
         typed = {
             name: np.ascontiguousarray(columns[name].reshape(-1, *tail), dtype=dtype)
             for name, (dtype, tail) in COLUMNS.items()
+            if name in columns
         }
         return typed, encoded.rows_by_hand, refereed
 
@@ -201,3 +210,10 @@ class ChunkBuilder:
                 )
             checked += 1
         return checked
+
+
+def _named(parts: list[str]) -> tuple[list[str], npt.NDArray[np.int32]]:
+    """Return the different parts in order, and of every row which of them it belongs to, int32 [R]."""
+    names = sorted(set(parts))
+    index = {name: number for number, name in enumerate(names)}
+    return names, np.asarray([index[part] for part in parts], np.dtype("<i4"))

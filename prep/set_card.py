@@ -3,6 +3,7 @@
 import json
 
 from prep.transfer import EVAL_MANIFEST, Contents
+from shared.markdown import table_cell
 from shared.shard_format import Manifest
 
 CARD_NAME = "README.md"
@@ -17,15 +18,15 @@ def render_set_card(contents: Contents) -> bytes:
     text = "\n".join(
         [
             _front_matter(manifest),
-            f"# {_cell(manifest.name)}\n",
+            f"# {table_cell(manifest.name)}\n",
             "Conversations, tokenised once, masked and packed: a shard set for supervised fine-tuning.\n",
             "| | |\n|---|---|",
             f"| fingerprint | `{manifest.fingerprint}` |",
             f"| packs | {totals.packs:,} of at most {manifest.max_seq_len:,} tokens, density {totals.density:.2%} |",
             f"| sequences | {totals.sequences:,} |",
             f"| tokens | {totals.tokens:,}, of which {totals.loss_tokens:,} carry loss |",
-            f"| tokenizer | {_cell(manifest.tokenizer.name)}{_revision(manifest.tokenizer.revision)} |",
-            f"| chat template | {_cell(manifest.chat_template.name)} |\n",
+            f"| tokenizer | {table_cell(manifest.tokenizer.name)}{_revision(manifest.tokenizer.revision)} |",
+            f"| chat template | {table_cell(manifest.chat_template.name)} |\n",
             *evaluation,
             "## Sources\n",
             _sources_table(manifest),
@@ -69,10 +70,9 @@ def _sources_table(manifest: Manifest) -> str:
     lines = ["| source | revision | rows | tokens | loss tokens |", "|---|---|---:|---:|---:|"]
     for source in manifest.sources:
         where = source.revision or (f"sha256 {source.content_sha256[:16]}" if source.content_sha256 else "")
-        name = source.hub_id or source.name
-        lines.append(
-            f"| {_cell(name)} | {_cell(where)} | {source.rows_used:,} | {source.tokens:,} | {source.loss_tokens:,} |"
-        )
+        cells = [table_cell(source.origin), table_cell(where)]
+        cells += [f"{number:,}" for number in (source.rows_used, source.tokens, source.loss_tokens)]
+        lines.append(f"| {' | '.join(cells)} |")
     rows = sum(source.rows_used for source in manifest.sources)
     lines.append(f"| **all** | | {rows:,} | {manifest.totals.tokens:,} | {manifest.totals.loss_tokens:,} |")
     return "\n".join(lines) + "\n"
@@ -80,8 +80,3 @@ def _sources_table(manifest: Manifest) -> str:
 
 def _revision(revision: str | None) -> str:
     return f" at `{revision}`" if revision else ""
-
-
-def _cell(text: str) -> str:
-    """Return a name for one cell of a table, whatever is in it."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -69,6 +69,8 @@ class ResolvedSource:
     directory: Path | None
     """Set for a directory laid out like a hub data set."""
     split: str
+    part_of: str = ""
+    """The name of the whole source, where this is one of the parts that it was split into."""
 
     def identity(self) -> dict[str, str]:
         """Return what determines the rows, in terms that hold on any machine."""

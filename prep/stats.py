@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from prep.held_out import num_held_out
 from shared import config
-from shared.shard_format import EVAL_DIR, KIND_MASK, Manifest
+from shared.shard_format import EVAL_DIR, KIND_MASK, OTHER_PARTS, Manifest
 from shared.shard_reader import ShardSet, read_manifest
 
 _PERCENTILES = (5, 25, 50, 75, 95, 99)
@@ -46,11 +46,12 @@ def stats(shard_set: ShardSet) -> dict[str, Any]:
                 "name": source.name,
                 "format": source.details.get("format", "messages"),
                 "epochs_used": source.details.get("epochs_used", 1.0),
-                "rows_read": source.rows_read,
+                "part_of": source.details.get("part_of"),
+                "rows_read": source.own_rows,
                 "rows_used": source.rows_used,
                 "rows_rejected": source.rows_rejected,
                 "rows_uncarried": source.rows_uncarried,
-                "rows_dropped": source.rows_dropped,
+                "rows_dropped": {key: rows for key, rows in source.rows_dropped.items() if key != OTHER_PARTS},
                 "rows_truncated": source.rows_truncated,
                 "rows_without_terminator": source.rows_without_terminator,
                 "tokens": source.tokens,

@@ -12,9 +12,10 @@ from prep.encode import Encoder
 from prep.inputs import Inputs
 from prep.pack import pack_best_fit
 from prep.progress import progress
-from prep.report import Tally, make_manifest
+from prep.report import make_manifest
 from prep.sample_store import SampleStore
 from prep.selection import Selection
+from prep.tally import Tally
 from prep.tokenizer import LoadedTokenizer, write_tokenizer
 from shared.shard_format import TOKENIZER_DIR, Manifest
 

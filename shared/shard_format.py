@@ -24,6 +24,7 @@ REJECTS_NAME = "rejects.jsonl.zst"
 TOKENIZER_DIR = "tokenizer"
 SHARDS_DIR = "shards"
 EVAL_DIR = "eval"
+OTHER_PARTS = "other_parts"  # in rows_dropped of a part of a split source: the rows of its other parts
 
 # name -> (dtype string, trailing shape); the first dimension is T, S+1, P+1, P or S
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -117,6 +118,17 @@ class SourceEntry:
     loss_tokens: int
     details: dict[str, Any] = field(default_factory=dict)
     """Further counts and settings, e.g. fraction, epochs, rows verified against the referee, rows that fell back."""
+
+    @property
+    def own_rows(self) -> int:
+        """How many of the rows read are its own: all, unless it is a part of a source that was split."""
+        return self.rows_read - self.rows_dropped.get(OTHER_PARTS, 0)
+
+    @property
+    def origin(self) -> str:
+        """Where its rows come from, for people: the hub data set if it is one, and which part of it."""
+        whole = self.hub_id or str(self.details.get("part_of", self.name))
+        return f"{self.name} of {whole}" if "part_of" in self.details else whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

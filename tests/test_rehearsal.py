@@ -162,7 +162,7 @@ def rehearse(hub: Hub, mixture: str, *options: str, recipe: str | None = None, r
     losses = [record["train_loss"] for record in records(run)]
     assert losses[-1] < 0.75 * losses[0], losses
     manifest = open_shard_set(shards).manifest
-    assert manifest.sources[0].rows_used in (NUM_ROWS, 100)
+    assert sum(source.rows_used for source in manifest.sources) in (NUM_ROWS, 100)
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     assert (run / "model" / "chat_template.jinja").exists()
@@ -180,6 +180,10 @@ def rehearse(hub: Hub, mixture: str, *options: str, recipe: str | None = None, r
 def test_tulu3_as_its_two_lines_say(hub: Hub) -> None:
     """`sft-prep build --mixture tulu3`, `sft-train --shards data_cache/tulu3`: the fast form, on two ranks."""
     run = rehearse(hub, "tulu3", "--set", "schedule.epochs=8", "--set", "batch.packs_per_step=2", ranks=2)
+    sources = open_shard_set(hub.work / "data_cache" / "tulu3").manifest.sources
+    assert [source.name for source in sources] == sorted(SOURCES)
+    told_apart = {key.removeprefix("train_loss/") for key in records(run)[-1] if key.startswith("train_loss/")}
+    assert told_apart == set(SOURCES)
     recipe = json.loads((run / "config.json").read_text())["recipe"]
     assert recipe["name"] == "tulu3-8b"
     assert recipe["model"]["name"] == "meta-llama/Llama-3.1-8B"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.markdown import table_cell
 from shared.shard_format import Manifest, SourceEntry, Totals
 
 PLOT_NAME = "loss.png"
@@ -132,8 +133,9 @@ def _sources_table(facts: CardFacts) -> str:
     lines = ["| source | revision | rows | tokens | loss tokens |", "|---|---|---:|---:|---:|"]
     for source in facts.sources:
         where = source.revision or (f"sha256 {source.content_sha256[:16]}" if source.content_sha256 else "")
-        name = source.hub_id or source.name
-        lines.append(f"| {name} | {where} | {source.rows_used:,} | {source.tokens:,} | {source.loss_tokens:,} |")
+        cells = [table_cell(source.origin), table_cell(where)]
+        cells += [f"{number:,}" for number in (source.rows_used, source.tokens, source.loss_tokens)]
+        lines.append(f"| {' | '.join(cells)} |")
     rows = sum(source.rows_used for source in facts.sources)
     lines.append(f"| **all** | | {rows:,} | {facts.totals.tokens:,} | {facts.totals.loss_tokens:,} |")
     return "\n".join(lines) + "\n"

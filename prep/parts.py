@@ -1,0 +1,130 @@
+"""A source that is split by a column: each value is a source of its own in the set, with the rows of the whole.
+
+    source        rows       a a b a c b          one store, tokenised and filtered once
+    in the set    a  0 1 3     b  2 5     c  4    row numbers count over the whole source
+
+A row that names no part belongs to the part that is called as its source is. What a part leaves to the others is
+counted among its dropped rows, so that every source of a set accounts for all rows that were read.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.config import SourceConfig
+from prep.inputs import Inputs
+from prep.sample_store import SampleStore
+from prep.selection import Usable
+from prep.sources import ResolvedSource
+from prep.tally import Tally
+from shared.errors import DataError
+from shared.shard_format import OTHER_PARTS
+
+MAX_PARTS = 1000  # of one source: more are no parts but names of rows
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of one source."""
+
+    names: tuple[str, ...]  # in order of their values
+    of_row: npt.NDArray[np.int32]  # [R] index into `names` of every row of the source
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSources:
+    """The sources of a set: those of its mixture, in order, the split ones part by part."""
+
+    inputs: Inputs
+    stores: list[SampleStore]
+    tallies: list[Tally]
+    parts: list[Parts | None]  # of each source of the mixture; None: it is not split
+
+    def split(self, usables: Sequence[Usable]) -> list[Usable]:
+        """Return what can be used of every source of the set, given what can be used of every source of the mixture."""
+        return [
+            one
+            for usable, parts in zip(usables, self.parts, strict=True)
+            for one in ([usable] if parts is None else _split(usable, parts))
+        ]
+
+
+def split_sources(inputs: Inputs, stores: Sequence[SampleStore], tallies: Sequence[Tally]) -> SplitSources:
+    """Return the sources of the set. Raises DataError where two have one name."""
+    mixture = inputs.mixture
+    found: list[tuple[ResolvedSource, SourceConfig, SampleStore, Tally]] = []
+    all_parts: list[Parts | None] = []
+    for source, entry, store, tally in zip(inputs.sources, mixture.sources, stores, tallies, strict=True):
+        parts = _parts_of(source, entry, store, tally) if entry.split_by else None
+        all_parts.append(parts)
+        if parts is None:
+            found.append((source, entry, store, tally))
+            continue
+        for index, name in enumerate(parts.names):
+            own = replace(source, name=name, part_of=source.name)
+            found.append((own, entry, store, _tally_of(tally, parts.of_row == index)))
+    _check_names([source.name for source, *_ in found])
+    mixture = replace(mixture, sources=tuple(entry for _, entry, _, _ in found))
+    whole = replace(inputs, mixture=mixture, sources=tuple(source for source, *_ in found))
+    return SplitSources(whole, [store for _, _, store, _ in found], [tally for *_, tally in found], all_parts)
+
+
+def check_parts(source: ResolvedSource, entry: SourceConfig, tally: Tally) -> None:
+    """Raise DataError where the rows read so far show that `split_by` names no column, or one without parts."""
+    if not entry.split_by or not tally.rows:
+        return
+    if tally.parts == {""}:
+        raise DataError(
+            f"source {source.name!r}: none of its first {tally.rows:,} rows has a value in the column "
+            f"{entry.split_by!r}; correct split_by, or remove it"
+        )
+    if len(tally.parts) > MAX_PARTS:
+        raise DataError(
+            f"source {source.name!r}: the column {entry.split_by!r} has more than {MAX_PARTS:,} values in its first "
+            f"{tally.rows:,} rows; expected one that names parts of the source: correct split_by, or remove it"
+        )
+
+
+def _parts_of(source: ResolvedSource, entry: SourceConfig, store: SampleStore, tally: Tally) -> Parts:
+    values = sorted(tally.parts) or [""]
+    index = {value: number for number, value in enumerate(values)}
+    rows = [np.zeros(0, np.int32)]
+    for chunk in store.chunks:
+        there = np.asarray([index[value] for value in chunk.facts["parts"]], np.int32)
+        rows.append(there[chunk.column("row_part")])
+    prefix = f"{entry.name}/" if entry.name else ""
+    return Parts(tuple(f"{prefix}{value}" if value else source.name for value in values), np.concatenate(rows))
+
+
+def _tally_of(whole: Tally, is_own: npt.NDArray[np.bool_]) -> Tally:
+    """Return the tally of a part: its own rejects, and what is only counted of the whole source."""
+    rejects = [reject for reject in whole.rejects if is_own[reject[0]]]
+    return replace(whole, rejects=rejects, uncarried=[lost for lost in whole.uncarried if is_own[lost[0]]])
+
+
+def _split(usable: Usable, parts: Parts) -> list[Usable]:
+    own_rows = np.bincount(parts.of_row, minlength=len(parts.names))
+    part_of = parts.of_row[usable.rows["row"]]
+    listed: list[list[tuple[int, str, str]]] = [[] for _ in parts.names]
+    for event in usable.listed:
+        listed[parts.of_row[event[0]]].append(event)
+    found = []
+    for index, events in enumerate(listed):
+        dropped = Counter(reason for _, reason, _ in events)
+        others = len(parts.of_row) - int(own_rows[index])
+        if others:
+            dropped[OTHER_PARTS] = others
+        found.append(Usable(usable.rows[part_of == index], dropped, events))
+    return found
+
+
+def _check_names(names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"two sources of the set are called {twice!r}, as split_by finds them; set `name` of a source that is "
+            "split: its parts are called NAME/VALUE then"
+        )

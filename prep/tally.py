@@ -1,0 +1,34 @@
+"""What the chunks of one source add up to."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from prep.convert import PLAIN_MESSAGES, Conversion
+
+
+@dataclass
+class Tally:
+    """Counts and lists of the rows that the store has read so far."""
+
+    conversion: Conversion = PLAIN_MESSAGES
+    rows: int = 0
+    tokens: int = 0
+    rows_by_hand: int = 0
+    rows_refereed: int = 0
+    messages_dropped: int = 0
+    messages_untrained: int = 0  # with `train: false` of their own
+    rejects: list[tuple[int, str, str]] = field(default_factory=list)  # row, reason, detail
+    uncarried: list[tuple[int, str]] = field(default_factory=list)  # row, reason
+    parts: set[str] = field(default_factory=set)  # of a source that is split: the values of its column
+
+    def add(self, facts: dict[str, Any]) -> None:
+        """Add the facts of one chunk."""
+        self.rows += facts["rows"]
+        self.tokens += facts["tokens"]
+        self.rows_by_hand += facts["rows_by_hand"]
+        self.rows_refereed += facts["rows_refereed"]
+        self.messages_dropped += facts["messages_dropped"]
+        self.messages_untrained += facts["messages_untrained"]
+        self.rejects += [(row, reason, detail) for row, reason, detail in facts["rejects"]]
+        self.uncarried += [(row, reason) for row, reason in facts["uncarried"]]
+        self.parts |= set(facts.get("parts", ()))
