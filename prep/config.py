@@ -99,6 +99,8 @@ class SourceConfig:
     """Where the source has other names than its format: {prompt = "question", completion = "answer"}."""
     split_by: str = ""
     """A column whose values name parts: each is mixed, counted and reported as a source of its own (prep/parts.py)."""
+    part_epochs: dict[str, float] = field(default_factory=dict)
+    """How often the rows of single parts are used, by value: 0 leaves a part out, 0.5 takes half, 2 repeats it."""
     min_tokens: int | None = None
     """Leave out rows of fewer tokens, counted whole, before any cut."""
     max_tokens: int | None = None
@@ -120,13 +122,18 @@ class SourceConfig:
             raise ConfigError(f"fraction = {self.fraction}; expected more than 0 and at most 1 (rows = N takes N rows)")
         if self.rows is not None and self.rows < 1:
             raise ConfigError(f"rows = {self.rows}; expected 1 or more")
-        if self.epochs is not None and self.epochs <= 0:
-            raise ConfigError(f"epochs = {self.epochs}; expected more than 0")
+        if self.epochs is not None and self.epochs < 0.0:
+            raise ConfigError(f"epochs = {self.epochs}; expected 0 (leave the rows out) or more")
         if self.split_by and self.rows is not None:
             raise ConfigError(
                 f"rows = {self.rows} and split_by = {self.split_by!r} are both set, which does not say how many rows "
                 "of each part; set fraction or epochs, which hold for every part"
             )
+        if self.part_epochs and not self.split_by:
+            raise ConfigError("part_epochs is set but not split_by, the column that names the parts; set both")
+        for part, epochs in self.part_epochs.items():
+            if epochs < 0.0:
+                raise ConfigError(f"part_epochs: {part!r} = {epochs}; expected 0 (leave it out) or more")
         self._check_columns()
         for key in ("min_tokens", "max_tokens", "min_loss_tokens"):
             value = getattr(self, key)
@@ -220,8 +227,8 @@ class MixtureConfig:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name = {self.name!r}; expected a plain file name, it becomes data_cache/NAME")
         for index, source in enumerate(self.sources if self.mixing.temperature is not None else ()):
-            for key in ("fraction", "rows", "epochs"):
-                if getattr(source, key) is not None:
+            for key in ("fraction", "rows", "epochs", "part_epochs"):
+                if getattr(source, key) not in (None, {}):
                     raise ConfigError(
                         f"sources.{index}.{key} is set, and so is mixing.temperature, which decides how often each "
                         "source is used; keep one of them"

@@ -96,8 +96,9 @@ def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) ->
     for entry, source in zip(plain["sources"], sources, strict=True):
         entry["path"] = source.hub_id or source.name
         entry["name"] = source.name
-        if not entry["split_by"]:
-            del entry["split_by"]  # as for `eval`: a mixture that does without it has the digest that it had
+        for key in ("split_by", "part_epochs"):
+            if not entry[key]:
+                del entry[key]  # as for `eval`: a mixture that does without it has the digest that it had
     if not mixture.eval.fraction:
         del plain["eval"]  # nothing is held out: the digest is that of a mixture without the table
     plain["decontaminate"]["files"] = [source.hub_id or source.name for source in questions]

@@ -30,8 +30,8 @@ MAX_PARTS = 1000  # of one source: more are no parts but names of rows
 class Parts:
     """The parts of one source."""
 
-    names: tuple[str, ...]  # in order of their values
-    of_row: npt.NDArray[np.int32]  # [R] index into `names` of every row of the source
+    values: tuple[str, ...]  # in order; "" of rows that have none
+    of_row: npt.NDArray[np.int32]  # [R] index into `values` of every row of the source
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +58,16 @@ def split_sources(inputs: Inputs, stores: Sequence[SampleStore], tallies: Sequen
     found: list[tuple[ResolvedSource, SourceConfig, SampleStore, Tally]] = []
     all_parts: list[Parts | None] = []
     for source, entry, store, tally in zip(inputs.sources, mixture.sources, stores, tallies, strict=True):
-        parts = _parts_of(source, entry, store, tally) if entry.split_by else None
+        parts = _parts_of(store, tally) if entry.split_by else None
         all_parts.append(parts)
         if parts is None:
             found.append((source, entry, store, tally))
             continue
-        for index, name in enumerate(parts.names):
-            own = replace(source, name=name, part_of=source.name)
-            found.append((own, entry, store, _tally_of(tally, parts.of_row == index)))
+        _check_part_epochs(source, entry, parts)
+        for index, value in enumerate(parts.values):
+            prefix = f"{entry.name}/" if entry.name else ""
+            own = replace(source, name=f"{prefix}{value}" if value else source.name, part_of=source.name)
+            found.append((own, _entry_of(entry, value), store, _tally_of(tally, parts.of_row == index)))
     _check_names([source.name for source, *_ in found])
     mixture = replace(mixture, sources=tuple(entry for _, entry, _, _ in found))
     whole = replace(inputs, mixture=mixture, sources=tuple(source for source, *_ in found))
@@ -88,15 +90,30 @@ def check_parts(source: ResolvedSource, entry: SourceConfig, tally: Tally) -> No
         )
 
 
-def _parts_of(source: ResolvedSource, entry: SourceConfig, store: SampleStore, tally: Tally) -> Parts:
+def _parts_of(store: SampleStore, tally: Tally) -> Parts:
     values = sorted(tally.parts) or [""]
     index = {value: number for number, value in enumerate(values)}
     rows = [np.zeros(0, np.int32)]
     for chunk in store.chunks:
         there = np.asarray([index[value] for value in chunk.facts["parts"]], np.int32)
         rows.append(there[chunk.column("row_part")])
-    prefix = f"{entry.name}/" if entry.name else ""
-    return Parts(tuple(f"{prefix}{value}" if value else source.name for value in values), np.concatenate(rows))
+    return Parts(tuple(values), np.concatenate(rows))
+
+
+def _check_part_epochs(source: ResolvedSource, entry: SourceConfig, parts: Parts) -> None:
+    unknown = sorted(set(entry.part_epochs) - set(parts.values))
+    if unknown:
+        raise DataError(
+            f"source {source.name!r}: part_epochs names {unknown[0]!r}, which no row has in the column "
+            f"{entry.split_by!r}; it has {', '.join(map(repr, parts.values))}"
+        )
+
+
+def _entry_of(entry: SourceConfig, value: str) -> SourceConfig:
+    """Return how the rows of one part are chosen: as those of the whole, unless it is named."""
+    if value not in entry.part_epochs:
+        return entry
+    return replace(entry, fraction=None, epochs=entry.part_epochs[value])
 
 
 def _tally_of(whole: Tally, is_own: npt.NDArray[np.bool_]) -> Tally:
@@ -106,9 +123,9 @@ def _tally_of(whole: Tally, is_own: npt.NDArray[np.bool_]) -> Tally:
 
 
 def _split(usable: Usable, parts: Parts) -> list[Usable]:
-    own_rows = np.bincount(parts.of_row, minlength=len(parts.names))
+    own_rows = np.bincount(parts.of_row, minlength=len(parts.values))
     part_of = parts.of_row[usable.rows["row"]]
-    listed: list[list[tuple[int, str, str]]] = [[] for _ in parts.names]
+    listed: list[list[tuple[int, str, str]]] = [[] for _ in parts.values]
     for event in usable.listed:
         listed[parts.of_row[event[0]]].append(event)
     found = []

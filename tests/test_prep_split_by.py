@@ -146,6 +146,23 @@ def test_each_part_is_mixed_as_a_source(tokenizer: Path, tmp_path: Path) -> None
     verify(flat.path)
 
 
+def test_single_parts_are_left_out_thinned_and_repeated(tokenizer: Path, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", rows_of(["a.1/x", "b", "c", "d", None] * 20))
+    times = {"a.1/x": 0, "b": 0.5, "c": 2.25, "": 1}
+    tables = mixture_of([split_source(file, fraction=0.25, part_epochs=times)], tokenizer, eval={"fraction": 0.2})
+    split = build_set(tables, tmp_path / "out")
+    usable = {name: source.own_rows - source.rows_dropped["held_out"] for name, source in by_name(split).items()}
+    origin = np.concatenate([shard["seq_origin"] for shard in split.shards])
+    sequences = np.bincount(origin[:, 0], minlength=5).tolist()  # rows, a.1/x, b, c, d
+    shares = {"rows": 1, "a.1/x": 0, "b": 0.5, "c": 2.25, "d": 0.25}
+    assert sequences == [round(shares[name] * count) for name, count in usable.items()]
+    assert by_name(split)["a.1/x"].rows_dropped["not_chosen"] == usable["a.1/x"]
+    assert all(accounts_for_all(source) for source in split.manifest.sources)
+    verify(split.path)
+    held_out = open_shard_set(split.path / "eval").manifest
+    assert all(source.rows_used == 20 - usable[source.name] for source in held_out.sources)  # whatever the mix
+
+
 def test_what_is_held_out_is_told_apart_too(tokenizer: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", rows_of(["a", "b", "c"] * 60))
     whole = build_set(mixture_of([file], tokenizer, eval={"fraction": 0.2}), tmp_path / "whole")
@@ -174,6 +191,10 @@ def test_a_duplicate_names_the_part_that_it_repeats(tokenizer: Path, tmp_path: P
         ([None, ""], {}, "none of its first 2 rows has a value in the column 'origin'; correct split_by"),
         ([f"id {n}" for n in range(30)], {}, "the column 'origin' has more than 20 values in its first 30 rows"),
         (["a"], {"rows": 3}, "rows = 3 and split_by = 'origin' are both set"),
+        (["a"], {"part_epochs": {"b": 2}}, "part_epochs names 'b', which no row has in the column 'origin'; it has"),
+        (["a"], {"part_epochs": {"a": -1}}, "part_epochs: 'a' = -1.0; expected 0"),
+        (["a"], {"part_epochs": {"a": float("nan")}}, "part_epochs.a = nan; expected a finite"),
+        (["a"], {"part_epochs": {"a": 2}, "split_by": ""}, "part_epochs is set but not split_by"),
         (["other"], {}, "two sources of the set are called 'other', as split_by finds them; set `name`"),
     ],
 )
