@@ -76,10 +76,12 @@ class _Columns:
     def __init__(self, stores: Sequence[SampleStore], policy: MaskConfig) -> None:
         self._stores = stores
         self._policy = policy
+        first = {store.path: index for index, store in reversed(list(enumerate(stores)))}
+        self.store_of = np.asarray([first[store.path] for store in stores], np.int64)  # by source: parts share theirs
 
-    def of(self, source: int, chunk: int) -> tuple[npt.NDArray[Any], ...]:
+    def of(self, store: int, chunk: int) -> tuple[npt.NDArray[Any], ...]:
         """Return (tokens, kind, loss_mask, sample_offsets) of a chunk."""
-        stored = self._stores[source].chunks[chunk]
+        stored = self._stores[store].chunks[chunk]
         samples = stored.samples()
         return stored.column("tokens"), samples.kind, loss_mask_of(samples, self._policy), samples.sample_offsets
 
@@ -92,13 +94,14 @@ def _gather(
     tokens = np.empty(offsets[-1], np.int32)
     kind = np.empty(offsets[-1], np.uint8)
     mask = np.empty(offsets[-1], np.uint8)
-    order = np.lexsort((sequences["sample"], sequences["chunk"], source_of))
-    key = source_of[order] * (1 << 32) + sequences["chunk"][order]
+    store_of = columns.store_of[source_of]
+    order = np.lexsort((sequences["sample"], sequences["chunk"], store_of))
+    key = store_of[order] * (1 << 32) + sequences["chunk"][order]
     bounds = np.flatnonzero(np.diff(key, prepend=-1, append=-1))
     for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         members = order[first:last]
         from_tokens, from_kind, from_mask, from_offsets = columns.of(
-            int(source_of[members[0]]), int(sequences["chunk"][members[0]])
+            int(store_of[members[0]]), int(sequences["chunk"][members[0]])
         )
         starts = from_offsets[sequences["sample"][members]] + sequences["first"][members]
         for start, length, at in zip(

@@ -28,7 +28,7 @@ from prep.encode import Encoder
 from prep.held_out import num_held_out
 from prep.inputs import Inputs, resolve_inputs
 from prep.mixture import Selections, select_all
-from prep.parts import SplitSources, check_parts, split_sources
+from prep.parts import SplitSources, check_parts, split_sources, warn_of_no_parts
 from prep.progress import progress
 from prep.report import check_budgets, check_selections, write_rejects
 from prep.sample_chunk import ChunkSpec
@@ -206,7 +206,9 @@ def _tokenise(plan: BuildPlan, inputs: Inputs, spec: ChunkSpec, tallies: list[Ta
         def on_chunk(index: int, chunk: StoredChunk) -> None:
             tallies[index].add(chunk.facts)
             _check_rows(inputs, index, tallies[index])
-            check_parts(inputs.sources[index], inputs.mixture.sources[index], tallies[index])
+            check_parts(inputs, tallies)
+            if chunk.path.name == "chunk-00000":
+                warn_of_no_parts(inputs.sources[index], inputs.mixture.sources[index], tallies[index])
             rows, tokens = sum(tally.rows for tally in tallies), sum(tally.tokens for tally in tallies)
             number = int(chunk.path.name.rpartition("-")[2])
             advance(read.pop((index, number), 0), f"{rows:,} rows, {tokens:,} tokens, {inputs.sources[index].name}")

@@ -142,7 +142,10 @@ def _why_left_out(shard_set: ShardSet, name: str, row: int) -> str:
     sources = shard_set.manifest.sources
     whole = next(source.details.get("part_of") for source in sources if source.name == name)
     parts = {source.name: i for i, source in enumerate(sources) if whole and source.details.get("part_of") == whole}
-    events = {event["source"]: event for event in left_out_events(shard_set) if event["row"] == row}
+    events: dict[str | int, dict[str, str | int]] = {}
+    for event in left_out_events(shard_set):
+        if event["row"] == row:
+            events.setdefault(event["source"], event)
     for part, index in parts.items():
         if part != name and (part in events or _sequences_of(shard_set, index, row)):
             return printable(f"it is in {part}, another part of {whole}: --row {part}:{row}".encode())
@@ -151,4 +154,5 @@ def _why_left_out(shard_set: ShardSet, name: str, row: int) -> str:
     rows = next(source.rows_read for source in sources if source.name == name)
     if not (shard_set.path / REJECTS_NAME).is_file():
         return f"the source has {rows} rows, and {REJECTS_NAME} is not there to say why"
-    return f"the source has rows 0 to {rows - 1}, and this one was not chosen"
+    other = f", or is of another part of {printable(whole.encode())}" if whole else ""
+    return f"the source has rows 0 to {rows - 1}, and this one was not chosen{other}"

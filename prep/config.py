@@ -127,7 +127,7 @@ class SourceConfig:
         if self.split_by and self.rows is not None:
             raise ConfigError(
                 f"rows = {self.rows} and split_by = {self.split_by!r} are both set, which does not say how many rows "
-                "of each part; set fraction or epochs, which hold for every part"
+                "of each part; set fraction or epochs, which hold for every part, or split_by = ''"
             )
         if self.part_epochs and not self.split_by:
             raise ConfigError("part_epochs is set but not split_by, the column that names the parts; set both")

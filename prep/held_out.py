@@ -21,15 +21,18 @@ HELD_OUT = "held_out"  # why a row is not in the set itself
 _KEPT = "not_held_out"  # why a row is not in the eval set
 
 
-def hold_out(
-    usables: Sequence[Usable], stores: Sequence[SampleStore], *, fraction: float, seed: int
-) -> tuple[list[Usable], list[Usable]]:
-    """Return what is left of every source to train on, and what is held out of it."""
-    if not fraction:
-        return list(usables), [Usable(usable.rows[:0]) for usable in usables]
-    kept, held = [], []
+def mark_held_out(usables: Sequence[Usable], stores: Sequence[SampleStore], *, fraction: float, seed: int) -> None:
+    """Set `held_out` of the rows of every source."""
     for usable, store in zip(usables, stores, strict=True):
-        which = is_held_out(hashes_of(usable, store, "prompt_hash")[:, 0], fraction=fraction, seed=seed)
+        prompts = hashes_of(usable, store, "prompt_hash")[:, 0]
+        usable.rows["held_out"] = is_held_out(prompts, fraction=fraction, seed=seed)
+
+
+def hold_out(usables: Sequence[Usable]) -> tuple[list[Usable], list[Usable]]:
+    """Return what is left of every source to train on, and what is held out of it."""
+    kept, held = [], []
+    for usable in usables:
+        which = usable.rows["held_out"]
         kept.append(usable.without(which, HELD_OUT, lambda _: f"its prompt is in {EVAL_DIR}/"))
         dropped = usable.dropped.copy()
         num_kept = len(np.unique(usable.rows["row"][~which]))

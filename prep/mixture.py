@@ -1,7 +1,8 @@
-"""What each source gives to the shard set: filters, parts, then duplicates over all, then how much of what is left.
+"""What each source gives to the shard set: filters, then duplicates over all sources, then how much of what is left.
 
 Filters come first, so that the copy that stays is one that can be used; choosing comes last, so that `rows = N`
-means N. Rows are held out before that: the eval set is the same for every mix.
+means N. Rows are held out before that: the eval set is the same for every mix. Split sources become their parts in
+between: nothing before it depends on them.
 """
 
 import logging
@@ -14,7 +15,7 @@ import numpy as np
 from prep.config import SourceConfig
 from prep.decontaminate import Overlap
 from prep.filters import without_duplicates, without_little_loss, without_overlaps
-from prep.held_out import hold_out
+from prep.held_out import hold_out, mark_held_out
 from prep.inputs import Inputs
 from prep.parts import SplitSources
 from prep.sample_store import SampleStore
@@ -61,11 +62,11 @@ def select_all(
         )
         usable = without_little_loss(usable, entry.min_loss_tokens)
         usables.append(without_overlaps(usable, shared, mixture.decontaminate.ngram))
-    usables = sources.split(usables)
     if mixture.dedup.exact:
-        names = [source.name for source in sources.inputs.sources]
-        usables = without_duplicates(usables, sources.stores, names)
-    train, held_out = hold_out(usables, sources.stores, fraction=mixture.eval.fraction, seed=mixture.seed)
+        usables = without_duplicates(usables, stores, [source.name for source in inputs.sources])
+    if mixture.eval.fraction:
+        mark_held_out(usables, stores, fraction=mixture.eval.fraction, seed=mixture.seed)
+    train, held_out = hold_out(sources.split(usables))
     return Selections(
         _choose_all(train, _entries(sources.inputs, train), sources.inputs),
         _choose_all(held_out, sources.inputs.of_eval_set().mixture.sources, sources.inputs),
@@ -88,10 +89,12 @@ def _entries(inputs: Inputs, usables: Sequence[Usable]) -> list[SourceConfig]:
 
 
 def _choose_all(usables: Sequence[Usable], entries: Sequence[SourceConfig], inputs: Inputs) -> list[Selection]:
-    return [
-        choose(usable, entry, source.name, seed=inputs.mixture.seed)
-        for usable, entry, source in zip(usables, entries, inputs.sources, strict=True)
-    ]
+    chosen = []
+    for usable, entry, source in zip(usables, entries, inputs.sources, strict=True):
+        chosen.append(choose(usable, entry, source.name, seed=inputs.mixture.seed))
+        if len(usable.rows) and not len(chosen[-1].sequences) and entry.epochs != 0:
+            logger.warning("%s: not one of its %d usable sequences is chosen", source.name, len(usable.rows))
+    return chosen
 
 
 def epochs_at(temperature: float, tokens: Sequence[int]) -> list[float]:

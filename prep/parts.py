@@ -4,12 +4,15 @@
     in the set    a  0 1 3     b  2 5     c  4    row numbers count over the whole source
 
 A row that names no part belongs to the part that is called as its source is. What a part leaves to the others is
-counted among its dropped rows, so that every source of a set accounts for all rows that were read.
+counted among its dropped rows, so that every source of a set accounts for all rows that were read. A ClassLabel of
+`datasets` is a number in the rows, and so in the names.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +27,11 @@ from shared.errors import DataError
 from shared.shard_format import OTHER_PARTS
 
 MAX_PARTS = 1000  # of one source: more are no parts but names of rows
+
+
+Event = TypeVar("Event", bound=tuple[Any, ...])  # (row, ...)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,7 @@ class SplitSources:
 
 
 def split_sources(inputs: Inputs, stores: Sequence[SampleStore], tallies: Sequence[Tally]) -> SplitSources:
-    """Return the sources of the set. Raises DataError where two have one name."""
+    """Return the sources of the set. Raises DataError where `split_by` or `part_epochs` do not fit the rows."""
     mixture = inputs.mixture
     found: list[tuple[ResolvedSource, SourceConfig, SampleStore, Tally]] = []
     all_parts: list[Parts | None] = []
@@ -63,31 +71,69 @@ def split_sources(inputs: Inputs, stores: Sequence[SampleStore], tallies: Sequen
         if parts is None:
             found.append((source, entry, store, tally))
             continue
-        _check_part_epochs(source, entry, parts)
-        for index, value in enumerate(parts.values):
-            prefix = f"{entry.name}/" if entry.name else ""
-            own = replace(source, name=f"{prefix}{value}" if value else source.name, part_of=source.name)
-            found.append((own, _entry_of(entry, value), store, _tally_of(tally, parts.of_row == index)))
-    _check_names([source.name for source, *_ in found])
+        _check_values(source, entry, tally)
+        for value, own in zip(parts.values, _tallies_of(tally, parts), strict=True):
+            part = replace(source, name=_name(source, entry, value), part_of=source.name)
+            found.append((part, _entry_of(entry, value), store, own))
     mixture = replace(mixture, sources=tuple(entry for _, entry, _, _ in found))
     whole = replace(inputs, mixture=mixture, sources=tuple(source for source, *_ in found))
     return SplitSources(whole, [store for _, _, store, _ in found], [tally for *_, tally in found], all_parts)
 
 
-def check_parts(source: ResolvedSource, entry: SourceConfig, tally: Tally) -> None:
-    """Raise DataError where the rows read so far show that `split_by` names no column, or one without parts."""
-    if not entry.split_by or not tally.rows:
-        return
-    if tally.parts == {""}:
+def check_parts(inputs: Inputs, tallies: Sequence[Tally]) -> None:
+    """Look at the parts that are known so far. Raises DataError where there are too many or two have one name."""
+    names = []
+    for source, entry, tally in zip(inputs.sources, inputs.mixture.sources, tallies, strict=True):
+        names += [_name(source, entry, value) for value in (tally.parts if entry.split_by else ("",))]
+        if len(tally.parts - {""}) > MAX_PARTS:
+            raise DataError(
+                f"source {source.name!r}: the column {entry.split_by!r} has more than {MAX_PARTS:,} values in its "
+                f"first {tally.rows:,} rows; expected one that names parts: correct split_by, or remove it"
+            )
+    if len(set(names)) < len(names):
+        twice = next(name for name in sorted(names) if names.count(name) > 1)
         raise DataError(
-            f"source {source.name!r}: none of its first {tally.rows:,} rows has a value in the column "
-            f"{entry.split_by!r}; correct split_by, or remove it"
+            f"two sources of the set are called {twice!r}, as split_by finds them; set `name` of a source that is "
+            "split: its parts are called NAME/VALUE then"
         )
-    if len(tally.parts) > MAX_PARTS:
+
+
+def warn_of_no_parts(source: ResolvedSource, entry: SourceConfig, tally: Tally) -> None:
+    """Say early what would end the build: a column that no row has."""
+    if entry.split_by and tally.parts == {""}:
+        logger.warning(
+            "%s: none of its first %d rows has a value in the column %r that split_by names",
+            source.name,
+            tally.rows,
+            entry.split_by,
+        )
+
+
+def _check_values(source: ResolvedSource, entry: SourceConfig, tally: Tally) -> None:
+    if tally.parts == {""} and tally.rows > len(tally.rejects):
         raise DataError(
-            f"source {source.name!r}: the column {entry.split_by!r} has more than {MAX_PARTS:,} values in its first "
-            f"{tally.rows:,} rows; expected one that names parts of the source: correct split_by, or remove it"
+            f"source {source.name!r}: none of its {tally.rows:,} rows has a value in the column {entry.split_by!r}; "
+            "correct split_by, or remove it"
         )
+    unknown = sorted(set(entry.part_epochs) - tally.parts)
+    if unknown:
+        raise DataError(
+            f"source {source.name!r}: part_epochs names {unknown[0]!r}, which no row has in the column "
+            f"{entry.split_by!r}; it has {', '.join(map(repr, sorted(tally.parts)))}"
+        )
+
+
+def _name(source: ResolvedSource, entry: SourceConfig, value: str) -> str:
+    if not value:
+        return source.name
+    return f"{entry.name}/{value}" if entry.name else value
+
+
+def _entry_of(entry: SourceConfig, value: str) -> SourceConfig:
+    """Return how the rows of one part are chosen: as those of the whole, unless it is named."""
+    if value not in entry.part_epochs:
+        return entry
+    return replace(entry, fraction=None, epochs=entry.part_epochs[value])
 
 
 def _parts_of(store: SampleStore, tally: Tally) -> Parts:
@@ -100,48 +146,30 @@ def _parts_of(store: SampleStore, tally: Tally) -> Parts:
     return Parts(tuple(values), np.concatenate(rows))
 
 
-def _check_part_epochs(source: ResolvedSource, entry: SourceConfig, parts: Parts) -> None:
-    unknown = sorted(set(entry.part_epochs) - set(parts.values))
-    if unknown:
-        raise DataError(
-            f"source {source.name!r}: part_epochs names {unknown[0]!r}, which no row has in the column "
-            f"{entry.split_by!r}; it has {', '.join(map(repr, parts.values))}"
-        )
+def _tallies_of(whole: Tally, parts: Parts) -> list[Tally]:
+    """Return the tally of every part: its own rejects, and what is only counted of the whole source."""
+    rejects, uncarried = _by_part(whole.rejects, parts), _by_part(whole.uncarried, parts)
+    return [replace(whole, rejects=one, uncarried=other) for one, other in zip(rejects, uncarried, strict=True)]
 
 
-def _entry_of(entry: SourceConfig, value: str) -> SourceConfig:
-    """Return how the rows of one part are chosen: as those of the whole, unless it is named."""
-    if value not in entry.part_epochs:
-        return entry
-    return replace(entry, fraction=None, epochs=entry.part_epochs[value])
-
-
-def _tally_of(whole: Tally, is_own: npt.NDArray[np.bool_]) -> Tally:
-    """Return the tally of a part: its own rejects, and what is only counted of the whole source."""
-    rejects = [reject for reject in whole.rejects if is_own[reject[0]]]
-    return replace(whole, rejects=rejects, uncarried=[lost for lost in whole.uncarried if is_own[lost[0]]])
+def _by_part(events: Sequence[Event], parts: Parts) -> list[list[Event]]:
+    """Deal out what begins with a row number."""
+    dealt: list[list[Event]] = [[] for _ in parts.values]
+    for event in events:
+        dealt[parts.of_row[event[0]]].append(event)
+    return dealt
 
 
 def _split(usable: Usable, parts: Parts) -> list[Usable]:
     own_rows = np.bincount(parts.of_row, minlength=len(parts.values))
     part_of = parts.of_row[usable.rows["row"]]
-    listed: list[list[tuple[int, str, str]]] = [[] for _ in parts.values]
-    for event in usable.listed:
-        listed[parts.of_row[event[0]]].append(event)
+    order = np.argsort(part_of, kind="stable")
+    bounds = np.searchsorted(part_of[order], np.arange(len(parts.values) + 1))
     found = []
-    for index, events in enumerate(listed):
+    for index, events in enumerate(_by_part(usable.listed, parts)):
         dropped = Counter(reason for _, reason, _ in events)
         others = len(parts.of_row) - int(own_rows[index])
         if others:
             dropped[OTHER_PARTS] = others
-        found.append(Usable(usable.rows[part_of == index], dropped, events))
+        found.append(Usable(usable.rows[order[bounds[index] : bounds[index + 1]]], dropped, events))
     return found
-
-
-def _check_names(names: list[str]) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(
-            f"two sources of the set are called {twice!r}, as split_by finds them; set `name` of a source that is "
-            "split: its parts are called NAME/VALUE then"
-        )

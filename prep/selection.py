@@ -32,6 +32,7 @@ SEQUENCE = np.dtype(
         ("full_length", "<i4"),  # tokens of the whole sample
         ("loss_tokens", "<i4"),
         ("terminated", "|b1"),  # the last trained token is a terminator
+        ("held_out", "|b1"),  # its prompt is one to evaluate on
         ("tie", "<u8"),  # hash of (seed, source, row, first, repeat)
     ]
 )

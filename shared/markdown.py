@@ -2,5 +2,6 @@
 
 
 def table_cell(text: str) -> str:
-    """Return `text` for one cell of a table, whatever is in it."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    """Return `text` for one cell of a table, whatever is in it: no link, picture, tag or further cell."""
+    plain = " ".join(text.split()).replace("<", "&lt;")
+    return "".join(f"\\{char}" if char in "\\|[]`" else char for char in plain)

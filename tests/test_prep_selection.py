@@ -50,8 +50,9 @@ def write_store(path: Path, samples: list[tuple[int, int]], chunk_sizes: list[in
             "prompt_hash": np.zeros((len(part), 16)),
             "content_hash": np.zeros((len(part), 16)),
         }  # fmt: skip
-        for name, (dtype, tail) in COLUMNS.items():
-            np.save(folder / f"{name}.npy", np.asarray(columns[name]).astype(dtype).reshape(-1, *tail))
+        for name, values in columns.items():
+            dtype, tail = COLUMNS[name]
+            np.save(folder / f"{name}.npy", np.asarray(values).astype(dtype).reshape(-1, *tail))
         (folder / "facts.json").write_text(json.dumps({}))
         chunks.append(StoredChunk(folder))
         row += size

@@ -69,14 +69,23 @@ def accounts_for_all(source: SourceEntry) -> bool:
 @given(
     values=st.lists(st.sampled_from(["a", "b/c", "Ünïcode $x$", "", None, 7]), max_size=60).map(lambda v: ["a", *v]),
     over_length=st.sampled_from(["truncate", "drop", "split"]),
+    exact=st.booleans(),
     seed=st.integers(0, 3),
 )
 def test_a_split_moves_no_token_and_accounts_for_every_row(
-    values: list[Any], over_length: str, seed: int, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+    values: list[Any],
+    over_length: str,
+    exact: bool,
+    seed: int,
+    tokenizer: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     place = tmp_path_factory.mktemp("split")
-    file = write_rows(place / "rows.jsonl", rows_of(values, seed=seed))
-    more = {"max_seq_len": 48, "lengths": {"over_length": over_length}}
+    values = [*values, "Z", "A"]
+    rows = rows_of(values, seed=seed)
+    rows[-1]["messages"] = rows[-2]["messages"]  # a duplicate in the part before
+    file = write_rows(place / "rows.jsonl", rows)
+    more = {"max_seq_len": 48, "lengths": {"over_length": over_length}, "dedup": {"exact": exact}}
     whole = build_set(mixture_of([file], tokenizer, **more), place / "whole")
     split = build_set(mixture_of([split_source(file)], tokenizer, **more), place / "split")
     verify(split.path)
@@ -175,20 +184,20 @@ def test_what_is_held_out_is_told_apart_too(tokenizer: Path, tmp_path: Path) -> 
         verify(other.path)
 
 
-def test_a_duplicate_names_the_part_that_it_repeats(tokenizer: Path, tmp_path: Path) -> None:
+def test_of_duplicates_in_two_parts_the_first_row_stays(tokenizer: Path, tmp_path: Path) -> None:
     rows = [{**chat("hi", "ho"), "origin": "b"}, {**chat("hi", "ho"), "origin": "a"}]
     file = write_rows(tmp_path / "rows.jsonl", rows)
     split = build_set(mixture_of([split_source(file)], tokenizer, dedup={"exact": True}), tmp_path / "out")
-    assert rows_in(split) == {"a": {1}, "b": set()}
-    assert by_name(split)["b"].rows_dropped == {OTHER_PARTS: 1, "duplicate": 1}
-    with pytest.raises(ConfigError, match="duplicate: the same as row 1 of a"):
-        choose(split, row="b:0")
+    assert rows_in(split) == {"a": set(), "b": {0}}
+    assert by_name(split)["a"].rows_dropped == {OTHER_PARTS: 1, "duplicate": 1}
+    with pytest.raises(ConfigError, match="duplicate: the same as row 0 of rows"):
+        choose(split, row="a:1")
 
 
 @pytest.mark.parametrize(
     ("values", "source", "said"),
     [
-        ([None, ""], {}, "none of its first 2 rows has a value in the column 'origin'; correct split_by"),
+        ([None, ""], {}, "none of its 2 rows has a value in the column 'origin'; correct split_by"),
         ([f"id {n}" for n in range(30)], {}, "the column 'origin' has more than 20 values in its first 30 rows"),
         (["a"], {"rows": 3}, "rows = 3 and split_by = 'origin' are both set"),
         (["a"], {"part_epochs": {"b": 2}}, "part_epochs names 'b', which no row has in the column 'origin'; it has"),
@@ -211,6 +220,30 @@ def test_a_split_that_cannot_be_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_column_may_begin_late(tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", rows_of([None] * 4100 + ["a"]))
+    split = build_set(mixture_of([split_source(file)], tokenizer), tmp_path / "out")
+    assert {name: source.own_rows for name, source in by_name(split).items()} == {"rows": 4100, "a": 1}
+    assert "rows: none of its first 4096 rows has a value in the column 'origin' that split_by names" in caplog.text
+
+
+def test_a_part_of_which_nothing_is_chosen_is_told(
+    tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", rows_of(["many"] * 20 + ["few", "none"]))
+    build_set(mixture_of([split_source(file, fraction=0.25, part_epochs={"none": 0})], tokenizer), tmp_path / "out")
+    told = [record.getMessage() for record in caplog.records if "is chosen" in record.getMessage()]
+    assert told == ["few: not one of its 1 usable sequences is chosen"]
+
+
+def test_a_source_of_broken_rows_alone_is_as_without_a_split(tokenizer: Path, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", ["{broken"])
+    other = write_rows(tmp_path / "other.jsonl", rows_of([None]))
+    policy = {"on_error": "skip", "reject_budget": 1.0}
+    tables = mixture_of([split_source(file), {"path": str(other)}], tokenizer, rows=policy)
+    assert by_name(build_set(tables, tmp_path / "out"))["rows"].rows_rejected == {"malformed": 1}
+
+
 def test_a_name_goes_before_the_parts(tokenizer: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", rows_of(["a", "b", None]))
     sources = [split_source(file, name="x"), split_source(file, name="y")]
@@ -220,21 +253,23 @@ def test_a_name_goes_before_the_parts(tokenizer: Path, tmp_path: Path) -> None:
 
 
 def test_people_see_parts_and_not_the_rows_of_others(tokenizer: Path, tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "rows.jsonl", rows_of(["a", "b|<b>", "a"]))
+    file = write_rows(tmp_path / "rows.jsonl", rows_of(["a", "b|<b>[x](y)", "a"]))
     tables = mixture_of([split_source(file)], tokenizer)
     split = build_set(tables, tmp_path / "out")
     shown = "\n".join(stats_lines(split))
     assert OTHER_PARTS not in shown
     assert [(s["name"], s["part_of"], s["rows_read"], s["rows_dropped"]) for s in stats(split)["sources"]] == [
-        ("a", "rows", 2, {}), ("b|<b>", "rows", 1, {})
+        ("a", "rows", 2, {}), ("b|<b>[x](y)", "rows", 1, {})
     ]  # fmt: skip
     lines = dry_run(plan_of(tables, tmp_path / "out"))
     assert "  a: 2 rows, 2 sequences; rejected 0, uncarried 0" in lines
-    assert r"| b\|&lt;b> of rows |" in render_set_card(contents_of_set(split.path)).decode()
+    assert r"| b\|&lt;b>\[x\](y) of rows |" in render_set_card(contents_of_set(split.path)).decode()
     assert choose(split, row="a:2")
-    with pytest.raises(ConfigError, match=r"no sequence .* it is in b\|<b>, another part of rows: --row b\|<b>:1"):
+    with pytest.raises(
+        ConfigError, match=r"no sequence .* it is in b\|<b>\[x\]\(y\), another part of rows: --row b\|<b>\[x\]"
+    ):
         choose(split, row="a:1")
-    with pytest.raises(ConfigError, match="rows 0 to 2, and this one was not chosen"):
+    with pytest.raises(ConfigError, match="rows 0 to 2, and this one was not chosen, or is of another part of rows"):
         choose(split, row="a:9")
 
 
