@@ -2,7 +2,8 @@
 
 Each row strings together turns of random conversations up to a length drawn from a log-normal distribution, so that no
 row is a copy. Prints the seconds of a cold build, of a second one, and of re-packings that need no tokenizer, with the
-peak memory of the largest process.
+peak memory of the largest process; then of a cold build of the same rows as one source, split by a column, and of one
+that uses another share of a part.
 
     python tests/bench/bench_scale.py [--rows 939343] [--conversations GLOB] [--tokenizer DIR] [--keep DIR]
 """
@@ -52,15 +53,15 @@ def write_sources(folder: Path, turns: list[tuple[bytes, bytes, int]], rows: int
                     user, assistant, size = turns[draw.randrange(len(turns))]
                     parts.append(b'{"role":"user","content":%s},{"role":"assistant","content":%s}' % (user, assistant))
                     wanted -= size
-                stream.write(b'{"messages":[' + b",".join(parts) + b"]}\n")
+                stream.write(b'{"source":"part-%02d","messages":[%s]}\n' % (number, b",".join(parts)))
     return files
 
 
-def write_mixture(folder: Path, tokenizer: str, files: list[Path]) -> Path:
-    lines = ['name = "scale"', "max_seq_len = 4096", f'tokenizer.name = "{tokenizer}"']
+def write_mixture(folder: Path, name: str, tokenizer: str, sources: list[str]) -> Path:
+    lines = [f'name = "{name}"', "max_seq_len = 4096", f'tokenizer.name = "{tokenizer}"']
     lines += ['template.name = "tulu"', "template.add_bos = true"]
-    lines += [f'[[sources]]\npath = "{file}"' for file in files]
-    path = folder / "scale.toml"
+    lines += [f"[[sources]]\n{source}" for source in sources]
+    path = folder / f"{name}.toml"
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -89,7 +90,10 @@ def main() -> None:
         folder = options.keep or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         files = write_sources(folder, turns, options.rows)
-        mixture = write_mixture(folder, options.tokenizer, files)
+        mixture = write_mixture(folder, "scale", options.tokenizer, [f'path = "{file}"' for file in files])
+        one = f'path = "{folder}/source-*.jsonl"\nsplit_by = "source"'
+        split = write_mixture(folder, "split", options.tokenizer, [one])
+        thin = write_mixture(folder, "thin", options.tokenizer, [f"{one}\npart_epochs = {{ part-00 = 0.5 }}"])
         print(
             f"{options.rows:,} rows, {sum(file.stat().st_size for file in files) / 1e6:,.0f} MB of JSON lines",
             flush=True,
@@ -101,6 +105,9 @@ def main() -> None:
         timed("train_on = last_assistant", *common, "--out", folder / "b", "--set", "mask.train_on=last_assistant")
         timed("over_length = drop", *common, "--out", folder / "c", "--set", "lengths.over_length=drop")
         timed("half of the first source", *common, "--out", folder / "d", "--set", "sources.0.fraction=0.5")
+        common = ("--store", folder / "store", "--workers", 2)
+        timed("cold build, split by a column", "--mixture", split, *common, "--out", folder / "e")
+        timed("half of the first part", "--mixture", thin, *common, "--out", folder / "f")
 
 
 if __name__ == "__main__":
