@@ -204,13 +204,13 @@ def _tokenise(plan: BuildPlan, inputs: Inputs, spec: ChunkSpec, tallies: list[Ta
     ):
 
         def on_chunk(index: int, chunk: StoredChunk) -> None:
+            number = int(chunk.path.name.rpartition("-")[2])
             tallies[index].add(chunk.facts)
             _check_rows(inputs, index, tallies[index])
             check_parts(inputs, tallies)
-            if chunk.path.name == "chunk-00000":
+            if number == 0:
                 warn_of_no_parts(inputs.sources[index], inputs.mixture.sources[index], tallies[index])
             rows, tokens = sum(tally.rows for tally in tallies), sum(tally.tokens for tally in tallies)
-            number = int(chunk.path.name.rpartition("-")[2])
             advance(read.pop((index, number), 0), f"{rows:,} rows, {tokens:,} tokens, {inputs.sources[index].name}")
 
         requests = [

@@ -28,7 +28,6 @@ from shared.shard_format import OTHER_PARTS
 
 MAX_PARTS = 1000  # of one source: more are no parts but names of rows
 
-
 Event = TypeVar("Event", bound=tuple[Any, ...])  # (row, ...)
 
 logger = logging.getLogger(__name__)
