@@ -38,6 +38,7 @@ def third_party_after(statement: str) -> set[str]:
         ("shared.disk", set()),
         ("shared.file_stamp", set()),
         ("shared.log", set()),
+        ("shared.markdown", set()),
         ("shared.command", set()),
         ("shared.shard_format", set()),
         ("shared.shard_reader", {"numpy"}),
