@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shared.errors import ArtifactError
-from train.plot import moving_mean, plot_runs, sources_of
+from train.plot import moving_mean, plot_runs, sources_of, titles
 
 
 def _run(
@@ -60,6 +60,19 @@ def test_each_source_has_a_panel_as_far_as_they_can_be_read(num_sources: int, tm
     plot_runs(runs, tmp_path / "sources.png")
     rows = min(-(-num_sources // 5), 6)
     assert _size(tmp_path / "sources.png")[1] - _size(tmp_path / "plain.png")[1] == pytest.approx(221 * rows, abs=2)
+
+
+def test_titles_of_panels_tell_long_names_apart() -> None:
+    long = [
+        "ai2-adapt-dev/tulu_v3.9_synthetic_finalresp_wildguardmixtrain_decontaminated_50k",
+        "ai2-adapt-dev/tulu_v3.9_wildjailbreak_decontaminated_50k",
+        "allenai/tulu-3-sft-personas-math-grade",
+    ]
+    assert len(set(titles(long))) == 3
+    assert all(len(title) <= 28 for title in titles(long))
+    assert titles(["a/x", "b/x"]) == ["a/x", "b/x"]
+    assert all(title.startswith(("a-long", "b-long")) for title in titles(["a-long/" + "x" * 40, "b-long/" + "x" * 40]))
+    assert titles(["cost in $"]) == [r"cost in \$"]
 
 
 def test_one_source_has_no_panel_of_its_own(tmp_path: Path) -> None:

@@ -109,12 +109,12 @@ def _draw_sources(figure: Any, runs: dict[str, Records], shown: list[str], num_s
     """Draw a small panel for each source, all on one scale of steps."""
     rows = -(-len(shown) // _SOURCES_PER_ROW)
     panels = figure.subplots(rows, _SOURCES_PER_ROW, sharex=True, squeeze=False).ravel()
-    for axes, source in zip(panels, shown, strict=False):
+    for axes, source, title in zip(panels, shown, titles(shown), strict=False):
         for number, records in enumerate(runs.values()):
             colour = _COLOURS[number % len(_COLOURS)]
             _draw_curve(axes, records, f"train_loss/{source}", colour=colour, label=None)
             _draw_curve(axes, records, f"eval_loss/{source}", colour=_INK if len(runs) == 1 else colour, label=None)
-        axes.set_title(_shorten(source), loc="left", fontsize=7.5)
+        axes.set_title(title, loc="left", fontsize=7.5)
         axes.tick_params(labelsize=7)
         axes.set_ylim(bottom=0)
     for axes in panels[len(shown) :]:
@@ -145,10 +145,19 @@ def _set_scale(axes: Any, name: str) -> None:
         axes.set_ylim(bottom=0)
 
 
+def titles(sources: list[str]) -> list[str]:
+    """Return names that fit over small panels and draw as they are: matplotlib reads $ as mathematics.
+
+    Of long ones what comes before the last slash goes, if they still differ without it, and then their middle.
+    """
+    last = [source.rpartition("/")[2] for source in sources]
+    if max(map(len, sources), default=0) > _MAX_NAME and len(set(last)) == len(set(sources)):
+        sources = last
+    return [_shorten(source).replace("$", r"\$") for source in sources]
+
+
 def _shorten(name: str) -> str:
-    """Return a name that fits over a small panel and draws as it is: matplotlib reads $ as mathematics."""
-    text = name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME // 2 - 1]}...{name[-_MAX_NAME // 2 + 2 :]}"
-    return text.replace("$", r"\$")
+    return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME // 2 - 1]}...{name[-_MAX_NAME // 2 + 2 :]}"
 
 
 def _read(run_dir: Path) -> Records:
