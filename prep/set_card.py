@@ -3,7 +3,7 @@
 import json
 
 from prep.transfer import EVAL_MANIFEST, Contents
-from shared.markdown import table_cell
+from shared.markdown import sources_table, table_cell
 from shared.shard_format import Manifest
 
 CARD_NAME = "README.md"
@@ -29,7 +29,7 @@ def render_set_card(contents: Contents) -> bytes:
             f"| chat template | {table_cell(manifest.chat_template.name)} |\n",
             *evaluation,
             "## Sources\n",
-            _sources_table(manifest),
+            sources_table(manifest.sources, totals),
             _USE,
         ]
     )
@@ -64,18 +64,6 @@ def _front_matter(manifest: Manifest) -> str:
         "---",
     ]
     return "\n".join([*lines, ""])
-
-
-def _sources_table(manifest: Manifest) -> str:
-    lines = ["| source | revision | rows | tokens | loss tokens |", "|---|---|---:|---:|---:|"]
-    for source in manifest.sources:
-        where = source.revision or (f"sha256 {source.content_sha256[:16]}" if source.content_sha256 else "")
-        cells = [table_cell(source.origin), table_cell(where)]
-        cells += [f"{number:,}" for number in (source.rows_used, source.tokens, source.loss_tokens)]
-        lines.append(f"| {' | '.join(cells)} |")
-    rows = sum(source.rows_used for source in manifest.sources)
-    lines.append(f"| **all** | | {rows:,} | {manifest.totals.tokens:,} | {manifest.totals.loss_tokens:,} |")
-    return "\n".join(lines) + "\n"
 
 
 def _revision(revision: str | None) -> str:

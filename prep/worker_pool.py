@@ -62,7 +62,7 @@ def _unblock(pool: ProcessPoolExecutor) -> None:
     """Let go of our end of the queue of tasks: with its workers dead, a write to it would wait for us to read.
 
     Python before 3.11.5 hangs at shutdown then (cpython issue 94777); later ones close it themselves. A thread of the
-    pool closes the descriptor at the same time, so it is not closed here but made another's.
+    pool closes the descriptor at the same time, so it is not closed here but pointed at nothing.
     """
     queue = pool._call_queue  # type: ignore[attr-defined]
     if sys.version_info < (3, 11, 5) and queue is not None:

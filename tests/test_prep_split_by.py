@@ -172,6 +172,17 @@ def test_single_parts_are_left_out_thinned_and_repeated(tokenizer: Path, tmp_pat
     assert all(source.rows_used == 20 - usable[source.name] for source in held_out.sources)  # whatever the mix
 
 
+def test_a_whole_source_may_be_left_out(tokenizer: Path, tmp_path: Path) -> None:
+    paths = [write_rows(tmp_path / f"{name}.jsonl", rows_of([None] * 3, seed=ord(name))) for name in "xy"]
+    sources = [{"path": str(path), "epochs": epochs} for path, epochs in zip(paths, (0, 1), strict=True)]
+    out = build_set(mixture_of(sources, tokenizer), tmp_path / "out")
+    assert rows_in(out) == {"x": set(), "y": {0, 1, 2}}
+    assert by_name(out)["x"].rows_dropped == {"not_chosen": 3}
+    verify(out.path)
+    with pytest.raises(ConfigError, match=r"epochs = -1\.0; expected 0"):
+        build_set(mixture_of([{**sources[0], "epochs": -1}], tokenizer), tmp_path / "refused")
+
+
 def test_what_is_held_out_is_told_apart_too(tokenizer: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", rows_of(["a", "b", "c"] * 60))
     whole = build_set(mixture_of([file], tokenizer, eval={"fraction": 0.2}), tmp_path / "whole")

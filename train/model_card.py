@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.markdown import table_cell
+from shared.markdown import sources_table
 from shared.shard_format import Manifest, SourceEntry, Totals
 
 PLOT_NAME = "loss.png"
@@ -77,7 +77,7 @@ def render_card(facts: CardFacts, *, has_plot: bool = False) -> str:
             _USE,
             "## Data\n",
             f"Shard set `{facts.shards_name}`, fingerprint `{facts.fingerprint}`.\n",
-            _sources_table(facts),
+            sources_table(facts.sources, facts.totals),
             f"Tokenizer `{facts.tokenizer}`, chat template `{facts.chat_template}`, sequences of up to "
             f"{facts.max_seq_len} tokens, packed. Loss tokens are those that the model was trained to predict.\n",
             "## Result\n",
@@ -127,18 +127,6 @@ def _origin(facts: CardFacts) -> str:
         return "Trained from random weights.\n"
     kind = f"revision `{facts.base_revision}`" if facts.base_on_hub else "a local directory"
     return f"Fine-tuned from `{facts.base_model}` ({kind}).\n"
-
-
-def _sources_table(facts: CardFacts) -> str:
-    lines = ["| source | revision | rows | tokens | loss tokens |", "|---|---|---:|---:|---:|"]
-    for source in facts.sources:
-        where = source.revision or (f"sha256 {source.content_sha256[:16]}" if source.content_sha256 else "")
-        cells = [table_cell(source.origin), table_cell(where)]
-        cells += [f"{number:,}" for number in (source.rows_used, source.tokens, source.loss_tokens)]
-        lines.append(f"| {' | '.join(cells)} |")
-    rows = sum(source.rows_used for source in facts.sources)
-    lines.append(f"| **all** | | {rows:,} | {facts.totals.tokens:,} | {facts.totals.loss_tokens:,} |")
-    return "\n".join(lines) + "\n"
 
 
 def _final_table(final: Mapping[str, Any]) -> str:
