@@ -174,6 +174,7 @@ def _samples(
         special_tokens=loaded.special_tokens,
         date=inputs.mixture.template.date,
         encoder=encoder.spec,
+        terminators=inputs.mixture.template.terminators,
         drop_messages=inputs.mixture.rows.unknown == "drop_message",
     )
     with writing_to(plan.store):

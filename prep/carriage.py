@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from prep.conversation import Conversation
-from prep.spans import SpanRules
 from prep.template import reasoning_of
 from prep.trace import Mark, Traced
+from prep.turns import SpanRules
 
 _TEXT = ("content", "reasoning_content", "function_calls", "functions")
 

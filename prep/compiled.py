@@ -16,9 +16,10 @@ from prep.carriage import uncarried
 from prep.conversation import Conversation
 from prep.probe import QUESTIONS, Guard, Probe, Record
 from prep.recording import RecordingEnvironment
-from prep.spans import Rendered, RenderedMessage, Span, SpanRules, find_spans
+from prep.spans import Rendered, RenderedMessage, Span, find_spans
 from prep.template import ChatTemplate
 from prep.trace import Mark, Traced
+from prep.turns import SpanRules
 from shared.errors import TemplateError
 from shared.shard_format import Kind
 

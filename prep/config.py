@@ -27,6 +27,8 @@ class TokenizerConfig:
     """Branch, tag or commit of a hub tokenizer; resolved to a commit and recorded."""
     backend: Literal["auto", "transformers"] = "auto"
     """`auto` encodes with gigatoken where it can and checks it against the Hugging Face tokenizer."""
+    plain_text_roles: tuple[Literal["system", "user", "assistant", "tool"], ...] = ()
+    """Roles in whose texts added tokens such as <think> or <tool_call> are plain text; control tokens always are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +39,8 @@ class TemplateConfig:
     """Print the tokenizer's BOS before the template's text."""
     date: str = ""
     """YYYY-MM-DD, for templates that print today's date: a build must not depend on the day."""
+    terminators: tuple[str, ...] = ()
+    """Control tokens that end an assistant's turn although they open the next message, as GLM's <|user|> does."""
 
     def __post_init__(self) -> None:
         parts = self.date.split("-")
@@ -54,7 +58,8 @@ class MaskConfig:
     tool_calls: bool = True
     """Train the tool calls of assistants, with the template's words around them."""
     terminator: Literal["all", "last", "none"] = "all"
-    """Which terminators of assistant turns are trained. Without one a model does not learn to stop."""
+    """Which terminators of assistant turns are trained. Without one a model does not learn to stop: a template that
+    prints none is refused unless this is "none"."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,8 +18,9 @@ from prep.conversation import Conversation, content_hash, prompt_hash
 from prep.convert import read_conversation, read_part
 from prep.encode import Encoded, Encoder, EncoderSpec
 from prep.mask import TRAIN_NO, TRAIN_UNSET
-from prep.spans import ROLE_KINDS, Rendered, SpanRules, find_spans, learn_rules
+from prep.spans import ROLE_KINDS, Rendered, find_spans
 from prep.template import ChatTemplate, TemplateText
+from prep.turns import learn_rules
 from prep.typed_control import check_typed_control
 from shared.errors import DataError, TemplateError
 
@@ -53,6 +54,7 @@ class ChunkSpec:
     special_tokens: dict[str, str]  # bos_token, eos_token, ...
     date: str
     encoder: EncoderSpec
+    terminators: tuple[str, ...]  # tokens that end a turn although they open the next message
     drop_messages: bool  # drop a message that the template cannot carry, rather than its row
 
 
@@ -77,9 +79,7 @@ class ChunkBuilder:
     def __init__(self, spec: ChunkSpec) -> None:
         self._template = ChatTemplate(spec.template, spec.special_tokens, spec.date)
         self._encoder = Encoder(spec.encoder)
-        self._rules: SpanRules = learn_rules(
-            self._template, list(spec.encoder.control_tokens), spec.special_tokens.get("eos_token", "")
-        )
+        self._rules = learn_rules(self._template, spec.encoder.control_tokens, spec.terminators)
         self._compiled = CompiledTemplate(self._template, self._rules)
         self._drop_messages = spec.drop_messages
 

@@ -6,20 +6,20 @@
 
 A region comes from a {% generation %} block where the template has them. Else it begins behind the generation prompt
 (or at the turn's first character, where the template prints none) and ends with the turn's terminator: the first
-control token behind its text. All else is TEMPLATE.
+control token behind its text, if that is one which ends turns (prep/turns.py). All else is TEMPLATE.
 """
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from prep.conversation import Conversation
 from prep.intervals import Intervals, outermost
-from prep.template import ChatTemplate
 from prep.trace import GENERATION, Mark, Traced
+from prep.turns import SpanRules
 from shared.errors import TemplateError
 from shared.shard_format import Kind
 
@@ -65,42 +65,7 @@ class Rendered:
     text: str
     spans: list[Span]  # ordered, not overlapping
     messages: list[RenderedMessage]  # in the order of the text
-
-
-@dataclass(frozen=True, slots=True)
-class SpanRules:
-    """What is known of a template and its tokenizer before the first row."""
-
-    has_generation_marks: bool
-    generation_prompt: str
-    call_opening: str  # what precedes the first tool call of a turn where no generation prompt says where turns begin
-    control: re.Pattern[str]  # any control token of the tokenizer
-    closing: frozenset[str]  # control tokens that end a turn even where they also open one
-    opening: frozenset[str]  # control tokens of the generation prompt
-    carries_reasoning: bool  # the template prints the reasoning of a last turn; earlier turns may lose it by design
-    carries_thinking: bool  # likewise for reasoning that stands in the content, <think>...</think>
-
-
-def learn_rules(template: ChatTemplate, control_tokens: Sequence[str], eos_token: str) -> SpanRules:
-    """Probe a template once: what opens a turn, what closes it, whether it carries reasoning."""
-    control = re.compile("|".join(map(re.escape, sorted(control_tokens, key=lambda t: (-len(t), t)))) or r"(?!)")
-    prompt = template.generation_prompt()
-    closing = {eos_token} if eos_token else set()
-    text = _probe(template, {"content": "PROBE-ANSWER"})
-    if "PROBE-ANSWER" in text and (last := control.search(text, text.rfind("PROBE-ANSWER"))):
-        closing.add(last[0])
-    reasoning = _probe(template, {"content": "PROBE-ANSWER", "reasoning_content": "PROBE-REASON"})
-    thinking = _probe(template, {"content": "<think>PROBE-REASON</think>PROBE-ANSWER"})
-    return SpanRules(
-        has_generation_marks=template.has_generation_marks,
-        generation_prompt=prompt,
-        call_opening="" if prompt else _call_opening(template),
-        control=control,
-        closing=frozenset(closing),
-        opening=frozenset(control.findall(prompt)),
-        carries_reasoning="PROBE-REASON" in reasoning,
-        carries_thinking="PROBE-REASON" in thinking,
-    )
+    control: tuple[str, ...] = ()  # the control tokens of the template, in order: no other may be among the ids
 
 
 def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Rendered:
@@ -115,15 +80,19 @@ def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Re
             _check_verbatim(text, mark, conversation)
         elif mark.start < mark.end:
             foreign.append(mark)
+    for index, marks in own.items():
+        marks.sort()
+        if conversation.messages[index]["role"] == "assistant":
+            foreign += _beyond_the_turn(text, index, marks, rules)
     foreign.sort()
     foreign_places = Intervals((mark.start, mark.end) for mark in foreign)
     order = sorted(own, key=lambda index: (min(mark.start for mark in own[index]), index))
-    regions = _generation_regions(text, own, conversation) if rules.has_generation_marks else None
+    regions = _generation_regions(text, own, conversation, rules) if rules.has_generation_marks else None
     spans = [Span(m.start, m.end, Kind.TEMPLATE, -1, m.start, m.end, True) for m in foreign]
     messages: list[RenderedMessage] = []
     previous_end = 0
     for position, index in enumerate(order):
-        marks = sorted(own[index])
+        marks = own[index]
         messages.append(RenderedMessage(index, previous_end))
         if conversation.messages[index]["role"] == "assistant":
             if regions is not None:
@@ -144,19 +113,37 @@ def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Re
     return Rendered(str.__getitem__(text, slice(None)), _without_overlaps(spans), messages)
 
 
-def _call_opening(template: ChatTemplate) -> str:
-    call = {"id": "probecall", "type": "function", "function": {"name": "PROBE-CALL", "arguments": {}}}
-    text = _probe(template, {"content": "", "tool_calls": [call]})
-    asked = template.opening()
-    return text[len(asked) : text.find("PROBE-CALL")] if text.startswith(asked) and "PROBE-CALL" in text else ""
+def _beyond_the_turn(text: str, index: int, marks: list[Mark], rules: SpanRules) -> list[Mark]:
+    """Take the marks that lie behind an assistant's turn out of its `marks`, which are in order, and return them.
+
+    A tool's message may repeat the name of the call that it answers. What an assistant said, printed again, would be
+    trained outside its turn, or twice: that is refused.
+    """
+    printed: dict[str, list[tuple[int, int]]] = {}  # field -> what of its text was printed
+    end = marks[0].end
+    for position, mark in enumerate(marks):
+        if mark.start > end and _turn_ends(text, end, mark.start, rules):
+            beyond = marks[position:]
+            del marks[position:]
+            said = next((m for m in beyond if not m.field.startswith("tool_calls")), None)
+            if said is not None:
+                raise TemplateError(f"the template prints messages[{index}].{said.field} outside its own turn")
+            return [m for m in beyond if m.start < m.end]
+        end = max(end, mark.end)
+        if mark.source_start >= 0 and not mark.field.startswith("tool_calls"):
+            printed.setdefault(mark.field, []).append((mark.source_start, mark.source_start + mark.end - mark.start))
+    for field, ranges in printed.items():
+        if any(second[0] < first[1] for first, second in pairwise(sorted(ranges))):
+            raise TemplateError(f"the template prints messages[{index}].{field} twice")
+    return []
 
 
-def _probe(template: ChatTemplate, answer: dict[str, Any]) -> str:
-    messages = ({"role": "user", "content": "x"}, {"role": "assistant", **answer})
-    try:
-        return template.render_plain(Conversation(messages=messages, tools=None, train=(None, None)))
-    except TemplateError:
-        return ""
+def _turn_ends(text: str, start: int, end: int, rules: SpanRules) -> bool:
+    """Say whether an assistant's turn is over between two of its texts: it is ended, and not opened again."""
+    closed = [found.end() for found in rules.control.finditer(text, start, end) if found[0] in rules.closing]
+    if closed and not (rules.generation_prompt and text.find(rules.generation_prompt, closed[-1], end) >= 0):
+        return True
+    return any(text.find(opening, start, end) >= 0 for opening in rules.openings)
 
 
 def _surroundings(
@@ -178,7 +165,7 @@ def _check_verbatim(text: Traced, mark: Mark, conversation: Conversation) -> Non
 
 
 def _generation_regions(
-    text: Traced, own: dict[int, list[Mark]], conversation: Conversation
+    text: Traced, own: dict[int, list[Mark]], conversation: Conversation, rules: SpanRules
 ) -> dict[int, list[tuple[int, int]]]:
     blocks = outermost((mark.start, mark.end) for mark in text.marks if mark.message == GENERATION)
     ends = [end for _, end in blocks]
@@ -192,9 +179,17 @@ def _generation_regions(
             block = blocks[at] if at < len(blocks) and blocks[at][0] <= mark.start else None
             if block is None:
                 raise TemplateError(f"the template prints messages[{index}].{mark.field} outside its generation block")
-            found.add(block)
+            found.add(_behind_prompt(text, block, marks, rules))
         regions[index] = sorted(found)
     return regions
+
+
+def _behind_prompt(text: str, block: tuple[int, int], marks: list[Mark], rules: SpanRules) -> tuple[int, int]:
+    """Return a generation block without the generation prompt that its author may have put into it."""
+    start, end = block
+    first = min(mark.start for mark in marks if mark.start >= start)
+    prompt = text.rfind(rules.generation_prompt, start, first) if rules.generation_prompt else -1
+    return (prompt + len(rules.generation_prompt) if prompt >= 0 else start), end
 
 
 def _region_around(text: str, marks: list[Mark], floor: int, limit: int, rules: SpanRules) -> tuple[int, int]:
@@ -207,7 +202,7 @@ def _region_around(text: str, marks: list[Mark], floor: int, limit: int, rules: 
         found = text.rfind(rules.call_opening, floor, first + len(rules.call_opening))
         start = found if found >= 0 else first
     stop = _terminator(text, last, limit, marks, rules)
-    if stop and (stop[0] in rules.closing or stop[0] not in rules.opening):
+    if stop and stop[0] in rules.closing:
         return start, stop.end()
     if _ends_in_tool_call(marks):
         raise TemplateError("the template closes a tool call without a control token, so its end cannot be proved")
@@ -244,6 +239,8 @@ def _turn_spans(
         pieces.append((max(cursor, mark.start), mark.end, kind, True))
         cursor, before = max(cursor, mark.end), kind
     stop = _terminator(text, cursor, end, marks, rules)
+    if stop and stop[0] not in rules.closing:
+        end, stop = stop.start(), None  # a generation block that goes on into the next message
     if stop:
         pieces.append((cursor, stop.start(), before, False))
         pieces.append((stop.start(), stop.end(), Kind.TERMINATOR, False))

@@ -6,8 +6,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from prep.carriage import uncarried
 from prep.conversation import Conversation, parse_conversation
-from prep.spans import Rendered, SpanRules, find_spans, learn_rules
+from prep.spans import Rendered, find_spans
 from prep.template import ChatTemplate, TemplateText
+from prep.turns import SpanRules, learn_rules
 from shared.errors import TemplateError
 from shared.shard_format import ASSISTANT_KINDS
 
@@ -66,7 +67,7 @@ def trained_characters(rendered: Rendered) -> str:
 
 def custom(text: str, control: tuple[str, ...] = ("<end>",)) -> tuple[ChatTemplate, SpanRules]:
     template = ChatTemplate(TemplateText("custom", text), {"eos_token": "<end>"})
-    return template, learn_rules(template, control, "<end>")
+    return template, learn_rules(template, control)
 
 
 LOOP = "{% for m in messages %}"

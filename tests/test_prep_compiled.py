@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from prep.carriage import uncarried
 from prep.compiled import CompiledTemplate
 from prep.conversation import Conversation
-from prep.spans import find_spans, learn_rules
+from prep.spans import find_spans
 from prep.template import ChatTemplate, TemplateText, shipped_templates
+from prep.turns import learn_rules
 from shared.errors import TemplateError
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "</s>"]
@@ -103,7 +104,7 @@ ROLES = st.lists(st.sampled_from(["user", "assistant", "system"]), min_size=1, m
 
 def made(text: str) -> tuple[ChatTemplate, CompiledTemplate]:
     template = ChatTemplate(TemplateText("test", text), TOKENS)
-    return template, CompiledTemplate(template, learn_rules(template, CONTROL, "<|im_end|>"))
+    return template, CompiledTemplate(template, learn_rules(template, CONTROL))
 
 
 MADE = {name: made(text) for name, text in {**FOLLOWED, **UNFOLLOWED}.items()}
@@ -124,7 +125,7 @@ def test_a_compiled_rendering_equals_the_traced_one(name: str, data: st.DataObje
     found = compiled.render(row)
     if found is None:
         return
-    rules = learn_rules(template, CONTROL, "<|im_end|>")
+    rules = learn_rules(template, CONTROL)
     text = template.render(row)
     assert uncarried(text, row, rules) is None
     assert found == find_spans(text, row, rules)

@@ -14,8 +14,9 @@ from trained_tokenizers import CONTROL, FAMILIES, PLAIN_ADDED, tokenizer_json
 from prep.align import align
 from prep.conversation import Conversation
 from prep.encode import Encoded, Encoder, byte_positions, encoder_spec
-from prep.spans import Rendered, learn_rules
+from prep.spans import Rendered
 from prep.template import ChatTemplate, TemplateText
+from prep.turns import learn_rules
 from shared.errors import DataError
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK
 
@@ -48,7 +49,7 @@ TEMPLATES = {
 READY = {}
 for _name, _foreign in TEMPLATES.items():
     _template = ChatTemplate(TemplateText(_name, _foreign.text), _foreign.special_tokens)
-    READY[_name] = _template, learn_rules(_template, CONTROL, _foreign.special_tokens["eos_token"])
+    READY[_name] = _template, learn_rules(_template, CONTROL)
 
 
 def rendered(template: str, contents: list[str]) -> Rendered:

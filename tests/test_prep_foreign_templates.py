@@ -8,14 +8,14 @@ from rendered_rows import LOOP, ODD_CONTENTS, conversation_of, custom, spans_of,
 
 from prep.carriage import uncarried
 from prep.conversation import Conversation
-from prep.spans import SpanRules, learn_rules
 from prep.template import ChatTemplate, TemplateText
+from prep.turns import SpanRules, learn_rules
 from shared.errors import TemplateError
 
 
 def ready(foreign: Foreign) -> tuple[ChatTemplate, SpanRules]:
     template = ChatTemplate(TemplateText("foreign", foreign.text), foreign.special_tokens)
-    return template, learn_rules(template, foreign.control, foreign.special_tokens["eos_token"])
+    return template, learn_rules(template, foreign.control)
 
 
 READY = {name: ready(foreign) for name, foreign in FOREIGN.items()}
@@ -136,7 +136,7 @@ def test_texts_of_two_messages_in_one_place_are_unverifiable() -> None:
 
 def test_an_answer_printed_again_around_another_message_is_unverifiable() -> None:
     template, rules = custom("{{ messages[1].content }}" + LOOP + "<{{ m.role }}>{{ m.content }}<end>{% endfor %}")
-    with pytest.raises(TemplateError, match="two messages"):
+    with pytest.raises(TemplateError, match="outside its own turn"):
         spans_of(template, rules, conversation_of(("user", "x"), ("assistant", "y")))
 
 

@@ -25,8 +25,8 @@ from rendered_rows import ODD_CONTENTS, as_transformers, conversation_of, spans_
 from prep.carriage import uncarried
 from prep.config import TemplateConfig
 from prep.conversation import Conversation, parse_conversation
-from prep.spans import SpanRules, learn_rules
 from prep.template import ChatTemplate, load_template, shipped_templates
+from prep.turns import SpanRules, learn_rules
 from shared.errors import TemplateError
 from shared.shard_format import Kind
 
@@ -45,7 +45,7 @@ def text_of(name: str) -> str:
 def ready(name: str) -> tuple[ChatTemplate, SpanRules]:
     family = FAMILIES.get(name, CHATML)
     template = ChatTemplate(load_template(TemplateConfig(name=name), Path(), None), specials_of(name))
-    return template, learn_rules(template, family.control, family.eos)
+    return template, learn_rules(template, family.control)
 
 
 READY = {name: ready(name) for name in shipped_templates()}

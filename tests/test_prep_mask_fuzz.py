@@ -45,7 +45,7 @@ def conversations(draw: st.DrawFn) -> list[dict[str, str]]:
 def builder(template: str, family: str) -> ChunkBuilder:
     backend = "gigatoken" if family.startswith("byte-level") else "transformers"
     spec = encoder_spec(tokenizer_json(family), CONTROL, backend)
-    return ChunkBuilder(ChunkSpec(TemplateText(template, TEMPLATES[template]), SPECIALS, "2026-01-31", spec, False))
+    return ChunkBuilder(ChunkSpec(TemplateText(template, TEMPLATES[template]), SPECIALS, "2026-01-31", spec, (), False))
 
 
 @given(

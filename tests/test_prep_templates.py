@@ -18,9 +18,9 @@ from rendered_rows import (
 from prep.carriage import uncarried
 from prep.config import TemplateConfig
 from prep.conversation import Conversation, parse_conversation
-from prep.spans import SpanRules, learn_rules
 from prep.template import ChatTemplate, TemplateText, load_template
 from prep.trace import Traced
+from prep.turns import SpanRules, learn_rules
 from shared.errors import ConfigError
 from shared.shard_format import Kind
 
@@ -66,7 +66,7 @@ def test_generation_prompt_is_what_the_template_prints_before_an_answer(name: st
 @pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
 def test_shipped_template_trains_contents_and_what_ends_them(name: str, row: list[tuple[str, str]]) -> None:
     template = shipped(name)
-    rendered = spans_of(template, learn_rules(template, CHATML_TOKENS, "<|endoftext|>"), conversation_of(*row))
+    rendered = spans_of(template, learn_rules(template, CHATML_TOKENS), conversation_of(*row))
     trained = trained_text(rendered)
     middle = {"chatml": "<|im_end|>", "olmo": "<|im_end|>", "simple_chat": ""}.get(name, "<|endoftext|>")
     last = {"chatml": "<|im_end|>"}.get(name, "<|endoftext|>")
@@ -83,7 +83,7 @@ def test_shipped_template_trains_contents_and_what_ends_them(name: str, row: lis
 def test_shipped_template_covers_any_content(name: str, content: str) -> None:
     template = shipped(name)
     conversation = conversation_of(("user", content), ("assistant", content), ("user", "x"), ("assistant", content))
-    rendered = spans_of(template, learn_rules(template, CHATML_TOKENS, "<|endoftext|>"), conversation)
+    rendered = spans_of(template, learn_rules(template, CHATML_TOKENS), conversation)
     trained = trained_text(rendered)
     assert trained.count(content) >= 2
     assert len(trained) <= 2 * len(content) + 2 * len("<|endoftext|>")
@@ -103,7 +103,7 @@ def test_olmo_prints_functions_and_function_calls_inside_the_answer() -> None:
         ]
     }
     conversation = parse_conversation(row, where="row")
-    rendered = spans_of(template, learn_rules(template, CHATML_TOKENS, "<|endoftext|>"), conversation)
+    rendered = spans_of(template, learn_rules(template, CHATML_TOKENS), conversation)
     assert rendered.text == as_transformers(
         load_template(TemplateConfig(name="olmo"), Path(), None).text, conversation, SPECIALS
     )
@@ -131,7 +131,7 @@ def test_olmo_prints_functions_and_function_calls_inside_the_answer() -> None:
 def test_what_a_shipped_template_drops_is_named(name: str, message: dict[str, Any], reason: str) -> None:
     template = shipped(name)
     conversation = parse_conversation({"messages": [{"role": "user", "content": "Q"}, message]}, where="row")
-    found = uncarried(template.render(conversation), conversation, learn_rules(template, CHATML_TOKENS, ""))
+    found = uncarried(template.render(conversation), conversation, learn_rules(template, CHATML_TOKENS))
     assert found == (1, reason)
 
 
@@ -149,7 +149,7 @@ def qwen3() -> tuple[ChatTemplate, SpanRules]:
         pytest.skip("the Qwen3 tokenizer is not beside this checkout")
     text = json.loads((QWEN3 / "tokenizer_config.json").read_text())["chat_template"]
     template = ChatTemplate(TemplateText("tokenizer", text), {"eos_token": "<|im_end|>"})
-    return template, learn_rules(template, CHATML_TOKENS, "<|im_end|>")
+    return template, learn_rules(template, CHATML_TOKENS)
 
 
 def prefix_trained(template: ChatTemplate, conversation: Conversation) -> str:

@@ -10,9 +10,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from prep.carriage import uncarried
 from prep.conversation import Conversation
-from prep.spans import find_spans, learn_rules
+from prep.spans import find_spans
 from prep.template import ChatTemplate, TemplateText
 from prep.trace import GENERATION, Mark, Traced, TracedDict, join, traced
+from prep.turns import learn_rules
 from shared.errors import TemplateError
 
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -163,7 +164,7 @@ def test_a_field_named_like_a_block_is_not_taken_for_one() -> None:
         "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
     )
     with pytest.raises(TemplateError, match="outside its generation block"):
-        find_spans(template.render(conversation), conversation, learn_rules(template, ["</s>"], "</s>"))
+        find_spans(template.render(conversation), conversation, learn_rules(template, ["</s>"]))
 
 
 # Through Jinja
@@ -252,7 +253,7 @@ def test_traced_rendering_is_that_of_transformers(name: str) -> None:
 def test_what_a_template_carries_is_marked_with_its_own_text(name: str) -> None:
     template = compiled(CARRIED[name])
     text = template.render(MESSAGES)
-    assert uncarried(text, MESSAGES, learn_rules(template, ["</s>"], "</s>")) is None
+    assert uncarried(text, MESSAGES, learn_rules(template, ["</s>"])) is None
     for mark in text.marks:
         if mark.message != GENERATION and mark.source_start >= 0:
             source = MESSAGES.messages[mark.message]["content"]
@@ -262,7 +263,7 @@ def test_what_a_template_carries_is_marked_with_its_own_text(name: str) -> None:
 @pytest.mark.parametrize("name", LOST)
 def test_what_loses_its_origin_leaves_the_row_uncarried(name: str) -> None:
     template = compiled(LOST[name])
-    found = uncarried(template.render(MESSAGES), MESSAGES, learn_rules(template, ["</s>"], "</s>"))
+    found = uncarried(template.render(MESSAGES), MESSAGES, learn_rules(template, ["</s>"]))
     assert found in ((0, "user message"), (0, "user.content"))
 
 

@@ -9,8 +9,8 @@ from rendered_rows import conversation_of, custom, spans_of, trained_characters,
 from test_prep_known_templates import specials_of, text_of
 
 from prep.conversation import Conversation, parse_conversation
-from prep.spans import SpanRules, learn_rules
 from prep.template import ChatTemplate, TemplateText, shipped_templates
+from prep.turns import SpanRules, learn_rules
 from shared.shard_format import Kind
 
 
@@ -19,7 +19,7 @@ def unmarked(name: str) -> tuple[ChatTemplate, SpanRules]:
     template = ChatTemplate(TemplateText(name, text), specials_of(name))
     assert not template.has_generation_marks
     family = FAMILIES.get(name, CHATML)
-    return template, learn_rules(template, family.control, family.eos)
+    return template, learn_rules(template, family.control)
 
 
 UNMARKED = {name: unmarked(name) for name in shipped_templates()}
@@ -117,9 +117,7 @@ def test_ways_of_other_models_train_what_the_assistant_wrote(
 ) -> None:
     template = ChatTemplate(TemplateText("other", text), {"bos_token": "<BOS>", "eos_token": eos})
     row = [dict(zip(("role", "content", "tool_calls"), message, strict=False)) for message in messages]
-    rendered = spans_of(
-        template, learn_rules(template, control, eos), parse_conversation({"messages": row}, where="row")
-    )
+    rendered = spans_of(template, learn_rules(template, control), parse_conversation({"messages": row}, where="row"))
     assert trained_text(rendered) == trained
     results = [rendered.text[s.start : s.end] for s in rendered.spans if s.kind == Kind.TOOL]
     assert results == [content for role, content, *_ in messages if role in ("tool", "environment")]

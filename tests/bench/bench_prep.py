@@ -143,7 +143,7 @@ def own_stages(tokenizer: str, rows: list[Row], folder: Path) -> list[tuple[str,
     inputs = resolve_inputs(mixture("stages", tokenizer, [source]), folder, {})
     loaded = load_tokenizer(inputs.tokenizer)
     spec = encoder_spec(loaded.tokenizer_json, loaded.control_tokens, "gigatoken")
-    builder = ChunkBuilder(ChunkSpec(inputs.template, loaded.special_tokens, "", spec, False))
+    builder = ChunkBuilder(ChunkSpec(inputs.template, loaded.special_tokens, "", spec, (), False))
     began = time.perf_counter()
     chunks = list(iter_chunks(inputs.sources[0], source_index=0))
     cut = time.perf_counter()
