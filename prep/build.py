@@ -22,6 +22,7 @@ import numpy as np
 from prep.chunk_workers import chunk_workers
 from prep.chunks import Chunk
 from prep.config import MixtureConfig, SourceConfig
+from prep.control_tokens import control_tokens
 from prep.decontaminate import Overlap, find_overlaps, read_questions
 from prep.detect import conversion_of
 from prep.encode import Encoder
@@ -36,8 +37,9 @@ from prep.sample_store import SampleStore, StoredChunk, StoreRequest, ensure_sto
 from prep.selection import Selection
 from prep.source_reader import iter_chunks
 from prep.tally import Tally
+from prep.template import ChatTemplate
 from prep.tokenizer import LoadedTokenizer, load_tokenizer
-from prep.tokenizer_fit import check_bos, choose_encoder
+from prep.tokenizer_fit import check_template, choose_encoder, plain_kinds
 from prep.write_set import Material, Packed, pack, write_set
 from shared import atomic, config
 from shared.disk import writing_to
@@ -167,8 +169,11 @@ def _samples(
     plan: BuildPlan, inputs: Inputs, loaded: LoadedTokenizer
 ) -> tuple[list[SampleStore], list[Tally], Encoder]:
     """Return the sample store of every source, what they add up to, and what encoded them."""
-    check_bos(inputs, loaded)
-    encoder = choose_encoder(loaded, inputs.mixture.tokenizer.backend)
+    asked = inputs.mixture.tokenizer
+    template = ChatTemplate(inputs.template, loaded.special_tokens, inputs.mixture.template.date)
+    control = control_tokens(template, loaded.control_tokens, loaded.added_tokens)
+    check_template(inputs, template, loaded, control)
+    encoder = choose_encoder(loaded, control, plain_kinds(asked.plain_text_roles), asked.backend)
     chunk_spec = ChunkSpec(
         template=inputs.template,
         special_tokens=loaded.special_tokens,

@@ -9,7 +9,7 @@ traced way through Jinja. So does every shape that cannot be followed, or that a
     spans                [USER]                   [ASSISTANT][TERMINATOR]
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from prep.carriage import uncarried
@@ -36,6 +36,7 @@ class Shape:
     messages: tuple[tuple[int, int], ...]  # as RenderedMessage, start as a piece boundary
     guards: tuple[Guard, ...]
     plain_contents: tuple[int, ...]  # messages whose content may not hold inline reasoning
+    control: tuple[str, ...]  # the template's control tokens, whatever the contents
 
     def render(self, conversation: Conversation) -> Rendered | None:
         """Return what the template prints, or None where the contents give a guard another answer."""
@@ -52,7 +53,8 @@ class Shape:
             for start, end, kind, message, first, last, is_text in self.spans
             if at[start] < at[end]
         ]
-        return Rendered("".join(texts), spans, [RenderedMessage(m, at[start]) for m, start in self.messages])
+        messages = [RenderedMessage(m, at[start]) for m, start in self.messages]
+        return Rendered("".join(texts), spans, messages, self.control)
 
 
 class CompiledTemplate:
@@ -88,7 +90,9 @@ class CompiledTemplate:
                 return None
             if uncarried(text, probe, self._rules) is not None:
                 return None
-            shape = _shape(text, find_spans(text, probe, self._rules), probe, tuple(sorted(record.guards, key=repr)))
+            rendered = find_spans(text, probe, self._rules)
+            rendered = replace(rendered, control=tuple(self._rules.control.findall(rendered.text)))
+            shape = _shape(text, rendered, probe, tuple(sorted(record.guards, key=repr)))
             return shape if shape and all(self._agrees(shape, _conversation(roles, s)) for s in _STAND_INS) else None
         except TemplateError:
             return None
@@ -96,7 +100,8 @@ class CompiledTemplate:
     def _agrees(self, shape: Shape, conversation: Conversation) -> bool:
         rendered = shape.render(conversation)
         text = self._template.render(conversation)
-        return rendered is not None and rendered == find_spans(text, conversation, self._rules)
+        control = tuple(self._rules.control.findall(text))  # of stand-ins, which hold none
+        return rendered == replace(find_spans(text, conversation, self._rules), control=control)
 
 
 def _conversation(roles: tuple[str, ...], text: str) -> Conversation:
@@ -152,4 +157,5 @@ def _shape(text: Traced, rendered: Rendered, probe: Conversation, guards: tuple[
         messages=tuple((message.message, boundary[message.start]) for message in rendered.messages),
         guards=guards,
         plain_contents=tuple(index for index, m in enumerate(probe.messages) if m["role"] == "assistant"),
+        control=rendered.control,
     )

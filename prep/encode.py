@@ -13,16 +13,18 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from prep.byte_places import byte_positions, in_bytes
+from prep.control_tokens import is_markup
 from prep.intervals import Intervals
 from prep.spans import Rendered
 from shared.errors import DataError
+from shared.shard_format import Kind
 
 Ints = npt.NDArray[np.int64]
 
@@ -34,6 +36,7 @@ class EncoderSpec:
     tokenizer_json: str  # a tokenizer.json without truncation, padding and post-processor
     control_tokens: tuple[str, ...]  # added tokens that text in messages can never become
     backend: str  # "gigatoken" or "transformers"
+    plain_kinds: tuple[Kind, ...] = ()  # whose texts can become no other markup token either
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,13 @@ class Encoded:
     rows_by_hand: int  # rows that took the Hugging Face path because of normalization or a typed control token
 
 
-def encoder_spec(tokenizer_json: str, control_tokens: Sequence[str], backend: str) -> EncoderSpec:
+def encoder_spec(
+    tokenizer_json: str, control_tokens: Sequence[str], backend: str, plain_kinds: tuple[Kind, ...] = ()
+) -> EncoderSpec:
     """Return the spec for a tokenizer.json: nothing may be added to, cut from or padded around a template's text."""
     data = json.loads(tokenizer_json)
     data.update(truncation=None, padding=None, post_processor=None)
-    return EncoderSpec(json.dumps(data, ensure_ascii=False), tuple(control_tokens), backend)
+    return EncoderSpec(json.dumps(data, ensure_ascii=False), tuple(control_tokens), backend, plain_kinds)
 
 
 class Encoder:
@@ -79,10 +84,19 @@ class Encoder:
             else len(self._json["model"]["vocab"]) - 1,
             max((token["id"] for token in self._json["added_tokens"]), default=0),
         )
-        self._stand_ins = {token: chr(0x10F000 + index) for index, token in enumerate(spec.control_tokens)}
-        self._control_ids = {token: _known_id(self._hf, token) for token in spec.control_tokens}
+        added = (token["content"] for token in self._json["added_tokens"])
+        markup = [token for token in added if spec.plain_kinds and is_markup(token)]
+        names = dict.fromkeys((*spec.control_tokens, *markup))
+        self._guarded_ids = {token: _known_id(self._hf, token) for token in names}
+        # private-use characters that take the place of these tokens where they are not text
+        first = min(0x10F000, 0x10FFFE - len(names))
+        self._stand_ins = {token: chr(first + index) for index, token in enumerate(names)}
         self.is_control = np.zeros(self.vocab_size, np.bool_)
-        self.is_control[list(self._control_ids.values())] = True
+        self.is_control[[self._guarded_ids[token] for token in spec.control_tokens]] = True
+        self._is_markup = np.zeros(self.vocab_size, np.bool_)  # not control, and plain text in texts of plain_kinds
+        self._is_markup[[self._guarded_ids[token] for token in markup]] = True
+        self._is_markup &= ~self.is_control
+        self._control_arrays: dict[tuple[str, ...], npt.NDArray[np.int32]] = {}
 
     def encode(self, rows: Sequence[Rendered]) -> Encoded:
         """Encode rendered rows. Raises DataError where a control token would come from the text of a message."""
@@ -92,9 +106,12 @@ class Encoder:
             ids, row_offsets = self._encode_batch(texts)
             start, end, exact = self._byte_ranges(ids, row_offsets, byte_offsets, rows)
             by_hand = ~exact
-            control = np.flatnonzero(self.is_control[ids])
-            typed = control[_touch(start[control], end[control], *_text_bounds(rows, byte_offsets))]
-            by_hand[np.searchsorted(row_offsets, typed, side="right") - 1] = True
+            for which, kinds in ((self.is_control, None), (self._is_markup, self.spec.plain_kinds)):
+                guarded = np.flatnonzero(which[ids])
+                if len(guarded):
+                    bounds = _text_bounds(rows, byte_offsets, kinds)
+                    typed = guarded[_touch(start[guarded], end[guarded], *bounds)]
+                    by_hand[np.searchsorted(row_offsets, typed, side="right") - 1] = True
         else:
             by_hand = np.ones(len(rows), np.bool_)
         if len(rows) and not by_hand.any():
@@ -114,6 +131,25 @@ class Encoder:
     def agrees_with_reference(self, row: Rendered, ids: npt.NDArray[np.int32]) -> bool:
         """Say whether `ids` are what the Hugging Face tokenizer makes of the row, message text kept plain."""
         return np.array_equal(ids, self._encode_by_hand(row)[0])
+
+    def rows_with_other_control(self, encoded: Encoded, rows: Sequence[Rendered]) -> Ints:
+        """Return the rows whose control tokens are not, one by one, those that the template prints, int64 [K]."""
+        places = np.flatnonzero(self.is_control[encoded.tokens])
+        expected = [self.control_ids(row.control) for row in rows]
+        counts = np.fromiter(map(len, expected), np.int64, len(rows))
+        bounds = np.searchsorted(places, encoded.row_offsets)
+        seen, wanted = encoded.tokens[places], np.concatenate([*expected, np.zeros(0, np.int32)])
+        if np.array_equal(np.diff(bounds), counts) and np.array_equal(seen, wanted):
+            return np.zeros(0, np.int64)
+        own = (seen[first:last] for first, last in pairwise(bounds.tolist()))
+        differs = (not np.array_equal(*both) for both in zip(own, expected, strict=True))
+        return np.flatnonzero(np.fromiter(differs, np.bool_, len(rows)))
+
+    def control_ids(self, names: tuple[str, ...]) -> npt.NDArray[np.int32]:
+        """Return the ids of control tokens, int32 [len(names)]."""
+        if names not in self._control_arrays:
+            self._control_arrays[names] = np.asarray([self._guarded_ids[name] for name in names], np.int32)
+        return self._control_arrays[names]
 
     def batch_ids(self, text: str) -> list[int]:
         """Return the configured backend's ids of any text."""
@@ -136,7 +172,7 @@ class Encoder:
 
     @cached_property
     def _plain(self) -> Any:
-        """The Hugging Face tokenizer to which control tokens are plain text, and their stand-ins the control tokens."""
+        """The Hugging Face tokenizer to which guarded tokens are plain text, and their stand-ins the tokens."""
         import tokenizers
 
         data = json.loads(self.spec.tokenizer_json)
@@ -186,19 +222,41 @@ class Encoder:
 
     def _encode_by_hand(self, row: Rendered) -> tuple[npt.NDArray[np.int32], Ints, Ints]:
         """Encode one row with the Hugging Face tokenizer, byte ranges from its offsets."""
-        encoding = self._hf.encode(row.text, add_special_tokens=False)
-        found = np.asarray(encoding.ids, np.int32), np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
-        if self._typed_control(row, *found).any():
-            found = self._encode_with_stand_ins(row)
-            for token in found[0][self._typed_control(row, *found)].tolist():
-                name = self._hf.id_to_token(token)
-                raise DataError(f"the tokenizer makes the control token {name!r} from the plain text of a message")
-        ids, offsets = found
+        ids, offsets = self.reference(row)
         byte_at = byte_positions(row.text)
         return ids, byte_at[offsets[:, 0]], byte_at[offsets[:, 1]]
 
-    def _encode_with_stand_ins(self, row: Rendered) -> tuple[npt.NDArray[np.int32], Ints]:
-        """Return ids and character offsets, where only what the template printed can be a control token.
+    def reference(self, row: Rendered) -> tuple[npt.NDArray[np.int32], Ints]:
+        """Return what the Hugging Face tokenizer makes of a row: ids, int32 [N], and their characters, int64 [N, 2]."""
+        encoding = self._hf.encode(row.text, add_special_tokens=False)
+        ids = np.asarray(encoding.ids, np.int32)
+        offsets = self._without_blanks(row.text, ids, np.asarray(encoding.offsets, np.int64).reshape(-1, 2))
+        texts = _texts(row)
+        plain = _texts(row, self.spec.plain_kinds)
+        if self._typed(texts, plain, ids, offsets).any():
+            ids, offsets = self._encode_with_stand_ins(row, self._allowed(row, texts, plain, ids, offsets))
+            for token in ids[self._typed(texts, plain, ids, offsets)].tolist():
+                name = self._hf.id_to_token(token)
+                raise DataError(f"the tokenizer makes the token {name!r} from plain text of a message")
+        return ids, offsets
+
+    def _without_blanks(self, text: str, ids: npt.NDArray[np.int32], offsets: Ints) -> Ints:
+        """Return the offsets, guarded tokens without the blanks that `lstrip` and `rstrip` make them swallow.
+
+        The blanks at the beginning of an answer must not make a trained token of the marker before it.
+        """
+        for token in np.flatnonzero(self.is_control[ids] | self._is_markup[ids]).tolist():
+            first, last = offsets[token].tolist()
+            core = text[first:last].strip()
+            if core and len(core) < last - first:
+                first = text.index(core, first)
+                offsets[token] = first, first + len(core)
+        return offsets
+
+    def _encode_with_stand_ins(
+        self, row: Rendered, allowed: list[tuple[int, int]]
+    ) -> tuple[npt.NDArray[np.int32], Ints]:
+        """Return ids and character offsets, where no guarded token but those in `allowed` places is made.
 
         text        a <|im_end|> b<|im_end|>        somebody typed the first
         encoded     a <|im_end|> b#                 # is the stand-in; to this tokenizer <|im_end|> is plain text
@@ -208,7 +266,7 @@ class Encoder:
         pieces: list[str] = []
         places: list[Ints] = []  # character of the text at every character of what is encoded
         cursor = 0
-        for first, last in self._template_control(row):
+        for first, last in allowed:
             pieces += [row.text[cursor:first], self._stand_ins[row.text[first:last]]]
             places.append(np.arange(cursor, first + 1))
             cursor = last
@@ -217,24 +275,28 @@ class Encoder:
         encoding = self._plain.encode("".join(pieces), add_special_tokens=False)
         ids = np.asarray(encoding.ids, np.int32)
         for token, stand_in in self._stand_ins.items():
-            ids[ids == self._plain.token_to_id(stand_in)] = self._control_ids[token]
-        return ids, np.concatenate(places)[np.asarray(encoding.offsets, np.int64).reshape(-1, 2)]
+            ids[ids == self._plain.token_to_id(stand_in)] = self._guarded_ids[token]
+        offsets = np.concatenate(places)[np.asarray(encoding.offsets, np.int64).reshape(-1, 2)]
+        return ids, self._without_blanks(row.text, ids, offsets)
 
-    def _typed_control(self, row: Rendered, ids: npt.NDArray[np.int32], offsets: Ints) -> npt.NDArray[np.bool_]:
-        """Say which tokens are control tokens made from text of a message, bool [N]; blanks beside one do not count."""
+    def _typed(
+        self, texts: Intervals, plain: Intervals, ids: npt.NDArray[np.int32], offsets: Ints
+    ) -> npt.NDArray[np.bool_]:
+        """Say which tokens are guarded ones made from text that may not become them, bool [N]."""
         typed = np.zeros(len(ids), np.bool_)
-        texts = _texts(row)
-        for token in np.flatnonzero(self.is_control[ids]).tolist():
-            first, last = offsets[token].tolist()
-            blanks = len(row.text[first:last]) - len(row.text[first:last].lstrip())
-            last = first + len(row.text[first:last].rstrip())
-            typed[token] = texts.touch(first + blanks, last)
+        for which, where in ((self.is_control, texts), (self._is_markup, plain)):
+            for token in np.flatnonzero(which[ids]).tolist():
+                typed[token] = where.touch(*offsets[token].tolist())
         return typed
 
-    def _template_control(self, row: Rendered) -> list[tuple[int, int]]:
-        """Return the character ranges of the control tokens that the template printed."""
+    def _allowed(
+        self, row: Rendered, texts: Intervals, plain: Intervals, ids: npt.NDArray[np.int32], offsets: Ints
+    ) -> list[tuple[int, int]]:
+        """Return the character ranges of the guarded tokens that stay such, in order.
+
+        These are the control tokens that the template printed, and other markup outside the plain texts.
+        """
         found = []
-        texts = _texts(row)
         position = 0
         while match := self._control_pattern.search(row.text, position):
             if texts.touch(*match.span()):
@@ -242,7 +304,12 @@ class Encoder:
             else:
                 found.append(match.span())
                 position = match.end()
-        return found
+        control = Intervals(found)
+        for token in np.flatnonzero(self._is_markup[ids]).tolist():
+            first, last = offsets[token].tolist()
+            if not plain.touch(first, last) and not control.touch(first, last):
+                found.append((first, last))
+        return sorted(found)
 
     @cached_property
     def _control_pattern(self) -> Any:
@@ -251,9 +318,9 @@ class Encoder:
         return re.compile("|".join(map(re.escape, sorted(self.spec.control_tokens, key=lambda t: (-len(t), t)))))
 
 
-def _texts(row: Rendered) -> Intervals:
-    """Return where text that the conversation brought stands."""
-    return Intervals((span.start, span.end) for span in row.spans if span.is_text)
+def _texts(row: Rendered, kinds: Sequence[Kind] | None = None) -> Intervals:
+    """Return where text that the conversation brought stands, of some kinds or of all."""
+    return Intervals((s.start, s.end) for s in row.spans if s.is_text and (kinds is None or s.kind in kinds))
 
 
 def _known_id(tokenizer: Any, token: str) -> int:
@@ -263,9 +330,17 @@ def _known_id(tokenizer: Any, token: str) -> int:
     return int(index)
 
 
-def _text_bounds(rows: Sequence[Rendered], byte_offsets: Ints) -> tuple[Ints, Ints]:
-    """Return first and last byte of every text that a conversation brought into the chunk, in order."""
-    texts = [[bound for span in row.spans if span.is_text for bound in span[:2]] for row in rows]
+def _text_bounds(
+    rows: Sequence[Rendered], byte_offsets: Ints, kinds: Sequence[Kind] | None = None
+) -> tuple[Ints, Ints]:
+    """Return first and last byte of every text that a conversation brought into the chunk, in order.
+
+    Texts of some kinds only, or of all.
+    """
+    texts = [
+        [bound for s in row.spans if s.is_text and (kinds is None or s.kind in kinds) for bound in s[:2]]
+        for row in rows
+    ]
     counts = np.fromiter(map(len, texts), np.int64, len(rows)) // 2
     places = np.fromiter(chain.from_iterable(texts), np.int64, 2 * int(counts.sum())).reshape(-1, 2)
     starts, ends = in_bytes(rows, byte_offsets, counts, places).T

@@ -64,6 +64,8 @@ class Inputs:
             "tokenizer": self.tree["tokenizer"],
             "template": self.tree["template"],
             "date": self.mixture.template.date,
+            "terminators": list(self.mixture.template.terminators),
+            "plain_text_roles": sorted(self.mixture.tokenizer.plain_text_roles),
             "drop_messages": self.mixture.rows.unknown == "drop_message",
             "backend": backend,
             "code": self.tree["code"],

@@ -215,6 +215,7 @@ def _source_entry(inputs: Inputs, index: int, tally: Tally, selection: Selection
             "epochs": selection.epochs_asked,
             "rows_by_hand": tally.rows_by_hand,
             "rows_refereed": tally.rows_refereed,
+            "rows_audited": tally.rows_audited,
             "rows_split": int(cut_short.sum()) if is_split else 0,
             "messages_dropped": tally.messages_dropped,
             "messages_untrained": tally.messages_untrained,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.align import align
+from prep.align import Aligned, align
 from prep.carriage import all_uncarried, without_messages
 from prep.chunks import Chunk, parse_chunk
 from prep.compiled import CompiledTemplate
@@ -18,14 +18,17 @@ from prep.conversation import Conversation, content_hash, prompt_hash
 from prep.convert import read_conversation, read_part
 from prep.encode import Encoded, Encoder, EncoderSpec
 from prep.mask import TRAIN_NO, TRAIN_UNSET
+from prep.mask_audit import NotComparableError, first_difference, windows
 from prep.spans import ROLE_KINDS, Rendered, find_spans
 from prep.template import ChatTemplate, TemplateText
 from prep.turns import learn_rules
-from prep.typed_control import check_typed_control
+from prep.typed_control import ControlCheck
 from shared.errors import DataError, TemplateError
+from shared.shard_format import ASSISTANT_KINDS, KIND_MASK
 
 REFEREE_EVERY = 128  # one row in so many, by content hash, is encoded again by the Hugging Face tokenizer
-AUDIT_EVERY = 32  # and one in so many is rendered again without tracing
+AUDIT_EVERY = 128  # its mask is made again (and that of one row of every chunk)
+PLAIN_EVERY = 32  # and one in so many is rendered again without tracing
 
 # name -> (dtype, trailing shape); N tokens, S samples, M messages
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -81,6 +84,7 @@ class ChunkBuilder:
         self._encoder = Encoder(spec.encoder)
         self._rules = learn_rules(self._template, spec.encoder.control_tokens, spec.terminators)
         self._compiled = CompiledTemplate(self._template, self._rules)
+        self._control = ControlCheck(self._template, self._rules, spec.encoder.control_tokens)
         self._drop_messages = spec.drop_messages
 
     def build(self, chunk: Chunk) -> ChunkResult:
@@ -113,7 +117,7 @@ class ChunkBuilder:
             else:
                 dropped_messages += dropped
                 kept.append(_Kept(row, where, conversation, rendered, digest))
-        columns, by_hand, refereed = self._columns(kept, rejects)
+        columns, checked = self._columns(kept, rejects)
         facts = {
             "rows": len(parts),
             "samples": len(columns["sample_row"]),
@@ -122,8 +126,7 @@ class ChunkBuilder:
             "uncarried": missing,
             "messages_dropped": dropped_messages,
             "messages_untrained": int((columns["message_train"] == TRAIN_NO).sum()),
-            "rows_by_hand": by_hand,
-            "rows_refereed": refereed,
+            **checked,
         }
         if chunk.conversion.split_by:
             facts["parts"], columns["row_part"] = _named(parts)
@@ -147,24 +150,30 @@ class ChunkBuilder:
                 return conversation, None, next(iter(lost.values())), dropped
             conversation = without_messages(conversation, lost)
             dropped += len(lost)
-        return conversation, find_spans(text, conversation, self._rules), "", dropped
+        rendered = self._control.check(conversation, find_spans(text, conversation, self._rules))
+        return conversation, rendered, "", dropped
 
     def _check(self, conversation: Conversation, rendered: Rendered, digest: bytes) -> None:
-        check_typed_control(self._template, conversation, rendered, self._rules.control)
-        if digest[0] % AUDIT_EVERY == 0 and self._template.render_plain(conversation) != rendered.text:
+        if digest[0] % PLAIN_EVERY == 0 and self._template.render_plain(conversation) != rendered.text:
             raise TemplateError(f"the template {self._template.name!r} prints another text when it is not traced")
 
     def _columns(
         self, kept: list[_Kept], rejects: list[tuple[int, str, str]]
-    ) -> tuple[dict[str, npt.NDArray[Any]], int, int]:
+    ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, int]]:
         try:
             encoded = self._encoder.encode([row.rendered for row in kept])
         except DataError:  # some row cannot be encoded safely: find out which, leave it out, go on
             kept = [row for row in kept if not self._cannot_encode(row, rejects)]
             encoded = self._encoder.encode([row.rendered for row in kept])
+        others = [kept[i] for i in self._encoder.rows_with_other_control(encoded, [row.rendered for row in kept])]
+        if others := [row for row in others if not self._control_is_its_own(row)]:
+            reason = "the tokenizer makes other control tokens of it than of the same conversation with inert contents"
+            rejects += [(row.number, "unverifiable", f"{row.where}: {reason}") for row in others]
+            return self._columns([row for row in kept if row not in others], rejects)
         rows = [row.rendered for row in kept]
         aligned = align(encoded, rows)
         refereed = self._referee(encoded, kept)
+        audited = self._audit(encoded, aligned, kept)
         conversations = [row.conversation for row in kept]
         order = [(row.conversation, m.message) for row in kept for m in row.rendered.messages]
         columns: dict[str, npt.NDArray[Any]] = {
@@ -186,7 +195,15 @@ class ChunkBuilder:
             for name, (dtype, tail) in COLUMNS.items()
             if name in columns
         }
-        return typed, encoded.rows_by_hand, refereed
+        return typed, {"rows_by_hand": encoded.rows_by_hand, "rows_refereed": refereed, "rows_audited": audited}
+
+    def _control_is_its_own(self, row: _Kept) -> bool:
+        """Ask the tokenizer itself: what a template prints can lie in its vocabulary otherwise than it is written."""
+        inert = self._template.render_plain(self._control.inert(row.conversation))
+        expected, ids = (
+            np.asarray(found) for found in (self._encoder.ids_of(inert), self._encoder.encode([row.rendered]).tokens)
+        )
+        return np.array_equal(*(found[self._encoder.is_control[found]] for found in (expected, ids)))
 
     def _cannot_encode(self, row: _Kept, rejects: list[tuple[int, str, str]]) -> bool:
         try:
@@ -210,6 +227,37 @@ class ChunkBuilder:
                 )
             checked += 1
         return checked
+
+    def _audit(self, encoded: Encoded, aligned: Aligned, kept: list[_Kept]) -> int:
+        """Make the mask of a sample of rows a second time: prep/mask_audit.py. Raises DataError where they differ."""
+        chosen = {i for i, row in enumerate(kept) if row.content_hash[0] % AUDIT_EVERY == 0}
+        chosen |= {min(range(len(kept)), key=lambda i: kept[i].content_hash)} if kept else set()
+        checked = 0
+        for index in sorted(chosen):
+            row, tokens = kept[index], slice(*encoded.row_offsets[index : index + 2])
+            try:
+                found = list(windows(self._template, row.conversation, row.rendered.text, self._rules))
+            except NotComparableError:
+                continue
+            ids, offsets = self._encoder.reference(row.rendered)
+            trained = np.isin(aligned.kind[tokens] & KIND_MASK, ASSISTANT_KINDS)
+            same = np.array_equal(ids, encoded.tokens[tokens])
+            token = first_difference(found, trained, offsets) if same else 0
+            if token is not None:
+                raise DataError(_audit_message(row, token, offsets, trained))
+            checked += 1
+        return checked
+
+
+def _audit_message(row: _Kept, token: int, offsets: npt.NDArray[np.int64], trained: npt.NDArray[np.bool_]) -> str:
+    first, last = offsets[token].tolist()
+    text = row.rendered.text
+    return (
+        f"{row.where}: two ways to find what is trained disagree at token {token}, {text[first:last]!r} "
+        f"(behind {text[max(first - 30, 0) : first]!r}): by the marks of one render it is "
+        f"{'trained' if trained[token] else 'not trained'}, by comparing renders it is not so. Report the row and its "
+        'template; rows.on_error = "skip" does not help, a mask must be certain'
+    )
 
 
 def _named(parts: list[str]) -> tuple[list[str], npt.NDArray[np.int32]]:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from prep.conversation import Conversation
 from prep.intervals import Intervals, outermost
+from prep.template import ChatTemplate
 from prep.trace import GENERATION, Mark, Traced
 from prep.turns import SpanRules
 from shared.errors import TemplateError
@@ -111,6 +112,19 @@ def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Re
             spans += [Span(m.start, m.end, kind, position, m.start, m.end, True) for m in marks if m.start < m.end]
             previous_end = max(previous_end, marks[-1].end)
     return Rendered(str.__getitem__(text, slice(None)), _without_overlaps(spans), messages)
+
+
+def ends_turns(template: ChatTemplate, rules: SpanRules) -> bool:
+    """Say whether a turn of an assistant ever ends in something that a model can learn to end it with."""
+    messages = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    for count in (4, 2):
+        conversation = Conversation(tuple(messages[:count]), None, (None,) * count)
+        try:
+            spans = find_spans(template.render(conversation), conversation, rules).spans
+        except TemplateError:
+            continue
+        return any(span.kind == Kind.TERMINATOR for span in spans)
+    return True  # it refuses plain conversations: its rows will tell
 
 
 def _beyond_the_turn(text: str, index: int, marks: list[Mark], rules: SpanRules) -> list[Mark]:

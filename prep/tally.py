@@ -15,6 +15,7 @@ class Tally:
     tokens: int = 0
     rows_by_hand: int = 0
     rows_refereed: int = 0
+    rows_audited: int = 0
     messages_dropped: int = 0
     messages_untrained: int = 0  # with `train: false` of their own
     rejects: list[tuple[int, str, str]] = field(default_factory=list)  # row, reason, detail
@@ -27,6 +28,7 @@ class Tally:
         self.tokens += facts["tokens"]
         self.rows_by_hand += facts["rows_by_hand"]
         self.rows_refereed += facts["rows_refereed"]
+        self.rows_audited += facts["rows_audited"]
         self.messages_dropped += facts["messages_dropped"]
         self.messages_untrained += facts["messages_untrained"]
         self.rejects += [(row, reason, detail) for row, reason, detail in facts["rejects"]]

@@ -6,6 +6,7 @@ today's date is not available: a template that prints it needs `template.date`, 
 
 import datetime
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -29,7 +30,8 @@ from prep.trace import Traced, join, json_marked, traced
 from shared.errors import ConfigError, TemplateError
 from shared.hashing import sha256_bytes
 
-_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+BLOCK_BRACKETS = "\U0010fffc\U0010fffd"  # around what generation blocks print, where asked for
+REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
 _QUESTION = Conversation(messages=({"role": "user", "content": "x"},), tools=None, train=(None,))
@@ -106,10 +108,31 @@ class ChatTemplate:
         messages = [_with_reasoning_names(message) for message in conversation.messages]
         return self._render(self._plain, messages, conversation.tools, add_generation_prompt=add_generation_prompt)
 
+    def generation_blocks(self, conversation: Conversation) -> list[tuple[int, int]]:
+        """Return the characters that generation blocks print, in order, found without tracing. Raises TemplateError."""
+        template = _environment(ImmutableSandboxedEnvironment, self._date, _BracketedBlocks).from_string(self._text)
+        messages = [_with_reasoning_names(message) for message in conversation.messages]
+        text = self._render(template, messages, conversation.tools, add_generation_prompt=False)
+        blocks, starts, position = [], [], 0
+        for piece in re.split(f"([{BLOCK_BRACKETS}])", text):
+            if piece == BLOCK_BRACKETS[0]:
+                starts.append(position)
+            elif piece == BLOCK_BRACKETS[1]:
+                blocks.append((starts.pop(), position))
+            else:
+                position += len(piece)
+        return sorted(blocks)
+
     def render_messages(self, messages: list[dict[str, Any]], environment: type["TracingEnvironment"]) -> str:
         """Render messages that carry marks of their own, in an environment of that class. Raises TemplateError."""
         template = _environment(environment, self._date).from_string(self._text)
         return self._render(template, messages, None, add_generation_prompt=False)
+
+    def own_strings(self) -> list[str]:
+        """Return the strings that the template itself is written with, those of its variables included."""
+        tree = _environment(ImmutableSandboxedEnvironment, self._date).parse(self._text)
+        constants = [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
+        return [*constants, *(n.data for n in tree.find_all(jinja2.nodes.TemplateData)), *self._variables.values()]
 
     def generation_prompt(self) -> str:
         """Return what the template prints to open an assistant turn, "" where it prints nothing."""
@@ -146,14 +169,14 @@ class ChatTemplate:
 
 def _traced_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {
-        key: value if key == "role" else traced(value, index, "reasoning_content" if key in _REASONING_NAMES else key)
+        key: value if key == "role" else traced(value, index, "reasoning_content" if key in REASONING_NAMES else key)
         for key, value in _with_reasoning_names(message).items()
     }
 
 
 def reasoning_of(message: Mapping[str, Any]) -> Any:
     """Return the reasoning of a message, whatever name it came under; None without any."""
-    return next((message[name] for name in _REASONING_NAMES if message.get(name) is not None), None)
+    return next((message[name] for name in REASONING_NAMES if message.get(name) is not None), None)
 
 
 def _with_reasoning_names(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,10 +234,17 @@ class _GenerationBlocks(jinja2.ext.Extension):
         return (text if isinstance(text, Traced) else Traced(text)).in_block()
 
 
-def _environment(cls: type[ImmutableSandboxedEnvironment], date: str) -> ImmutableSandboxedEnvironment:
-    environment = cls(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols], cache_size=0
-    )
+class _BracketedBlocks(_GenerationBlocks):
+    """Generation blocks between two characters of Unicode's private use."""
+
+    def _mark(self, caller: Macro) -> str:
+        return f"{BLOCK_BRACKETS[0]}{caller()}{BLOCK_BRACKETS[1]}"
+
+
+def _environment(
+    cls: type[ImmutableSandboxedEnvironment], date: str, blocks: type[_GenerationBlocks] = _GenerationBlocks
+) -> ImmutableSandboxedEnvironment:
+    environment = cls(trim_blocks=True, lstrip_blocks=True, extensions=[blocks, jinja2.ext.loopcontrols], cache_size=0)
     environment.filters["tojson"] = _to_json
     if isinstance(environment, TracingEnvironment):
         environment.replace_filters()

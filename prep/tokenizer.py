@@ -59,6 +59,7 @@ class LoadedTokenizer:
     tokenizer_json: str
     special_tokens: dict[str, str]  # bos_token, eos_token, ... as chat templates see them
     special_ids: dict[str, int]
+    added_tokens: dict[str, bool]  # content -> special
     control_tokens: tuple[str, ...]  # contents of the added tokens with `special: true`, and the EOS
     model_max_length: int
 
@@ -99,6 +100,7 @@ def load_tokenizer(files: TokenizerFiles) -> LoadedTokenizer:
         tokenizer_json=backend.to_str(),
         special_tokens={name: str(token) for name, token in named.items()},
         special_ids={name: int(tokenizer.convert_tokens_to_ids(token)) for name, token in named.items()},
+        added_tokens={token.content: bool(token.special) for token in tokenizer.added_tokens_decoder.values()},
         control_tokens=tuple(sorted(control)),
         model_max_length=min(int(tokenizer.model_max_length), 1 << 62),
     )

@@ -10,6 +10,7 @@ from prep.conversation import Conversation
 from prep.spans import find_spans
 from prep.template import ChatTemplate, TemplateText, shipped_templates
 from prep.turns import learn_rules
+from prep.typed_control import ControlCheck
 from shared.errors import TemplateError
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "</s>"]
@@ -128,7 +129,7 @@ def test_a_compiled_rendering_equals_the_traced_one(name: str, data: st.DataObje
     rules = learn_rules(template, CONTROL)
     text = template.render(row)
     assert uncarried(text, row, rules) is None
-    assert found == find_spans(text, row, rules)
+    assert found == ControlCheck(template, rules, CONTROL).check(row, find_spans(text, row, rules))
 
 
 @pytest.mark.parametrize("name", sorted(FOLLOWED))

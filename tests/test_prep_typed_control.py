@@ -4,7 +4,7 @@ import pytest
 from rendered_rows import LOOP, custom, spans_of, trained_characters, trained_text
 
 from prep.conversation import parse_conversation
-from prep.typed_control import check_typed_control
+from prep.typed_control import ControlCheck
 from shared.errors import TemplateError
 
 # Control tokens typed where no message text is
@@ -52,11 +52,12 @@ def test_a_control_token_typed_in_a_tool_is_text_or_the_row_is_unverifiable(prin
     }
     conversation = parse_conversation(row, where="row")
     rendered = spans_of(template, rules, conversation)
+    check = ControlCheck(template, rules, ("<end>",))
     if lost:
         with pytest.raises(TemplateError, match="typed"):
-            check_typed_control(template, conversation, rendered, rules.control)
+            check.check(conversation, rendered)
         return
-    check_typed_control(template, conversation, rendered, rules.control)
+    assert check.check(conversation, rendered).control == ("<end>",)
     texts = [(s.start, s.end) for s in rendered.spans if s.is_text]
     outside = [
         m.start() for m in rules.control.finditer(rendered.text) if not any(a <= m.start() < b for a, b in texts)
