@@ -24,9 +24,14 @@ from shared.errors import TemplateError
 
 MAX_TURNS = 16  # of a longer conversation, the first and the last turns: each costs renders of the whole
 _TEXTS = ("content", "function_calls", *REASONING_NAMES)
-_PIECES = re.compile(r"</?think>|\s+|[\w]+|[^\w\s]")
-_KEPT = re.compile(r"</?think>|\s+")
-_KEPT_IN_CALLS = re.compile(r"\s+|[^\w\s]|true|false|null|[\d]+")
+# what is crossed out of a text: all of it but blanks within; also tags of reasoning kept, which a template may look for;
+# also the blanks at its ends, which a template may trim: it prints another length where they are gone
+_CROSSED_OUT = (
+    re.compile(r"(?!)()|\A\s+|\s+\Z|\S"),
+    re.compile(r"(</?think>)|\A\s+|\s+\Z|\S"),
+    re.compile(r"(</?think>)|\S"),
+)
+_LETTERS = re.compile(r"(\b(?:true|false|null)\b)|[^\W\d_]+")
 _STRANGER = "\u2603"  # stands for every character of an answer
 
 
@@ -88,8 +93,12 @@ def _turn(
     blocks: list[tuple[int, int]] | None,
 ) -> list[tuple[int, int]]:
     """Return the trained characters of one assistant message: one range, or one in each of its generation blocks."""
-    before = _plain(template, _first(conversation, index), add_generation_prompt=True) if index else ""
-    first, last = _where_it_stands(template, conversation, index, text, len(before) if text.startswith(before) else -1)
+    # where no generation prompt says where turns begin, they begin with their text
+    before = ""
+    if index and rules.generation_prompt:
+        before = _plain(template, _first(conversation, index), add_generation_prompt=True)
+    prompted = len(before) if before and text.startswith(before) else -1
+    first, last = _where_it_stands(template, conversation, index, text, prompted)
     if blocks is not None:
         own = [(start, end) for start, end in blocks if start <= last and first <= end]
         if not own:
@@ -98,8 +107,8 @@ def _turn(
             (_behind_prompt(text, start, max(first, start), rules, start), _end(text, min(last, end), end, end, rules))
             for start, end in own
         ]
-    if 0 < len(before) <= first and text.startswith(before):
-        start = len(before)
+    if 0 < prompted <= first:
+        start = prompted
     elif not rules.generation_prompt and conversation.messages[index].get("tool_calls"):
         raise NotComparableError  # what precedes a call, and is part of it, has no bound here
     else:
@@ -119,13 +128,16 @@ def _where_it_stands(
     template: ChatTemplate, conversation: Conversation, index: int, text: str, if_empty: int
 ) -> tuple[int, int]:
     """Return the first and last character that differ where a message's texts are crossed out."""
-    crossed = {
-        key: _crossed_out(value) if key in _TEXTS or key == "tool_calls" else value
-        for key, value in conversation.messages[index].items()
-    }
-    messages = (*conversation.messages[:index], crossed, *conversation.messages[index + 1 :])
-    other = _plain(template, Conversation(messages, conversation.tools, conversation.train))
-    if len(other) != len(text):
+    for pattern in _CROSSED_OUT:
+        crossed = {
+            key: _crossed_out(value, pattern) if key in _TEXTS or key == "tool_calls" else value
+            for key, value in conversation.messages[index].items()
+        }
+        messages = (*conversation.messages[:index], crossed, *conversation.messages[index + 1 :])
+        other = _plain(template, Conversation(messages, conversation.tools, conversation.train))
+        if len(other) == len(text) and all(a in (_STRANGER, b) for a, b in zip(other, text, strict=True)):
+            break
+    else:
         raise NotComparableError
     places = [place for place, char in enumerate(other) if char == _STRANGER]
     if places:
@@ -135,17 +147,16 @@ def _where_it_stands(
     return if_empty, if_empty
 
 
-def _crossed_out(value: Any, key: str = "") -> Any:
-    """Return texts with a stranger for every character but blanks, tags of reasoning, and what makes them JSON."""
+def _crossed_out(value: Any, pattern: re.Pattern[str], key: str = "") -> Any:
+    """Return texts with a stranger for what `pattern` finds outside its group; in calls, for their letters alone."""
     if isinstance(value, str):
         if key in ("type", "id"):
             return value
-        kept = _KEPT_IN_CALLS if key else _KEPT
-        return "".join(piece if kept.fullmatch(piece) else _STRANGER * len(piece) for piece in _PIECES.findall(value))
+        return (_LETTERS if key else pattern).sub(lambda found: found[1] or _STRANGER * len(found[0]), value)
     if isinstance(value, dict):
-        return {name: _crossed_out(item, name) for name, item in value.items()}
+        return {name: _crossed_out(item, pattern, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [_crossed_out(item, key) for item in value]
+        return [_crossed_out(item, pattern, key) for item in value]
     return value
 
 
