@@ -27,7 +27,7 @@ _BLOCK_TOKENS = 1 << 22
 @dataclass(frozen=True, slots=True)
 class Assembled:
     shards: list[ShardEntry]
-    terminators: dict[int, int]  # token id -> how often it ends a trained turn
+    terminators: dict[int, int]  # id of a control token -> how often it ends a trained turn
     max_token_id: int
     loss_tokens: Ints  # by source
 
@@ -40,6 +40,7 @@ def assemble(
     source_of: Ints,  # [S]
     pack_offsets: Ints,  # [P+1] in sequences
     policy: MaskConfig,
+    is_control: npt.NDArray[np.bool_],  # [vocab_size]
     shard_tokens: int = SHARD_TOKENS,
     on_sequences: Callable[[int], None],
 ) -> Assembled:
@@ -65,7 +66,7 @@ def assemble(
         np.add.at(loss_tokens, source_of[part], per_sequence)
         shards.append(write_shard(out, len(shards), columns))
         max_token_id = max(max_token_id, int(columns["tokens"].max()))
-        counts.update(_terminators(columns))
+        counts.update(_terminators(columns, is_control))
         first_pack = last_pack
     return Assembled(shards, counts, max_token_id, loss_tokens)
 
@@ -119,14 +120,14 @@ def _gather(
     return {"tokens": tokens, "kind": kind, "loss_mask": mask, "seq_offsets": offsets, "seq_origin": origin}
 
 
-def _terminators(columns: dict[str, npt.NDArray[Any]]) -> Counter[int]:
-    """Count the ids of trained terminators that are one token long; in blocks, for the sake of memory."""
+def _terminators(columns: dict[str, npt.NDArray[Any]], is_control: npt.NDArray[np.bool_]) -> Counter[int]:
+    """Count the control tokens that a trained turn ends with; in blocks, for the sake of memory."""
     counts = Counter[int]()
     for start in range(0, len(columns["tokens"]), _BLOCK_TOKENS):
-        around = slice(max(start - 1, 0), start + _BLOCK_TOKENS + 1)  # one token more on each side
+        around = slice(start, start + _BLOCK_TOKENS + 1)  # one token more, to see whether a run goes on
         kind, mask, tokens = (columns[name][around] for name in ("kind", "loss_mask", "tokens"))
-        ends = np.concatenate(([False], ((kind & KIND_MASK) == Kind.TERMINATOR) & (mask == 1), [False]))
-        alone = ends[1:-1] & ~ends[:-2] & ~ends[2:]
-        own = slice(start - around.start, start - around.start + _BLOCK_TOKENS)
-        counts.update(tokens[own][alone[own]].tolist())
+        ends = np.append(((kind & KIND_MASK) == Kind.TERMINATOR) & (mask == 1), False)
+        last = (ends[:-1] & ~ends[1:])[:_BLOCK_TOKENS]
+        found = tokens[:_BLOCK_TOKENS][last]
+        counts.update(found[is_control[found]].tolist())
     return counts

@@ -24,11 +24,12 @@ from shared.errors import TemplateError
 
 MAX_TURNS = 16  # of a longer conversation, the first and the last turns: each costs renders of the whole
 _TEXTS = ("content", "function_calls", *REASONING_NAMES)
-# what is crossed out of a text: all of it but blanks within; also tags of reasoning kept, which a template may look for;
-# also the blanks at its ends, which a template may trim: it prints another length where they are gone
+# what is crossed out of a text, one after the other until the template prints the same length: all but blanks within;
+# tags of reasoning kept, which it may look for; the blanks at the ends kept, which it may trim; both kept
 _CROSSED_OUT = (
     re.compile(r"(?!)()|\A\s+|\s+\Z|\S"),
     re.compile(r"(</?think>)|\A\s+|\s+\Z|\S"),
+    re.compile(r"(?!)()|\S"),
     re.compile(r"(</?think>)|\S"),
 )
 _LETTERS = re.compile(r"(\b(?:true|false|null)\b)|[^\W\d_]+")
@@ -97,31 +98,28 @@ def _turn(
     before = ""
     if index and rules.generation_prompt:
         before = _plain(template, _first(conversation, index), add_generation_prompt=True)
+    has_calls = bool(conversation.messages[index].get("tool_calls"))
     prompted = len(before) if before and text.startswith(before) else -1
     first, last = _where_it_stands(template, conversation, index, text, prompted)
     if blocks is not None:
-        own = [(start, end) for start, end in blocks if start <= last and first <= end]
+        own = [(start, end) for start, end in _joined(blocks) if start <= last and first <= end]
         if not own:
             raise NotComparableError
-        return [
-            (_behind_prompt(text, start, max(first, start), rules, start), _end(text, min(last, end), end, end, rules))
-            for start, end in own
-        ]
+        starts = [_behind_prompt(text, own[0][0], first, rules, own[0][0]), *(start for start, _ in own[1:])]
+        ends = [_end(text, min(last, end), end, end, rules, has_calls) for _, end in own]
+        return list(zip(starts, ends, strict=True))
     if 0 < prompted <= first:
-        start = prompted
-    elif not rules.generation_prompt and conversation.messages[index].get("tool_calls"):
+        start = _behind_prompt(text, prompted, first, rules, prompted)
+    elif has_calls:
         raise NotComparableError  # what precedes a call, and is part of it, has no bound here
     else:
         start = _behind_prompt(text, 0, first, rules, first)
     limit = len(text)
     if index + 1 < len(conversation.messages):
         limit, _ = _where_it_stands(template, conversation, index + 1, text, len(text))
-    if not conversation.messages[index].get("tool_calls"):
-        return [(start, _end(text, last, limit, last, rules))]
-    ending = next((found for found in rules.control.finditer(text, last, limit) if found[0] in rules.closing), None)
-    if ending is None:
-        raise NotComparableError
-    return [(start, ending.end())]
+    if has_calls and not any(found[0] in rules.closing for found in rules.control.finditer(text, last, limit)):
+        raise NotComparableError  # nor has what closes a call
+    return [(start, _end(text, last, limit, last, rules, has_calls))]
 
 
 def _where_it_stands(
@@ -161,16 +159,38 @@ def _crossed_out(value: Any, pattern: re.Pattern[str], key: str = "") -> Any:
 
 
 def _behind_prompt(text: str, floor: int, first: int, rules: SpanRules, otherwise: int) -> int:
+    """Return the end of the last generation prompt, or of what remains of it, before an answer."""
     found = text.rfind(rules.generation_prompt, floor, first) if rules.generation_prompt else -1
-    return found + len(rules.generation_prompt) if found >= 0 else otherwise
+    if found >= 0:
+        return found + len(rules.generation_prompt)
+    markers = rules.control.findall(rules.generation_prompt) if otherwise < first else []
+    return max([otherwise, *(text.rfind(m, floor, first) + len(m) for m in markers if m in text[floor:first])])
 
 
-def _end(text: str, last: int, limit: int, otherwise: int, rules: SpanRules) -> int:
-    """Return where a turn ends whose text ends at `last`: behind its terminator, or before another control token."""
-    found = rules.control.search(text, last, limit)
-    if found is None:
-        return otherwise
-    return found.end() if found[0] in rules.closing else min(found.start(), otherwise)
+def _end(text: str, last: int, limit: int, otherwise: int, rules: SpanRules, has_calls: bool) -> int:
+    """Return where a turn ends whose text ends at `last`: behind its terminators, or before another control token.
+
+    Behind calls come tokens that close these; the turn goes on to the one that ends it.
+    """
+    behind = list(rules.control.finditer(text, last, limit))
+    closing = next((found for found in behind if found[0] in rules.closing), None)
+    if not has_calls and behind and closing is not behind[0]:
+        return min(behind[0].start(), otherwise)
+    end = closing.end() if closing else otherwise
+    while closing and (closing := rules.control.match(text, end)) and closing[0] in rules.closing:
+        end = closing.end()
+    return end
+
+
+def _joined(blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return blocks that touch one another as one."""
+    joined: list[tuple[int, int]] = []
+    for start, end in blocks:
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def _first(conversation: Conversation, count: int) -> Conversation:

@@ -182,6 +182,11 @@ def _generation_regions(
     text: Traced, own: dict[int, list[Mark]], conversation: Conversation, rules: SpanRules
 ) -> dict[int, list[tuple[int, int]]]:
     blocks = outermost((mark.start, mark.end) for mark in text.marks if mark.message == GENERATION)
+    starts = sorted(mark.start for marks in own.values() for mark in marks)
+    for at in range(len(blocks) - 1, 0, -1):  # a terminator may have a block of its own, right behind the text's
+        (before, middle), (start, end) = blocks[at - 1 : at + 1]
+        if middle == start and bisect_left(starts, start) == bisect_left(starts, end):
+            blocks[at - 1 : at + 1] = [(before, end)]
     ends = [end for _, end in blocks]
     regions: dict[int, list[tuple[int, int]]] = {}
     for index, marks in own.items():
@@ -193,17 +198,20 @@ def _generation_regions(
             block = blocks[at] if at < len(blocks) and blocks[at][0] <= mark.start else None
             if block is None:
                 raise TemplateError(f"the template prints messages[{index}].{mark.field} outside its generation block")
-            found.add(_behind_prompt(text, block, marks, rules))
-        regions[index] = sorted(found)
+            found.add(block)
+        first, *others = sorted(found)
+        regions[index] = [_behind_prompt(text, first, marks[0].start, rules), *others]
     return regions
 
 
-def _behind_prompt(text: str, block: tuple[int, int], marks: list[Mark], rules: SpanRules) -> tuple[int, int]:
-    """Return a generation block without the generation prompt that its author may have put into it."""
+def _behind_prompt(text: str, block: tuple[int, int], first: int, rules: SpanRules) -> tuple[int, int]:
+    """Return a generation block without the marker that its author may have put into it, before the `first` text."""
     start, end = block
-    first = min(mark.start for mark in marks if mark.start >= start)
     prompt = text.rfind(rules.generation_prompt, start, first) if rules.generation_prompt else -1
-    return (prompt + len(rules.generation_prompt) if prompt >= 0 else start), end
+    if prompt >= 0:
+        return prompt + len(rules.generation_prompt), end
+    markers = set(rules.control.findall(rules.generation_prompt))
+    return max([start, *(m.end() for m in rules.control.finditer(text, start, first) if m[0] in markers)]), end
 
 
 def _region_around(text: str, marks: list[Mark], floor: int, limit: int, rules: SpanRules) -> tuple[int, int]:
@@ -217,7 +225,7 @@ def _region_around(text: str, marks: list[Mark], floor: int, limit: int, rules: 
         start = found if found >= 0 else first
     stop = _terminator(text, last, limit, marks, rules)
     if stop and stop[0] in rules.closing:
-        return start, stop.end()
+        return start, _end_of_run(text, stop.end(), rules)
     if _ends_in_tool_call(marks):
         raise TemplateError("the template closes a tool call without a control token, so its end cannot be proved")
     return start, last
@@ -233,6 +241,13 @@ def _terminator(text: str, start: int, end: int, marks: list[Mark], rules: SpanR
             if found[0] in rules.closing:
                 return found
     return rules.control.search(text, start, end)
+
+
+def _end_of_run(text: str, end: int, rules: SpanRules) -> int:
+    """Return the end of the control tokens that end a turn and follow one another from `end` on."""
+    while (following := rules.control.match(text, end)) and following[0] in rules.closing:
+        end = following.end()
+    return end
 
 
 def _ends_in_tool_call(marks: list[Mark]) -> bool:
@@ -257,8 +272,8 @@ def _turn_spans(
         end, stop = stop.start(), None  # a generation block that goes on into the next message
     if stop:
         pieces.append((cursor, stop.start(), before, False))
-        pieces.append((stop.start(), stop.end(), Kind.TERMINATOR, False))
-        end = stop.end()
+        end = _end_of_run(text, stop.end(), rules)
+        pieces.append((stop.start(), end, Kind.TERMINATOR, False))
     else:
         pieces.append((cursor, end, Kind.TERMINATOR if before == Kind.ASSISTANT else before, False))
     for first, last, kind, is_text in pieces:

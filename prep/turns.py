@@ -7,6 +7,7 @@ as well if the next message does not begin with it:
     when nothing follows   Yo.<|im_end|>\\n                        -> <|im_end|>
     before a question      Yo.<|im_end|>\\n<|im_start|>user\\nHi    -> <|im_end|>; <|im_start|> opens the question
     no terminator at all   Yo.\\n<|im_start|>user\\nHi              -> none
+    a run of them          Yo.<|END_RESPONSE|><|END_OF_TURN|>     -> both, for a model stops at the last
 
 Templates of the GLM family end a turn with the token that opens the next one: `template.terminators` names such tokens.
 """
@@ -14,6 +15,7 @@ Templates of the GLM family end a turn with the token that opens the next one: `
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from prep.conversation import Conversation
@@ -65,27 +67,42 @@ def _closing(template: ChatTemplate, control: re.Pattern[str]) -> set[str]:
     closing = set()
     asked, answered = _rendered(template, _user()), _rendered(template, _user(), _assistant())
     before_answer = _between(answered, QUESTION, ANSWER)
-    at_end = _without_opening(_behind(answered, ANSWER), before_answer, control)
-    closing |= set(at_end[:1])
-    called = _rendered(template, _user(), _assistant(tool_calls=_calls()))
-    closing |= set(_without_opening(_behind(called, CALL), before_answer, control)[-1:])
+    behind_question = _behind(asked, QUESTION)
+    openers = set(control.findall(before_answer)) - set(control.findall(behind_question)[:1])
+    at_end = _behind(answered, ANSWER)
+    first, *others = [*_first_run(at_end, control), ""]
+    closing |= set(_without_opening(at_end, before_answer, control)[:1])
+    closing |= set(takewhile(lambda token: token and token not in openers, others)) if first in closing else set()
     # before another question: what remains when the opening of a question is taken away, or what ends a question too
     between = _between(_rendered(template, _user(), _assistant(), _user(AGAIN)), ANSWER, AGAIN)
     opening = asked[: max(asked.find(QUESTION), 0)]
     closing |= set(_without_opening(between, opening, control)[:1])
-    after_question = _without_opening(_behind(asked, QUESTION), before_answer, control)[:1]
+    after_question = _without_opening(behind_question, before_answer, control)[:1]
     closing |= set(control.findall(between)[:1]) & set(after_question)
+    # a call is closed by tokens of its own, then its turn is: by the last one that does not open an answer
+    behind_call = control.findall(_behind(_rendered(template, _user(), _assistant(tool_calls=_calls())), CALL))
+    closing |= set([token for token in behind_call if token not in openers][-1:])
     return closing
+
+
+def _first_run(text: str, control: re.Pattern[str]) -> list[str]:
+    """Return the first control token of a text, and those that follow it without a character between."""
+    run: list[str] = []
+    found = control.search(text)
+    while found:
+        run.append(found[0])
+        found = control.match(text, found.end())
+    return run
 
 
 def _without_opening(text: str, opening: str, control: re.Pattern[str]) -> list[str]:
     """Return the control tokens of `text`, less those at its end with which `opening` ends as well, in order.
 
-    Tokens count as the same only where what follows them is the same too.
+    Tokens count as the same only where what follows them is the same too, but for blanks.
     """
     tokens, texts = control.findall(text), control.split(text)
     others, other_texts = control.findall(opening), control.split(opening)
-    while tokens and others and (texts.pop(), tokens[-1]) == (other_texts.pop(), others[-1]):
+    while tokens and others and (texts.pop().strip(), tokens[-1]) == (other_texts.pop().strip(), others[-1]):
         tokens.pop()
         others.pop()
     return tokens

@@ -1,10 +1,9 @@
-"""What ends a turn, under templates that somebody else wrote: learnt, named or refused, never the next message's opening."""
+"""What ends a turn, under templates that somebody else wrote: learnt, named or refused, never the next opening."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from built_chunks import builder_of, chunk_of, samples_of
 from foreign_templates import FOREIGN
@@ -124,10 +123,8 @@ def test_blanks_that_a_control_token_swallows_do_not_make_it_trained(family: str
 
 def test_a_generation_block_around_the_header_trains_no_header() -> None:
     block = "{% generation %}<|im_start|>assistant\n{{ m.content }}<|im_end|>\n<|im_start|>{% endgeneration %}"
-    text = (
-        LOOP + "{% if m.role == 'assistant' %}" + block + "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-        "{% endif %}{% endfor %}" + PROMPT
-    )  # fmt: skip
+    other = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    text = LOOP + "{% if m.role == 'assistant' %}" + block + "{% else %}" + other + "{% endif %}{% endfor %}" + PROMPT
     assert trained_text(text, ROW) == "a1<|im_end|>a2<|im_end|>"
 
 
@@ -136,7 +133,13 @@ def test_every_shipped_template_ends_turns_with_tokens_of_its_family(name: str) 
     family = FAMILIES.get(name, CHATML)
     text = shipped_templates()[name].read_text().removesuffix("\n")
     template = ChatTemplate(TemplateText(name, text), {"bos_token": family.bos, "eos_token": family.eos}, "2026-01-31")
-    openers = {"<|im_start|>", "<start_of_turn>", "<|start_header_id|>", "[INST]", "[AVAILABLE_TOOLS]", "[TOOL_RESULTS]"}
+    openers = {
+        "<|im_start|>",
+        "<start_of_turn>",
+        "<|start_header_id|>",
+        "[INST]",
+        "[TOOL_RESULTS]",
+    }
     closing = learn_rules(template, family.control).closing
     assert closing
     assert not closing & openers
@@ -168,8 +171,7 @@ def test_a_template_that_never_ends_a_turn_stops_the_build(tokenizer: Path, tmp_
     with pytest.raises(ConfigError, match="would not learn to stop"):
         build_set(tables, tmp_path / "out")
     shards = build_set({**tables, "mask": {"terminator": "none"}}, tmp_path / "out")
-    kinds = np.concatenate([np.asarray(shards.pack(i).kind) for i in range(shards.num_packs)])
-    assert not (kinds == Kind.TERMINATOR).any()
+    assert not any((shard["kind"] == Kind.TERMINATOR).any() for shard in shards.shards)
 
 
 def test_a_terminator_that_the_tokenizer_does_not_know_stops_the_build(tokenizer: Path, tmp_path: Path) -> None:
