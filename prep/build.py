@@ -26,7 +26,7 @@ from prep.decontaminate import Overlap, find_overlaps, read_questions
 from prep.detect import conversion_of
 from prep.encode import Encoder
 from prep.held_out import num_held_out
-from prep.inputs import Inputs, resolve_inputs
+from prep.inputs import KNOWN_DATE, Inputs, resolve_inputs
 from prep.mixture import Selections, select_all
 from prep.parts import SplitSources, check_parts, split_sources, warn_of_no_parts
 from prep.progress import progress
@@ -37,7 +37,8 @@ from prep.selection import Selection
 from prep.source_reader import iter_chunks
 from prep.tally import Tally
 from prep.tokenizer import LoadedTokenizer, load_tokenizer
-from prep.tokenizer_fit import check_bos, choose_encoder
+from prep.tokenizer_at_inference import compare_with_inference
+from prep.tokenizer_fit import check_fit, choose_encoder
 from prep.write_set import Material, Packed, pack, write_set
 from shared import atomic, config
 from shared.disk import writing_to
@@ -80,7 +81,9 @@ def build(plan: BuildPlan, *, rebuild: bool) -> Manifest:
 def dry_run(plan: BuildPlan) -> list[str]:
     """Tokenise (the samples stay in the store) and pack, and say what a build would write."""
     inputs = resolve_inputs(plan.mixture, plan.base, memory_of(plan))
-    stores, tallies, _ = _samples(plan, inputs, load_tokenizer(inputs.tokenizer))
+    loaded = load_tokenizer(inputs.tokenizer, inputs.mixture.tokenizer.add_tokens)
+    check_fit(inputs, loaded)
+    stores, tallies, _ = _samples(plan, inputs, loaded)
     split = split_sources(inputs, stores, tallies)
     selections = _select(plan, inputs, stores, tallies, split)
     inputs = split.inputs
@@ -109,12 +112,13 @@ def _size_line(out: Path, packed: Packed, max_seq_len: int) -> str:
 
 
 def memory_of(plan: BuildPlan) -> dict[str, Any]:
-    if plan.rehash:
-        return {}
-    try:
-        return dict(json.loads((plan.out / BUILD_INFO_NAME).read_bytes())["known"])
-    except (OSError, ValueError, KeyError):
-        return {}  # only a memory: without it, files are hashed again
+    """Return what is known of the set that is there: hashes of files that need no second look, and its day."""
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # without a memory, files are hashed again
+        known = {} if plan.rehash else dict(json.loads((plan.out / BUILD_INFO_NAME).read_bytes())["known"])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known[KNOWN_DATE] = json.loads((plan.out / MANIFEST_NAME).read_bytes())["config"]["template"]["date"]
+    return known
 
 
 def _existing(out: Path, inputs: Inputs) -> Manifest:
@@ -131,13 +135,15 @@ def _existing(out: Path, inputs: Inputs) -> Manifest:
 
 def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
     began = time.monotonic()
-    loaded = load_tokenizer(inputs.tokenizer)
+    loaded = load_tokenizer(inputs.tokenizer, inputs.mixture.tokenizer.add_tokens)
+    split_markers = check_fit(inputs, loaded)
+    at_inference = _at_inference(inputs, loaded)
     stores, tallies, encoder = _samples(plan, inputs, loaded)
     tokenised = time.monotonic()
     split = split_sources(inputs, stores, tallies)
     selections = _select(plan, inputs, stores, tallies, split)
     inputs = split.inputs
-    material = Material(loaded, encoder, split.stores, split.tallies)
+    material = Material(loaded, encoder, split.stores, split.tallies, split_markers)
     packed = pack(inputs, selections.train)
     when_packed = time.monotonic()
     with _replacing(plan.out) as aside:
@@ -150,9 +156,16 @@ def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
             "pack": when_packed - tokenised,
             "write": time.monotonic() - when_packed,
         }
-        atomic.write_json(aside / BUILD_INFO_NAME, _build_info(plan, inputs, encoder.spec.backend, seconds))
+        told = {**_build_info(plan, inputs, encoder.spec.backend, seconds), "tokenizer_at_inference": at_inference}
+        atomic.write_json(aside / BUILD_INFO_NAME, told)
         atomic.write_json(aside / MANIFEST_NAME, config.to_plain(manifest))
     return manifest
+
+
+def _at_inference(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, Any]:
+    """Return how transformers loads the base model's own tokenizer, without the tokens that the mixture adds."""
+    own = load_tokenizer(inputs.tokenizer) if loaded.new_ids else loaded
+    return compare_with_inference(inputs.tokenizer, own)
 
 
 def _write_eval_set(out: Path, inputs: Inputs, material: Material, selections: list[Selection]) -> None:
@@ -167,7 +180,6 @@ def _samples(
     plan: BuildPlan, inputs: Inputs, loaded: LoadedTokenizer
 ) -> tuple[list[SampleStore], list[Tally], Encoder]:
     """Return the sample store of every source, what they add up to, and what encoded them."""
-    check_bos(inputs, loaded)
     encoder = choose_encoder(loaded, inputs.mixture.tokenizer.backend)
     chunk_spec = ChunkSpec(
         template=inputs.template,

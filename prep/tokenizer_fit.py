@@ -1,9 +1,11 @@
 """Do tokenizer, template and encoder fit together? Settled once, before any row is read."""
 
+import json
 import logging
 
 from prep.encode import Encoder, encoder_spec
 from prep.inputs import Inputs
+from prep.markers import printed_markers, required_markers, split_markers
 from prep.template import ChatTemplate
 from prep.tokenizer import CANARY_TEXT, LoadedTokenizer
 from shared.errors import ConfigError
@@ -11,7 +13,51 @@ from shared.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-def check_bos(inputs: Inputs, loaded: LoadedTokenizer) -> None:
+def check_fit(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, int]:
+    """Return the template's markers that take several tokens where they need not be one -> how many.
+
+    Raises ConfigError for a template that is not made for this tokenizer.
+    """
+    _check_bos(inputs, loaded)
+    limit = loaded.model_max_length
+    if inputs.mixture.max_seq_len > limit:
+        logger.warning(
+            "max_seq_len = %d is over the %d tokens that the tokenizer %s says its model takes (model_max_length)",
+            inputs.mixture.max_seq_len,
+            limit,
+            inputs.tokenizer.name,
+        )
+    return _check_markers(inputs, loaded)
+
+
+def _check_markers(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, int]:
+    template = inputs.template
+    if template.is_shipped:
+        split = split_markers(required_markers(template.name), loaded.tokenizer_json)
+        if split:
+            raise ConfigError(
+                f"template.name = {template.name!r}: its markers must be one token each, the tokenizer "
+                f"{inputs.tokenizer.name!r} splits {_told(split)}. Use a template that was made for it, or give it "
+                f"these tokens: tokenizer.add_tokens = [{', '.join(map(json.dumps, split))}]"
+            )
+        return {}
+    compiled = ChatTemplate(template, loaded.special_tokens, inputs.mixture.template.date)
+    split = split_markers(printed_markers(compiled), loaded.tokenizer_json)
+    if split:
+        logger.warning(
+            "the template %r prints %s: where a model knows such a marker as one token, it is another template or "
+            "another tokenizer that belongs here, or tokenizer.add_tokens; plain text by design is fine",
+            template.name,
+            _told(split),
+        )
+    return split
+
+
+def _told(split: dict[str, int]) -> str:
+    return ", ".join(f"{marker} ({count} tokens)" for marker, count in split.items())
+
+
+def _check_bos(inputs: Inputs, loaded: LoadedTokenizer) -> None:
     """Raise ConfigError where `add_bos` would print nothing, or a second BOS."""
     if not inputs.mixture.template.add_bos:
         return

@@ -89,12 +89,17 @@ class TokenizerEntry:
     """Ids that end an assistant turn in this set, most frequent first: the export's generation config lists them."""
     canary_ids: tuple[int, ...]
     """Ids of a fixed text: a tokenizer that gives others is not this one, whatever its files say."""
+    new_ids: tuple[int, ...]
+    """Ids that follow on one another behind the base model's vocabulary, for tokens that the mixture added: its model
+    has learned nothing for them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TemplateEntry:
     name: str
     sha256: str
+    split_markers: dict[str, int]
+    """What looks like a marker of the template, but takes several tokens -> how many. Empty for a shipped template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
