@@ -29,7 +29,7 @@ class TokenizerConfig:
     backend: Literal["auto", "transformers"] = "auto"
     """`auto` encodes with gigatoken where it can and checks it against the Hugging Face tokenizer."""
     add_tokens: tuple[str, ...] = ()
-    """Special tokens that get ids behind the vocabulary: chat tokens for a base model, ["<|im_start|>", "<|im_end|>"]."""
+    """Special tokens that get ids behind the vocabulary: chat tokens for a base model."""
 
     def __post_init__(self) -> None:
         if not all(token.strip() for token in self.add_tokens) or len(set(self.add_tokens)) < len(self.add_tokens):
@@ -43,7 +43,7 @@ class TemplateConfig:
     add_bos: bool = False
     """Print the tokenizer's BOS before the template's text."""
     date: str = ""
-    """YYYY-MM-DD, for templates that print today's date. Empty: the day of the first build of the set, recorded there."""
+    """YYYY-MM-DD, for templates that print today's date. Empty: the day of the set's first build, recorded there."""
 
     def __post_init__(self) -> None:
         try:

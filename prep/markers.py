@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from prep.conversation import Conversation
 from prep.template import ChatTemplate
@@ -40,11 +41,7 @@ def printed_markers(template: ChatTemplate) -> tuple[str, ...]:
     return ()
 
 
-def split_markers(markers: Iterable[str], tokenizer_json: str) -> dict[str, int]:
+def split_markers(markers: Iterable[str], tokenizer: Any) -> dict[str, int]:
     """Return the markers that take several tokens -> how many."""
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
-    tokenizer.no_padding()
     counts = {marker: len(tokenizer.encode(marker, add_special_tokens=False).ids) for marker in markers}
     return {marker: count for marker, count in counts.items() if count != 1}

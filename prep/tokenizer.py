@@ -69,6 +69,7 @@ class TokenizerFiles:
 
 @dataclass(frozen=True, slots=True)
 class LoadedTokenizer:
+    tokenizer: Any  # of the package `tokenizers`, without truncation and padding
     tokenizer_json: str
     special_tokens: dict[str, str]  # bos_token, eos_token, ... as chat templates see them
     special_ids: dict[str, int]
@@ -104,11 +105,16 @@ def load_tokenizer(files: TokenizerFiles, add_tokens: Sequence[str] = ()) -> Loa
     import tokenizers
 
     file = files.directory / "tokenizer.json"
-    text = converted_json(files.directory) if files.converted_key else file.read_text(encoding="utf-8")
+    try:
+        text = converted_json(files.directory) if files.converted_key else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"{file} cannot be read: {exc}") from exc
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as exc:  # tokenizers has no exception of its own
         raise DataError(f"{file} is not a tokenizer: {exc}") from exc
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     _warn_of_tokens_left_out(tokenizer, files, add_tokens)
     new_ids = _add_new(tokenizer, files.name, add_tokens)
     special = _known_names(tokenizer, files)
@@ -119,6 +125,7 @@ def load_tokenizer(files: TokenizerFiles, add_tokens: Sequence[str] = ()) -> Loa
     flags = {token.content: bool(token.special) for token in tokenizer.get_added_tokens_decoder().values()}
     control = {content for content, is_special in flags.items() if is_special} | set(special.values())
     return LoadedTokenizer(
+        tokenizer=tokenizer,
         tokenizer_json=tokenizer.to_str(),
         special_tokens=special,
         special_ids={name: _id_of(tokenizer, content) for name, content in special.items()},
@@ -135,8 +142,8 @@ def write_tokenizer(
     """Write the tokenizer that was used, with the template that was used, as transformers loads them.
 
     It adds nothing of its own: BOS is in the ids only where the template printed it, so no post-processor is kept.
-    The class is the one that takes tokenizer.json as it is, also beside the config.json of a model; only for a few model
-    types (qwen2, qwen3_5) does transformers put their own pre-tokenizer in its place whatever the class.
+    The class is the one that takes tokenizer.json as it is, also beside the config.json of a model; only for a few
+    model types (qwen2, qwen3_5) does transformers put their own pre-tokenizer in its place whatever the class.
     """
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -269,6 +276,6 @@ def _key(config: TokenizerConfig) -> str:
 
 def _default_template(value: Any) -> str | None:
     if isinstance(value, list):  # several named templates
-        named = {entry["name"]: entry["template"] for entry in value}
-        value = named.get("default")
+        entries = [entry for entry in value if isinstance(entry, dict)]
+        value = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
     return value if isinstance(value, str) else None

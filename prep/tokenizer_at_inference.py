@@ -49,8 +49,8 @@ def compare_with_inference(files: TokenizerFiles, loaded: LoadedTokenizer) -> di
     if found["texts"]:
         shown = found["texts"][0]
         logger.warning(
-            "transformers loads %s (as %s) to other ids than its tokenizer.json gives, for %d of the texts tried: %r is "
-            "%s in the shards, which go by tokenizer.json, and %s there; build_info.json lists them",
+            "transformers loads %s (as %s) to other ids than its tokenizer.json gives, for %d of the texts tried: %r "
+            "is %s in the shards, which go by tokenizer.json, and %s there; build_info.json lists them",
             files.name,
             type(theirs).__name__,
             len(found["texts"]),
@@ -72,17 +72,13 @@ def _other_names(loaded: LoadedTokenizer, theirs: Any) -> dict[str, list[str | N
 
 
 def _other_ids(files: TokenizerFiles, loaded: LoadedTokenizer, theirs: Any) -> list[dict[str, Any]]:
-    import tokenizers
-
-    ours = tokenizers.Tokenizer.from_str(loaded.tokenizer_json)
-    ours.no_truncation()
-    ours.no_padding()
     tried = sorted({*loaded.added_tokens, *files.names.declared})[:_TOKENS_TRIED]
     different = []
     for text in (*TEXTS, *(f"a{token}b {token} c" for token in tried)):
-        ids, other = ours.encode(text, add_special_tokens=False).ids, theirs.encode(text, add_special_tokens=False)
-        if ids != list(other):
-            different.append({"text": text, "ids": ids, "at_inference": list(other)})
+        ours = loaded.tokenizer.encode(text, add_special_tokens=False).ids
+        other = list(theirs.encode(text, add_special_tokens=False))
+        if ours != other:
+            different.append({"text": text, "ids": ours, "at_inference": other})
     return different
 
 

@@ -33,7 +33,7 @@ def check_fit(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, int]:
 def _check_markers(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, int]:
     template = inputs.template
     if template.is_shipped:
-        split = split_markers(required_markers(template.name), loaded.tokenizer_json)
+        split = split_markers(required_markers(template.name), loaded.tokenizer)
         if split:
             raise ConfigError(
                 f"template.name = {template.name!r}: its markers must be one token each, the tokenizer "
@@ -42,7 +42,7 @@ def _check_markers(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, int]:
             )
         return {}
     compiled = ChatTemplate(template, loaded.special_tokens, inputs.mixture.template.date)
-    split = split_markers(printed_markers(compiled), loaded.tokenizer_json)
+    split = split_markers(printed_markers(compiled), loaded.tokenizer)
     if split:
         logger.warning(
             "the template %r prints %s: where a model knows such a marker as one token, it is another template or "

@@ -46,12 +46,11 @@ def read_names(directory: Path) -> TokenizerNames:
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
     own = [value for key, value in config.items() if key.endswith("_token") and key not in NAMED_TOKENS]
     further = {content for value in [*_values(extra), *own] if (content := _content(value))}
-    limit = config.get("model_max_length")
     return TokenizerNames(
         special=special,
         further=tuple(sorted(further - set(special.values()))),
         declared=tuple(sorted({content for content in declared if content})),
-        model_max_length=min(int(limit), UNLIMITED) if isinstance(limit, int | float) else UNLIMITED,
+        model_max_length=_limit(config.get("model_max_length")),
     )
 
 
@@ -61,9 +60,17 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as exc:
+    except (ValueError, OSError, RecursionError) as exc:
         raise DataError(f"{path} is not valid JSON: {exc}") from exc
-    return data if isinstance(data, dict) else {}
+    if not isinstance(data, dict):
+        raise DataError(f"{path} holds no JSON object; correct or remove it")
+    return data
+
+
+def _limit(value: Any) -> int:
+    """Return a length that the files state, UNLIMITED for none and for what cannot be one, such as 1e30."""
+    is_length = isinstance(value, int | float) and 1 <= value < UNLIMITED
+    return int(value) if is_length else UNLIMITED
 
 
 def _values(tokens: Any) -> list[Any]:

@@ -238,6 +238,11 @@ def _check_names(manifest: Manifest, where: str) -> None:
             raise ArtifactError(f"{where}: shards.{index}.path is {shard.path!r}; expected '{SHARDS_DIR}/{index:05d}'")
         if set(shard.files) != columns:
             raise ArtifactError(f"{where}: shard {index} lists {sorted(shard.files)}; expected {sorted(columns)}")
+    new_ids, vocab_size = manifest.tokenizer.new_ids, manifest.tokenizer.vocab_size
+    if new_ids != tuple(range(vocab_size - len(new_ids), vocab_size)):
+        raise ArtifactError(
+            f"{where}: tokenizer.new_ids are {list(new_ids)}; expected the last ids below vocab_size = {vocab_size}"
+        )
     for name in manifest.tokenizer.files:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or name == ".":

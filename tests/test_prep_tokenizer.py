@@ -1,5 +1,6 @@
 """Ids come from tokenizer.json alone, whatever class or model the files beside it name, from wherever they come."""
 
+import contextlib
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from prep.inputs import resolve_inputs
 from prep.template import TemplateText
 from prep.tokenizer import LoadedTokenizer, load_tokenizer, resolve_tokenizer, write_tokenizer
 from prep.tokenizer_at_inference import TEXTS, compare_with_inference
-from shared.errors import ConfigError, DataError
+from shared.errors import ConfigError, DataError, SftError
 
 CLASSES = [*sorted({name for name in TOKENIZER_MAPPING_NAMES.values() if name}), "PreTrainedTokenizerFast", "Nobodys"]
 BUILT = ("GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizerFast", "CohereTokenizerFast", "LlamaTokenizer")
@@ -264,6 +265,32 @@ def test_a_directory_without_any_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_json_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
-    for text in ("{}", "[", '{"model": 3}'):
+    for text in ("{}", "[", '{"model": 3}', "[" * 100_000):
         with pytest.raises(DataError, match="is not a tokenizer"):
             loaded_from(write_tokenizer_dir(tmp_path / "tok", text))
+
+
+ODD = [None, True, 0, -1, 1.5, float("inf"), float("nan"), "", "x", [], ["x", None, {"content": "y"}], {}, {"0": 3}]
+KEYS = (
+    "eos_token", "pad_token", "added_tokens_decoder", "extra_special_tokens", "additional_special_tokens",
+    "model_max_length", "image_token", "chat_template", "tokenizer_class",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_odd_values_in_the_files_beside_it_end_in_a_tokenizer_or_one_line(key: str, tmp_path: Path) -> None:
+    for number, value in enumerate(ODD):
+        folder = write_tokenizer_dir(tmp_path / str(number), digit_groups(), **{key: value})
+        with contextlib.suppress(SftError):
+            files = resolve_tokenizer(TokenizerConfig(name=str(folder)), tmp_path, {})
+            files.chat_template()
+            assert 0 < load_tokenizer(files).model_max_length <= 1 << 62
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+@pytest.mark.parametrize("data", [b"[]", b"{", b"\xff", b"[" * 100_000])
+def test_a_broken_file_beside_it_is_refused_in_one_line(name: str, data: bytes, tmp_path: Path) -> None:
+    folder = write_tokenizer_dir(tmp_path / "tok", digit_groups())
+    (folder / name).write_bytes(data)
+    with pytest.raises(DataError, match=name):
+        resolve_tokenizer(TokenizerConfig(name=str(folder)), tmp_path, {})
