@@ -246,7 +246,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 def base_model(folder: Path, *, tied: bool, vocab_size: int = VOCAB, model_type: str = "llama") -> Path:
     """A model with its tokenizer beside it; a vocabulary above VOCAB is padding, as many models have."""
     torch.manual_seed(0)
-    table = {**TABLE, "vocab_size": vocab_size, "tie_word_embeddings": tied}
+    table = {**TABLE, "vocab_size": vocab_size, "tie_word_embeddings": tied, "initializer_range": 0.3}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **table)).save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(word_tokenizer(VOCAB)["tokenizer.json"])
     return folder
@@ -262,7 +262,7 @@ LORA = ("lora.rank=4",)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("vocab_size", [VOCAB, VOCAB + 1, VOCAB + 9])
+@pytest.mark.parametrize("vocab_size", [VOCAB, VOCAB + 9])
 @pytest.mark.parametrize("settings", [(), LORA])
 def test_rows_of_added_tokens_are_grown_trained_and_exported(
     settings: tuple[str, ...], vocab_size: int, tied: bool, grown: ShardSet, tmp_path: Path
@@ -310,9 +310,13 @@ def test_an_adapter_with_new_rows_is_the_merged_model_in_peft(
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
-def test_the_loss_with_new_rows_is_that_of_the_grown_model(grown: ShardSet, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_the_loss_with_new_rows_is_that_of_the_grown_model(
+    model_type: str, tied: bool, grown: ShardSet, tmp_path: Path
+) -> None:
     """What training computes with rows beside the frozen matrix, a plain model computes with them in it."""
-    model, run = base_model(tmp_path / "base", tied=False), tmp_path / "run"
+    model, run = base_model(tmp_path / "base", tied=tied, model_type=model_type), tmp_path / "run"
     done = train_here(*call_of(grown, model, run, *LORA, "schedule.epochs=1", "optim.learning_rate=1e-30"))
     assert done.exit_code == 0, done.output
     exported = AutoModelForCausalLM.from_pretrained(run / "model").eval()
@@ -345,9 +349,8 @@ def test_a_checkpoint_holds_new_rows_and_a_stopped_run_goes_on_as_it_would_have(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [False, True])
-def test_two_ranks_of_zero_3_learn_new_rows_as_one_rank_does(tied: bool, grown: ShardSet, tmp_path: Path) -> None:
-    model = base_model(tmp_path / "base", tied=tied)
+def test_two_ranks_of_zero_3_learn_new_rows_as_one_rank_does(grown: ShardSet, tmp_path: Path) -> None:
+    model = base_model(tmp_path / "base", tied=True)  # the head reads rows of the embedding, which must be gathered
     assert train_here(*call_of(grown, model, tmp_path / "one", *LORA)).exit_code == 0
     done = train_apart(*call_of(grown, model, tmp_path / "both", *LORA), "--nproc-per-node", 2)
     assert done.returncode == 0, done.stderr
