@@ -42,6 +42,12 @@ def printed_markers(template: ChatTemplate) -> tuple[str, ...]:
 
 
 def split_markers(markers: Iterable[str], tokenizer: Any) -> dict[str, int]:
-    """Return the markers that take several tokens -> how many."""
-    counts = {marker: len(tokenizer.encode(marker, add_special_tokens=False).ids) for marker in markers}
-    return {marker: count for marker, count in counts.items() if count != 1}
+    """Return the markers that are no token of `tokenizer` -> how many they take, 0 for one that it reads as unknown."""
+    found = {}
+    for marker in markers:
+        ids = tokenizer.encode(marker, add_special_tokens=False).ids
+        if len(ids) != 1:
+            found[marker] = len(ids)
+        elif ids[0] != tokenizer.token_to_id(marker):
+            found[marker] = 0
+    return found

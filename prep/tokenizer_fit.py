@@ -54,7 +54,7 @@ def _check_markers(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, int]:
 
 
 def _told(split: dict[str, int]) -> str:
-    return ", ".join(f"{marker} ({count} tokens)" for marker, count in split.items())
+    return ", ".join(f"{marker} ({f'{count} tokens' if count else 'unknown'})" for marker, count in split.items())
 
 
 def _check_bos(inputs: Inputs, loaded: LoadedTokenizer) -> None:

@@ -99,7 +99,8 @@ class TemplateEntry:
     name: str
     sha256: str
     split_markers: dict[str, int]
-    """What looks like a marker of the template, but takes several tokens -> how many. Empty for a shipped template."""
+    """What looks like a marker of the template, but takes several tokens -> how many, 0 where the tokenizer can't read
+    it. Empty for a shipped template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows
+from trained_tokenizers import CONTROL, FAMILIES, tokenizer_json
 from transformers import AutoTokenizer
 
 from prep.build import build, dry_run
 from prep.config import TemplateConfig, TokenizerConfig
 from prep.explain import explain
-from prep.markers import printed_markers, required_markers
+from prep.markers import printed_markers, required_markers, split_markers
 from prep.stats import stats, stats_lines
 from prep.template import ChatTemplate, TemplateText, shipped_templates
 from prep.verify import verify
@@ -107,6 +109,15 @@ def test_markers_that_are_one_token_are_not_mentioned(
     assert not caplog.records
     assert stats(shards)["split_markers"] == {}
     assert not any("several tokens" in line for line in stats_lines(shards))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_marker_is_whole_where_it_is_a_token_and_split_or_unknown_elsewhere(family: str) -> None:
+    tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json(family))
+    assert split_markers([*CONTROL, "<think>"], tokenizer) == {}
+    found = split_markers(["<|eot_id|>", "\U0001f9d9"], tokenizer)
+    assert found.keys() == {"<|eot_id|>", "\U0001f9d9"}
+    assert min(found.values()) != 1 or found["\U0001f9d9"] == 0
 
 
 def test_max_seq_len_over_what_the_tokenizer_says_is_a_warning(

@@ -13,13 +13,16 @@ import pytest
 import tokenizers
 import torch
 from loopback_hub import client_environment, serve_repositories
-from prep_builds import build_set, chat, mixture_of, small_tokenizer, write_rows
+from prep_builds import REAL_DATA, build_set, chat, mixture_of, small_tokenizer, write_rows
 from safetensors.torch import load_file
 from shard_sets import random_packs, word_tokenizer, write_shard_set
 from train_runs import VOCAB, losses, records, train_apart, train_here, weights
 from trained_tokenizers import FAMILIES, tokenizer_json
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from prep.config import TokenizerConfig
+from prep.encode import encoder_spec
+from prep.tokenizer import load_tokenizer, resolve_tokenizer
 from shared.shard_reader import ShardSet, open_shard_set
 from train.config import ModelConfig
 from train.tokenizer_check import differences
@@ -102,6 +105,25 @@ def test_other_spellings_of_one_tokenizer_do_not_differ(
         assert one.encode("It's 42").ids == other.encode("It's 42").ids
     assert differences(ours, theirs, shards.manifest) == []
     assert differences(theirs, ours, shards.manifest) == []
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_transformers_saves_again_does_not_differ(family: str, shards: ShardSet, tmp_path: Path) -> None:
+    ours = parsed(tokenizer_json(family))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(ours))).save_pretrained(tmp_path)
+    assert differences(ours, parsed((tmp_path / "tokenizer.json").read_bytes()), shards.manifest) == []
+
+
+@pytest.mark.parametrize("name", ["olmo2-dolma2", "qwen3"])
+def test_the_tokenizer_that_a_set_carries_does_not_differ_from_the_file_it_came_from(
+    name: str, shards: ShardSet
+) -> None:
+    folder = REAL_DATA / "tokenizers" / name
+    if not folder.is_dir():
+        pytest.skip("no tokenizers beside the repository")
+    found = load_tokenizer(resolve_tokenizer(TokenizerConfig(name=str(folder)), folder, {}))
+    carried = encoder_spec(found.tokenizer_json, found.control_tokens, "transformers").tokenizer_json
+    assert differences(parsed(carried), parsed((folder / "tokenizer.json").read_bytes()), shards.manifest) == []
 
 
 def test_two_families_always_differ(shards: ShardSet) -> None:

@@ -80,9 +80,11 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], manifest: Manifest
 
 
 def _vocabulary(data: dict[str, Any]) -> dict[str, Any]:
-    """Return token -> id, or the score with it."""
+    """Return token -> id, or id and score: to nine decimals, as the last digit of one changes when it is saved again."""
     vocab = (data.get("model") or {}).get("vocab") or {}
-    return vocab if isinstance(vocab, dict) else {token: [index, score] for index, (token, score) in enumerate(vocab)}
+    if isinstance(vocab, dict):
+        return vocab
+    return {token: [index, round(score, 9)] for index, (token, score) in enumerate(vocab)}
 
 
 def _vocabulary_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
