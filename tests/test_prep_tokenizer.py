@@ -232,6 +232,18 @@ def test_tokens_that_only_transformers_would_add_are_named(tmp_path: Path, caplo
     assert found.special_tokens.keys() == {"eos_token", "bos_token"}
 
 
+def test_an_entry_of_the_vocabulary_that_only_transformers_matches_whole_is_told(tmp_path: Path) -> None:
+    """tokenizer.json decides; that inference through transformers would differ is in build_info.json."""
+    declared = {"256": {"content": "<tool>", "special": False}}
+    text = digit_groups(tokens=("<tool>",))
+    folder = write_tokenizer_dir(tmp_path / "tok", text, added_tokens_decoder=declared, cls="PreTrainedTokenizerFast")
+    files = resolve_tokenizer(TokenizerConfig(name=str(folder)), tmp_path, {})
+    found = load_tokenizer(files)
+    assert len(ids("<tool>", found)) > 1
+    (told,) = [entry for entry in compare_with_inference(files, found)["texts"] if "<tool>" in entry["text"]]
+    assert len(told["at_inference"]) < len(told["ids"])
+
+
 # --- no tokenizer.json ----------------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,11 @@
 """Shards of another tokenizer than the model's are refused; tokens that a mixture adds are grown and trained."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from prep.config import TokenizerConfig
 from prep.encode import encoder_spec
 from prep.tokenizer import load_tokenizer, resolve_tokenizer
+from shared.errors import ArtifactError, SftError
 from shared.shard_reader import ShardSet, open_shard_set
 from train.config import ModelConfig
-from train.tokenizer_check import differences
+from train.tokenizer_check import check_tokenizer, differences
 
 RECIPE = """
 name = "tiny"
@@ -180,6 +182,30 @@ def test_shards_of_another_tokenizer_than_the_models_are_refused_unless_told(
     assert differences(data, data, shards.manifest) == []
 
 
+def places(data: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    for key in data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ():
+        yield (*here, key)
+        yield from places(data[key], (*here, key))
+
+
+def test_any_damage_beside_the_weights_passes_or_ends_in_one_line(shards: ShardSet, tmp_path: Path) -> None:
+    text = word_tokenizer(VOCAB)["tokenizer.json"]
+    for place in places(parsed(text)):
+        for value in (None, 0, 1.5, "", "x", [], {}, ["a"]):
+            data = parsed(text)
+            inner: Any = data
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = value
+            (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+            with contextlib.suppress(SftError):
+                check_tokenizer(shards, ModelConfig(name=str(tmp_path)))
+    for broken in (b"", b"[]", b"\xff", b"[" * 100_000, b"3"):
+        (tmp_path / "tokenizer.json").write_bytes(broken)
+        with pytest.raises(ArtifactError):
+            check_tokenizer(shards, ModelConfig(name=str(tmp_path)))
+
+
 def copied(model: Path, to: Path) -> Path:
     to.mkdir(parents=True)
     for file in model.iterdir():
@@ -239,8 +265,6 @@ def test_a_hub_models_tokenizer_comes_from_the_hub(shards: ShardSet, tmp_path: P
 
 
 def test_a_model_with_random_weights_has_nothing_to_compare(shards: ShardSet, caplog: pytest.LogCaptureFixture) -> None:
-    from train.tokenizer_check import check_tokenizer
-
     caplog.set_level("INFO")
     check_tokenizer(shards, ModelConfig(config={"model_type": "llama"}))
     assert not caplog.records

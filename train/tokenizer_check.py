@@ -38,7 +38,13 @@ def check_tokenizer(shard_set: ShardSet, model: ModelConfig) -> None:
         why_not = why_not if theirs is None else f"{shard_set.path} carries no {NAME}"
         logger.info("that shards and model have the same tokenizer is not checked: %s", why_not)
         return
-    found = differences(_read(ours), _read(theirs), shard_set.manifest)
+    try:
+        found = differences(_read(ours), _read(theirs), shard_set.manifest)
+    except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        raise ArtifactError(
+            f"{theirs} cannot be compared with {ours}, one of them is no whole {NAME} ({type(exc).__name__}: {exc}); "
+            "put the right one there, or set model.check_tokenizer = false"
+        ) from exc
     if found:
         raise ArtifactError(
             f"{shard_set.path} was made with a tokenizer ({shard_set.manifest.tokenizer.name}) that makes other ids "
@@ -80,7 +86,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], manifest: Manifest
 
 
 def _vocabulary(data: dict[str, Any]) -> dict[str, Any]:
-    """Return token -> id, or id and score: to nine decimals, as the last digit of one changes when it is saved again."""
+    """Return token -> id, or id and score, to nine decimals: its last digit may change when it is saved again."""
     vocab = (data.get("model") or {}).get("vocab") or {}
     if isinstance(vocab, dict):
         return vocab
@@ -161,7 +167,7 @@ def _added(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise ArtifactError(f"{path} is not readable as JSON: {_one_line(exc)}; put a whole one there") from exc
     if not isinstance(data, dict):
         raise ArtifactError(f"{path} is not a tokenizer.json: expected an object; put the right file there")
