@@ -27,7 +27,7 @@ from prep.decontaminate import Overlap, find_overlaps, read_questions
 from prep.detect import conversion_of
 from prep.encode import Encoder
 from prep.held_out import num_held_out
-from prep.inputs import Inputs, resolve_inputs
+from prep.inputs import KNOWN_DATE, Inputs, resolve_inputs
 from prep.mixture import Selections, select_all
 from prep.parts import SplitSources, check_parts, split_sources, warn_of_no_parts
 from prep.progress import progress
@@ -39,7 +39,8 @@ from prep.source_reader import iter_chunks
 from prep.tally import Tally
 from prep.template import ChatTemplate
 from prep.tokenizer import LoadedTokenizer, load_tokenizer
-from prep.tokenizer_fit import check_template, choose_encoder, plain_kinds
+from prep.tokenizer_at_inference import compare_with_inference
+from prep.tokenizer_fit import check_fit, check_turns, choose_encoder, plain_kinds
 from prep.write_set import Material, Packed, pack, write_set
 from shared import atomic, config
 from shared.disk import writing_to
@@ -82,7 +83,9 @@ def build(plan: BuildPlan, *, rebuild: bool) -> Manifest:
 def dry_run(plan: BuildPlan) -> list[str]:
     """Tokenise (the samples stay in the store) and pack, and say what a build would write."""
     inputs = resolve_inputs(plan.mixture, plan.base, memory_of(plan))
-    stores, tallies, _ = _samples(plan, inputs, load_tokenizer(inputs.tokenizer))
+    loaded = load_tokenizer(inputs.tokenizer, inputs.mixture.tokenizer.add_tokens)
+    check_fit(inputs, loaded)
+    stores, tallies, _ = _samples(plan, inputs, loaded)
     split = split_sources(inputs, stores, tallies)
     selections = _select(plan, inputs, stores, tallies, split)
     inputs = split.inputs
@@ -111,12 +114,13 @@ def _size_line(out: Path, packed: Packed, max_seq_len: int) -> str:
 
 
 def memory_of(plan: BuildPlan) -> dict[str, Any]:
-    if plan.rehash:
-        return {}
-    try:
-        return dict(json.loads((plan.out / BUILD_INFO_NAME).read_bytes())["known"])
-    except (OSError, ValueError, KeyError):
-        return {}  # only a memory: without it, files are hashed again
+    """Return what is known of the set that is there: hashes of files that need no second look, and its day."""
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # without a memory, files are hashed again
+        known = {} if plan.rehash else dict(json.loads((plan.out / BUILD_INFO_NAME).read_bytes())["known"])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known[KNOWN_DATE] = json.loads((plan.out / MANIFEST_NAME).read_bytes())["config"]["template"]["date"]
+    return known
 
 
 def _existing(out: Path, inputs: Inputs) -> Manifest:
@@ -133,13 +137,15 @@ def _existing(out: Path, inputs: Inputs) -> Manifest:
 
 def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
     began = time.monotonic()
-    loaded = load_tokenizer(inputs.tokenizer)
+    loaded = load_tokenizer(inputs.tokenizer, inputs.mixture.tokenizer.add_tokens)
+    split_markers = check_fit(inputs, loaded)
+    at_inference = _at_inference(inputs, loaded)
     stores, tallies, encoder = _samples(plan, inputs, loaded)
     tokenised = time.monotonic()
     split = split_sources(inputs, stores, tallies)
     selections = _select(plan, inputs, stores, tallies, split)
     inputs = split.inputs
-    material = Material(loaded, encoder, split.stores, split.tallies)
+    material = Material(loaded, encoder, split.stores, split.tallies, split_markers)
     packed = pack(inputs, selections.train)
     when_packed = time.monotonic()
     with _replacing(plan.out) as aside:
@@ -152,9 +158,16 @@ def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
             "pack": when_packed - tokenised,
             "write": time.monotonic() - when_packed,
         }
-        atomic.write_json(aside / BUILD_INFO_NAME, _build_info(plan, inputs, encoder.spec.backend, seconds))
+        told = {**_build_info(plan, inputs, encoder.spec.backend, seconds), "tokenizer_at_inference": at_inference}
+        atomic.write_json(aside / BUILD_INFO_NAME, told)
         atomic.write_json(aside / MANIFEST_NAME, config.to_plain(manifest))
     return manifest
+
+
+def _at_inference(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, Any]:
+    """Return how transformers loads the base model's own tokenizer, without the tokens that the mixture adds."""
+    own = load_tokenizer(inputs.tokenizer) if loaded.new_ids else loaded
+    return compare_with_inference(inputs.tokenizer, own)
 
 
 def _write_eval_set(out: Path, inputs: Inputs, material: Material, selections: list[Selection]) -> None:
@@ -172,7 +185,7 @@ def _samples(
     asked = inputs.mixture.tokenizer
     template = ChatTemplate(inputs.template, loaded.special_tokens, inputs.mixture.template.date)
     control = control_tokens(template, loaded.control_tokens, loaded.added_tokens)
-    check_template(inputs, template, loaded, control)
+    check_turns(inputs, template, control)
     encoder = choose_encoder(loaded, control, plain_kinds(asked.plain_text_roles), asked.backend)
     chunk_spec = ChunkSpec(
         template=inputs.template,

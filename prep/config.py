@@ -1,5 +1,6 @@
 """The mixture file: what `sft-prep build` makes a shard set from. Paths in it are relative to the file."""
 
+import datetime
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -29,6 +30,12 @@ class TokenizerConfig:
     """`auto` encodes with gigatoken where it can and checks it against the Hugging Face tokenizer."""
     plain_text_roles: tuple[Literal["system", "user", "assistant", "tool"], ...] = ()
     """Roles in whose texts added tokens such as <think> or <tool_call> are plain text; control tokens always are."""
+    add_tokens: tuple[str, ...] = ()
+    """Special tokens that get ids behind the vocabulary: chat tokens for a base model."""
+
+    def __post_init__(self) -> None:
+        if not all(token.strip() for token in self.add_tokens) or len(set(self.add_tokens)) < len(self.add_tokens):
+            raise ConfigError(f"add_tokens = {list(self.add_tokens)}; expected tokens that differ and are not blank")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,14 +45,16 @@ class TemplateConfig:
     add_bos: bool = False
     """Print the tokenizer's BOS before the template's text."""
     date: str = ""
-    """YYYY-MM-DD, for templates that print today's date: a build must not depend on the day."""
+    """YYYY-MM-DD, for templates that print today's date. Empty: the day of the set's first build, recorded there."""
     terminators: tuple[str, ...] = ()
     """Control tokens that end an assistant's turn although they open the next message, as GLM's <|user|> does."""
 
     def __post_init__(self) -> None:
-        parts = self.date.split("-")
-        if self.date and not (len(parts) == 3 and len(self.date) == 10 and all(part.isdigit() for part in parts)):
-            raise ConfigError(f"date = {self.date!r}; expected YYYY-MM-DD")
+        try:
+            if self.date and datetime.date.fromisoformat(self.date).isoformat() != self.date:
+                raise ValueError("another form")  # "20240229" or a week, which ISO 8601 allows too
+        except ValueError as exc:
+            raise ConfigError(f"date = {self.date!r}; expected a day as YYYY-MM-DD ({exc})") from exc
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from prep.config import MixtureConfig, SourceConfig
 from prep.convert import Conversion
 from prep.sources import ResolvedSource, remember, resolve_source
-from prep.template import TemplateText, load_template
+from prep.template import TemplateText, load_template, today
 from prep.tokenizer import TokenizerFiles, remember_tokenizer, resolve_tokenizer
 from shared import config
 from shared.errors import ConfigError
@@ -20,8 +21,11 @@ from shared.hashing import digest
 from shared.shard_format import EVAL_DIR, FORMAT_VERSION
 
 SPAN_CODE_VERSION = 5  # bump when the same rows would give other tokens, kinds or messages
+KNOWN_DATE = "template date"  # key of the day that a set recorded, in what is known of it
 _SHOWN_DIFFERENCES = 20
 _LIBRARIES = ("gigatoken", "jinja2", "orjson", "tokenizers", "transformers")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) ->
     """Find and hash all inputs. Raises ConfigError, DataError."""
     tokenizer = resolve_tokenizer(mixture.tokenizer, base, known)
     template = load_template(mixture.template, base, tokenizer.chat_template())
+    mixture = _with_date(mixture, template, known)
     sources = tuple(resolve_source(source, base, known) for source in mixture.sources)
     names = [source.name for source in sources]
     for name in names:
@@ -103,18 +108,36 @@ def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) ->
                 del entry[key]  # as for `eval`: a mixture that does without it has the digest that it had
     if not mixture.eval.fraction:
         del plain["eval"]  # nothing is held out: the digest is that of a mixture without the table
+    added = plain["tokenizer"].pop("add_tokens")
     plain["decontaminate"]["files"] = [source.hub_id or source.name for source in questions]
     tree = {
         "format_version": FORMAT_VERSION,
         "code": SPAN_CODE_VERSION,
         "config": plain,
-        "tokenizer": {"revision": tokenizer.revision, "files": tokenizer.sha256},
+        "tokenizer": {**tokenizer.identity(), **({"add_tokens": added} if added else {})},
         "template": template.sha256,
         "sources": {source.name: source.identity() for source in sources},
         "questions": [source.identity() for source in questions],
         "versions": {name: metadata.version(name) for name in _LIBRARIES},
     }
     return Inputs(mixture, tokenizer, template, sources, questions, tree)
+
+
+def _with_date(mixture: MixtureConfig, template: TemplateText, known: dict[str, Any]) -> MixtureConfig:
+    """Settle the day that a template prints: what the mixture says, else what the set recorded, else today."""
+    if mixture.template.date or not template.asks_for_date:
+        return mixture
+    date = known.get(KNOWN_DATE)
+    if not date:
+        date = today()
+        logger.info(
+            "the template %r prints the date: %s is used and recorded in the set, whose later builds keep it; for the "
+            'same day in other sets, set template.date = "%s"',
+            template.name,
+            date,
+            date,
+        )
+    return replace(mixture, template=replace(mixture.template, date=date))
 
 
 def _show(value: Any) -> str:

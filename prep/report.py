@@ -109,6 +109,7 @@ def make_manifest(
     assembled: Assembled,
     tallies: list[Tally],
     selections: list[Selection],
+    split_markers: dict[str, int],
 ) -> Manifest:
     """Return the manifest of a set whose shards are written."""
     mixture = inputs.mixture
@@ -140,8 +141,11 @@ def make_manifest(
             pad_token_id=loaded.special_ids.get("pad_token"),
             terminator_ids=tuple(sorted(assembled.terminators, key=lambda i: (-assembled.terminators[i], i))),
             canary_ids=tuple(encoder.ids_of(CANARY_TEXT)),
+            new_ids=loaded.new_ids,
         ),
-        chat_template=TemplateEntry(name=inputs.template.name, sha256=inputs.template.sha256),
+        chat_template=TemplateEntry(
+            name=inputs.template.name, sha256=inputs.template.sha256, split_markers=split_markers
+        ),
         kinds={kind.name.lower(): int(kind) for kind in Kind},
         max_seq_len=mixture.max_seq_len,
         max_token_id=assembled.max_token_id,

@@ -28,6 +28,7 @@ def stats(shard_set: ShardSet) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "tokenizer": manifest.tokenizer.name,
         "template": manifest.chat_template.name,
+        "split_markers": manifest.chat_template.split_markers,
         "max_seq_len": manifest.max_seq_len,
         "shards": len(manifest.shards),
         "bytes": sum(files),
@@ -75,6 +76,9 @@ def stats_lines(shard_set: ShardSet) -> list[str]:
         f"in {found['sequences']:,} sequences",
         "",
     ]
+    if found["split_markers"]:
+        told = ", ".join(f"{marker} ({count})" for marker, count in found["split_markers"].items())
+        lines[-1:] = [f"markers of the template that take several tokens: {told}", ""]
     if found["held_out"]:
         held = found["held_out"]
         lines[-1:] = [

@@ -1,7 +1,7 @@
 """Chat templates: find one, compile it in a sandbox, render a conversation once with the origin of every character.
 
 The text is the one that `apply_chat_template` of transformers gives: same sandbox settings, filters and globals. Only
-today's date is not available: a template that prints it needs `template.date`, or the shards would depend on the day.
+the day that `strftime_now` prints is that of `template.date`, or the shards would depend on when they are built.
 """
 
 import datetime
@@ -42,9 +42,15 @@ class TemplateText:
     name: str
     text: str
 
+    is_shipped: bool = False
+
     @property
     def sha256(self) -> str:
         return sha256_bytes(self.text.encode("utf-8"))
+
+    @property
+    def asks_for_date(self) -> bool:
+        return "strftime_now" in self.text
 
 
 def shipped_templates() -> dict[str, Path]:
@@ -78,7 +84,12 @@ def load_template(config: TemplateConfig, base: Path, tokenizer_template: str | 
             f'template.name = {config.name!r}; expected one of {", ".join(shipped)}, "tokenizer" or a .jinja file'
         )
     name = Path(config.name).stem if config.name.endswith(".jinja") else config.name
-    return TemplateText(name, "{{ bos_token }}" + text if config.add_bos else text)
+    return TemplateText(name, "{{ bos_token }}" + text if config.add_bos else text, config.name in shipped)
+
+
+def today() -> str:
+    """Return the day, as YYYY-MM-DD, as `strftime_now` of transformers sees it."""
+    return datetime.datetime.now().date().isoformat()
 
 
 class ChatTemplate:

@@ -1,18 +1,23 @@
-"""Find a tokenizer, say what identifies it, load it through transformers, and write the copy that travels with shards.
+"""Find a tokenizer, say what identifies it, load it, and write the copy that travels with the shards.
 
-Identity is the hashes of its files, known without importing transformers: an up-to-date build must say so at once.
+tokenizer.json alone says which ids a text has: model, normalizer, pre-tokenizer, added tokens. Loaded through
+transformers it need not: a class named in tokenizer_config.json may put its own pre-tokenizer in the place of the
+file's. Names of special tokens come from the files beside it. Identity is the hash of tokenizer.json and these names,
+known without importing anything: an up-to-date build must say so at once.
 """
 
 import contextlib
-import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prep.config import TokenizerConfig
 from prep.template import TemplateText
-from shared.errors import ConfigError, DataError, PrerequisiteError
+from prep.tokenizer_convert import converted_json, converted_sha256
+from prep.tokenizer_names import TokenizerNames, read_json, read_names
+from shared.errors import ConfigError, DataError
 from shared.hashing import canonical_json, sha256_file
 from shared.shard_format import FileEntry
 
@@ -20,6 +25,7 @@ FILE_NAMES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "config.json",  # decides nothing, but transformers goes by it: see prep/tokenizer_at_inference.py
     "merges.txt",
     "special_tokens_map.json",
     "tokenizer.json",
@@ -31,7 +37,9 @@ CANARY_TEXT = (
     "Don't panic: 3.14159 x 10^8 m/s,\n\n\t\tna\u00efve caf\u00e9  \u6771\u4eac \U0001f642 "
     "<think>def f(x):\n    return 12345</think>\r\n"
 )
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_SHOWN_TOKENS = 5
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +47,13 @@ class TokenizerFiles:
     name: str  # hub id, or the name of the directory
     revision: str | None  # resolved commit of a hub tokenizer
     directory: Path
-    sha256: dict[str, str]  # file name -> hash
+    json_sha256: str  # of tokenizer.json; of what transformers makes of the other files where there is none
+    names: TokenizerNames
+    converted_key: str = ""  # what the conversion hangs on, "" where there is a tokenizer.json
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that decides ids and special tokens, for the inputs of a build."""
+        return {"revision": self.revision, "json": self.json_sha256, **self.names.plain()}
 
     def chat_template(self) -> str | None:
         """Return the tokenizer's own chat template, None where it has none. Raises DataError for unreadable JSON."""
@@ -47,20 +61,21 @@ class TokenizerFiles:
         if separate.is_file():
             return separate.read_text(encoding="utf-8")
         for name in ("chat_template.json", "tokenizer_config.json"):
-            if name in self.sha256:
-                found = _default_template(_read_json(self.directory / name).get("chat_template"))
-                if found:
-                    return found
+            found = _default_template(read_json(self.directory / name).get("chat_template"))
+            if found:
+                return found
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedTokenizer:
+    tokenizer: Any  # of the package `tokenizers`, without truncation and padding
     tokenizer_json: str
     special_tokens: dict[str, str]  # bos_token, eos_token, ... as chat templates see them
     special_ids: dict[str, int]
-    added_tokens: dict[str, bool]  # content -> special
-    control_tokens: tuple[str, ...]  # contents of the added tokens with `special: true`, and the EOS
+    control_tokens: tuple[str, ...]  # contents of the added tokens with `special: true`, and of those with a name
+    added_tokens: dict[str, bool]  # content of every added token -> its `special`, in order of content
+    new_ids: tuple[int, ...]  # of the tokens that tokenizer.add_tokens put behind the vocabulary
     model_max_length: int
 
 
@@ -68,41 +83,56 @@ def resolve_tokenizer(config: TokenizerConfig, base: Path, known: Mapping[str, A
     """Return the files of a tokenizer directory (relative to `base`) or hub id; `known` as in `resolve_source`."""
     local = (base / Path(config.name).expanduser()).resolve()
     if local.is_dir():
-        return TokenizerFiles(local.name, None, local, _hash_files(local))
+        return _files(local.name, None, local, known)
     if config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
         raise ConfigError(f"tokenizer.name = {config.name!r}: no such directory below {base}")
     commit, directory = _download(config, known)
-    return TokenizerFiles(config.name, commit, directory, _hash_files(directory))
+    return _files(config.name, commit, directory, known)
 
 
 def remember_tokenizer(config: TokenizerConfig, files: TokenizerFiles) -> dict[str, Any]:
-    """Return the memory that keeps a moving hub revision where it was. It may hold paths: never hash it."""
-    return {} if files.revision is None else {_key(config): [files.revision, str(files.directory)]}
+    """Return the memory that keeps a moving hub revision where it was, and the hash of what was converted.
+
+    It may hold paths: never hash it.
+    """
+    converted = {files.converted_key: files.json_sha256} if files.converted_key else {}
+    moving = {} if files.revision is None else {_key(config): [files.revision, str(files.directory)]}
+    return {**converted, **moving}
 
 
-def load_tokenizer(files: TokenizerFiles) -> LoadedTokenizer:
-    """Load through transformers: its ids are those of inference. Raises PrerequisiteError, DataError."""
-    from transformers import AutoTokenizer
+def load_tokenizer(files: TokenizerFiles, add_tokens: Sequence[str] = ()) -> LoadedTokenizer:
+    """Load tokenizer.json, with `add_tokens` behind its vocabulary. Raises DataError, ConfigError."""
+    import tokenizers
 
+    file = files.directory / "tokenizer.json"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(files.directory), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as exc:
-        raise DataError(f"{files.directory}: transformers cannot load this tokenizer: {exc}") from exc
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise PrerequisiteError(
-            f"{files.name}: not a fast tokenizer; save it with transformers as tokenizer.json first"
-        )
-    named = {name: getattr(tokenizer, name) for name in _NAMED_TOKENS if getattr(tokenizer, name, None)}
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    control = dict.fromkeys([*added, *([named["eos_token"]] if "eos_token" in named else [])])
+        text = converted_json(files.directory) if files.converted_key else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"{file} cannot be read: {exc}") from exc
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as exc:  # tokenizers has no exception of its own
+        raise DataError(f"{file} is not a tokenizer: {exc}") from exc
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _warn_of_tokens_left_out(tokenizer, files, add_tokens)
+    new_ids = _add_new(tokenizer, files.name, add_tokens)
+    special = _known_names(tokenizer, files)
+    # what has a name is matched whole, as transformers does, also where the file holds it in the vocabulary only
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    whole = [c for c in dict.fromkeys([*special.values(), *files.names.further]) if c not in added]
+    _add_special(tokenizer, [content for content in whole if tokenizer.token_to_id(content) is not None])
+    flags = {token.content: bool(token.special) for token in tokenizer.get_added_tokens_decoder().values()}
+    control = {content for content, is_special in flags.items() if is_special} | set(special.values())
     return LoadedTokenizer(
-        tokenizer_json=backend.to_str(),
-        special_tokens={name: str(token) for name, token in named.items()},
-        special_ids={name: int(tokenizer.convert_tokens_to_ids(token)) for name, token in named.items()},
-        added_tokens={token.content: bool(token.special) for token in tokenizer.added_tokens_decoder.values()},
+        tokenizer=tokenizer,
+        tokenizer_json=tokenizer.to_str(),
+        special_tokens=special,
+        special_ids={name: _id_of(tokenizer, content) for name, content in special.items()},
         control_tokens=tuple(sorted(control)),
-        model_max_length=min(int(tokenizer.model_max_length), 1 << 62),
+        added_tokens=dict(sorted(flags.items())),
+        new_ids=new_ids,
+        model_max_length=files.names.model_max_length,
     )
 
 
@@ -112,6 +142,8 @@ def write_tokenizer(
     """Write the tokenizer that was used, with the template that was used, as transformers loads them.
 
     It adds nothing of its own: BOS is in the ids only where the template printed it, so no post-processor is kept.
+    The class is the one that takes tokenizer.json as it is, also beside the config.json of a model; only for a few
+    model types (qwen2, qwen3_5) does transformers put their own pre-tokenizer in its place whatever the class.
     """
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -128,11 +160,80 @@ def write_tokenizer(
     return {path.name: FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path)) for path in sorted(out.iterdir())}
 
 
-def _hash_files(directory: Path) -> dict[str, str]:
+def _files(name: str, revision: str | None, directory: Path, known: Mapping[str, Any]) -> TokenizerFiles:
+    names = read_names(directory)
+    file = directory / "tokenizer.json"
+    if file.is_file():
+        return TokenizerFiles(name, revision, directory, sha256_file(file), names)
     found = {name: sha256_file(directory / name) for name in FILE_NAMES if (directory / name).is_file()}
-    if not found.keys() & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
+    if not found.keys() & {"tokenizer.model", "vocab.json"}:
         raise ConfigError(f"tokenizer.name: {directory} holds no tokenizer.json, tokenizer.model or vocab.json")
-    return found
+    key, sha256 = converted_sha256(directory, found, known)
+    return TokenizerFiles(name, revision, directory, sha256, names, key)
+
+
+def _known_names(tokenizer: Any, files: TokenizerFiles) -> dict[str, str]:
+    """Return the named tokens that have an id. Raises DataError where BOS or EOS has none."""
+    special = {name: c for name, c in files.names.special.items() if tokenizer.token_to_id(c) is not None}
+    for name, content in files.names.special.items():
+        if name in special:
+            continue
+        what = f"{files.name} names {content!r} as its {name}, but tokenizer.json has no such token"
+        if name in ("bos_token", "eos_token"):
+            raise DataError(f"{what}; correct the files, or name it in tokenizer.add_tokens")
+        logger.warning("%s: left out", what)
+    return special
+
+
+def _add_new(tokenizer: Any, name: str, wanted: Sequence[str]) -> tuple[int, ...]:
+    """Put tokens behind the vocabulary and return their ids. Raises ConfigError for one of the vocabulary itself."""
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for content in wanted:
+        if content not in added and tokenizer.token_to_id(content) is not None:
+            raise ConfigError(
+                f"tokenizer.add_tokens: {content!r} is an ordinary entry of the vocabulary of {name} (id "
+                f"{tokenizer.token_to_id(content)}): every text with it would get other ids; add another token"
+            )
+    if there := [content for content in wanted if content in added]:
+        logger.info("tokenizer.add_tokens: %s has %s already", name, _listed(there))
+    new = [content for content in wanted if content not in added]
+    first = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    _add_special(tokenizer, new)
+    ids = tuple(_id_of(tokenizer, content) for content in new)
+    if ids != tuple(range(first, first + len(new))):
+        raise ConfigError(
+            f"tokenizer.add_tokens: the vocabulary of {name} has gaps, so that new tokens get the ids {list(ids)} "
+            f"instead of {first} and up; add them to its tokenizer.json by hand"
+        )
+    return ids
+
+
+def _id_of(tokenizer: Any, content: str) -> int:
+    return int(tokenizer.token_to_id(content))
+
+
+def _add_special(tokenizer: Any, contents: Sequence[str]) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer.add_special_tokens([AddedToken(content, normalized=False) for content in contents])
+
+
+def _warn_of_tokens_left_out(tokenizer: Any, files: TokenizerFiles, add_tokens: Sequence[str]) -> None:
+    asked = {*add_tokens, *files.names.special.values()}
+    listed = dict.fromkeys([*files.names.declared, *files.names.further])
+    if absent := [content for content in listed if content not in asked and tokenizer.token_to_id(content) is None]:
+        logger.warning(
+            "the files beside tokenizer.json of %s list %d tokens that it does not have (%s): transformers would add "
+            "them when it loads the tokenizer, a build does not; name those that you need in tokenizer.add_tokens",
+            files.name,
+            len(absent),
+            _listed(absent),
+        )
+
+
+def _listed(contents: Sequence[str]) -> str:
+    more = len(contents) - _SHOWN_TOKENS
+    return ", ".join(contents[:_SHOWN_TOKENS]) + (f" and {more} more" if more > 0 else "")
 
 
 def _download(config: TokenizerConfig, known: Mapping[str, Any]) -> tuple[str, Path]:
@@ -175,14 +276,6 @@ def _key(config: TokenizerConfig) -> str:
 
 def _default_template(value: Any) -> str | None:
     if isinstance(value, list):  # several named templates
-        named = {entry["name"]: entry["template"] for entry in value}
-        value = named.get("default")
+        entries = [entry for entry in value if isinstance(entry, dict)]
+        value = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
     return value if isinstance(value, str) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as exc:
-        raise DataError(f"{path} is not valid JSON: {exc}") from exc
-    return data if isinstance(data, dict) else {}

@@ -1,9 +1,11 @@
 """Do tokenizer, template and encoder fit together? Settled once, before any row is read."""
 
+import json
 import logging
 
 from prep.encode import Encoder, encoder_spec
 from prep.inputs import Inputs
+from prep.markers import printed_markers, required_markers, split_markers
 from prep.spans import ROLE_KINDS, ends_turns
 from prep.template import ChatTemplate
 from prep.tokenizer import CANARY_TEXT, LoadedTokenizer
@@ -14,15 +16,72 @@ from shared.shard_format import Kind
 logger = logging.getLogger(__name__)
 
 
-def check_template(inputs: Inputs, template: ChatTemplate, loaded: LoadedTokenizer, control: tuple[str, ...]) -> None:
-    """Raise ConfigError where the template would print no BOS or two of them, or never ends an assistant's turn."""
-    _check_bos(inputs, template, loaded.special_tokens.get("bos_token"))
+def check_fit(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, int]:
+    """Return the template's markers that take several tokens where they need not be one -> how many.
+
+    Raises ConfigError for a template that is not made for this tokenizer.
+    """
+    _check_bos(inputs, loaded)
+    limit = loaded.model_max_length
+    if inputs.mixture.max_seq_len > limit:
+        logger.warning(
+            "max_seq_len = %d is over the %d tokens that the tokenizer %s says its model takes (model_max_length)",
+            inputs.mixture.max_seq_len,
+            limit,
+            inputs.tokenizer.name,
+        )
+    return _check_markers(inputs, loaded)
+
+
+def _check_markers(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, int]:
+    template = inputs.template
+    if template.is_shipped:
+        split = split_markers(required_markers(template.name), loaded.tokenizer)
+        if split:
+            raise ConfigError(
+                f"template.name = {template.name!r}: its markers must be one token each, the tokenizer "
+                f"{inputs.tokenizer.name!r} splits {_told(split)}. Use a template that was made for it, or give it "
+                f"these tokens: tokenizer.add_tokens = [{', '.join(map(json.dumps, split))}]"
+            )
+        return {}
+    compiled = ChatTemplate(template, loaded.special_tokens, inputs.mixture.template.date)
+    split = split_markers(printed_markers(compiled), loaded.tokenizer)
+    if split:
+        logger.warning(
+            "the template %r prints %s: where a model knows such a marker as one token, it is another template or "
+            "another tokenizer that belongs here, or tokenizer.add_tokens; plain text by design is fine",
+            template.name,
+            _told(split),
+        )
+    return split
+
+
+def _told(split: dict[str, int]) -> str:
+    return ", ".join(f"{marker} ({f'{count} tokens' if count else 'unknown'})" for marker, count in split.items())
+
+
+def _check_bos(inputs: Inputs, loaded: LoadedTokenizer) -> None:
+    """Raise ConfigError where `add_bos` would print nothing, or a second BOS."""
+    if not inputs.mixture.template.add_bos:
+        return
+    bos = loaded.special_tokens.get("bos_token")
+    if bos is None:
+        raise ConfigError(f"template.add_bos = true, but the tokenizer {inputs.tokenizer.name!r} has no BOS token")
+    template = ChatTemplate(inputs.template, loaded.special_tokens, inputs.mixture.template.date)
+    if template.opening().startswith(bos * 2):
+        raise ConfigError(
+            f"template.add_bos = true, but the template {inputs.template.name!r} prints {bos!r} itself; leave it false"
+        )
+
+
+def check_turns(inputs: Inputs, template: ChatTemplate, control: tuple[str, ...]) -> None:
+    """Raise ConfigError where the template never ends an assistant's turn."""
     asked = inputs.mixture.template.terminators
     for token in asked:
         if token not in control:
             raise ConfigError(
                 f"template.terminators names {token!r}, which is no control token of the tokenizer "
-                f"{inputs.tokenizer.name!r}; expected some of {', '.join(control)}"
+                f"{inputs.tokenizer.name!r}; expected some of {', '.join(control[:12])}{', ...' * (len(control) > 12)}"
             )
     rules = learn_rules(template, control, asked)
     if inputs.mixture.mask.terminator != "none" and not ends_turns(template, rules):
@@ -30,17 +89,6 @@ def check_template(inputs: Inputs, template: ChatTemplate, loaded: LoadedTokeniz
             f"the template {inputs.template.name!r} prints no control token that ends an assistant's turn, so a model "
             "would not learn to stop. Use a template that ends turns; or name the tokens that do, though they open "
             'the next message, in template.terminators; or set mask.terminator = "none" if that is wanted'
-        )
-
-
-def _check_bos(inputs: Inputs, template: ChatTemplate, bos: str | None) -> None:
-    if not inputs.mixture.template.add_bos:
-        return
-    if bos is None:
-        raise ConfigError(f"template.add_bos = true, but the tokenizer {inputs.tokenizer.name!r} has no BOS token")
-    if template.opening().startswith(bos * 2):
-        raise ConfigError(
-            f"template.add_bos = true, but the template {inputs.template.name!r} prints {bos!r} itself; leave it false"
         )
 
 

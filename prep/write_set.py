@@ -37,6 +37,7 @@ class Material:
     encoder: Encoder
     stores: Sequence[SampleStore]
     tallies: list[Tally]
+    split_markers: dict[str, int]  # markers of the template -> their tokens, where several; see prep/markers.py
 
 
 def pack(inputs: Inputs, selections: Sequence[Selection]) -> Packed:
@@ -65,4 +66,13 @@ def write_set(out: Path, inputs: Inputs, material: Material, selections: list[Se
         )
     tokenizer_json = material.encoder.spec.tokenizer_json
     files = write_tokenizer(out / TOKENIZER_DIR, material.loaded, tokenizer_json, inputs.template)
-    return make_manifest(inputs, material.loaded, material.encoder, files, assembled, material.tallies, selections)
+    return make_manifest(
+        inputs,
+        material.loaded,
+        material.encoder,
+        files,
+        assembled,
+        material.tallies,
+        selections,
+        material.split_markers,
+    )

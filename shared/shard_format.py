@@ -89,12 +89,18 @@ class TokenizerEntry:
     """Ids that end an assistant turn in this set, most frequent first: the export's generation config lists them."""
     canary_ids: tuple[int, ...]
     """Ids of a fixed text: a tokenizer that gives others is not this one, whatever its files say."""
+    new_ids: tuple[int, ...]
+    """Ids that follow on one another behind the base model's vocabulary, for tokens that the mixture added: its model
+    has learned nothing for them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TemplateEntry:
     name: str
     sha256: str
+    split_markers: dict[str, int]
+    """What looks like a marker of the template, but takes several tokens -> how many, 0 where the tokenizer can't read
+    it. Empty for a shipped template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,6 +239,11 @@ def _check_names(manifest: Manifest, where: str) -> None:
             raise ArtifactError(f"{where}: shards.{index}.path is {shard.path!r}; expected '{SHARDS_DIR}/{index:05d}'")
         if set(shard.files) != columns:
             raise ArtifactError(f"{where}: shard {index} lists {sorted(shard.files)}; expected {sorted(columns)}")
+    new_ids, vocab_size = manifest.tokenizer.new_ids, manifest.tokenizer.vocab_size
+    if new_ids != tuple(range(vocab_size - len(new_ids), vocab_size)):
+        raise ArtifactError(
+            f"{where}: tokenizer.new_ids are {list(new_ids)}; expected the last ids below vocab_size = {vocab_size}"
+        )
     for name in manifest.tokenizer.files:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or name == ".":

@@ -108,9 +108,9 @@ def write_lettered_set(
         recipe="",
         tokenizer=TokenizerEntry(
             name="none", revision=None, files=files, vocab_size=300, bos_token_id=None, eos_token_id=None,
-            pad_token_id=None, terminator_ids=(), canary_ids=(),
+            pad_token_id=None, terminator_ids=(), canary_ids=(), new_ids=(),
         ),
-        chat_template=TemplateEntry(name="none", sha256="0" * 64),
+        chat_template=TemplateEntry(name="none", sha256="0" * 64, split_markers={}),
         kinds={kind.name.lower(): int(kind) for kind in Kind},
         max_seq_len=max_seq_len,
         max_token_id=max(int(part["tokens"].max()) for part in parts),

@@ -82,6 +82,7 @@ def write_shard_set(
     name: str = "tiny",
     origins: Sequence[Sequence[tuple[int, int, int]]] | None = None,
     source_names: Sequence[str] = ("made-up",),
+    new_ids: tuple[int, ...] = (),
 ) -> Path:
     """Write a complete shard set of `packs` (sequences of tokens and loss mask) at `path`; return `path`."""
     path.mkdir(parents=True)
@@ -113,9 +114,9 @@ def write_shard_set(
         recipe=recipe,
         tokenizer=TokenizerEntry(
             name="made-up", revision=None, files=files, vocab_size=vocab_size, bos_token_id=None, eos_token_id=0,
-            pad_token_id=None, terminator_ids=(0,), canary_ids=(),
+            pad_token_id=None, terminator_ids=(0,), canary_ids=(), new_ids=new_ids,
         ),
-        chat_template=TemplateEntry(name="none", sha256=sha256_bytes(chat_template)),
+        chat_template=TemplateEntry(name="none", sha256=sha256_bytes(chat_template), split_markers={}),
         kinds={kind.name.lower(): int(kind) for kind in Kind},
         sources=(first, *(empty_source(name) for name in source_names[1:])),
         max_seq_len=max_seq_len,

@@ -64,7 +64,7 @@ def test_a_second_build_writes_nothing_and_reads_no_tokenizer(
     out = tmp_path / "out"
     build_set(tables, out)
     before = {path: path.stat().st_mtime_ns for path in [*out.rglob("*"), *(tmp_path / "samples").rglob("*")]}
-    monkeypatch.setattr("prep.build.load_tokenizer", lambda files: pytest.fail("a tokenizer was loaded"))
+    monkeypatch.setattr("prep.build.load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
     monkeypatch.setattr("prep.sources.sha256_file", lambda path: pytest.fail("a source was hashed again"))
     build(plan_of(tables, out), rebuild=False)
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -96,7 +96,7 @@ def change_tokenizer(tables: dict[str, Any]) -> str:
     data = json.loads((copy / "tokenizer.json").read_text())
     (copy / "tokenizer.json").write_text(json.dumps(data) + " ")
     tables["tokenizer"]["name"] = str(copy)
-    return "tokenizer.files.tokenizer.json"
+    return "tokenizer.json: "
 
 
 def change_template(tables: dict[str, Any]) -> str:

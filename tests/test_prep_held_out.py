@@ -19,6 +19,7 @@ from prep.both_sides import prompts_of
 from prep.build import build, dry_run
 from prep.explain import explain
 from prep.held_out import is_held_out
+from prep.markers import required_markers
 from prep.report import summary_lines
 from prep.stats import stats, stats_lines
 from prep.verify import verify
@@ -249,6 +250,7 @@ def test_prompts_that_differ_only_in_what_the_template_drops_are_counted(tokeniz
         **mixture_of([write_rows(tmp_path / "rows.jsonl", rows)], tokenizer),
         "eval": {"fraction": 0.5},
         "template": {"name": "llama3"},
+        "tokenizer": {"name": str(tokenizer), "add_tokens": list(required_markers("llama3"))},
     }
     line = verify(build_set(tables, tmp_path / "out").path)[-1]
     assert " 0 of" not in line

@@ -47,6 +47,7 @@ KEYS = [
     "loss.load_balancing_weight",
     "loss.norm",
     "model.attention",
+    "model.check_tokenizer",
     "model.config",
     "model.gradient_checkpointing",
     "model.mlp_tiles",

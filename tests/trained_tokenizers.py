@@ -71,6 +71,24 @@ def _unigram() -> str:
     return _finish(tokenizer)
 
 
+def digit_groups(*, special: tuple[str, ...] = CONTROL, tokens: tuple[str, ...] = ()) -> str:
+    """A byte-level tokenizer that takes up to three digits at a time, as OLMo-2's does and most classes do not."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(_WORDS), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    years = ["In 2023 and 2024, 1999 of 123456 said: it's three 'll\n\n  lines (ok)."] * 30
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, special_tokens=list(tokens))
+    tokenizer.train_from_iterator(years, trainer)
+    data = json.loads(tokenizer.to_str())
+    data["added_tokens"] = []  # what the trainer was given stays in the vocabulary only
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    return str(tokenizer.to_str())
+
+
 FAMILIES = {
     "byte-level": lambda: _finish(_byte_level_model()),
     "byte-level, NFC": lambda: _finish(_byte_level_model(normalizers.NFC())),

@@ -61,6 +61,7 @@ def cli(
         from train.launch import run_or_launch
         from train.prepare import prepare
         from train.ranks import die_with_parent, read_place
+        from train.tokenizer_check import check_tokenizer
 
         if under_launcher:
             die_with_parent()
@@ -69,7 +70,10 @@ def cli(
             click.echo(f"{prepared.run.path} is complete: the model is in {prepared.run.model}")
             if read_place().rank == 0:
                 push_all(prepared.run.path, checkpoints=push_checkpoints, model=push_to_hub)
-        elif run_or_launch(prepared, nproc_per_node) and read_place().rank == 0:
+            return
+        if not under_launcher:  # whoever launched has compared
+            check_tokenizer(prepared.shard_set, prepared.recipe.model)
+        if run_or_launch(prepared, nproc_per_node) and read_place().rank == 0:
             click.echo(prepared.run.model)
 
 

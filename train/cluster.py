@@ -11,6 +11,7 @@ from train.launch import request_arguments
 from train.nodes import DEFAULT_PORT, Cluster, meeting_point, node_command, quote, shell_line
 from train.prepare import Prepared, TrainRequest, check_ranks, prepare
 from train.slurm import SlurmOptions
+from train.tokenizer_check import check_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +117,7 @@ def _check(
     prepared = replace(prepared, request=replace(request.train, resume="auto"))
     if not prepared.is_complete:
         check_ranks(prepared, cluster.world_size)
+        check_tokenizer(prepared.shard_set, prepared.recipe.model)
     return cluster, prepared
 
 

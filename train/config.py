@@ -22,7 +22,10 @@ class ModelConfig:
     mlp_tiles: int = 1
     """Run the feed-forward layers in so many parts of a row, for long rows: less memory, some more time."""
     resize_vocab: bool = False
-    """Grow the embedding where the shards hold ids that the model does not know; otherwise that is an error."""
+    """Grow the embedding where the shards hold ids that the model does not know; otherwise that is an error. Not needed
+    for tokens that the mixture added (tokenizer.add_tokens)."""
+    check_tokenizer: bool = True
+    """Refuse shards whose tokenizer makes other ids than the tokenizer.json beside the model's weights."""
 
     def __post_init__(self) -> None:
         if self.mlp_tiles < 1:

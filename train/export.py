@@ -77,11 +77,21 @@ def export_model(
         (staged / "README.md").write_text(render_card(card, has_plot=plot is not None), encoding="utf-8")
         if plot is not None:
             shutil.copyfile(plot, staged / PLOT_NAME)
+        new_ids = shard_set.manifest.tokenizer.new_ids
         if adapted is not None and adapted.lora.export == "adapter":
-            write_adapter(staged, adapter_weights(state_dict), lora=adapted.lora, model=adapted.model)
+            trained = adapter_weights(state_dict)
+            write_adapter(staged, trained, lora=adapted.lora, model=adapted.model, new_ids=new_ids)
+            if new_ids:
+                logger.info(
+                    "%s holds rows for tokens %s: before peft loads it, resize the base model's embedding to %d",
+                    out_dir,
+                    list(new_ids),
+                    shard_set.manifest.tokenizer.vocab_size,
+                )
         else:
             if adapted is not None:
-                state_dict, model_config = merged_model(adapted.model, adapted.lora, adapter_weights(state_dict))
+                trained = adapter_weights(state_dict)
+                state_dict, model_config = merged_model(adapted.model, adapted.lora, trained, new_ids=new_ids)
             generation = generation_config(shard_set.manifest.tokenizer)
             _write_weights(staged, state_dict, model_config, generation, files)
             _check_loads(staged)

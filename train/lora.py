@@ -8,6 +8,7 @@ that peft and the servers load beside the base model. Checkpoints and messages h
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from shared.errors import ArtifactError, ConfigError, PrerequisiteError
 from train.config import LoraConfig, ModelConfig, TrainConfig
+from train.new_tokens import is_new_rows, layer_of, with_rows
 
 _ADAPTER = "default"
 _MATRIX = re.compile(rf"^(?P<layer>.+)\.lora_(?P<which>[AB])\.{_ADAPTER}\.weight$")
@@ -64,18 +66,22 @@ def add_adapters(network: PreTrainedModel, lora: LoraConfig, *, seed: int) -> No
 
 
 def adapter_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the adapters' matrices among the weights of a network, by their names in it."""
-    return {name: tensor for name, tensor in state_dict.items() if _MATRIX.match(name)}
+    """Return what was trained of a network's weights, by its names in it: adapters' matrices, rows of new tokens."""
+    return {name: tensor for name, tensor in state_dict.items() if _MATRIX.match(name) or is_new_rows(name)}
 
 
 def merge_adapters(
-    base: dict[str, torch.Tensor], adapters: dict[str, torch.Tensor], *, scale: float
+    base: dict[str, torch.Tensor], adapters: dict[str, torch.Tensor], *, scale: float, new_ids: Sequence[int] = ()
 ) -> dict[str, torch.Tensor]:
     """Return `base` with W + scale B A in the place of each W that has an adapter, computed in fp32.
 
-    Raises ArtifactError for an adapter without its other half or its weight.
+    The rows of `new_ids` are put in their places. Raises ArtifactError for an adapter without its other half or its
+    weight.
     """
     merged = dict(base)
+    for name in filter(is_new_rows, adapters):
+        grown = f"{layer_of(name)}.weight"
+        merged[grown] = with_rows(base[grown], adapters[name], new_ids[0])
     for layer, (a, b) in _pairs(adapters).items():
         name = f"{layer}.weight"
         if name not in base:
@@ -86,7 +92,7 @@ def merge_adapters(
 
 
 def merged_model(
-    model: ModelConfig, lora: LoraConfig, adapters: dict[str, torch.Tensor]
+    model: ModelConfig, lora: LoraConfig, adapters: dict[str, torch.Tensor], *, new_ids: Sequence[int] = ()
 ) -> tuple[dict[str, torch.Tensor], PretrainedConfig]:
     """Return the weights of the base model with `adapters` added to them, on one CPU, and its config.
 
@@ -95,15 +101,25 @@ def merged_model(
     base = AutoModelForCausalLM.from_pretrained(
         model.name, revision=model.revision, trust_remote_code=False, dtype="auto"
     )
-    return merge_adapters(base.state_dict(), adapters, scale=scale_of(lora)), base.config
+    if any(map(is_new_rows, adapters)):
+        base.config.vocab_size = max(base.config.vocab_size, new_ids[-1] + 1)
+    return merge_adapters(base.state_dict(), adapters, scale=scale_of(lora), new_ids=new_ids), base.config
 
 
-def write_adapter(folder: Path, adapters: dict[str, torch.Tensor], *, lora: LoraConfig, model: ModelConfig) -> None:
-    """Write adapter_model.safetensors and adapter_config.json as peft reads them."""
-    weights = {
-        f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": tensor.contiguous()
-        for name, tensor in adapters.items()
-    }
+def write_adapter(
+    folder: Path,
+    adapters: dict[str, torch.Tensor],
+    *,
+    lora: LoraConfig,
+    model: ModelConfig,
+    new_ids: Sequence[int] = (),
+) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as peft reads them.
+
+    peft puts rows of new tokens into a base model whose embedding was resized to hold them.
+    """
+    weights = {f"base_model.model.{_name_in_peft(name)}": tensor.contiguous() for name, tensor in adapters.items()}
+    rows = {layer_of(name).rpartition(".")[2]: list(new_ids) for name in filter(is_new_rows, adapters)}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
@@ -116,6 +132,7 @@ def write_adapter(folder: Path, adapters: dict[str, torch.Tensor], *, lora: Lora
         "target_modules": sorted({layer.rpartition(".")[2] for layer in _pairs(adapters)}),
         "bias": "none",
         "inference_mode": True,
+        **({"trainable_token_indices": rows} if rows else {}),
     }
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
@@ -147,10 +164,18 @@ def quantization(lora: LoraConfig, dtype: torch.dtype) -> Any:
     )
 
 
+def _name_in_peft(name: str) -> str:
+    if is_new_rows(name):
+        return f"{layer_of(name)}.token_adapter.trainable_tokens_delta"
+    return name.replace(f".{_ADAPTER}.", ".")
+
+
 def _pairs(adapters: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return layer name -> (A, B)."""
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in adapters.items():
+        if is_new_rows(name):
+            continue
         match = _MATRIX.match(name)
         if match is None:
             raise ArtifactError(f"{name} is not the matrix of an adapter")

@@ -20,6 +20,7 @@ from train.by_source import add_rows
 from train.config import LoraConfig, ModelConfig
 from train.lora import add_adapters, quantization
 from train.loss import weighted_cross_entropy
+from train.new_tokens import add_new_rows, head_weight
 from train.router import experts_per_token, load_balancing_loss
 from train.tiled_mlp import tile_mlps
 
@@ -65,7 +66,7 @@ class LossModel(torch.nn.Module):
         hidden = hidden.index_select(0, batch.rows)  # [R, D]
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
-        head = self.model.get_output_embeddings().weight  # [V, D], gathered here under ZeRO-3
+        head = head_weight(self.model)  # [V, D], gathered here under ZeRO-3
         row_losses = torch.empty(len(batch.rows), dtype=torch.float32, device=hidden.device)
         loss = weighted_cross_entropy(
             hidden, head, batch.targets, batch.weights, uniform=batch.uniform_weight, row_losses=row_losses
@@ -103,10 +104,15 @@ def build_model(
     else:
         network = _load_weights(model, config, attention=attention, dtype=dtype, quantization=quantization(lora, dtype))
     check_head(network)
-    if config.vocab_size <= manifest.max_token_id:
-        network.resize_token_embeddings(manifest.tokenizer.vocab_size, mean_resizing=False)
+    new_ids = manifest.tokenizer.new_ids if model.config is None else ()
+    if new_ids:
+        logger.info("new rows of embedding and LM head for the tokens that the mixture added, ids %s", list(new_ids))
     if lora.is_on:
         add_adapters(network, lora, seed=seed)
+        if new_ids:
+            add_new_rows(network, new_ids, seed=seed)
+    elif config.vocab_size <= max((manifest.max_token_id, *new_ids)):
+        network.resize_token_embeddings(manifest.tokenizer.vocab_size, mean_resizing=False)
     if model.mlp_tiles > 1:
         tile_mlps(network, model.mlp_tiles)
     if model.gradient_checkpointing:
@@ -122,11 +128,14 @@ def model_config(model: ModelConfig, manifest: Manifest) -> PretrainedConfig:
         config = _config_of_pretrained(model)
     else:
         raise ConfigError("no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe")
-    if config.vocab_size <= manifest.max_token_id and not model.resize_vocab:
+    new_ids = manifest.tokenizer.new_ids
+    has_room = bool(new_ids) and config.vocab_size >= new_ids[0]  # for all but what the mixture added
+    if config.vocab_size <= manifest.max_token_id and not model.resize_vocab and not has_room:
         raise ConfigError(
             f"the model knows {config.vocab_size} tokens, the shards hold token {manifest.max_token_id}: they were "
-            f"made with another tokenizer ({manifest.tokenizer.name}). If it is the right one with tokens added, set "
-            "model.resize_vocab = true"
+            f"made with another tokenizer ({manifest.tokenizer.name}). Tokens that the mixture adds to the model's own "
+            "(tokenizer.add_tokens) are grown by themselves; for a tokenizer that came with tokens added, set "
+            "model.resize_vocab = true (without [lora])"
         )
     limit = _get(config, "max_position_embeddings")
     if isinstance(limit, int) and limit < manifest.max_seq_len:
