@@ -20,6 +20,7 @@ from prep.template import ChatTemplate
 from prep.turns import SpanRules
 from shared.errors import TemplateError
 
+_TAG = re.compile(r"</?[^\s<>]+>")
 _REASONING_TAG = re.compile(r"</?think>")  # templates look for it; it is no control token
 
 
@@ -31,7 +32,9 @@ class ControlCheck:
         self._control = rules.control
         tokens = [token for token in control_tokens if token.strip()]
         markup = {char for token in tokens for char in token if not char.isalnum() and not char.isspace()}
-        words = self._control.sub("", "".join(template.own_strings()))
+        # what is left of the template's words without control tokens, and without whole tags that begin none
+        words = self._control.sub("", "\n".join(template.own_strings()))
+        words = _TAG.sub(lambda tag: tag[0] if any(tag[0] in token for token in tokens) else "", words)
         needed = _covering(tokens, markup - set(words))
         # None: the template may put a control token together around a string of the row, so every row is rendered again
         self._needed = None if needed is None else re.compile(f"[{re.escape(''.join(sorted(needed)))}]")
