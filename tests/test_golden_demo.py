@@ -10,7 +10,7 @@ from shared.hashing import sha256_file
 pytestmark = pytest.mark.slow
 
 OTHER_CPU = 2e-5
-"""Relative: other vector units and libraries round sums otherwise, 1e-7 at first, and twenty steps of AdamW add to it."""
+"""Relative: other vector units and libraries round sums otherwise, 1e-7 at first, and twenty steps add to it."""
 
 
 @pytest.fixture(scope="module")

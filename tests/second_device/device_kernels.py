@@ -22,9 +22,10 @@ def register(device: ModuleType) -> torch.library.Library:
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, _k: Tensor, _mq: int, _mk: int, dropout: float,
-        causal: bool, _debug: bool, *, scale: float | None = None, window_size_left: int | None = None, **_: Any,
+        causal: bool, _debug: bool, *, scale: float | None = None, window_size_left: int | None = None,
+        window_size_right: int | None = None, **_: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        assert causal
+        assert causal or window_size_right == 0
         assert not dropout
         assert query.dtype in (torch.bfloat16, torch.float16)
         assert bounds.dtype == torch.int32
