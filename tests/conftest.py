@@ -26,3 +26,25 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[ForkedPrep]":
     server = ForkedPrep(tmp_path_factory.mktemp("forked"))
     yield server
     server.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch finds none"))
+
+
+@pytest.fixture(scope="session")
+def second_device(request: pytest.FixtureRequest) -> Path:
+    """The compiled module of tests/second_device, built once for all workers and kept in pytest's cache."""
+    sys.path.insert(0, str(Path(__file__).with_name("second_device")))
+    from device_build import build, why_not
+
+    if reason := why_not():
+        pytest.skip(reason)
+    return build(request.config.cache.mkdir("second_device"))

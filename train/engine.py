@@ -117,8 +117,10 @@ def start_engine(model: LossModel, optim: OptimConfig, config: dict[str, Any], *
     """Return the DeepSpeed engine around `model` with AdamW; for `halts` see `OneRankAdamW`."""
     import deepspeed
 
-    groups = _parameter_groups(model, optim.weight_decay)
     stage = config["zero_optimization"]["stage"]
+    if stage == 0:
+        model.to(deepspeed.get_accelerator().current_device_name())  # before masters are made of the weights
+    groups = _parameter_groups(model, optim.weight_decay)
     optimizer: torch.optim.Optimizer
     if stage == 0:
         optimizer = OneRankAdamW(

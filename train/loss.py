@@ -92,36 +92,85 @@ def chunked_cross_entropy(
 
 
 class _LigerCrossEntropy(torch.autograd.Function):
-    """Liger's kernel for the losses of all rows; its own autograd function gives their sum or asks for a gradient each.
+    """Liger's kernel turns chunks of logits into losses and gradients; the products around it are torch's.
 
-    The gradient of the head is accumulated in fp32 over the kernel's chunks. The backward pass reads nothing from the
-    device, where Liger's looks whether the incoming gradient is 1.
+    Liger has a function around its kernel too, which makes the host wait: it counts targets to be ignored. Here are
+    none, and nothing in either pass waits for the device. The gradient of the head is a sum over chunks in fp32.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, row_losses: torch.Tensor
     ) -> torch.Tensor:
-        from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
-
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        losses, _, _, _, grad_hidden, grad_head, _ = fused_linear_cross_entropy_forward(
-            hidden,
-            head,
-            targets,
-            reduction="none",
-            accum_dtype=torch.float32,
-            compute_gradients=needs_hidden or needs_head,
-            weight_requires_grad=needs_head,
-        )
-        assert isinstance(losses, torch.Tensor)
-        row_losses.copy_(losses)
-        ctx.save_for_backward(grad_hidden if needs_hidden else None, grad_head)
-        return losses.sum()
+        most = len(hidden) * hidden.shape[1] // len(head)  # as much memory as the hidden states: see train/memory.py
+        chunk_rows = _rows_per_chunk(len(hidden), most)
+        buffer = torch.empty((min(chunk_rows, len(hidden)), len(head)), dtype=hidden.dtype, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
+        for start in range(0, len(hidden), chunk_rows):
+            chunk = slice(start, start + chunk_rows)
+            h = hidden[chunk]
+            logits = torch.mm(h, head.t(), out=buffer[: len(h)])  # [rows, V]
+            _run_ligers_kernel(logits, targets[chunk], row_losses[chunk], makes_gradient=needs_hidden or needs_head)
+            if grad_hidden is not None:
+                torch.mm(logits, head, out=grad_hidden[chunk])
+            if grad_head is not None:
+                _add_product(grad_head, logits.t(), h)
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.dtype = head.dtype
+        return row_losses.sum()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return (*_scaled(ctx.saved_tensors, grad_loss), None, None)
+        return (*_scaled(ctx.saved_tensors, grad_loss, ctx.dtype), None, None)
+
+
+def _run_ligers_kernel(
+    logits: torch.Tensor, targets: torch.Tensor, row_losses: torch.Tensor, *, makes_gradient: bool
+) -> None:
+    """Write the cross-entropy of each row and, in place of the logits, its gradient: one program for each row."""
+    from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
+    from liger_kernel.ops.fused_linear_cross_entropy import MAX_FUSED_SIZE
+
+    num_rows, vocab_size = logits.shape
+    liger_cross_entropy_kernel[(num_rows,)](
+        X_ptr=logits,
+        X_stride=logits.stride(0),
+        Y_ptr=targets,
+        Y_stride=targets.stride(0),
+        loss_ptr=row_losses,
+        loss_stride=row_losses.stride(0),
+        n_cols=vocab_size,
+        HAS_GRADIENTS=makes_gradient,
+        BLOCK_SIZE=min(MAX_FUSED_SIZE, 1 << (vocab_size - 1).bit_length()),
+        num_warps=32,
+        **LIGER_OPTIONS,
+    )
+
+
+LIGER_OPTIONS: dict[str, Any] = {
+    "reduction": "none",
+    "n_non_ignore": 1,  # the mean divides by it
+    "ignore_index": -100,
+    "weight_ptr": None,
+    "HAS_WEIGHT": False,
+    "sum_non_ignore_weight": 1,
+    "weight_sum": 0.0,
+    "label_smoothing": 0.0,
+    "softcap": None,
+    "HAS_SOFTCAPPING": False,
+    "lse_square_scale": 0.0,
+    "z_loss_ptr": None,
+    "RETURN_Z_LOSS": False,
+    "token_accuracy_ptr": None,
+    "token_accuracy_stride": 0,
+    "RETURN_TOKEN_ACCURACY": False,
+    "predicted_tokens_ptr": None,
+    "predicted_tokens_stride": 0,
+    "RETURN_PREDICTED_TOKENS": False,
+}
+"""Of Liger's kernel: what it can do besides, none of it wanted."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -140,7 +189,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weights: torch.Tensor,
         row_losses: torch.Tensor,
     ) -> torch.Tensor:
-        num_rows, chunk_rows = len(hidden), _rows_per_chunk(len(hidden), len(head))
+        num_rows, chunk_rows = len(hidden), _rows_per_chunk(len(hidden), _LOGITS_PER_CHUNK // len(head))
         hidden, targets, weights = _padded(hidden, targets, weights, multiple=chunk_rows)
         buffer = torch.empty((len(head), chunk_rows), dtype=torch.float32, device=hidden.device)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
@@ -164,25 +213,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad.t(), head, out=grad_hidden[chunk])
             if grad_head is not None:
                 _add_product(grad_head, grad, h)
-        ctx.save_for_backward(
-            None if grad_hidden is None else grad_hidden[:num_rows],
-            None if grad_head is None else grad_head.to(head.dtype),
-        )
+        ctx.save_for_backward(None if grad_hidden is None else grad_hidden[:num_rows], grad_head)
+        ctx.dtype = head.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return (*_scaled(ctx.saved_tensors, grad_loss), None, None, None)
+        return (*_scaled(ctx.saved_tensors, grad_loss, ctx.dtype), None, None, None)
 
 
-def _scaled(gradients: tuple[torch.Tensor | None, ...], factor: torch.Tensor) -> list[torch.Tensor | None]:
-    """In place: they were computed for this."""
-    return [None if gradient is None else gradient.mul_(factor.to(gradient.dtype)) for gradient in gradients]
+def _scaled(
+    gradients: tuple[torch.Tensor | None, ...], factor: torch.Tensor, dtype: torch.dtype
+) -> list[torch.Tensor | None]:
+    """Return gradients x factor, computed in fp32 and rounded once; in place where they are of `dtype` already.
+
+    torch would round a factor without dimensions to bf16 first: world size / loss tokens is off by up to 0.4 % then.
+    """
+    factor = factor.reshape(1)
+    return [None if gradient is None else gradient.mul_(factor).to(dtype) for gradient in gradients]
 
 
-def _rows_per_chunk(num_rows: int, vocab_size: int) -> int:
-    """Return the size of chunks that are as equal as they can be: a multiple of _ROW_MULTIPLE."""
-    most = max(_MIN_ROWS_PER_CHUNK, _LOGITS_PER_CHUNK // vocab_size)
+def _rows_per_chunk(num_rows: int, most: int) -> int:
+    """Return the size of chunks of up to `most` rows that are as equal as they can be: a multiple of _ROW_MULTIPLE."""
+    most = max(_MIN_ROWS_PER_CHUNK, most)
     per_chunk = math.ceil(num_rows / max(1, math.ceil(num_rows / most)))
     return max(1, math.ceil(per_chunk / _ROW_MULTIPLE)) * _ROW_MULTIPLE
 
@@ -201,7 +254,10 @@ def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> tor
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add left x right to `total`, fp32; the product of halves is summed in fp32 where torch can (GPU)."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(torch.mm(left, right))

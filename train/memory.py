@@ -1,4 +1,7 @@
-"""How much memory a rank needs at its peak, by part: pure functions of counts, checked by tests/bench/bench_memory.py.
+"""How much memory a rank needs at its peak, by part: pure functions of counts.
+
+tests/test_train_device_memory.py checks them to the byte where bytes can be counted, tests/bench/bench_memory.py on
+processes.
 
 State stays for the whole run; besides it there is either a backward pass, with the activations of one micro-batch, or
 the update. Letters: P parameters, T those that train, W ranks, b bytes of a weight (2 in bf16, 4 in fp32), N tokens of
@@ -110,8 +113,9 @@ def _state(size: ModelSize, setup: Setup) -> tuple[float, float, float, float]:
 
     One rank (train/one_rank.py): b P weights, 4 T masters where b is 2, 8 T moments, 4 T gradients. ZeRO (Rajbhandari
     et al. 2020, section 5) keeps 12 T / W masters and moments, also beside fp32 weights, b P weights (b P / W in stage
-    3), and 4 T gradients, summed in fp32 (4 T / W from stage 2 on). Its update copies gradients, in stage 3
-    a sub-group of them. What is offloaded lies on the host, from stage 2 on with its gradients.
+    3), and 4 T gradients, summed in fp32 (4 T / W from stage 2 on). Its update copies a rank's gradients, in stage 1
+    three times, in stage 3 a sub-group of them beside what stays gathered. What is offloaded lies on the host, from
+    stage 2 on with its gradients.
     """
     own, trained, ranks, stage = float(size.parameters), float(size.trained), setup.world_size, setup.zero_stage
     per_weight = float(setup.weight_bytes)
@@ -122,9 +126,9 @@ def _state(size: ModelSize, setup: Setup) -> tuple[float, float, float, float]:
         return weights, masters + 8.0 * trained, 4.0 * trained, 0.0
     optimizer = 0.0 if setup.optimizer_offloaded else 12.0 * trained / ranks
     gradients = 4.0 * trained / (ranks if stage > 1 else 1)
-    update = 4.0 * trained / ranks
+    update = (12.0 if stage == 1 else 4.0) * trained / ranks
     if stage == 3:
-        update = 4.0 * min(trained / ranks, _MAX_LIVE)
+        update = 4.0 * min(trained / ranks, _MAX_LIVE) + _resident(size, setup)
         copy = weights / setup.second_copy if setup.second_copy > 1 else 0.0
         weights = copy + (0.0 if setup.params_offloaded else weights / ranks)
     if setup.optimizer_offloaded:
@@ -161,20 +165,31 @@ def _layer_input(size: ModelSize, setup: Setup) -> float:
 
 
 def _loss(size: ModelSize, setup: Setup) -> float:
-    """Return what the fused loss needs: the head's gradient in fp32 and in the head's dtype, chunks of logits, rows.
+    """Return what the fused loss needs: the head's gradient in fp32 and in the head's dtype, a chunk of logits, rows.
 
-    A chunk has about N D / V rows on a GPU (Liger), 256 or more on a CPU: its logits, and what is made of them.
+    A chunk has N D / V rows on a GPU, as many logits as hidden states; on a CPU 2^24 logits, in fp32. 256 rows or more.
     """
     head = float(size.vocab_size * size.hidden_size)
     copy = setup.weight_bytes * head if setup.weight_bytes < 4 else 0.0
-    rows = setup.tokens * size.hidden_size / size.vocab_size if setup.on_gpu else max(256.0, 2**24 / size.vocab_size)
-    logits = min(setup.tokens, rows) * size.vocab_size * 4.0
-    return 4.0 * head + copy + logits + 2.0 * setup.tokens * setup.weight_bytes * size.hidden_size
+    logits = float(setup.tokens * size.hidden_size if setup.on_gpu else 2**24)
+    rows = min(setup.tokens, max(256.0, logits / size.vocab_size))
+    chunk = rows * size.vocab_size * (setup.weight_bytes if setup.on_gpu else 4)
+    return 4.0 * head + copy + chunk + 2.0 * setup.tokens * setup.weight_bytes * size.hidden_size
 
 
 def _communication(size: ModelSize, setup: Setup) -> float:
-    """Return gathered weights and buckets: stage 3 has up to _MAX_LIVE weights whole, two buckets hold gradients."""
-    if setup.zero_stage == 0:
-        return 0.0
-    buckets = 2 * 4.0 * min(_BUCKET, size.trained)
-    return buckets + (setup.weight_bytes * min(size.parameters, _MAX_LIVE) if setup.zero_stage == 3 else 0.0)
+    """Return gathered weights and buckets of gradients: a whole one from stage 2 on, and copies of what fills it."""
+    match setup.zero_stage:
+        case 0:
+            return 0.0
+        case 1:
+            return 4.0 * min(_BUCKET, size.trained)
+        case 2:
+            return 4.0 * (_BUCKET + min(2 * _BUCKET, size.trained))
+        case 3:
+            return _resident(size, setup) + 4.0 * min(_BUCKET, size.trained)
+
+
+def _resident(size: ModelSize, setup: Setup) -> float:
+    """Return what stage 3 holds for the whole step: a bucket, however small the model, and up to _MAX_LIVE weights."""
+    return 4.0 * _BUCKET + setup.weight_bytes * min(size.parameters, _MAX_LIVE)

@@ -1,0 +1,98 @@
+"""Runs `sft-train` commands in this process, on the second device or on the CPU, and writes down what they did to it.
+
+Arguments: the built module or "cpu", a JSON file of commands (lists of arguments), a JSON file for what was found.
+The ranks of a run are started as a launcher would: with RANK, WORLD_SIZE and so on set; command i takes the i-th of
+the ports in SECOND_DEVICE_PORTS.
+"""
+
+import gc
+import json
+import os
+import sys
+import threading
+import traceback
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+PRODUCT = Path(__file__).parents[2] / "train"
+
+
+def main(built: str, commands_file: str, found_file: str) -> None:
+    torch.set_num_threads(1)
+    device = None
+    if built != "cpu":
+        from device_install import install
+        from device_kernels import register
+
+        device = install(Path(built))
+        library = register(device)
+        assert library is not None
+    from click.testing import CliRunner
+
+    from train.cli import cli
+
+    ports = os.environ.get("SECOND_DEVICE_PORTS", "").split()
+    found = []
+    for number, arguments in enumerate(json.loads(Path(commands_file).read_text())):
+        if ports:
+            os.environ["MASTER_PORT"] = ports[number]
+        gc.unfreeze()  # what the loop of the command before froze
+        gc.collect()
+        waits = _watch(device)
+        base = _memory(device, reset=True)
+        result = CliRunner().invoke(cli, arguments)
+        memory = _memory(device)
+        problem = result.exception if not isinstance(result.exception, SystemExit) else None
+        found.append(
+            {
+                "exit_code": result.exit_code,
+                "output": result.output,
+                "problem": "".join(traceback.format_exception(problem)) if problem else None,
+                "waits": sorted([*place, times] for place, times in waits.items()),
+                "live_bytes": base["live"],
+                "peak_bytes": memory["peak"],
+            }
+        )
+        Path(found_file).write_text(json.dumps(found))
+
+
+def _watch(device: ModuleType | None) -> Counter[tuple[str, str, str]]:
+    """Return a counter that grows: (what waited, the function of the product that led to it, the one that did it).
+
+    Only waits inside the training loop count, and none of Triton's interpreter, which copies operands to the host.
+    """
+    waits: Counter[tuple[str, str, str]] = Counter()
+    if device is not None:
+        device.watch(lambda what: _note(waits, what))
+    return waits
+
+
+def _note(waits: Counter[tuple[str, str, str]], what: str) -> None:
+    frames = []
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        frames.append((Path(frame.f_code.co_filename), frame.f_code.co_name))
+        frame = frame.f_back
+    if any(path.name == "interpreter.py" and path.parent.name == "runtime" for path, _ in frames):
+        return
+    product = [f"{path.stem}.{name}" for path, name in frames if path.parent == PRODUCT]
+    if "loop.train" in product or threading.current_thread() is not threading.main_thread():  # a backward pass
+        own = Path(__file__).parent
+        others = [f"{path.stem}.{name}" for path, name in frames if "torch" not in path.parts and path.parent != own]
+        waits[what, product[0] if product else "", others[0] if others else ""] += 1
+
+
+def _memory(device: ModuleType | None, *, reset: bool = False) -> dict[str, int]:
+    if device is None:
+        return {"live": 0, "peak": 0}
+    if reset:
+        device.reset_peak()
+    return {"live": device.live_bytes(), "peak": device.peak_bytes()}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
