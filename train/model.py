@@ -20,6 +20,7 @@ from train.by_source import add_rows
 from train.config import LoraConfig, ModelConfig
 from train.lora import add_adapters, quantization
 from train.loss import weighted_cross_entropy
+from train.rotary import separate_rotary
 from train.router import experts_per_token, load_balancing_loss
 from train.tiled_mlp import tile_mlps
 
@@ -41,6 +42,7 @@ class LossModel(torch.nn.Module):
         self.router_top_k = experts_per_token(model.config) if balancing_weight else 0
         self.model = model
         self.logit_scale = logit_scale(model.config)
+        self.row = separate_rotary(model)
 
     def forward(
         self, batch: MicroBatch, source_totals: torch.Tensor | None = None, balancing: torch.Tensor | None = None
@@ -50,6 +52,8 @@ class LossModel(torch.nn.Module):
         A load balancing loss (train/router.py) is added with its weight, in the share of the step's tokens that are
         here; `balancing`, fp32 [1], gets it added without its weight.
         """
+        if self.row is not None:
+            self.row.first = batch.first
         outputs = self.model.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,

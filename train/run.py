@@ -125,7 +125,8 @@ def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
     )
     _quiet_libraries()
     network_config = model_config(recipe.model, prepared.shard_set.manifest)
-    check_isolation(network_config, attention, device=ranks.device, dtype=dtype)
+    longest = prepared.shard_set.manifest.max_seq_len
+    check_isolation(network_config, attention, device=ranks.device, dtype=dtype, longest=longest)
     group = sequence_group(ranks, recipe.engine.sequence_parallel)
     if group is not None:
         attention = register_ulysses(attention.removeprefix("sft_"), network_config, group)
