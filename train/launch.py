@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from shared import atomic
 from shared.errors import ConfigError, PrerequisiteError
@@ -40,8 +40,11 @@ def ranks_on(num_gpus: int, wanted: int | None) -> int:
     return wanted or max(1, num_gpus)
 
 
-def run_or_launch(prepared: Prepared, num_ranks: int | None) -> bool:
-    """Train in this process, or start ranks and wait for them; return whether it was this process.
+Done = Literal["here", "by ranks", "before"]
+
+
+def run_or_launch(prepared: Prepared, num_ranks: int | None) -> Done:
+    """Train in this process, or start ranks and wait for them; return who did it, this start or one before it.
 
     Raises the SftError that ended the run.
     """
@@ -53,11 +56,10 @@ def run_or_launch(prepared: Prepared, num_ranks: int | None) -> bool:
         check_ranks(prepared, chosen)
         if chosen > 1:
             launch(prepared, chosen)
-            return False
+            return "by ranks"
     from train.run import run_rank
 
-    run_rank(prepared)
-    return True
+    return "here" if run_rank(prepared) else "before"
 
 
 def launch(prepared: Prepared, num_ranks: int) -> None:
@@ -74,7 +76,7 @@ def launch(prepared: Prepared, num_ranks: int) -> None:
     with subprocess.Popen(command, preexec_fn=die_with_parent, process_group=0) as process, _forwarding_to(process):
         code = _wait(process, lambda: status_since(prepared.run, before))
     said = f"the ranks ended with exit code {code}; what they wrote above says why"
-    raise_unless_complete(prepared, succeeded=code == 0, before=before, said=said)
+    raise_unless_complete(prepared, exit_code=code, before=before, said=said)
 
 
 def _check_writable(run: RunDir) -> None:
