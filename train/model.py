@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from shared.errors import ArtifactError, ConfigError
 from shared.shard_format import Manifest
@@ -157,18 +163,21 @@ def check_supported(config: PretrainedConfig) -> None:
         )
     if config.is_encoder_decoder:
         raise ConfigError(f"model type {name!r} has an encoder; expected a causal LM")
+    network_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if network_class is None:
+        raise ConfigError(f"model type {name!r} has no causal LM in transformers; use another model")
+    if not network_class._supports_attention_backend:
+        raise ConfigError(
+            f"model type {name!r} does not let its attention be replaced, so sequences of a pack would see each other"
+        )
 
 
 def check_head(network: PreTrainedModel) -> None:
-    """Raise ConfigError unless logits are head(hidden) with a plain matrix and attention is pluggable."""
+    """Raise ConfigError unless logits are head(hidden) with a plain matrix ."""
     name = network.config.model_type
     head = network.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.bias is not None or network.base_model is network:
         raise ConfigError(f"model type {name!r} has no plain LM head (a linear layer without bias); not supported yet")
-    if not network._supports_attention_backend:
-        raise ConfigError(
-            f"model type {name!r} does not let its attention be replaced, so sequences of a pack would see each other"
-        )
 
 
 def logit_scale(config: PretrainedConfig) -> float:
@@ -211,8 +220,11 @@ def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedC
 def _random_weights(config: PretrainedConfig, *, attention: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         network = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
-    except ValueError as exc:
-        raise ConfigError(f"model.config cannot be built: {_one_line(exc)}") from exc
+    except (ValueError, TypeError, KeyError, ArithmeticError, IndexError, AttributeError, RuntimeError) as exc:
+        if isinstance(exc, torch.OutOfMemoryError):
+            raise
+        raise ConfigError(f"model.config cannot be built: {type(exc).__name__}: {_one_line(exc)}") from exc
+    _check_parameters(network)
     assert isinstance(network, PreTrainedModel)
     return network
 
@@ -251,7 +263,26 @@ def _load_weights(
             "they would start random"
         )
     assert isinstance(network, PreTrainedModel)
+    _check_parameters(network)
     return network
+
+
+def _check_parameters(network: PreTrainedModel) -> None:
+    """Raise ArtifactError for weights that are not finite, ConfigError for a model without room for any.
+
+    Under ZeRO-3 a rank looks at its share. One pass over the weights, which a step makes many times.
+    """
+    for name, parameter in network.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        if 0 in shape:
+            raise ConfigError(f"the model's parameter {name} has the shape {list(shape)}; expected no side of 0")
+        here = getattr(parameter, "ds_tensor", parameter).detach()
+        if here.is_floating_point() and not torch.isfinite(here.sum(dtype=torch.float64)):  # or inf: look closer
+            if count := int((~torch.isfinite(here)).sum()):
+                raise ArtifactError(
+                    f"the weights of {network.config.name_or_path!r} hold {count} numbers that are not finite in "
+                    f"{name}, as they were loaded; expected none: use weights that are whole"
+                )
 
 
 def _get(config: PretrainedConfig, key: str) -> Any:

@@ -66,7 +66,7 @@ def _local(
     query: torch.Tensor,  # [1, H, N, D]
     key: torch.Tensor,  # [1, K, N, D]
     value: torch.Tensor,  # [1, K, N, D]
-    _mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     num_tokens = query.shape[2]

@@ -30,6 +30,10 @@ _WINDOW = 24
 _VOCABULARY = 256
 _MOST_PRODUCTS = 2**34  # weights x tokens of the check of positions: some seconds on two cores
 _ORIGINAL = "original_max_position_embeddings"
+_CANNOT_BUILD = (
+    *(ValueError, TypeError, AttributeError, RuntimeError, LookupError, ArithmeticError, NotImplementedError),
+    *(AssertionError, ImportError, StrictDataclassError),
+)  # what constructors and forward passes of transformers fail with
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -64,11 +68,23 @@ def probe(
         network = _build(config, attention, dtype=dtype).to(device)
         check_head(network)
         separate_rotary(network)
-        findings = isolation_of(network, ids, _BOUNDS)
+        findings = _isolation(network, ids)
         num_weights = sum(parameter.numel() for parameter in network.parameters())
         if (reach := _reach(config, longest, num_weights=num_weights)) > _BOUNDS[-1] - _BOUNDS[-2]:
             findings.append(_positions(config, reach, device=device))
     return findings
+
+
+def _isolation(network: PreTrainedModel, ids: torch.Tensor) -> list[Finding]:
+    """Return what `isolation_of` finds. Raises ConfigError for a model whose forward pass takes no such pack."""
+    try:
+        return isolation_of(network, ids, _BOUNDS)
+    except torch.OutOfMemoryError:
+        raise
+    except _CANNOT_BUILD as exc:
+        raise ConfigError(
+            f"model type {network.config.model_type!r} cannot run a pack of sequences: {type(exc).__name__}: {exc}"
+        ) from exc
 
 
 def _positions(config: PretrainedConfig, reach: int, *, device: torch.device) -> Finding:
@@ -104,7 +120,9 @@ def _build(config: PretrainedConfig, attention: str, *, dtype: torch.dtype) -> P
         try:
             small = small_config(config, narrow=narrow)
             network = AutoModelForCausalLM.from_config(small, attn_implementation=attention, dtype=dtype)
-        except (ValueError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as exc:
+        except torch.OutOfMemoryError:
+            raise
+        except _CANNOT_BUILD as exc:
             problem = exc
             continue
         assert isinstance(network, PreTrainedModel)
