@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from train.stop import CTRL_C_LINE
 
 logger = logging.getLogger(__name__)
 
+_RANKS_PER_CORE = 4
 _SECONDS_TO_SAVE = 600
 _SECONDS_TO_FAIL = 20.0  # from the failure of one rank to the end of those that wait for it in vain
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
@@ -37,6 +39,8 @@ def ranks_on(num_gpus: int, wanted: int | None) -> int:
     """Return how many ranks to start on a machine with `num_gpus` visible GPUs; without any, they run on the CPU."""
     if wanted is not None and num_gpus and wanted > num_gpus:
         raise ConfigError(f"--nproc-per-node {wanted}, but {num_gpus} GPUs are visible; give at most {num_gpus}")
+    if wanted is not None and not num_gpus and wanted > (most := _RANKS_PER_CORE * (os.cpu_count() or 1)):
+        raise ConfigError(f"--nproc-per-node {wanted} without a GPU; give at most {most}, {_RANKS_PER_CORE} for a core")
     return wanted or max(1, num_gpus)
 
 

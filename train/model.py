@@ -277,12 +277,12 @@ def _check_parameters(network: PreTrainedModel) -> None:
         if 0 in shape:
             raise ConfigError(f"the model's parameter {name} has the shape {list(shape)}; expected no side of 0")
         here = getattr(parameter, "ds_tensor", parameter).detach()
-        if here.is_floating_point() and not torch.isfinite(here.sum(dtype=torch.float64)):  # or inf: look closer
-            if count := int((~torch.isfinite(here)).sum()):
-                raise ArtifactError(
-                    f"the weights of {network.config.name_or_path!r} hold {count} numbers that are not finite in "
-                    f"{name}, as they were loaded; expected none: use weights that are whole"
-                )
+        if here.is_floating_point() and not torch.isfinite(here.sum(dtype=torch.float64)):
+            count = int((~torch.isfinite(here)).sum())
+            raise ArtifactError(
+                f"the weights of {network.config.name_or_path!r} hold {count} numbers that are not finite in {name}, "
+                "as they were loaded; expected none: use weights that are whole"
+            )
 
 
 def _get(config: PretrainedConfig, key: str) -> Any:

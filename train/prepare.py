@@ -11,7 +11,7 @@ from train.checkpoint_files import list_checkpoints, read_state_file, same_layou
 from train.config import TrainConfig
 from train.plan import StepOrder, check_divides, make_order, units_per_step
 from train.recipe_file import load_recipe
-from train.run_dir import RunDir, check_identity, identity, read_description, read_status
+from train.run_dir import RunDir, check_identity, check_place, identity, read_description, read_status
 from train.step_plan import check_conversations
 from train.zero_stage import resolve_zero_stage
 
@@ -67,6 +67,7 @@ def prepare(request: TrainRequest) -> Prepared:
     manifest = shard_set.manifest
     order = make_run_order(recipe, manifest)
     run = RunDir(request.output or RUNS_DIR / f"{recipe.name}-{manifest.name}")
+    check_place(run)
     found = identity(recipe, shard_set, order)
     return Prepared(
         request=request,
