@@ -163,6 +163,12 @@ def check_supported(config: PretrainedConfig) -> None:
         )
     if config.is_encoder_decoder:
         raise ConfigError(f"model type {name!r} has an encoder; expected a causal LM")
+    heads, key_heads = (getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(key_heads, int) and (key_heads < 1 or heads < 1 or heads % key_heads):
+        raise ConfigError(
+            f"the model has {heads} attention heads (num_attention_heads) and {key_heads} key heads "
+            "(num_key_value_heads); expected a number of key heads that divides that of heads"
+        )
     network_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if network_class is None:
         raise ConfigError(f"model type {name!r} has no causal LM in transformers; use another model")
@@ -211,7 +217,7 @@ def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedC
     }
     try:
         config = AutoConfig.for_model(model_type, **{**derived, **values})
-    except (ValueError, TypeError, StrictDataclassError) as exc:
+    except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, StrictDataclassError) as exc:
         raise ConfigError(f"model.config is not a valid {model_type!r} config: {_one_line(exc)}") from exc
     assert isinstance(config, PretrainedConfig)
     return config
@@ -232,7 +238,7 @@ def _random_weights(config: PretrainedConfig, *, attention: str, dtype: torch.dt
 def _config_of_pretrained(model: ModelConfig) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(model.name, revision=model.revision, trust_remote_code=False)
-    except (OSError, ValueError, StrictDataclassError) as exc:
+    except (OSError, ValueError, TypeError, ArithmeticError, AttributeError, LookupError, StrictDataclassError) as exc:
         where = "" if Path(model.name).is_dir() else "there is no such directory, and not on the hub: "
         raise ArtifactError(f"cannot read the model {model.name!r}: {where}{_one_line(exc)}") from exc
     assert isinstance(config, PretrainedConfig)

@@ -36,8 +36,7 @@ def sequence_group(ranks: Ranks, size: int) -> dist.ProcessGroup | None:
 def heads_to_share(config: PretrainedConfig, size: int) -> tuple[int, int]:
     """Return the model's heads and key heads. Raises ConfigError where `size` ranks cannot share them out."""
     values, name = config.to_dict(), f"engine.sequence_parallel = {size} with model type {config.model_type!r}"
-    heads = getattr(config, "num_attention_heads", None)
-    key_heads = getattr(config, "num_key_value_heads", None)
+    heads, key_heads = getattr(config, "num_attention_heads", None), values.get("num_key_value_heads")
     if not isinstance(heads, int) or not isinstance(key_heads, int):
         raise ConfigError(f"{name}, whose config states no num_key_value_heads to share out; set it to 1")
     if values.get("kv_lora_rank") or values.get("v_head_dim"):
