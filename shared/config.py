@@ -157,7 +157,10 @@ def _convert_tuple(args: tuple[Any, ...], value: Any, where: str, key: str) -> t
 
 def _convert_scalar(hint: type, value: Any, where: str, key: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{where}: {key} = {_show(value)}; expected a finite number") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {key} = {value}; expected a finite number")
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):

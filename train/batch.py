@@ -42,6 +42,8 @@ class MicroBatch:
     """The weight of every row, where they have the same."""
     token_share: float = 0.0
     """Of the tokens of the step that are in this micro-batch."""
+    first: int = 0
+    """The place in the row, whose bounds `cu_seqlens` holds, of the first token that is here."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the micro-batch on `device`; the copies do not wait for one another."""
@@ -52,6 +54,7 @@ class MicroBatch:
             max_seqlen=self.max_seqlen,
             uniform_weight=self.uniform_weight,
             token_share=self.token_share,
+            first=self.first,
         )
 
 

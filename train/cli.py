@@ -66,14 +66,13 @@ def cli(
         if under_launcher:
             die_with_parent()
         prepared = prepare(train_request(context.params))
-        if prepared.is_complete:
-            click.echo(f"{prepared.run.path} is complete: the model is in {prepared.run.model}")
-            if read_place().rank == 0:
-                push_all(prepared.run.path, checkpoints=push_checkpoints, model=push_to_hub)
-            return
-        if not under_launcher:  # whoever launched has compared
+        if not prepared.is_complete and not under_launcher:  # whoever launched has compared
             check_tokenizer(prepared.shard_set, prepared.recipe.model)
-        if run_or_launch(prepared, nproc_per_node) and read_place().rank == 0:
+        done = "before" if prepared.is_complete else run_or_launch(prepared, nproc_per_node)
+        if done == "before" and read_place().rank == 0:
+            click.echo(f"{prepared.run.path} is complete: the model is in {prepared.run.model}")
+            push_all(prepared.run.path, checkpoints=push_checkpoints, model=push_to_hub)
+        elif done == "here" and read_place().rank == 0:
             click.echo(prepared.run.model)
 
 

@@ -1,10 +1,21 @@
 """What a recipe says: how `sft-train` trains. Nothing derived lives here; train/recipe_file.py reads the files."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shared.errors import ConfigError
+
+_MOST = 2**31 - 1  # of what is counted: more is a slip, and would not fit in memory
+_MOST_NAME = 100
+
+
+def _check_range(name: str, value: float | None, low: float, high: float, *, above: bool = False) -> None:
+    """Raise ConfigError unless `value` is None or from `low` (`above`: more than it) to `high`."""
+    if value is None or ((low < value if above else low <= value) and value <= high):
+        return
+    if above:
+        raise ConfigError(f"{name} = {value}; expected more than {low:g}, at most {high:g}")
+    raise ConfigError(f"{name} = {value}; expected {low:g} or more, at most {high:g}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +39,11 @@ class ModelConfig:
     """Refuse shards whose tokenizer makes other ids than the tokenizer.json beside the model's weights."""
 
     def __post_init__(self) -> None:
-        if self.mlp_tiles < 1:
-            raise ConfigError(f"mlp_tiles = {self.mlp_tiles}; expected 1 or more")
+        _check_range("mlp_tiles", self.mlp_tiles, 1, 64)  # each costs a call of every layer, twice
+        if not self.revision.strip():
+            raise ConfigError(f"revision = {self.revision!r}; expected a branch, tag or commit, such as 'main'")
+        if "\0" in self.name or "\0" in self.revision:
+            raise ConfigError(f"name = {self.name!r}, revision = {self.revision!r}; expected text without NUL")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,13 +58,12 @@ class OptimConfig:
     """Clip the global gradient norm to this; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ConfigError(f"learning_rate = {self.learning_rate}; expected more than 0")
+        _check_range("learning_rate", self.learning_rate, 0.0, 100.0, above=True)
+        _check_range("eps", self.eps, 0.0, 1.0, above=True)
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ConfigError(f"betas = {list(self.betas)}; expected two numbers from 0 to below 1")
         for name, value in (("weight_decay", self.weight_decay), ("max_grad_norm", self.max_grad_norm)):
-            if value < 0:
-                raise ConfigError(f"{name} = {value}; expected 0 or more")
+            _check_range(name, value, 0.0, 1e9)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,10 +78,8 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if not 0.0 <= self.warmup_ratio <= 1.0:
             raise ConfigError(f"warmup_ratio = {self.warmup_ratio}; expected a fraction from 0 to 1")
-        if self.epochs <= 0:
-            raise ConfigError(f"epochs = {self.epochs}; expected more than 0")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ConfigError(f"max_steps = {self.max_steps}; expected 1 or more")
+        _check_range("epochs", self.epochs, 0.0, 1e6, above=True)
+        _check_range("max_steps", self.max_steps, 1, _MOST)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,9 +105,7 @@ class BatchConfig:
                 "what a recipe states: --set 'batch={conversations_per_step=128}'"
             )
         for name in (*ways, "packs_per_micro_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} = {value}; expected 1 or more")
+            _check_range(name, getattr(self, name), 1, _MOST)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,10 +121,8 @@ class LossConfig:
     the rest of the loss it hangs on how a step is cut into micro-batches: shares are counted in each of them."""
 
     def __post_init__(self) -> None:
-        if self.load_balancing_weight < 0:
-            raise ConfigError(f"load_balancing_weight = {self.load_balancing_weight}; expected 0 or more")
-        if not (0.0 < self.divisor < math.inf):
-            raise ConfigError(f"divisor = {self.divisor}; expected more than 0")
+        _check_range("load_balancing_weight", self.load_balancing_weight, 0.0, 1e6)
+        _check_range("divisor", self.divisor, 0.0, 1e30, above=True)
         if self.divisor != 1.0 and self.norm != "sum":
             raise ConfigError(f"divisor = {self.divisor} with norm = {self.norm!r}; only norm = 'sum' has one")
 
@@ -146,8 +153,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("sequence_parallel", "hpz_partition_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}; expected 1 or more")
+            _check_range(name, getattr(self, name), 1, _MOST)
         on_disk = "nvme" in (self.offload_optimizer, self.offload_params)
         if on_disk != bool(self.nvme_path):
             raise ConfigError(
@@ -186,10 +192,10 @@ class LoraConfig:
     """`merged`: a whole model. `adapter`: the adapters alone, as peft loads them beside the base model."""
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ConfigError(f"rank = {self.rank}; expected 0 (no adapters) or more")
-        if self.alpha <= 0:
-            raise ConfigError(f"alpha = {self.alpha}; expected more than 0")
+        _check_range("rank", self.rank, 0, 65536)
+        _check_range("alpha", self.alpha, 0.0, 1e6, above=True)
+        if not all(target.strip() for target in self.targets):
+            raise ConfigError(f"targets = {list(self.targets)}; expected names of linear layers, none empty")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout = {self.dropout}; expected a fraction from 0 to below 1")
         if not self.rank and (self.targets or self.dropout or self.quantize != "none" or self.export != "merged"):
@@ -208,8 +214,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}; expected 1 or more")
+            _check_range(name, getattr(self, name), 1, _MOST)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,8 +228,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "max_packs"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}; expected 0 or more")
+            _check_range(name, getattr(self, name), 0, _MOST)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,10 +243,10 @@ class LogConfig:
     """A loss so many deviations above the recent median is reported with its rows (RUN/spikes.jsonl); 0: none is."""
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ConfigError(f"every_steps = {self.every_steps}; expected 1 or more")
-        if self.spike_sigma < 0:
-            raise ConfigError(f"spike_sigma = {self.spike_sigma}; expected 0 or more")
+        _check_range("every_steps", self.every_steps, 1, _MOST)
+        _check_range("spike_sigma", self.spike_sigma, 0.0, 1e6)
+        if not self.wandb_project.strip():
+            raise ConfigError(f"wandb_project = {self.wandb_project!r}; expected a name")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,12 +261,9 @@ class RunConfig:
     """If no step ends for so long, every rank writes its stacks to RUN/stacks and the run ends."""
 
     def __post_init__(self) -> None:
-        if self.max_skipped < 0:
-            raise ConfigError(f"max_skipped = {self.max_skipped}; expected 0 or more")
-        if not 0.0 < self.hang_timeout_minutes <= 100_000:
-            raise ConfigError(
-                f"hang_timeout_minutes = {self.hang_timeout_minutes}; expected more than 0, at most 100000"
-            )
+        _check_range("seed", self.seed, -(2**63), 2**63 - 1)
+        _check_range("max_skipped", self.max_skipped, 0, _MOST)
+        _check_range("hang_timeout_minutes", self.hang_timeout_minutes, 0.0, 100_000, above=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,7 +282,9 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name or self.name.startswith("."):
+        if not self.name.isprintable() or len(self.name) > _MOST_NAME or not self.name.strip():
+            raise ConfigError(f"name = {self.name[:_MOST_NAME]!r}; expected up to {_MOST_NAME} printable characters")
+        if "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name = {self.name!r}; expected a plain file name, it becomes part of runs/NAME")
         if self.model.config is not None and self.model.name:
             raise ConfigError("model.name and model.config are both set; keep one of them")

@@ -9,7 +9,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main() -> None:
-    """Run torchrun with the arguments of this process; exit code 1 if a rank failed or a signal came, as it has."""
+    """Run torchrun with the arguments of this process; exit code of the rank that failed first, or 1."""
     try:
         run.main()
     except SignalException:  # it was passed on to the ranks
@@ -18,7 +18,8 @@ def main() -> None:
         for rank, failure in sorted(exc.failures.items()):
             if failure.exitcode < 0:
                 sys.stderr.write(f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}\n")
-        raise SystemExit(1) from None
+        _, first = exc.get_first_failure()
+        raise SystemExit(max(1, first.exitcode)) from None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from shared import atomic
 from shared.errors import ConfigError, PrerequisiteError
@@ -21,6 +22,7 @@ from train.stop import CTRL_C_LINE
 
 logger = logging.getLogger(__name__)
 
+_RANKS_PER_CORE = 4
 _SECONDS_TO_SAVE = 600
 _SECONDS_TO_FAIL = 20.0  # from the failure of one rank to the end of those that wait for it in vain
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
@@ -37,11 +39,16 @@ def ranks_on(num_gpus: int, wanted: int | None) -> int:
     """Return how many ranks to start on a machine with `num_gpus` visible GPUs; without any, they run on the CPU."""
     if wanted is not None and num_gpus and wanted > num_gpus:
         raise ConfigError(f"--nproc-per-node {wanted}, but {num_gpus} GPUs are visible; give at most {num_gpus}")
+    if wanted is not None and not num_gpus and wanted > (most := _RANKS_PER_CORE * (os.cpu_count() or 1)):
+        raise ConfigError(f"--nproc-per-node {wanted} without a GPU; give at most {most}, {_RANKS_PER_CORE} for a core")
     return wanted or max(1, num_gpus)
 
 
-def run_or_launch(prepared: Prepared, num_ranks: int | None) -> bool:
-    """Train in this process, or start ranks and wait for them; return whether it was this process.
+Done = Literal["here", "by ranks", "before"]
+
+
+def run_or_launch(prepared: Prepared, num_ranks: int | None) -> Done:
+    """Train in this process, or start ranks and wait for them; return who did it, this start or one before it.
 
     Raises the SftError that ended the run.
     """
@@ -53,11 +60,10 @@ def run_or_launch(prepared: Prepared, num_ranks: int | None) -> bool:
         check_ranks(prepared, chosen)
         if chosen > 1:
             launch(prepared, chosen)
-            return False
+            return "by ranks"
     from train.run import run_rank
 
-    run_rank(prepared)
-    return True
+    return "here" if run_rank(prepared) else "before"
 
 
 def launch(prepared: Prepared, num_ranks: int) -> None:
@@ -74,7 +80,7 @@ def launch(prepared: Prepared, num_ranks: int) -> None:
     with subprocess.Popen(command, preexec_fn=die_with_parent, process_group=0) as process, _forwarding_to(process):
         code = _wait(process, lambda: status_since(prepared.run, before))
     said = f"the ranks ended with exit code {code}; what they wrote above says why"
-    raise_unless_complete(prepared, succeeded=code == 0, before=before, said=said)
+    raise_unless_complete(prepared, exit_code=code, before=before, said=said)
 
 
 def _check_writable(run: RunDir) -> None:

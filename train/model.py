@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from shared.errors import ArtifactError, ConfigError
 from shared.shard_format import Manifest
@@ -21,6 +27,7 @@ from train.config import LoraConfig, ModelConfig
 from train.lora import add_adapters, quantization
 from train.loss import weighted_cross_entropy
 from train.new_tokens import add_new_rows, head_weight
+from train.rotary import separate_rotary
 from train.router import experts_per_token, load_balancing_loss
 from train.tiled_mlp import tile_mlps
 
@@ -42,6 +49,7 @@ class LossModel(torch.nn.Module):
         self.router_top_k = experts_per_token(model.config) if balancing_weight else 0
         self.model = model
         self.logit_scale = logit_scale(model.config)
+        self.row = separate_rotary(model)
 
     def forward(
         self, batch: MicroBatch, source_totals: torch.Tensor | None = None, balancing: torch.Tensor | None = None
@@ -51,6 +59,8 @@ class LossModel(torch.nn.Module):
         A load balancing loss (train/router.py) is added with its weight, in the share of the step's tokens that are
         here; `balancing`, fp32 [1], gets it added without its weight.
         """
+        if self.row is not None:
+            self.row.first = batch.first
         outputs = self.model.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -162,18 +172,27 @@ def check_supported(config: PretrainedConfig) -> None:
         )
     if config.is_encoder_decoder:
         raise ConfigError(f"model type {name!r} has an encoder; expected a causal LM")
+    heads, key_heads = (getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(key_heads, int) and (key_heads < 1 or heads < 1 or heads % key_heads):
+        raise ConfigError(
+            f"the model has {heads} attention heads (num_attention_heads) and {key_heads} key heads "
+            "(num_key_value_heads); expected a number of key heads that divides that of heads"
+        )
+    network_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if network_class is None:
+        raise ConfigError(f"model type {name!r} has no causal LM in transformers; use another model")
+    if not network_class._supports_attention_backend:
+        raise ConfigError(
+            f"model type {name!r} does not let its attention be replaced, so sequences of a pack would see each other"
+        )
 
 
 def check_head(network: PreTrainedModel) -> None:
-    """Raise ConfigError unless logits are head(hidden) with a plain matrix and attention is pluggable."""
+    """Raise ConfigError unless logits are head(hidden) with a plain matrix ."""
     name = network.config.model_type
     head = network.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.bias is not None or network.base_model is network:
         raise ConfigError(f"model type {name!r} has no plain LM head (a linear layer without bias); not supported yet")
-    if not network._supports_attention_backend:
-        raise ConfigError(
-            f"model type {name!r} does not let its attention be replaced, so sequences of a pack would see each other"
-        )
 
 
 def logit_scale(config: PretrainedConfig) -> float:
@@ -207,7 +226,7 @@ def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedC
     }
     try:
         config = AutoConfig.for_model(model_type, **{**derived, **values})
-    except (ValueError, TypeError, StrictDataclassError) as exc:
+    except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, StrictDataclassError) as exc:
         raise ConfigError(f"model.config is not a valid {model_type!r} config: {_one_line(exc)}") from exc
     assert isinstance(config, PretrainedConfig)
     return config
@@ -216,8 +235,11 @@ def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedC
 def _random_weights(config: PretrainedConfig, *, attention: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         network = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
-    except ValueError as exc:
-        raise ConfigError(f"model.config cannot be built: {_one_line(exc)}") from exc
+    except (ValueError, TypeError, KeyError, ArithmeticError, IndexError, AttributeError, RuntimeError) as exc:
+        if isinstance(exc, torch.OutOfMemoryError):
+            raise
+        raise ConfigError(f"model.config cannot be built: {type(exc).__name__}: {_one_line(exc)}") from exc
+    _check_parameters(network)
     assert isinstance(network, PreTrainedModel)
     return network
 
@@ -225,7 +247,7 @@ def _random_weights(config: PretrainedConfig, *, attention: str, dtype: torch.dt
 def _config_of_pretrained(model: ModelConfig) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(model.name, revision=model.revision, trust_remote_code=False)
-    except (OSError, ValueError, StrictDataclassError) as exc:
+    except (OSError, ValueError, TypeError, ArithmeticError, AttributeError, LookupError, StrictDataclassError) as exc:
         where = "" if Path(model.name).is_dir() else "there is no such directory, and not on the hub: "
         raise ArtifactError(f"cannot read the model {model.name!r}: {where}{_one_line(exc)}") from exc
     assert isinstance(config, PretrainedConfig)
@@ -256,7 +278,26 @@ def _load_weights(
             "they would start random"
         )
     assert isinstance(network, PreTrainedModel)
+    _check_parameters(network)
     return network
+
+
+def _check_parameters(network: PreTrainedModel) -> None:
+    """Raise ArtifactError for weights that are not finite, ConfigError for a model without room for any.
+
+    Under ZeRO-3 a rank looks at its share. One pass over the weights, which a step makes many times.
+    """
+    for name, parameter in network.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        if 0 in shape:
+            raise ConfigError(f"the model's parameter {name} has the shape {list(shape)}; expected no side of 0")
+        here = getattr(parameter, "ds_tensor", parameter).detach()
+        if here.is_floating_point() and not torch.isfinite(here.sum(dtype=torch.float64)):
+            count = int((~torch.isfinite(here)).sum())
+            raise ArtifactError(
+                f"the weights of {network.config.name_or_path!r} hold {count} numbers that are not finite in {name}, "
+                "as they were loaded; expected none: use weights that are whole"
+            )
 
 
 def _get(config: PretrainedConfig, key: str) -> Any:

@@ -29,13 +29,16 @@ def status_since(run: RunDir, before: int | None) -> dict[str, Any] | None:
     return read_status(run) if last_change(run) != before else None
 
 
-def raise_unless_complete(prepared: Prepared, *, succeeded: bool, before: int | None, said: str) -> None:
+def raise_unless_complete(prepared: Prepared, *, exit_code: int, before: int | None, said: str) -> None:
     """Raise the SftError that the ranks left in status.json since `before`, or one that says `said`.
 
-    `succeeded`: whether all that started ranks ended with exit code 0.
+    `exit_code`: of what started the ranks, that of the first of them to fail. One that another start's status
+    contradicts tells of ranks that were refused the run: they have said so.
     """
     status = status_since(prepared.run, before)
-    if succeeded and (status is None or status.get("exit_code") == 0):
+    if exit_code in _ERRORS and (status is None or status.get("exit_code") != exit_code):
+        raise error_of(exit_code)(said)
+    if exit_code == 0 and (status is None or status.get("exit_code") == 0):
         return
     if status is None or status.get("exit_code") is None:  # they were killed
         prepared.shard_set.check_unchanged()

@@ -1,6 +1,6 @@
 """Everything that can be decided and refused before torch is imported: recipe, shards, plan, run directory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from train.checkpoint_files import list_checkpoints, read_state_file, same_layou
 from train.config import TrainConfig
 from train.plan import StepOrder, check_divides, make_order, units_per_step
 from train.recipe_file import load_recipe
-from train.run_dir import RunDir, check_identity, identity, read_description, read_status
+from train.run_dir import RunDir, check_identity, check_place, identity, read_description, read_status
 from train.step_plan import check_conversations
 from train.zero_stage import resolve_zero_stage
 
@@ -58,11 +58,16 @@ class Prepared:
 
 
 def prepare(request: TrainRequest) -> Prepared:
-    """Open and check what `request` names. Raises ConfigError, DataError or ArtifactError."""
+    """Open and check what `request` names. Raises ConfigError, DataError or ArtifactError.
+
+    What it says of the run directory holds until another start changes it: `decide_again`, under the run's lock, is
+    what counts.
+    """
     recipe, shard_set = open_inputs(request)
     manifest = shard_set.manifest
     order = make_run_order(recipe, manifest)
     run = RunDir(request.output or RUNS_DIR / f"{recipe.name}-{manifest.name}")
+    check_place(run)
     found = identity(recipe, shard_set, order)
     return Prepared(
         request=request,
@@ -74,6 +79,14 @@ def prepare(request: TrainRequest) -> Prepared:
         resume_from=_find_checkpoint(run, request, found),
         eval_set=_open_eval_set(request.eval_shards, shard_set),
     )
+
+
+def decide_again(prepared: Prepared) -> Prepared:
+    """Return `prepared` with the checkpoint to go on from as the run directory is now. Call it under the run's lock.
+
+    Another start may have trained, stopped or completed the run since. Raises what `prepare` raises.
+    """
+    return replace(prepared, resume_from=_find_checkpoint(prepared.run, prepared.request, prepared.identity))
 
 
 def open_inputs(request: TrainRequest) -> tuple[TrainConfig, ShardSet]:

@@ -3,6 +3,9 @@
 A few layers of the model's architecture with random weights, with heads of the real size but few of them, run a pack of
 three sequences (train/isolation.py): well under a second beside the seconds that a start takes, so nothing is cached.
 A list of model types would never be complete; what a model does to a pack shows in its outputs.
+Positions are compared up to the longest sequence of the set by a cheaper way (train/positions.py): 32,768 tokens of a
+narrow model in some seconds on a CPU, fewer where even a small model is large, and always one token past an original
+length that the config states and the set exceeds.
 
 Built before weights are sharded (ZeRO-3), on every rank by itself. No random state changes.
 """
@@ -17,19 +20,33 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from shared.errors import ConfigError
 from train.isolation import Finding, isolation_of
 from train.model import check_head, check_supported
+from train.positions import MOST_TOKENS, position_check, register_local
+from train.rotary import separate_rotary
 
 logger = logging.getLogger(__name__)
 
 _BOUNDS = [0, 40, 71, 131]  # longer than the window below, and not aligned to any tile
 _WINDOW = 24
 _VOCABULARY = 256
+_MOST_PRODUCTS = 2**34  # weights x tokens of the check of positions: some seconds on two cores
+_ORIGINAL = "original_max_position_embeddings"
+_CANNOT_BUILD = (
+    *(ValueError, TypeError, AttributeError, RuntimeError, LookupError, ArithmeticError, NotImplementedError),
+    *(AssertionError, ImportError, StrictDataclassError),
+)  # what constructors and forward passes of transformers fail with
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def check_isolation(config: PretrainedConfig, attention: str, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ConfigError if a pack would not train as its sequences alone do, naming what was measured."""
+def check_isolation(
+    config: PretrainedConfig, attention: str, *, device: torch.device, dtype: torch.dtype, longest: int = 0
+) -> None:
+    """Raise ConfigError if a pack would not train as its sequences alone do, naming what was measured.
+
+    `longest`: of the sequences of the set, in tokens. Positions are compared up to there, or to `MOST_TOKENS`, and in
+    any case past the original length of a model that was made longer.
+    """
     check_supported(config)
-    for finding in probe(config, attention, device=device, dtype=dtype):
+    for finding in probe(config, attention, device=device, dtype=dtype, longest=longest):
         if not finding.is_ok:
             raise ConfigError(
                 f"model type {config.model_type!r} with attention {attention.removeprefix('sft_')!r} fails the check "
@@ -40,7 +57,9 @@ def check_isolation(config: PretrainedConfig, attention: str, *, device: torch.d
         logger.debug("%s: %s moved by %.1e", finding.check, finding.measured, finding.worst)
 
 
-def probe(config: PretrainedConfig, attention: str, *, device: torch.device, dtype: torch.dtype) -> list[Finding]:
+def probe(
+    config: PretrainedConfig, attention: str, *, device: torch.device, dtype: torch.dtype, longest: int = 0
+) -> list[Finding]:
     """Return what a small model of the type of `config` does with a pack. Raises ConfigError if it can't be built."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, _VOCABULARY, (_BOUNDS[-1],), generator=generator).to(device)
@@ -48,7 +67,50 @@ def probe(config: PretrainedConfig, attention: str, *, device: torch.device, dty
         torch.manual_seed(0)
         network = _build(config, attention, dtype=dtype).to(device)
         check_head(network)
+        separate_rotary(network)
+        findings = _isolation(network, ids)
+        num_weights = sum(parameter.numel() for parameter in network.parameters())
+        if (reach := _reach(config, longest, num_weights=num_weights)) > _BOUNDS[-1] - _BOUNDS[-2]:
+            findings.append(_positions(config, reach, device=device))
+    return findings
+
+
+def _isolation(network: PreTrainedModel, ids: torch.Tensor) -> list[Finding]:
+    """Return what `isolation_of` finds. Raises ConfigError for a model whose forward pass takes no such pack."""
+    try:
         return isolation_of(network, ids, _BOUNDS)
+    except torch.OutOfMemoryError:
+        raise
+    except _CANNOT_BUILD as exc:
+        raise ConfigError(
+            f"model type {network.config.model_type!r} cannot run a pack of sequences: {type(exc).__name__}: {exc}"
+        ) from exc
+
+
+def _positions(config: PretrainedConfig, reach: int, *, device: torch.device) -> Finding:
+    local = register_local()
+    plain = _build(config, local, dtype=torch.float32).to(device)
+    packed = _build(config, local, dtype=torch.float32).to(device)
+    packed.load_state_dict(plain.state_dict())
+    separate_rotary(packed)
+    return position_check(packed, plain, longest=reach)
+
+
+def _reach(config: PretrainedConfig, longest: int, *, num_weights: int) -> int:
+    """Return how long a sequence to compare: the longest of the set, or less where that would take long.
+
+    What has original lengths changes there: then one token more, if the set has such sequences.
+    """
+    limit = min(MOST_TOKENS, _MOST_PRODUCTS // num_weights)
+    originals = _originals(config.to_dict())
+    beyond = [length + 1 for length in originals if limit <= length < longest]
+    return max([min(longest, limit), *beyond])
+
+
+def _originals(values: dict[str, Any]) -> list[int]:
+    found = [value for key, value in values.items() if key == _ORIGINAL and isinstance(value, int)]
+    inner = [value for value in values.values() if isinstance(value, dict)]
+    return found + [length for value in inner for length in _originals(value)]
 
 
 def _build(config: PretrainedConfig, attention: str, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -58,7 +120,9 @@ def _build(config: PretrainedConfig, attention: str, *, dtype: torch.dtype) -> P
         try:
             small = small_config(config, narrow=narrow)
             network = AutoModelForCausalLM.from_config(small, attn_implementation=attention, dtype=dtype)
-        except (ValueError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as exc:
+        except torch.OutOfMemoryError:
+            raise
+        except _CANNOT_BUILD as exc:
             problem = exc
             continue
         assert isinstance(network, PreTrainedModel)

@@ -5,19 +5,23 @@ import faulthandler
 import logging
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
 
 from shared import atomic, config
+from shared.disk import unwritable
+from shared.errors import SftError
 from shared.hashing import seed_from
 from train import loop
 from train.attention import choose_attention
 from train.checkpoint import TrainState, load_checkpoint, remove_older, set_aside_newer
 from train.config import TrainConfig
-from train.distributed import Ranks, barrier, process_group
+from train.distributed import Ranks, barrier, broadcast_from_main, process_group
 from train.ending import record_end, recorded_end
 from train.engine import (
     check_zero,
@@ -33,14 +37,15 @@ from train.flops import ModelCost, model_cost
 from train.lora import adapted_by
 from train.metrics import MetricsLog, read_records
 from train.model import build_model, model_config
+from train.outcome import error_of
 from train.plan import StepOrder
-from train.prepare import Prepared, check_ranks, moves
+from train.prepare import Prepared, check_ranks, decide_again, moves
 from train.probe import check_isolation
 from train.push import check_access
 from train.pusher import push_the_rest, pushing
-from train.run_dir import RunDir, describe, read_description, write_status
+from train.run_dir import describe, read_description, write_status
 from train.spikes import SpikeLog
-from train.stop import watching_signals
+from train.stop import StopWish, watching_signals
 from train.ulysses import register_ulysses, sequence_group
 from train.watchdog import Watchdog
 from train.window import Counters
@@ -49,16 +54,32 @@ from train.zero_stage import ZeroStage, resolve_zero_stage
 logger = logging.getLogger(__name__)
 
 
-def run_rank(prepared: Prepared) -> None:
-    """Train, or go on training, and export. Raises SftError, StoppedOnRequest among them, as status.json then says."""
+def run_rank(prepared: Prepared) -> bool:
+    """Train, or go on training, and export; return False where another start has completed the run meanwhile.
+
+    Raises SftError, StoppedOnRequest among them, as status.json then says; but for one that tells that the run can't be
+    had, which leaves everything in its directory alone.
+    """
     if not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__ or 2)  # a SIGBUS from a truncated shard file then says where
     run = prepared.run
-    patience = timedelta(minutes=prepared.recipe.run.hang_timeout_minutes)
+    patience = _patience(prepared)
     with (
         watching_signals(run.stop) as wish,
         process_group(2 * patience + timedelta(minutes=1)) as ranks,  # longer than the watchdog, which says more
-        _locked(run, ranks),
+        _held(prepared, ranks) as decided,
+    ):
+        if decided is None:
+            return False
+        _train(decided, ranks, wish)
+        return True
+
+
+def _train(prepared: Prepared, ranks: Ranks, wish: StopWish) -> None:
+    """Do what `run_rank` does, with the run's lock held and `prepared` decided under it."""
+    run = prepared.run
+    patience = _patience(prepared)
+    with (
         recorded_end(run),
         pushing(prepared.request, run, ranks) as pusher,
     ):
@@ -109,6 +130,10 @@ def run_rank(prepared: Prepared) -> None:
         _complete(prepared, ranks)
 
 
+def _patience(prepared: Prepared) -> timedelta:
+    return timedelta(minutes=prepared.recipe.run.hang_timeout_minutes)
+
+
 def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
     """Return the engine and what a step costs."""
     recipe = prepared.recipe
@@ -125,7 +150,8 @@ def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
     )
     _quiet_libraries()
     network_config = model_config(recipe.model, prepared.shard_set.manifest)
-    check_isolation(network_config, attention, device=ranks.device, dtype=dtype)
+    longest = prepared.shard_set.manifest.max_seq_len
+    check_isolation(network_config, attention, device=ranks.device, dtype=dtype, longest=longest)
     group = sequence_group(ranks, recipe.engine.sequence_parallel)
     if group is not None:
         attention = register_ulysses(attention.removeprefix("sft_"), network_config, group)
@@ -244,14 +270,33 @@ def _complete(prepared: Prepared, ranks: Ranks) -> None:
 
 
 @contextlib.contextmanager
-def _locked(run: RunDir, ranks: Ranks) -> Iterator[None]:
-    """Rank 0 keeps other runs out of the directory."""
-    if not ranks.is_main:
-        yield
-        return
-    with atomic.exclusive_lock(run.lock, f"training in {run.path}"):
-        write_status(run, "running", exit_code=None, message="")
-        yield
+def _held(prepared: Prepared, ranks: Ranks) -> Iterator[Prepared | None]:
+    """Rank 0 keeps other starts out of the directory, and decides there what this one does; None for nothing.
+
+    What `prepare` saw may be of an hour ago, before another start trained on. A refusal reaches every rank, so that all
+    end with its exit code.
+    """
+    decided: Prepared | None = None
+    said: tuple[str, object] = ("", None)
+    with contextlib.ExitStack() as lock:
+        refusal: SftError | OSError | None = None
+        if ranks.is_main:
+            try:
+                lock.enter_context(atomic.exclusive_lock(prepared.run.lock, f"training in {prepared.run.path}"))
+                decided = decide_again(prepared)
+                if not decided.is_complete:
+                    write_status(prepared.run, "running", exit_code=None, message="")
+                said = ("complete" if decided.is_complete else "go on", decided.resume_from)
+            except (SftError, OSError) as exc:
+                refusal = exc
+                known = exc if isinstance(exc, SftError) else unwritable(exc)
+                said = (" ".join(str(exc).split()), known.exit_code if known is not None else 1)
+        word, detail = cast(tuple[str, object], broadcast_from_main(said, ranks))
+        if refusal is not None:
+            raise refusal
+        if word not in ("complete", "go on"):
+            raise error_of(detail)(word)
+        yield None if word == "complete" else replace(prepared, resume_from=cast(Path | None, detail))
 
 
 def _announce(prepared: Prepared, ranks: Ranks, *, attention: str, dtype: torch.dtype, stage: ZeroStage) -> None:

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 State = Literal["running", "complete", "stopped", "failed"]
 
+_OF_A_RUN = {".lock", "config.json", "status.json", "metrics.jsonl", "checkpoints", "model", "STOP"}
+_ALLOWED = (".out", ".err", ".log", ".sh")  # what starts a run, and what a scheduler writes beside it
 _VERSIONED = ("torch", "transformers", "deepspeed", "liger-kernel", "numpy", "sft-shards")
 
 
@@ -112,6 +114,25 @@ def describe(recipe: TrainConfig, shard_set: ShardSet, order: StepOrder, *, worl
         "wandb_id": secrets.token_hex(8),
         "versions": {name: _version(name) for name in _VERSIONED},
     }
+
+
+def check_place(run: RunDir) -> None:
+    """Raise ArtifactError where no run can lie at `run`: at or below a file, or among files that are not a run's."""
+    try:
+        for place in (run.path, *run.path.parents):
+            if place.exists():
+                break
+        names = {path.name for path in run.path.iterdir()} if run.path.is_dir() else set()
+    except (OSError, ValueError) as exc:
+        raise ArtifactError(f"--output {run.path}: {exc}; name another directory") from exc
+    if not place.is_dir():
+        raise ArtifactError(f"--output {run.path}: {place} is a file; expected a directory, or a name that is free")
+    foreign = {name for name in names if not name.startswith(".") and name != "logs" and not name.endswith(_ALLOWED)}
+    if foreign and not names & _OF_A_RUN:
+        raise ArtifactError(
+            f"--output {run.path} holds {min(foreign)} and no run; expected an empty directory, a run, or a name that "
+            "is free"
+        )
 
 
 def read_description(run: RunDir) -> dict[str, Any] | None:

@@ -39,6 +39,7 @@ def take_slice(batch: MicroBatch, index: int, size: int) -> MicroBatch:
         max_seqlen=max(batch.max_seqlen, filler),
         uniform_weight=uniform,
         token_share=batch.token_share / size,
+        first=start,
         **rows,
     )
 

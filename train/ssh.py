@@ -62,7 +62,7 @@ def run_on_hosts(commands: Sequence[Sequence[str]], prepared: Prepared, hosts: H
         said = "the ranks ended without a word"
     else:
         said = f"{hosts.names[first]} ended with exit code {processes[first].returncode}; {logs[first]} says why"
-    raise_unless_complete(prepared, succeeded=first is None, before=before, said=said)
+    raise_unless_complete(prepared, exit_code=0 if first is None else 1, before=before, said=said)
 
 
 def _start(command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":

@@ -33,6 +33,22 @@ def sequence_group(ranks: Ranks, size: int) -> dist.ProcessGroup | None:
     return group
 
 
+def heads_to_share(config: PretrainedConfig, size: int) -> tuple[int, int]:
+    """Return the model's heads and key heads. Raises ConfigError where `size` ranks cannot share them out."""
+    values, name = config.to_dict(), f"engine.sequence_parallel = {size} with model type {config.model_type!r}"
+    heads, key_heads = getattr(config, "num_attention_heads", None), values.get("num_key_value_heads")
+    if not isinstance(heads, int) or not isinstance(key_heads, int):
+        raise ConfigError(f"{name}, whose config states no num_key_value_heads to share out; set it to 1")
+    if values.get("kv_lora_rank") or values.get("v_head_dim"):
+        raise ConfigError(f"{name}, whose value heads (v_head_dim) are not as wide as its query heads; set it to 1")
+    if heads % size or (key_heads % size and size % key_heads):
+        raise ConfigError(
+            f"engine.sequence_parallel = {size} does not divide the model's {heads} heads and {key_heads} key heads; "
+            "use a divisor of both"
+        )
+    return heads, key_heads
+
+
 def register_ulysses(kernel: str, config: PretrainedConfig, group: dist.ProcessGroup) -> str:
     """Register `kernel` (a key of FUNCTIONS), run by the whole group, with transformers; return its name there.
 
@@ -40,12 +56,8 @@ def register_ulysses(kernel: str, config: PretrainedConfig, group: dist.ProcessG
     """
     from transformers import AttentionInterface
 
-    size, heads, key_heads = dist.get_world_size(group), config.num_attention_heads, config.num_key_value_heads
-    if heads % size or (key_heads % size and size % key_heads):
-        raise ConfigError(
-            f"engine.sequence_parallel = {size} does not divide the model's {heads} heads and {key_heads} key heads; "
-            "use a divisor of both"
-        )
+    size = dist.get_world_size(group)
+    heads, key_heads = heads_to_share(config, size)
     attention = import_module("deepspeed.runtime.sequence_parallel.ulysses_sp").UlyssesSPAttentionHF(
         attn=FUNCTIONS[kernel],
         batch_size=1,

@@ -1,0 +1,97 @@
+"""What cannot be trained is refused before weights load: types without our attention, heads that cannot be shared."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from train_runs import VOCAB, train_here, write_inputs
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from shared.errors import ConfigError
+from train.attention import register_attention
+from train.model import check_supported
+from train.probe import check_isolation
+from train.ulysses import heads_to_share
+
+RECIPE = """
+name = "tiny"
+[model.config]
+model_type = "MODEL_TYPE"
+[optim]
+learning_rate = 1e-3
+[batch]
+packs_per_step = 4
+"""
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "gptj", "gpt_neo", "stablelm"])
+def test_a_type_that_cannot_take_our_attention_is_refused_from_its_config(model_type: str) -> None:
+    with pytest.raises(ConfigError, match="does not let its attention be replaced"):
+        check_supported(AutoConfig.for_model(model_type))
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "gptj", "gpt_neo"])
+def test_a_run_of_it_ends_with_one_line(model_type: str, tmp_path: Path) -> None:
+    shards, recipe = write_inputs(tmp_path, recipe=RECIPE.replace("MODEL_TYPE", model_type))
+    for command in ((), ("selftest",)):
+        output = () if command else ("--output", tmp_path / "run")
+        done = train_here(*command, "--shards", shards, "--recipe", recipe, *output)
+        assert done.exit_code == 3
+        assert f"model type '{model_type}' does not let its attention be replaced" in done.stderr
+
+
+@pytest.mark.parametrize("model_type", ["bert", "ctrl", "blenderbot", "whisper", "olmo3", "glm4", "apertus"])
+def test_any_causal_type_is_checked_or_refused(model_type: str) -> None:
+    attention = register_attention("per_sequence")
+    try:
+        check_isolation(
+            AutoConfig.for_model(model_type), attention, device=torch.device("cpu"), dtype=torch.float32, longest=100
+        )
+    except ConfigError as exc:
+        assert f"model type '{model_type}'" in str(exc)  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("deepseek_v3", "value heads"),
+        ("deepseek_v2", "value heads"),
+        ("gpt2", "states no num_key_value_heads"),
+    ],
+)
+def test_heads_that_ranks_cannot_share_are_refused(model_type: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        heads_to_share(AutoConfig.for_model(model_type), 2)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_finite_are_named_as_they_are_loaded(value: str, tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values)).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float(value)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    shards, recipe = write_inputs(tmp_path)
+    done = train_here("--shards", shards, "--recipe", recipe, "--model", folder, "--output", tmp_path / "run")
+    assert done.exit_code == 5
+    assert "hold 1 numbers that are not finite in model.layers.1.mlp.up_proj.weight" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change", ["hidden_size=0", "num_hidden_layers=0", "num_attention_heads=0", "intermediate_size=0", "vocab_size=0",
+               "hidden_size=-4", "num_key_value_heads=3", "num_hidden_layers=-1"]
+)  # fmt: skip
+def test_a_model_of_no_size_is_refused_or_runs(change: str, tmp_path: Path) -> None:
+    shards, recipe = write_inputs(tmp_path)
+    done = train_here(
+        "--shards", shards, "--recipe", recipe, "--output", tmp_path / "run", "--max-steps", 1,
+        "--set", f"model.config.{change}",
+    )  # fmt: skip
+    assert done.exit_code in (0, 3), done.output
+    assert done.exit_code == 0 or "error: " in done.stderr
