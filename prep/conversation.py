@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from prep.json_text import loads
 from shared.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment", "ipython")
@@ -128,13 +129,13 @@ def _join_parts(parts: list[Any], at: str) -> tuple[str, str, list[dict[str, Any
             text.append(_part_string(part, ("text", "value"), f"{at}[{index}]"))
             if calls and text[-1].strip():
                 raise DataError(f"{at}[{index}] is text after a tool call; expected the calls of a message at its end")
-        elif kind in _REASONING_PARTS:
+        elif isinstance(kind, str) and kind in _REASONING_PARTS:
             reasoning.append(_part_string(part, _REASONING_PARTS[kind], f"{at}[{index}]"))
         elif kind == "tool_call":
             called = _from_json_text(part.get("tool_call", part.get("value")), f"{at}[{index}]")
             calls += _parse_tool_calls([called], f"{at}[{index}]")
         else:
-            seen = f"of type {kind!r}" if kind is not None else _show(part)
+            seen = f"of type {_show(kind)}" if kind is not None else _show(part)
             expected = "a part of type 'text', 'reasoning', 'thinking' or 'tool_call'"
             raise DataError(f"{at}[{index}] is {seen}; expected {expected}")
     return "".join(text), "".join(reasoning), calls
@@ -204,10 +205,7 @@ def _from_json_text(value: Any, at: str) -> Any:
         return value
     if not value.strip():
         return None
-    try:
-        return orjson.loads(value)
-    except orjson.JSONDecodeError as exc:
-        raise DataError(f"{at} is text but not JSON: {exc.msg} at character {exc.pos + 1}") from exc
+    return loads(value, at)
 
 
 def _not_messages(record: dict[str, Any], where: str) -> str:
