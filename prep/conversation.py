@@ -80,6 +80,24 @@ def content_hash(conversation: Conversation) -> bytes:
     return _hash16([conversation.messages, conversation.tools, conversation.train])
 
 
+def calls_not_json(conversation: Conversation) -> int:
+    """Return how many tool calls have arguments that are text but not that of a JSON object: printed as they are."""
+    texts = [
+        call["function"]["arguments"]
+        for message in conversation.messages
+        if len(message) > 2
+        for call in message.get("tool_calls", ())
+    ]
+    return sum(isinstance(text, str) and not _is_json_object(text) for text in texts)
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(orjson.loads(text), dict)
+    except orjson.JSONDecodeError:
+        return False
+
+
 def _parse_message(message: dict[str, Any], at: str) -> dict[str, Any]:
     parsed = {key: value for key, value in message.items() if value is not None and key not in ("train", "weight")}
     for key in _STRING_KEYS:

@@ -14,7 +14,7 @@ from prep.align import align
 from prep.carriage import all_uncarried, without_messages
 from prep.chunks import Chunk, parse_chunk
 from prep.compiled import CompiledTemplate
-from prep.conversation import Conversation, content_hash, prompt_hash
+from prep.conversation import Conversation, calls_not_json, content_hash, prompt_hash
 from prep.convert import read_conversation, read_part
 from prep.encode import Encoded, Encoder, EncoderSpec
 from prep.mask import TRAIN_NO, TRAIN_UNSET
@@ -122,6 +122,7 @@ class ChunkBuilder:
             "uncarried": missing,
             "messages_dropped": dropped_messages,
             "messages_untrained": int((columns["message_train"] == TRAIN_NO).sum()),
+            "calls_not_json": sum(calls_not_json(row.conversation) for row in kept),
             "rows_by_hand": by_hand,
             "rows_refereed": refereed,
         }

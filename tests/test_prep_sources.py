@@ -409,7 +409,8 @@ def test_a_line_longer_than_a_chunk_is_a_chunk_of_its_own(tmp_path: Path) -> Non
 def test_nulls_are_absent_whether_the_rows_are_json_or_parquet(tmp_path: Path) -> None:
     call = {"id": "c", "function": {"name": "f", "arguments": {"a": None, "b": 1, "c": {"d": None}, "e": [1, 2]}}}
     rows = [
-        {"messages": [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "tool_calls": [call]}]},
+        {"messages": [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "tool_calls": [call]}],
+         "tools": None},
         {"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c", "tool_calls": None}],
          "tools": [{"name": "f", "parameters": {"default": None, "x": [{"y": None, "z": "null"}]}}]},
         {"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": None}]},
