@@ -8,6 +8,8 @@ from typing import Any, Literal
 from shared import config
 from shared.errors import ConfigError
 
+MAX_EPOCHS = 10_000  # of one source
+
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
 
 # the names that `columns` can map; role, content, from and value are keys of every message
@@ -124,6 +126,8 @@ class SourceConfig:
             raise ConfigError(f"rows = {self.rows}; expected 1 or more")
         if self.epochs is not None and self.epochs < 0.0:
             raise ConfigError(f"epochs = {self.epochs}; expected 0 (leave the rows out) or more")
+        if self.epochs is not None and self.epochs > MAX_EPOCHS:
+            raise ConfigError(f"epochs = {self.epochs}; expected at most {MAX_EPOCHS:,}: each repeat is written out")
         if self.split_by and self.rows is not None:
             raise ConfigError(
                 f"rows = {self.rows} and split_by = {self.split_by!r} are both set, which does not say how many rows "
@@ -134,6 +138,8 @@ class SourceConfig:
         for part, epochs in self.part_epochs.items():
             if epochs < 0.0:
                 raise ConfigError(f"part_epochs: {part!r} = {epochs}; expected 0 (leave it out) or more")
+            if epochs > MAX_EPOCHS:
+                raise ConfigError(f"part_epochs: {part!r} = {epochs}; expected at most {MAX_EPOCHS:,}")
         self._check_columns()
         for key in ("min_tokens", "max_tokens", "min_loss_tokens"):
             value = getattr(self, key)
@@ -222,6 +228,8 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         if self.max_seq_len < 2:
             raise ConfigError(f"max_seq_len = {self.max_seq_len}; expected 2 or more")
+        if self.max_seq_len >= 1 << 31:
+            raise ConfigError(f"max_seq_len = {self.max_seq_len}; expected less than 2**31")
         if not self.sources:
             raise ConfigError("no sources; add a [[sources]] table with a path")
         if not self.name or "/" in self.name or self.name.startswith("."):

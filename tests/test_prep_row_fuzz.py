@@ -208,3 +208,12 @@ def test_what_only_looks_like_a_key_is_none() -> None:
         line = json.dumps(row, separators=draw.choice([(",", ":"), (", ", ": "), (" , ", " : ")]))
         ((_, _, record),) = parse_chunk(chunk_of([line.encode()]))
         assert record == row
+
+
+def test_arguments_that_are_no_json_object_are_counted() -> None:
+    texts = ['{"a": 1}', "a = 1", "[1]", "", "{", '{"a": NaN}']
+    calls = [{"name": "f", "arguments": text} for text in texts]
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": calls}]}
+    made = builder("qwen3").build(chunk_of([json.dumps(row).encode(), dumps(SEEDS["messages"]).encode()]))
+    assert made.facts["samples"] == 2
+    assert made.facts["calls_not_json"] == 5

@@ -432,3 +432,12 @@ def test_nulls_are_absent_whether_the_rows_are_json_or_parquet(tmp_path: Path) -
     assert found[0] == found[1]
     assert found[0][0].messages[1]["tool_calls"][0]["function"]["arguments"] == {"b": 1, "c": {}, "e": [1, 2]}
     assert "has no content" in found[0][2]
+
+
+def test_a_huge_row_of_a_table_is_in_a_chunk_without_others(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": str(number)}]} for number in range(100)]
+    rows[41]["messages"][0]["content"] = "x" * (5 << 20)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    chunks = list(iter_chunks(resolve("rows.parquet", tmp_path), source_index=0))
+    assert [record for chunk in chunks for _, _, record in parse_chunk(chunk)] == rows
+    assert [chunk.num_rows for chunk in chunks if len(chunk.payload) > 5 << 20] == [1]
