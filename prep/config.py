@@ -126,8 +126,6 @@ class SourceConfig:
             raise ConfigError(f"rows = {self.rows}; expected 1 or more")
         if self.epochs is not None and self.epochs < 0.0:
             raise ConfigError(f"epochs = {self.epochs}; expected 0 (leave the rows out) or more")
-        if self.epochs is not None and self.epochs > MAX_EPOCHS:
-            raise ConfigError(f"epochs = {self.epochs}; expected at most {MAX_EPOCHS:,}: each repeat is written out")
         if self.split_by and self.rows is not None:
             raise ConfigError(
                 f"rows = {self.rows} and split_by = {self.split_by!r} are both set, which does not say how many rows "
@@ -138,8 +136,9 @@ class SourceConfig:
         for part, epochs in self.part_epochs.items():
             if epochs < 0.0:
                 raise ConfigError(f"part_epochs: {part!r} = {epochs}; expected 0 (leave it out) or more")
-            if epochs > MAX_EPOCHS:
-                raise ConfigError(f"part_epochs: {part!r} = {epochs}; expected at most {MAX_EPOCHS:,}")
+        most = max([self.epochs or 0.0, *self.part_epochs.values()])
+        if most > MAX_EPOCHS:
+            raise ConfigError(f"epochs = {most}; expected at most {MAX_EPOCHS:,}: each repeat is written out")
         self._check_columns()
         for key in ("min_tokens", "max_tokens", "min_loss_tokens"):
             value = getattr(self, key)
