@@ -1,8 +1,9 @@
 """A raw record -> a validated conversation, ready for a chat template. Errors name file, line, row and field.
 
 What a template sees is plain dicts: `content` is always a string, keys whose value is null are absent (a Parquet file
-and a JSON file of the same rows give the same conversation), flat tool calls have become `{"function": {...}}`, and
-keys that we do not know are passed through. Text is never changed: no strip, no special-token handling.
+and a JSON file of the same rows give the same conversation), in tools and arguments too unless these are JSON text,
+flat tool calls have become `{"function": {...}}`, and keys that we do not know are passed through. Text is never
+changed: no strip, no special-token handling.
 """
 
 import hashlib

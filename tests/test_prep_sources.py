@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prep import raw_lines
-from prep.chunks import parse_chunk
+from prep.chunks import Chunk, parse_chunk
 from prep.config import SourceConfig
 from prep.convert import PLAIN_MESSAGES, read_conversation
 from prep.raw_lines import line_groups
@@ -441,3 +441,29 @@ def test_a_huge_row_of_a_table_is_in_a_chunk_without_others(tmp_path: Path) -> N
     chunks = list(iter_chunks(resolve("rows.parquet", tmp_path), source_index=0))
     assert [record for chunk in chunks for _, _, record in parse_chunk(chunk)] == rows
     assert [chunk.num_rows for chunk in chunks if len(chunk.payload) > 5 << 20] == [1]
+
+
+def test_a_column_or_a_field_that_stands_twice_in_a_table_is_an_error_of_its_rows(tmp_path: Path) -> None:
+    struct = pa.StructArray.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["role", "role"])
+    tables = {
+        "column": pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["id", "id"]),
+        "field": pa.Table.from_arrays([struct], names=["messages"]),
+    }
+    for name, table in tables.items():
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        payload = sink.getvalue().to_pybytes()
+        chunk = Chunk(
+            source=0, index=0, first_row=0, num_rows=1, file=name, first_line=None, kind="arrow", payload=payload
+        )  # fmt: skip
+        ((row, where, record),) = parse_chunk(chunk)
+        assert (row, where) == (0, f"{name} (row 0)")
+        assert isinstance(record, DataError)
+
+
+def test_a_number_that_cannot_be_read_is_the_error_of_its_row_in_an_array_too(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(f'[{{"a": {"9" * 5000}}}, {{"a": 1}}]')
+    first, second = records("rows.json", tmp_path)
+    assert "number is infinity" in str(first)
+    assert second == {"a": 1}
