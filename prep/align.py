@@ -5,15 +5,16 @@ tokens   < | assistant | >\\n\\n\\n Hello <eos>
 kind     0 0     0     0    A|S      A    T           A|S: it also covers bytes of the header (STRADDLES)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from prep.byte_places import in_bytes
-from prep.encode import Encoded, Ints
+from prep.encode import Encoded, Ints, Places
 from prep.spans import Rendered
 from shared.shard_format import STRADDLES, Kind
 
@@ -21,6 +22,9 @@ from shared.shard_format import STRADDLES, Kind
 _PRIORITY = (
     Kind.TEMPLATE, Kind.SYSTEM, Kind.USER, Kind.TOOL, Kind.TERMINATOR, Kind.REASONING, Kind.TOOL_CALL, Kind.ASSISTANT,
 )  # fmt: skip
+
+
+_BLOCK_TOKENS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +41,42 @@ def align(encoded: Encoded, rows: Sequence[Rendered]) -> Aligned:
     spans = _span_table(rows, encoded.byte_offsets)
     rank = np.argsort(np.asarray(_PRIORITY))  # kind -> its place in _PRIORITY
     spans = spans[np.argsort(rank[spans["kind"]], kind="stable")]
-    first = np.searchsorted(encoded.token_end, spans["start"], side="right")
-    last = np.searchsorted(encoded.token_start, spans["end"], side="left")
-    counts = np.maximum(last - first, 0)
-    owner = np.repeat(np.arange(len(spans)), counts)  # [sum of counts] span of each painted token
-    painted = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(len(owner))
+    first = _search(encoded.token_end, spans["start"], "right")
+    last = _search(encoded.token_start, spans["end"], "left")
     kind = np.zeros(len(encoded.tokens), np.uint8)
-    message = np.full(len(encoded.tokens), -1, np.int64)
-    outside = (encoded.token_start[painted] < spans["region_start"][owner]) | (
-        encoded.token_end[painted] > spans["region_end"][owner]
-    )
-    kind[painted] = spans["kind"][owner] | np.where(outside, STRADDLES, 0).astype(np.uint8)
-    message[painted] = spans["message"][owner]
+    message = np.full(len(encoded.tokens), -1, np.int32)
+    for block, begin, end in _blocks(first, last):
+        own, counts = spans[block], end - begin
+        owner = np.repeat(np.arange(len(own)), counts)  # [sum of counts] span of each painted token
+        painted = np.repeat(begin - np.cumsum(counts) + counts, counts) + np.arange(len(owner))
+        outside = (encoded.token_start[painted] < own["region_start"][owner]) | (
+            encoded.token_end[painted] > own["region_end"][owner]
+        )
+        kind[painted] = own["kind"][owner] | np.where(outside, STRADDLES, 0).astype(np.uint8)
+        message[painted] = own["message"][owner]
     return Aligned(kind, *_message_starts(encoded, rows, message))
+
+
+def _blocks(first: Ints, last: Ints) -> Iterator[tuple[slice, Ints, Ints]]:
+    """Yield spans in order, with the tokens [begin, end) of each: not many more than _BLOCK_TOKENS at a time."""
+    counts = np.maximum(last - first, 0)
+    ends = np.cumsum(counts)
+    start = 0
+    while start < len(counts):
+        before = int(ends[start] - counts[start])
+        stop = max(start + 1, int(np.searchsorted(ends, before + _BLOCK_TOKENS, side="right")))
+        block, begin, end = slice(start, stop), first[start:stop], first[start:stop] + counts[start:stop]
+        if stop > start + 1 or counts[start] <= _BLOCK_TOKENS:
+            yield block, begin, end
+        else:  # one long span
+            for at in range(int(begin[0]), int(end[0]), _BLOCK_TOKENS):
+                yield block, np.asarray([at]), np.minimum([at + _BLOCK_TOKENS], end)
+        start = stop
+
+
+def _search(places: Places, wanted: Ints, side: Literal["left", "right"]) -> Ints:
+    """Search as numpy does, which would copy `places` if `wanted` were of another type."""
+    return np.searchsorted(places, wanted.astype(places.dtype), side=side)
 
 
 def _span_table(rows: Sequence[Rendered], byte_offsets: Ints) -> npt.NDArray[np.void]:
@@ -67,13 +94,13 @@ def _span_table(rows: Sequence[Rendered], byte_offsets: Ints) -> npt.NDArray[np.
     return table
 
 
-def _message_starts(encoded: Encoded, rows: Sequence[Rendered], message: Ints) -> tuple[Ints, Ints]:
+def _message_starts(encoded: Encoded, rows: Sequence[Rendered], message: npt.NDArray[np.int32]) -> tuple[Ints, Ints]:
     """A message begins with the first token behind the message before it; a shared token belongs to its painter."""
     counts = np.fromiter((len(row.messages) for row in rows), np.int64, len(rows))
     row_messages = np.concatenate(([0], np.cumsum(counts)))
     begins = np.fromiter((m.start for row in rows for m in row.messages), np.int64, int(counts.sum()))
     bounds = in_bytes(rows, encoded.byte_offsets, counts, begins[:, None])[:, 0]
-    starts = np.searchsorted(encoded.token_end, bounds, side="right")
+    starts = _search(encoded.token_end, bounds, "right")
     shared = np.flatnonzero(starts < len(message))
     shared = shared[encoded.token_start[starts[shared]] < bounds[shared]]
     starts[shared] += message[starts[shared]] < shared

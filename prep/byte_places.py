@@ -1,6 +1,7 @@
 """Character positions of rendered rows -> byte positions. Spans count characters, tokens count bytes."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -8,6 +9,8 @@ import numpy.typing as npt
 from prep.spans import Rendered
 
 Ints = npt.NDArray[np.int64]
+
+_LONG = 1 << 20  # characters: a longer text is not spelled out in numbers
 
 
 def byte_positions(text: str) -> Ints:
@@ -26,6 +29,14 @@ def in_bytes(rows: Sequence[Rendered], byte_offsets: Ints, counts: Ints, places:
     for index, row in enumerate(rows):
         if not row.text.isascii():
             part = slice(ends[index] - counts[index], ends[index])
-            result[part] = byte_positions(row.text)[places[part]]
+            result[part] = _bytes_at(row.text, places[part])
     result += np.repeat(byte_offsets[:-1], counts)[:, None]
     return result
+
+
+def _bytes_at(text: str, places: Ints) -> Ints:
+    if len(text) <= _LONG:
+        return byte_positions(text)[places]
+    known = np.union1d(places, np.arange(0, len(text), _LONG))  # 0 is one of them
+    widths = (len(text[start:end].encode("utf-8")) for start, end in pairwise(known.tolist()))
+    return np.fromiter(accumulate(widths, initial=0), np.int64, len(known))[np.searchsorted(known, places)]

@@ -3,20 +3,18 @@
 Its bounds depend on the content alone, so a chunk means the same rows in every build of the same source.
 """
 
-import json
-import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import orjson
+import numpy as np
 
 from prep.convert import PLAIN_MESSAGES, Conversion
+from prep.json_text import check_depth, has_long_integers, most_keys, parse, without_nulls
 from shared.errors import DataError
 
 JSON_SPACE = b" \t\r"  # a line of only these is blank: no row
-_DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"000000000")
-_LONG_DIGITS = b"0" * 19  # from here an integer may not fit 64 bits, and orjson would make it a float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,24 +55,23 @@ def is_blank(line: bytes) -> bool:
 
 def _parse_lines(chunk: Chunk) -> Iterator[tuple[int, str, dict[str, Any] | DataError]]:
     row = chunk.first_row
-    long_digits = _LONG_DIGITS in chunk.payload.translate(_DIGITS_TO_ZERO)
-    for number, line in enumerate(chunk.payload.split(b"\n")):  # only \n: U+2028 and its like stay inside strings
+    long_integers, nulls = has_long_integers(chunk.payload), b"null" in chunk.payload
+    lines = chunk.payload.split(b"\n")  # only \n: U+2028 and its like stay inside strings
+    bounds = np.cumsum([0, *(len(line) + 1 for line in lines)])
+    for number, (line, keys) in enumerate(zip(lines, most_keys(chunk.payload, bounds), strict=True)):
         if is_blank(line):
             continue
         where = chunk.where(row, None if chunk.first_line is None else chunk.first_line + number)
-        yield row, where, _parse_line(line, where, exact_integers=long_digits)
+        record = _parse_line(line, where, keys, exact_integers=long_integers)
+        yield row, where, without_nulls(record) if nulls and b"null" in line else record
         row += 1
 
 
-def _parse_line(line: bytes, where: str, *, exact_integers: bool) -> dict[str, Any] | DataError:
+def _parse_line(line: bytes, where: str, keys: int, *, exact_integers: bool) -> dict[str, Any] | DataError:
     try:
-        record = orjson.loads(line)
-        if exact_integers and re.search(rb"\d{19}", line):
-            record = json.loads(line)
-    except orjson.JSONDecodeError as exc:
-        bad_utf8 = exc.msg.startswith("str is not valid UTF-8")
-        what = "not valid UTF-8" if bad_utf8 else f"not valid JSON at character {exc.pos + 1}: {exc.msg}"
-        return DataError(f"{where}: {what}; correct the row")
+        record = parse(line, where, most_keys=keys, exact_integers=exact_integers)
+    except DataError as exc:
+        return exc
     if not isinstance(record, dict):
         return DataError(f"{where}: the row is of type {type(record).__name__}; expected an object with messages")
     return record
@@ -85,26 +82,33 @@ def _parse_arrow(chunk: Chunk) -> Iterator[tuple[int, str, dict[str, Any] | Data
 
     with pa.ipc.open_stream(pa.py_buffer(chunk.payload)) as stream:
         table = stream.read_all()
+    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
     try:
         records: list[dict[str, Any] | None] = table.to_pylist()
-    except UnicodeDecodeError:  # some string is not UTF-8: find out whose
+    except (ValueError, RecursionError, OverflowError):  # some value is nothing that Python has: find out whose
         records = [None] * table.num_rows
     for offset, record in enumerate(records):
         row = chunk.first_row + offset
         where = chunk.where(row, None)
-        yield row, where, _without_nulls(record if record is not None else _one_row(table, offset, where))
+        if twice:
+            yield row, where, DataError(f"{where}: there are two columns {twice[0]!r}; keep one of them")
+        else:
+            yield row, where, _arrow_record(table, offset, where) if record is None else _checked(record, where)
 
 
-def _one_row(table: Any, offset: int, where: str) -> dict[str, Any] | DataError:
+def _arrow_record(table: Any, offset: int, where: str) -> dict[str, Any] | DataError:
     try:
         (record,) = table.slice(offset, 1).to_pylist()
     except UnicodeDecodeError as exc:
         return DataError(f"{where}: a string is not valid UTF-8: {exc}; correct the row")
-    return dict(record)
+    except (ValueError, RecursionError, OverflowError) as exc:
+        return DataError(f"{where}: a value cannot be read: {exc}; correct the row")
+    return _checked(record, where)
 
 
-def _without_nulls(value: Any) -> Any:
-    """Return `value` without null fields: Arrow gives every struct of a column the fields of all of them."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+def _checked(record: dict[str, Any], where: str) -> dict[str, Any] | DataError:
+    try:
+        check_depth(record, where)
+    except DataError as exc:
+        return exc
+    return dict(without_nulls(record))

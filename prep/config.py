@@ -9,6 +9,8 @@ from typing import Any, Literal
 from shared import config
 from shared.errors import ConfigError
 
+MAX_EPOCHS = 10_000  # of one source
+
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
 
 # the names that `columns` can map; role, content, from and value are keys of every message
@@ -136,8 +138,7 @@ class SourceConfig:
             raise ConfigError(f"fraction = {self.fraction}; expected more than 0 and at most 1 (rows = N takes N rows)")
         if self.rows is not None and self.rows < 1:
             raise ConfigError(f"rows = {self.rows}; expected 1 or more")
-        if self.epochs is not None and self.epochs < 0.0:
-            raise ConfigError(f"epochs = {self.epochs}; expected 0 (leave the rows out) or more")
+        self._check_epochs()
         if self.split_by and self.rows is not None:
             raise ConfigError(
                 f"rows = {self.rows} and split_by = {self.split_by!r} are both set, which does not say how many rows "
@@ -145,9 +146,6 @@ class SourceConfig:
             )
         if self.part_epochs and not self.split_by:
             raise ConfigError("part_epochs is set but not split_by, the column that names the parts; set both")
-        for part, epochs in self.part_epochs.items():
-            if epochs < 0.0:
-                raise ConfigError(f"part_epochs: {part!r} = {epochs}; expected 0 (leave it out) or more")
         self._check_columns()
         for key in ("min_tokens", "max_tokens", "min_loss_tokens"):
             value = getattr(self, key)
@@ -155,6 +153,16 @@ class SourceConfig:
                 raise ConfigError(f"{key} = {value}; expected 1 or more")
         if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ConfigError(f"min_tokens = {self.min_tokens} is over max_tokens = {self.max_tokens}")
+
+    def _check_epochs(self) -> None:
+        if self.epochs is not None and self.epochs < 0.0:
+            raise ConfigError(f"epochs = {self.epochs}; expected 0 (leave the rows out) or more")
+        for part, epochs in self.part_epochs.items():
+            if epochs < 0.0:
+                raise ConfigError(f"part_epochs: {part!r} = {epochs}; expected 0 (leave it out) or more")
+        most = max([self.epochs or 0.0, *self.part_epochs.values()])
+        if most > MAX_EPOCHS:
+            raise ConfigError(f"epochs = {most}; expected at most {MAX_EPOCHS:,}: each repeat is written out")
 
     def _check_columns(self) -> None:
         formats = FIELDS if self.format == "auto" else {self.format: FIELDS[self.format]}
@@ -236,6 +244,8 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         if self.max_seq_len < 2:
             raise ConfigError(f"max_seq_len = {self.max_seq_len}; expected 2 or more")
+        if self.max_seq_len >= 1 << 31:
+            raise ConfigError(f"max_seq_len = {self.max_seq_len}; expected less than 2**31")
         if not self.sources:
             raise ConfigError("no sources; add a [[sources]] table with a path")
         if not self.name or "/" in self.name or self.name.startswith("."):

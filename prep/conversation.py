@@ -1,8 +1,9 @@
 """A raw record -> a validated conversation, ready for a chat template. Errors name file, line, row and field.
 
 What a template sees is plain dicts: `content` is always a string, keys whose value is null are absent (a Parquet file
-and a JSON file of the same rows give the same conversation), flat tool calls have become `{"function": {...}}`, and
-keys that we do not know are passed through. Text is never changed: no strip, no special-token handling.
+and a JSON file of the same rows give the same conversation), in tools and arguments too unless these are JSON text,
+flat tool calls have become `{"function": {...}}`, and keys that we do not know are passed through. Text is never
+changed: no strip, no special-token handling.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from prep.json_text import loads
 from shared.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment", "ipython")
@@ -79,6 +81,24 @@ def content_hash(conversation: Conversation) -> bytes:
     return _hash16([conversation.messages, conversation.tools, conversation.train])
 
 
+def calls_not_json(conversation: Conversation) -> int:
+    """Return how many tool calls have arguments that are text but not that of a JSON object: printed as they are."""
+    texts = [
+        call["function"]["arguments"]
+        for message in conversation.messages
+        if len(message) > 2
+        for call in message.get("tool_calls", ())
+    ]
+    return sum(isinstance(text, str) and not _is_json_object(text) for text in texts)
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(orjson.loads(text), dict)
+    except orjson.JSONDecodeError:
+        return False
+
+
 def _parse_message(message: dict[str, Any], at: str) -> dict[str, Any]:
     parsed = {key: value for key, value in message.items() if value is not None and key not in ("train", "weight")}
     for key in _STRING_KEYS:
@@ -128,13 +148,13 @@ def _join_parts(parts: list[Any], at: str) -> tuple[str, str, list[dict[str, Any
             text.append(_part_string(part, ("text", "value"), f"{at}[{index}]"))
             if calls and text[-1].strip():
                 raise DataError(f"{at}[{index}] is text after a tool call; expected the calls of a message at its end")
-        elif kind in _REASONING_PARTS:
+        elif isinstance(kind, str) and kind in _REASONING_PARTS:
             reasoning.append(_part_string(part, _REASONING_PARTS[kind], f"{at}[{index}]"))
         elif kind == "tool_call":
             called = _from_json_text(part.get("tool_call", part.get("value")), f"{at}[{index}]")
             calls += _parse_tool_calls([called], f"{at}[{index}]")
         else:
-            seen = f"of type {kind!r}" if kind is not None else _show(part)
+            seen = f"of type {_show(kind)}" if kind is not None else _show(part)
             expected = "a part of type 'text', 'reasoning', 'thinking' or 'tool_call'"
             raise DataError(f"{at}[{index}] is {seen}; expected {expected}")
     return "".join(text), "".join(reasoning), calls
@@ -204,10 +224,7 @@ def _from_json_text(value: Any, at: str) -> Any:
         return value
     if not value.strip():
         return None
-    try:
-        return orjson.loads(value)
-    except orjson.JSONDecodeError as exc:
-        raise DataError(f"{at} is text but not JSON: {exc.msg} at character {exc.pos + 1}") from exc
+    return loads(value, at)
 
 
 def _not_messages(record: dict[str, Any], where: str) -> str:

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import orjson
-
 from prep.config import FIELDS, Format
 from prep.conversation import Conversation, parse_conversation
+from prep.json_text import loads
 from shared.errors import DataError
 
 _LIST_COLUMNS = ("messages", "conversations", "conversation")  # where messages are looked for, in this order
@@ -246,10 +245,7 @@ def _calls(value: Any, at: str) -> list[Any]:
     """Return the calls of a function_call turn: an object or a list of them, mostly as JSON text."""
     calls = value
     if isinstance(value, str):
-        try:
-            calls = orjson.loads(value)
-        except orjson.JSONDecodeError as exc:
-            raise DataError(f"{at} is {_show(value)}; expected the JSON of a call: {exc.msg}") from exc
+        calls = loads(value, at)
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list) or not calls or not all(isinstance(c, dict) and _is_named(c) for c in calls):
         raise DataError(f'{at} is {_show(value)}; expected {{"name": ..., "arguments": ...}} or a list of such calls')
@@ -266,10 +262,7 @@ def _nested_tools(record: dict[str, Any], conversion: Conversion, where: str) ->
     column = conversion.column("tools")
     tools = record.get(column)
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = orjson.loads(tools)
-        except orjson.JSONDecodeError as exc:
-            raise DataError(f"{where}: {column} is text but not JSON: {exc.msg} at character {exc.pos + 1}") from exc
+        tools = loads(tools, f"{where}: {column}")
     if not isinstance(tools, list):
         return tools
     return [_nested_tool(tool) if isinstance(tool, dict) else tool for tool in tools]

@@ -27,6 +27,9 @@ from shared.errors import DataError
 from shared.shard_format import Kind
 
 Ints = npt.NDArray[np.int64]
+Places = npt.NDArray[np.int32] | npt.NDArray[np.int64]  # of bytes in a chunk: 32 bits unless it is larger
+
+_BLOCK_TOKENS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +47,8 @@ class Encoded:
     """Rows of a chunk, end to end. N tokens, R rows; bytes count from the start of the chunk's text."""
 
     tokens: npt.NDArray[np.int32]  # [N]
-    token_start: Ints  # [N] first byte
-    token_end: Ints  # [N]
+    token_start: Places  # [N] first byte
+    token_end: Places  # [N]
     row_offsets: Ints  # [R+1] in tokens
     byte_offsets: Ints  # [R+1] in bytes of text
     rows_by_hand: int  # rows that took the Hugging Face path because of normalization or a typed control token
@@ -107,7 +110,7 @@ class Encoder:
             start, end, exact = self._byte_ranges(ids, row_offsets, byte_offsets, rows)
             by_hand = ~exact
             for which, kinds in ((self.is_control, None), (self._is_markup, self.spec.plain_kinds)):
-                guarded = np.flatnonzero(which[ids])
+                guarded = np.flatnonzero(_looked_up(which, ids))
                 if len(guarded):
                     bounds = _text_bounds(rows, byte_offsets, kinds)
                     typed = guarded[_touch(start[guarded], end[guarded], *bounds)]
@@ -134,7 +137,7 @@ class Encoder:
 
     def rows_with_other_control(self, encoded: Encoded, rows: Sequence[Rendered]) -> Ints:
         """Return the rows whose control tokens are not, one by one, those that the template prints, int64 [K]."""
-        places = np.flatnonzero(self.is_control[encoded.tokens])
+        places = np.flatnonzero(_looked_up(self.is_control, encoded.tokens))
         expected = [self.control_ids(row.control) for row in rows]
         counts = np.fromiter(map(len, expected), np.int64, len(rows))
         bounds = np.searchsorted(places, encoded.row_offsets)
@@ -193,9 +196,9 @@ class Encoder:
         return gigatoken.Tokenizer.from_json(self.spec.tokenizer_json)
 
     @cached_property
-    def token_num_bytes(self) -> Ints:
-        """Number of bytes of every id of a byte-level tokenizer, int64 [vocab_size]."""
-        lengths = np.zeros(self.vocab_size, np.int64)
+    def token_num_bytes(self) -> npt.NDArray[np.int32]:
+        """Number of bytes of every id of a byte-level tokenizer, int32 [vocab_size]."""
+        lengths = np.zeros(self.vocab_size, np.int32)
         for token, index in self._json["model"]["vocab"].items():
             lengths[index] = len(token)  # byte-level vocabularies spell each byte as one character
         for token in self._json["added_tokens"]:
@@ -204,21 +207,23 @@ class Encoder:
 
     def _byte_ranges(
         self, ids: npt.NDArray[np.int32], row_offsets: Ints, byte_offsets: Ints, rows: Sequence[Rendered]
-    ) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
+    ) -> tuple[Places, Places, npt.NDArray[np.bool_]]:
         """Return first and last byte of every token, and for each row whether they are proved by its byte count."""
         if not self._has_byte_lengths:
             zeros = np.zeros(len(ids), np.int64)
             return zeros, zeros, np.zeros(len(rows), np.bool_)
-        lengths = self.token_num_bytes[ids]
-        ends = np.cumsum(lengths)
-        bounds = np.concatenate(([0], ends))[row_offsets]
+        lengths = _looked_up(self.token_num_bytes, ids)
+        total = max(int(lengths.sum(dtype=np.int64)), int(byte_offsets[-1]))
+        ends: Any = np.cumsum(lengths, dtype=np.int32 if total < 1 << 31 else np.int64)
+        bounds = np.where(row_offsets > 0, ends[np.maximum(row_offsets, 1) - 1], 0) if len(ends) else row_offsets * 0
         exact = np.diff(bounds) == np.diff(byte_offsets)
         if self._normal_form is not None:
             form: Any = self._normal_form
             exact &= np.fromiter((unicodedata.is_normalized(form, row.text) for row in rows), np.bool_, len(rows))
         if not exact.all():  # later rows are shifted by what an inexact row has too many or too few
-            ends += np.repeat(byte_offsets[:-1] - bounds[:-1], np.diff(row_offsets))
-        return ends - lengths, ends, exact
+            ends += np.repeat(byte_offsets[:-1] - bounds[:-1], np.diff(row_offsets)).astype(ends.dtype)
+        same_type = lengths.dtype == ends.dtype
+        return np.subtract(ends, lengths, out=lengths if same_type else None), ends, exact
 
     def _encode_by_hand(self, row: Rendered) -> tuple[npt.NDArray[np.int32], Ints, Ints]:
         """Encode one row with the Hugging Face tokenizer, byte ranges from its offsets."""
@@ -323,6 +328,15 @@ def _texts(row: Rendered, kinds: Sequence[Kind] | None = None) -> Intervals:
     return Intervals((s.start, s.end) for s in row.spans if s.is_text and (kinds is None or s.kind in kinds))
 
 
+def _looked_up(table: npt.NDArray[Any], ids: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
+    """Return `table[ids]`, block by block: numpy makes 64-bit copies of indices."""
+    found = np.empty(len(ids), table.dtype)
+    for start in range(0, len(ids), _BLOCK_TOKENS):
+        block = slice(start, start + _BLOCK_TOKENS)
+        found[block] = table[ids[block]]
+    return found
+
+
 def _known_id(tokenizer: Any, token: str) -> int:
     index = tokenizer.token_to_id(token)
     if index is None:
@@ -347,7 +361,7 @@ def _text_bounds(
     return starts, ends
 
 
-def _touch(start: Ints, end: Ints, text_start: Ints, text_end: Ints) -> npt.NDArray[np.bool_]:
+def _touch(start: Places, end: Places, text_start: Ints, text_end: Ints) -> npt.NDArray[np.bool_]:
     """Say for every byte range whether it shares a byte with one of the texts, which are ordered and disjoint."""
     return np.searchsorted(text_end, start, side="right") < np.searchsorted(text_start, end, side="left")
 

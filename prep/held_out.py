@@ -7,6 +7,7 @@ other side, and what a smaller fraction holds out, a larger one does too.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +22,33 @@ HELD_OUT = "held_out"  # why a row is not in the set itself
 _KEPT = "not_held_out"  # why a row is not in the eval set
 
 
-def mark_held_out(usables: Sequence[Usable], stores: Sequence[SampleStore], *, fraction: float, seed: int) -> None:
-    """Set `held_out` of the rows of every source."""
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """How many of something are held out."""
+
+    held_out: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        return self.held_out / self.total if self.total else 0.0
+
+
+def mark_held_out(
+    usables: Sequence[Usable], stores: Sequence[SampleStore], *, fraction: float, seed: int
+) -> tuple[HeldOut, HeldOut]:
+    """Set `held_out` of the rows of every source. Return how many different prompts it is true of, and rows."""
+    all_prompts, held_rows, num_rows = [np.zeros(0, np.uint64)], 0, 0
     for usable, store in zip(usables, stores, strict=True):
         prompts = hashes_of(usable, store, "prompt_hash")[:, 0]
-        usable.rows["held_out"] = is_held_out(prompts, fraction=fraction, seed=seed)
+        held = is_held_out(prompts, fraction=fraction, seed=seed)
+        usable.rows["held_out"] = held
+        all_prompts.append(prompts)
+        num_rows += len(np.unique(usable.rows["row"]))
+        held_rows += len(np.unique(usable.rows["row"][held]))
+    prompts = np.unique(np.concatenate(all_prompts))
+    num_held = int(is_held_out(prompts, fraction=fraction, seed=seed).sum())
+    return HeldOut(num_held, len(prompts)), HeldOut(held_rows, num_rows)
 
 
 def hold_out(usables: Sequence[Usable]) -> tuple[list[Usable], list[Usable]]:

@@ -15,7 +15,7 @@ import numpy as np
 from prep.config import SourceConfig
 from prep.decontaminate import Overlap
 from prep.filters import without_duplicates, without_little_loss, without_overlaps
-from prep.held_out import hold_out, mark_held_out
+from prep.held_out import HeldOut, hold_out, mark_held_out
 from prep.inputs import Inputs
 from prep.parts import SplitSources
 from prep.sample_store import SampleStore
@@ -34,6 +34,8 @@ class Selections:
     train: list[Selection]
     held_out: list[Selection]
     """Without a sequence where the mixture holds nothing out."""
+    prompts: HeldOut
+    rows: HeldOut
 
     @property
     def num_held_out(self) -> int:
@@ -64,12 +66,15 @@ def select_all(
         usables.append(without_overlaps(usable, shared, mixture.decontaminate.ngram))
     if mixture.dedup.exact:
         usables = without_duplicates(usables, stores, [source.name for source in inputs.sources])
+    prompts = rows = HeldOut(0, 0)
     if mixture.eval.fraction:
-        mark_held_out(usables, stores, fraction=mixture.eval.fraction, seed=mixture.seed)
+        prompts, rows = mark_held_out(usables, stores, fraction=mixture.eval.fraction, seed=mixture.seed)
     train, held_out = hold_out(sources.split(usables))
     return Selections(
         _choose_all(train, _entries(sources.inputs, train), sources.inputs),
         _choose_all(held_out, sources.inputs.of_eval_set().mixture.sources, sources.inputs),
+        prompts,
+        rows,
     )
 
 

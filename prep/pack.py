@@ -6,9 +6,11 @@
     order        a b c d e f          pack_offsets 0 2 6
 
 Samples of one length are interchangeable to the algorithm, so it places counts, not samples: packs that have the same
-room left are one bucket, and a length class moves whole runs of packs from bucket to bucket.
+room left are one bucket, and a length class moves whole runs of packs from bucket to bucket. Only rooms that some pack
+has are kept: memory follows the lengths that exist, whatever the capacity.
 """
 
+from bisect import bisect_left, insort
 from collections import deque
 
 import numpy as np
@@ -32,8 +34,10 @@ def pack_best_fit(lengths: Ints, *, capacity: int, tie: npt.NDArray[np.uint64]) 
     if int(lengths.min()) < 1 or int(lengths.max()) > capacity:
         raise ValueError(f"lengths span {lengths.min()} to {lengths.max()}; expected 1 to the capacity {capacity}")
     by_tie = np.argsort(tie, kind="stable")  # int64 [N]
-    longest_first = by_tie[_stable_order(capacity - lengths[by_tie])]  # int64 [N], by falling length, then tie, index
-    pack_of, num_packs = _place(np.bincount(lengths, minlength=capacity + 1), capacity)
+    longest_first = by_tie[
+        _stable_order(int(lengths.max()) - lengths[by_tie])
+    ]  # int64 [N], by falling length, then tie, index
+    pack_of, num_packs = _place(lengths[longest_first], capacity)
 
     first_of_pack = np.full(num_packs, -1, np.int64)  # [P] position in longest_first of the pack's longest sample
     first_of_pack[pack_of[::-1]] = np.arange(len(lengths) - 1, -1, -1)  # the last write wins: the smallest position
@@ -47,31 +51,32 @@ def pack_best_fit(lengths: Ints, *, capacity: int, tie: npt.NDArray[np.uint64]) 
     return order, pack_offsets
 
 
-def _place(histogram: Ints, capacity: int) -> tuple[Ints, int]:
-    """Return the pack of every sample in order of falling length, int64 [N], and the number of packs.
+def _place(falling: Ints, capacity: int) -> tuple[Ints, int]:
+    """Return the pack of every sample, given their lengths from long to short, int64 [N], and the number of packs.
 
     A move (first_pack, num_packs, per_pack) puts `per_pack` samples into each of `num_packs` consecutive packs. A pack
     that took one sample of the class has less room than before, so it stays the best fit until the class no longer
     fits: it takes room // length at once.
     """
-    buckets: list[deque[tuple[int, int]]] = [deque() for _ in range(capacity + 1)]  # by room left: runs (start, stop)
-    non_empty = 0  # bit r is set while buckets[r] holds a run
+    buckets: dict[int, deque[tuple[int, int]]] = {}  # by room left, none empty: runs (start, stop) of packs
+    rooms: list[int] = []  # the keys of `buckets`, ascending
     moves: list[tuple[int, int, int]] = []
     num_packs = 0
 
     def move(start: int, stop: int, per_pack: int, room: int) -> None:
-        nonlocal non_empty
         moves.append((start, stop - start, per_pack))
+        if room and room not in buckets:
+            insort(rooms, room)
         if room:
-            buckets[room].append((start, stop))
-            non_empty |= 1 << room
+            buckets.setdefault(room, deque()).append((start, stop))
 
-    for length in np.flatnonzero(histogram)[::-1].tolist():
-        left = int(histogram[length])
+    first_of_class = np.flatnonzero(np.diff(falling, prepend=0))  # [C] of all samples of one length
+    counts = np.diff(first_of_class, append=len(falling))
+    for length, left in zip(falling[first_of_class].tolist(), counts.tolist(), strict=True):
         while left:
-            fitting = non_empty >> length
-            if fitting:
-                room = length + (fitting & -fitting).bit_length() - 1
+            fitting = bisect_left(rooms, length)
+            if fitting < len(rooms):
+                room = rooms[fitting]
                 start, stop = buckets[room].popleft()
             else:
                 room, start = capacity, num_packs
@@ -88,7 +93,8 @@ def _place(histogram: Ints, capacity: int) -> tuple[Ints, int]:
             if untouched < stop:
                 buckets[room].appendleft((untouched, stop))
             if room < capacity and not buckets[room]:
-                non_empty &= ~(1 << room)
+                del buckets[room]
+                del rooms[bisect_left(rooms, room)]
             left -= filled * per_pack + rest
     return _expand(moves), num_packs
 

@@ -147,7 +147,7 @@ def _newlines(data: bytes | bytearray) -> "np.ndarray[tuple[int], np.dtype[np.in
 
 
 def _array_elements(text: str, name: str) -> Iterator[str]:
-    decoder = JSONDecoder()
+    decoder = JSONDecoder(parse_int=len)  # no value is looked at, so none may be too long to read
 
     def skip(position: int) -> int:
         match = _SPACE.match(text, position)

@@ -35,6 +35,7 @@ from shared.shard_format import (
 from shared.shard_reader import read_manifest
 
 _EXAMPLES = 5
+_FAR = 0.25  # of the fraction to hold out
 
 logger = logging.getLogger(__name__)
 
@@ -74,16 +75,32 @@ def check_selections(inputs: Inputs, selections: Selections, tallies: list[Tally
             reasons += selection.dropped
         del reasons[OTHER_PARTS]
         why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common()) or "there is none"
+        first = next((f"; the first: {detail}" for tally in tallies for *_, detail in tally.rejects), "")
         raise DataError(
-            f"no row of {names} can be used ({why}); look at the rows, at max_seq_len, at the template and at "
+            f"no row of {names} can be used ({why}{first}); look at the rows, at max_seq_len, at the template and at "
             "lengths.min_loss_tokens"
         )
+    if selections.num_held_out:
+        _say_held_out(fraction, selections)
     if fraction and not selections.num_held_out:
         logger.warning(
             "eval.fraction = %s holds none of the prompts of %s out: there are too few; there is no eval set",
             fraction,
             names,
         )
+
+
+def _say_held_out(fraction: float, selections: Selections) -> None:
+    """Say how many prompts are held out; warn where prompts or their rows are far from the share that is asked for."""
+    prompts, rows = selections.prompts, selections.rows
+    text = f"eval.fraction = {fraction} holds out {prompts.held_out:,} of {prompts.total:,} prompts"
+    text += f" ({prompts.share:.1%}) with {rows.held_out:,} of {rows.total:,} rows ({rows.share:.1%})"
+    if abs(prompts.share - fraction) > fraction * _FAR:
+        logger.warning("%s: prompts are drawn by hash, and of so few the share varies; another seed draws others", text)
+    elif abs(rows.share - fraction) > fraction * _FAR:
+        logger.warning("%s: a prompt is held out with all its rows, and some have many", text)
+    else:
+        logger.info("%s", text)
 
 
 def write_rejects(out: Path, inputs: Inputs, tallies: list[Tally], selections: list[Selection]) -> None:
@@ -163,7 +180,10 @@ def summary_lines(manifest: Manifest, out: Path) -> list[str]:
 
     What is held out of the set follows in the same way.
     """
-    held_out = summary_lines(read_manifest(out / EVAL_DIR), out / EVAL_DIR) if num_held_out(manifest) else []
+    held_out: list[str] = []
+    if num_held_out(manifest):
+        evaluation = read_manifest(out / EVAL_DIR)
+        held_out = [_held_out_line(manifest, evaluation), *summary_lines(evaluation, out / EVAL_DIR)]
     totals = manifest.totals
     lines = [
         f"{out}: {totals.packs:,} packs of {manifest.max_seq_len:,}, {totals.sequences:,} sequences, "
@@ -177,6 +197,8 @@ def summary_lines(manifest: Manifest, out: Path) -> list[str]:
         left_out |= {"truncated": source.rows_truncated} if source.rows_truncated else {}
         left_out |= {"without terminator": source.rows_without_terminator} if source.rows_without_terminator else {}
         notes = "".join(f"; {what} {count:,}" for what, count in left_out.items())
+        calls = source.details.get("calls_not_json", 0)
+        notes += f"; arguments that are no JSON object, printed as they are: {calls:,} tool calls" if calls else ""
         form, epochs = source.details.get("format", "messages"), source.details.get("epochs_used", 1.0)
         notes += f"; used {epochs:g} times" if epochs > 1 else ""
         notes += f"; format {form}" if form != "messages" else ""
@@ -185,6 +207,18 @@ def summary_lines(manifest: Manifest, out: Path) -> list[str]:
             f"{source.loss_tokens:,} loss tokens{notes}"
         )
     return lines + held_out
+
+
+def _held_out_line(manifest: Manifest, evaluation: Manifest) -> str:
+    """Return what share is held out: the fraction asked is one of prompts, each with all its rows."""
+    fraction = manifest.config["eval"]["fraction"]
+    rows = sum(source.rows_used for source in evaluation.sources)
+    kept = sum(source.rows_used + source.rows_dropped.get("not_chosen", 0) for source in manifest.sources)
+    tokens = evaluation.totals.tokens
+    return (
+        f"held out by eval.fraction = {fraction} of the prompts: {rows:,} of {rows + kept:,} usable rows "
+        f"({rows / (rows + kept):.1%}), {tokens / (tokens + manifest.totals.tokens):.1%} of the tokens"
+    )
 
 
 def _source_entry(inputs: Inputs, index: int, tally: Tally, selection: Selection, loss_tokens: int) -> SourceEntry:
@@ -223,6 +257,7 @@ def _source_entry(inputs: Inputs, index: int, tally: Tally, selection: Selection
             "rows_split": int(cut_short.sum()) if is_split else 0,
             "messages_dropped": tally.messages_dropped,
             "messages_untrained": tally.messages_untrained,
+            "calls_not_json": tally.calls_not_json,
         },
     )
 

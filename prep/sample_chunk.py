@@ -14,7 +14,7 @@ from prep.align import Aligned, align
 from prep.carriage import all_uncarried, without_messages
 from prep.chunks import Chunk, parse_chunk
 from prep.compiled import CompiledTemplate
-from prep.conversation import Conversation, content_hash, prompt_hash
+from prep.conversation import Conversation, calls_not_json, content_hash, prompt_hash
 from prep.convert import read_conversation, read_part
 from prep.encode import Encoded, Encoder, EncoderSpec
 from prep.mask import TRAIN_NO, TRAIN_UNSET
@@ -28,6 +28,7 @@ from shared.shard_format import ASSISTANT_KINDS, KIND_MASK
 
 REFEREE_EVERY = 128  # one row in so many, by content hash, is encoded again by the Hugging Face tokenizer
 AUDIT_EVERY = 128  # its mask is made again (and that of one row of every chunk)
+AUDIT_CHARACTERS = 1 << 18  # unless it is longer
 PLAIN_EVERY = 32  # and one in so many is rendered again without tracing
 
 # name -> (dtype, trailing shape); N tokens, S samples, M messages
@@ -126,6 +127,7 @@ class ChunkBuilder:
             "uncarried": missing,
             "messages_dropped": dropped_messages,
             "messages_untrained": int((columns["message_train"] == TRAIN_NO).sum()),
+            "calls_not_json": sum(calls_not_json(row.conversation) for row in kept),
             **checked,
         }
         if chunk.conversion.split_by:
@@ -232,6 +234,8 @@ class ChunkBuilder:
         """Make the mask of a sample of rows a second time: prep/mask_audit.py. Raises DataError where they differ."""
         chosen = {i for i, row in enumerate(kept) if row.content_hash[0] % AUDIT_EVERY == 0}
         chosen |= {min(range(len(kept)), key=lambda i: kept[i].content_hash)} if kept else set()
+        # a text of many megabytes costs renders by the second, and the Hugging Face tokenizer memory by the gigabyte
+        chosen = {i for i in chosen if len(kept[i].rendered.text) <= AUDIT_CHARACTERS}
         checked = 0
         for index in sorted(chosen):
             row, tokens = kept[index], slice(*encoded.row_offsets[index : index + 2])

@@ -117,8 +117,7 @@ def _arrow_pieces(name: str, batches: Iterable[Any]) -> Iterator[_Piece]:
     rows: list[Any] = []
     num_rows = num_bytes = 0
     for batch in batches:
-        for start in range(0, batch.num_rows, _SLICE_ROWS):
-            part = batch.slice(start, _SLICE_ROWS)
+        for part in _slices(batch):
             if rows and (num_rows + part.num_rows > MAX_LINES or num_bytes + part.nbytes > MAX_BYTES):
                 yield _Piece(name, None, num_rows, "arrow", _ipc_stream(rows))
                 rows, num_rows, num_bytes = [], 0, 0
@@ -127,6 +126,19 @@ def _arrow_pieces(name: str, batches: Iterable[Any]) -> Iterator[_Piece]:
             num_bytes += part.nbytes
     if rows:
         yield _Piece(name, None, num_rows, "arrow", _ipc_stream(rows))
+
+
+def _slices(batch: Any) -> Iterator[Any]:
+    """Yield a batch in slices; rows that are large together are taken apart, so that a huge one is alone."""
+    for start in range(0, batch.num_rows, _SLICE_ROWS):
+        waiting = [batch.slice(start, _SLICE_ROWS)]
+        while waiting:
+            part = waiting.pop()
+            if part.num_rows == 1 or part.nbytes <= MAX_BYTES:
+                yield part
+                continue
+            half = part.num_rows // 2
+            waiting += [part.slice(half), part.slice(0, half)]
 
 
 def _ipc_stream(batches: list[Any]) -> bytes:

@@ -18,6 +18,7 @@ class Tally:
     rows_audited: int = 0
     messages_dropped: int = 0
     messages_untrained: int = 0  # with `train: false` of their own
+    calls_not_json: int = 0  # tool calls whose arguments are text but no JSON object
     rejects: list[tuple[int, str, str]] = field(default_factory=list)  # row, reason, detail
     uncarried: list[tuple[int, str]] = field(default_factory=list)  # row, reason
     parts: set[str] = field(default_factory=set)  # of a source that is split: the values of its column
@@ -31,6 +32,7 @@ class Tally:
         self.rows_audited += facts["rows_audited"]
         self.messages_dropped += facts["messages_dropped"]
         self.messages_untrained += facts["messages_untrained"]
+        self.calls_not_json += facts["calls_not_json"]
         self.rejects += [(row, reason, detail) for row, reason, detail in facts["rejects"]]
         self.uncarried += [(row, reason) for row, reason in facts["uncarried"]]
         self.parts |= set(facts.get("parts", ()))

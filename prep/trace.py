@@ -12,6 +12,7 @@ same as without tracing. Text of unknown origin has no mark: the row then counts
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, SupportsIndex
 
+_LONGEST_STEP = 64  # of a path: all that is within an object repeats its key
 GENERATION = -2  # the message index of a mark made by a {% generation %} block; no row can bring one
 
 
@@ -131,12 +132,8 @@ class TracedDict(dict[str, Any]):
     """A dict from a conversation (a tool, a tool call, its arguments), keys too; its JSON is marked as a whole."""
 
     def __init__(self, value: dict[str, Any], message: int, field: str) -> None:
-        super().__init__(
-            {
-                traced(key, message, f"{field}/{key}"): traced(item, message, f"{field}/{key}")
-                for key, item in value.items()
-            }
-        )
+        paths = ((f"{field}/{key[:_LONGEST_STEP]}", key, item) for key, item in value.items())
+        super().__init__({traced(key, message, path): traced(item, message, path) for path, key, item in paths})
         self._traced_origin = (message, field)  # a public name would hide a key of that name from the template
 
     def __str__(self) -> str:

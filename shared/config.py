@@ -28,7 +28,7 @@ def load_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"no config file {path}; give the path of a TOML file or the name of one that ships") from exc
     except OSError as exc:
         raise ConfigError(f"cannot read the config file {path}: {exc.strerror}") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except (ValueError, RecursionError) as exc:  # not TOML, not UTF-8, a number of thousands of digits
         raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
 
 
@@ -156,6 +156,10 @@ def _convert_tuple(args: tuple[Any, ...], value: Any, where: str, key: str) -> t
 
 
 def _convert_scalar(hint: type, value: Any, where: str, key: str) -> Any:
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ConfigError(f"{where}: {key} is a number of {value.bit_length()} bits; expected at most 64")
+    if isinstance(value, str) and _not_text(value):
+        raise ConfigError(f"{where}: {key} = {_show(value)}; expected text without NUL and lone surrogates")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
@@ -169,10 +173,14 @@ def _convert_scalar(hint: type, value: Any, where: str, key: str) -> Any:
     raise ConfigError(f"{where}: {key} = {_show(value)}; expected {names.get(hint, hint.__name__)}")
 
 
+def _not_text(value: str) -> bool:
+    return any(char == "\x00" or "\ud800" <= char <= "\udfff" for char in value)
+
+
 def _parse_value(text: str) -> Any:
     try:
         tables = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return tables["value"] if len(tables) == 1 else text
 

@@ -142,7 +142,7 @@ def test_a_plain_row_is_read_as_it_was_before_there_were_formats() -> None:
         ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "conversations[0].from is 'bot'; expected"),
         ("sharegpt", {"conversations": [{"from": "gpt"}]}, "conversations[0].value is missing; expected a string"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": 5}]}, "conversations[0].value is 5"),
-        ("sharegpt", {"conversations": [{"from": "function_call", "value": "add(2)"}]}, "[0].value is 'add"),
+        ("sharegpt", {"conversations": [{"from": "function_call", "value": "add(2)"}]}, "[0].value is text but not"),
         ("sharegpt", {"conversations": [{"from": "function_call", "value": '{"args": 1}'}]}, 'expected {"name"'),
         ("sharegpt", {**SHAREGPT, "tools": "[{"}, "tools is text but not JSON"),
         ("sharegpt", {**SHAREGPT, "system": 1}, "system is 1; expected a string"),

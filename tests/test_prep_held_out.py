@@ -281,3 +281,20 @@ def test_a_prompt_ends_where_the_first_answer_to_something_begins(
     expected = [columns["tokens"][3:][:length].tobytes()] if length else []
     prompts = [others[0], *expected, others[1]]
     assert list(prompts_of(columns)) == [hashlib.blake2b(prompt, digest_size=16).digest() for prompt in prompts]
+
+
+def test_the_share_that_is_held_out_is_said_with_the_prompts_and_a_warning_where_it_is_far(
+    tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [chat(f"q {number % 40}", f"a {number}") for number in range(200)])
+    tables = mixture_of([path], tokenizer, eval={"fraction": 0.5}, seed=1)
+    caplog.set_level("INFO")
+    shards = build_set(tables, tmp_path / "out")
+    (said,) = [record for record in caplog.records if "holds out" in record.message]
+    assert " of 40 prompts (" in said.message
+    assert " of 200 rows (" in said.message
+    assert any("usable rows (" in line for line in summary_lines(shards.manifest, shards.path))
+    caplog.clear()
+    build_set({**tables, "eval": {"fraction": 0.04}, "seed": 3}, tmp_path / "few")
+    few = [record for record in caplog.records if "eval.fraction = 0.04" in record.message]
+    assert [record.levelname for record in few] == ["WARNING"]

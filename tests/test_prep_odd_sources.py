@@ -73,6 +73,13 @@ def test_rows_that_are_all_left_out_are_counted_by_reason(tokenizer: Path, tmp_p
         build(plan_of(tables, tmp_path / "out"), rebuild=False)
 
 
+def test_where_no_row_can_be_used_the_reason_of_the_first_is_told(tokenizer: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", ['{"messages": 1}', '{"messages": 2}'])
+    tables = mixture_of([path], tokenizer, rows={"on_error": "skip", "reject_budget": 1.0})
+    with pytest.raises(DataError, match=r"\(malformed 2; the first: rows.jsonl line 1 \(row 0\): messages is 1"):
+        build(plan_of(tables, tmp_path / "out"), rebuild=False)
+
+
 def test_a_lone_surrogate_is_named_or_skipped_and_listed(tokenizer: Path, tmp_path: Path) -> None:
     lines = [*ROWS, '{"messages": [{"role": "user", "content": "a\\ud800"}, {"role": "assistant", "content": "b"}]}']
     tables = mixture_of([write_rows(tmp_path / "rows.jsonl", lines)], tokenizer)

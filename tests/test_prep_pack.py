@@ -2,6 +2,9 @@
 
 import bisect
 import itertools
+import subprocess
+import sys
+from collections import deque
 
 import numpy as np
 import numpy.typing as npt
@@ -110,3 +113,61 @@ def test_more_than_65536_packs_keep_their_samples() -> None:
 def test_a_length_that_no_pack_can_hold_is_refused(length: int) -> None:
     with pytest.raises(ValueError, match="expected 1 to the capacity 50"):
         pack_best_fit(np.array([1, length], np.int64), capacity=CAPACITY, tie=distinct_ties(2))
+
+
+def packs_sample_by_sample(
+    lengths: npt.NDArray[np.int64], capacity: int, tie: npt.NDArray[np.uint64]
+) -> tuple[list[int], list[int]]:
+    """The same packs, one sample after the other: of the packs with the least room that fits, the one longest so."""
+    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], tie[index], index))
+    rooms: list[list[deque[int]]] = [[] for _ in range(capacity + 1)]  # by room left: runs of packs, oldest first
+    packs: list[list[int]] = []
+    for length, group in itertools.groupby(longest_first, key=lambda index: int(lengths[index])):
+        waiting = deque(group)
+        while waiting:
+            room = next((room for room in range(length, capacity + 1) if rooms[room]), capacity)
+            run = rooms[room][0] if rooms[room] else deque(range(len(packs), len(packs) + len(waiting)))
+            packs += [
+                [] for _ in range(len(packs), max([len(packs), *(p + 1 for p in run)]) if room == capacity else 0)
+            ]
+            filled: dict[int, deque[int]] = {}
+            while run and waiting:
+                pack = run.popleft()
+                number = min(room // length, len(waiting))
+                packs[pack] += [waiting.popleft() for _ in range(number)]
+                filled.setdefault(room - number * length, deque()).append(pack)
+            if not run and rooms[room]:
+                rooms[room].pop(0)
+            for left, done in filled.items():
+                if left:
+                    rooms[left].append(done)
+    packs = [pack for pack in packs if pack]
+    ranked = sorted(range(len(packs)), key=lambda pack: (tie[packs[pack][0]], pack))
+    order = [index for pack in ranked for index in packs[pack]]
+    return order, [0, *itertools.accumulate(len(packs[pack]) for pack in ranked)]
+
+
+@given(a_batch, st.integers(0, 9))
+@settings(max_examples=300, deadline=None)
+def test_the_packs_are_those_of_placing_sample_by_sample(lengths: list[int], seed: int) -> None:
+    array, tie = np.array(lengths, np.int64), distinct_ties(len(lengths), seed=seed)
+    order, offsets = pack_best_fit(array, capacity=CAPACITY, tie=tie)
+    expected_order, expected_offsets = packs_sample_by_sample(array, CAPACITY, tie)
+    assert order.tolist() == expected_order
+    assert offsets.tolist() == expected_offsets
+
+
+_PEAK_OF_ONE_PACK = """
+import resource, numpy as np
+from prep.pack import pack_best_fit
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+order, offsets = pack_best_fit(np.array([90, 30_000_000, 7]), capacity=10**9, tie=np.arange(3, dtype=np.uint64))
+assert offsets.tolist() == [0, 3]
+print(peak() - before)
+"""
+
+
+def test_memory_follows_the_samples_and_not_the_capacity_or_their_length() -> None:
+    ended = subprocess.run([sys.executable, "-c", _PEAK_OF_ONE_PACK], capture_output=True, text=True, check=True)
+    assert int(ended.stdout) < 50_000  # KiB

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prep import raw_lines
-from prep.chunks import parse_chunk
+from prep.chunks import Chunk, parse_chunk
 from prep.config import SourceConfig
+from prep.convert import PLAIN_MESSAGES, read_conversation
 from prep.raw_lines import line_groups
 from prep.source_reader import iter_chunks
 from prep.sources import ResolvedSource, remember, resolve_source
@@ -216,7 +217,7 @@ def test_a_source_that_is_not_there_is_named(path: str, expected: str, tmp_path:
         (b'{"a": "\xff"}', "not valid UTF-8"),
         (b'\xef\xbb\xbf{"a": 1}', "not valid JSON at character 1: UTF-8 byte order mark"),
         (b'["a"]', "the row is of type list; expected an object"),
-        (b"[" * 5000, "not valid JSON at character 1026: depth limit exceeded"),
+        (b"[" * 5000, "nested more than 64 levels deep"),
         (b'{"a": ' + b"9" * 5000 + b"}", "number is infinity when parsed as double"),
     ],
 )
@@ -403,3 +404,66 @@ def test_a_line_longer_than_a_chunk_is_a_chunk_of_its_own(tmp_path: Path) -> Non
     chunks = list(iter_chunks(resolve("a.jsonl", tmp_path), source_index=0))
     assert [chunk.num_rows for chunk in chunks] == [1, 1, 1]
     assert [chunk.first_line for chunk in chunks] == [1, 2, 3]
+
+
+def test_nulls_are_absent_whether_the_rows_are_json_or_parquet(tmp_path: Path) -> None:
+    call = {"id": "c", "function": {"name": "f", "arguments": {"a": None, "b": 1, "c": {"d": None}, "e": [1, 2]}}}
+    rows = [
+        {"messages": [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "tool_calls": [call]}],
+         "tools": None},
+        {"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c", "tool_calls": None}],
+         "tools": [{"name": "f", "parameters": {"default": None, "x": [{"y": None, "z": "null"}]}}]},
+        {"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": None}]},
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    found = []
+    for name in ("a.jsonl", "b.parquet"):
+        source = resolve_source(SourceConfig(path=name), tmp_path, {})
+        conversations: list[Any] = []
+        for chunk in iter_chunks(source, source_index=0):
+            for _, _, record in parse_chunk(chunk):
+                assert isinstance(record, dict)
+                try:
+                    conversations.append(read_conversation(record, PLAIN_MESSAGES, where="here"))
+                except DataError as exc:
+                    conversations.append(str(exc))
+        found.append(conversations)
+    assert found[0] == found[1]
+    assert found[0][0].messages[1]["tool_calls"][0]["function"]["arguments"] == {"b": 1, "c": {}, "e": [1, 2]}
+    assert "has no content" in found[0][2]
+
+
+def test_a_huge_row_of_a_table_is_in_a_chunk_without_others(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": str(number)}]} for number in range(100)]
+    rows[41]["messages"][0]["content"] = "x" * (5 << 20)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    chunks = list(iter_chunks(resolve("rows.parquet", tmp_path), source_index=0))
+    assert [record for chunk in chunks for _, _, record in parse_chunk(chunk)] == rows
+    assert [chunk.num_rows for chunk in chunks if len(chunk.payload) > 5 << 20] == [1]
+
+
+def test_a_column_or_a_field_that_stands_twice_in_a_table_is_an_error_of_its_rows(tmp_path: Path) -> None:
+    struct = pa.StructArray.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["role", "role"])
+    tables = {
+        "column": pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["id", "id"]),
+        "field": pa.Table.from_arrays([struct], names=["messages"]),
+    }
+    for name, table in tables.items():
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        payload = sink.getvalue().to_pybytes()
+        chunk = Chunk(
+            source=0, index=0, first_row=0, num_rows=1, file=name, first_line=None, kind="arrow", payload=payload
+        )  # fmt: skip
+        ((row, where, record),) = parse_chunk(chunk)
+        assert (row, where) == (0, f"{name} (row 0)")
+        assert isinstance(record, DataError)
+
+
+def test_a_number_that_cannot_be_read_is_the_error_of_its_row_in_an_array_too(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(f'[{{"a": {"9" * 5000}}}, {{"a": 1}}]')
+    first, second = records("rows.json", tmp_path)
+    assert "number is infinity" in str(first)
+    assert second == {"a": 1}
