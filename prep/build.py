@@ -38,10 +38,10 @@ from prep.tally import Tally
 from prep.tokenizer import LoadedTokenizer, load_tokenizer
 from prep.tokenizer_fit import check_bos, choose_encoder
 from prep.write_set import Material, Packed, pack, write_set
-from shared import atomic, config
+from shared import atomic
 from shared.disk import writing_to
 from shared.errors import ArtifactError, DataError
-from shared.shard_format import BUILD_INFO_NAME, EVAL_DIR, MANIFEST_NAME, OTHER_PARTS, Manifest
+from shared.shard_format import BUILD_INFO_NAME, EVAL_DIR, MANIFEST_NAME, OTHER_PARTS, Manifest, sealed
 from shared.shard_reader import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
             "write": time.monotonic() - when_packed,
         }
         atomic.write_json(aside / BUILD_INFO_NAME, _build_info(plan, inputs, encoder.spec.backend, seconds))
-        atomic.write_json(aside / MANIFEST_NAME, config.to_plain(manifest))
+        atomic.write_json(aside / MANIFEST_NAME, sealed(manifest))
     return manifest
 
 
@@ -162,7 +162,7 @@ def _write_eval_set(out: Path, inputs: Inputs, material: Material, selections: l
     out.mkdir()
     own = inputs.of_eval_set()
     manifest = write_set(out, own, material, selections, pack(own, selections))
-    atomic.write_json(out / MANIFEST_NAME, config.to_plain(manifest))
+    atomic.write_json(out / MANIFEST_NAME, sealed(manifest))
 
 
 def _samples(

@@ -170,8 +170,8 @@ def test_a_file_put_into_the_old_set_while_the_new_one_is_made_is_kept(
 
 
 @pytest.mark.parametrize(
-    "name", ["/", ".", "..", "x/..", "file/set", "file/deep/set", "n" * 201, "n" * 300, "d/" * 3000 + "x", "~no-such-user/x",
-             "/proc/1/set", "/dev/null/set", "/dev/null"],
+    "name", ["/", ".", "..", "x/..", "file/set", "file/deep/set", "n" * 201, "n" * 300, "d/" * 3000 + "x",
+             "~no-such-user/x", "/proc/1/set", "/dev/null/set", "/dev/null"],
 )  # fmt: skip
 @pytest.mark.parametrize("rebuild", [(), ("--rebuild",), ("--dry-run",)])
 def test_an_odd_place_is_an_error_with_an_exit_code(
