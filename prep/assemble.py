@@ -4,7 +4,7 @@ Packs are dealt to shards in order, a shard closing before it would exceed `shar
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def assemble(
         np.add.at(loss_tokens, source_of[part], per_sequence)
         shards.append(write_shard(out, len(shards), columns))
         max_token_id = max(max_token_id, int(columns["tokens"].max()))
-        counts.update(_terminators(columns))
+        counts.update(count_terminators(columns))
         first_pack = last_pack
     return Assembled(shards, counts, max_token_id, loss_tokens)
 
@@ -119,7 +119,7 @@ def _gather(
     return {"tokens": tokens, "kind": kind, "loss_mask": mask, "seq_offsets": offsets, "seq_origin": origin}
 
 
-def _terminators(columns: dict[str, npt.NDArray[Any]]) -> Counter[int]:
+def count_terminators(columns: Mapping[str, npt.NDArray[Any]]) -> Counter[int]:
     """Count the ids of trained terminators that are one token long; in blocks, for the sake of memory."""
     counts = Counter[int]()
     for start in range(0, len(columns["tokens"]), _BLOCK_TOKENS):
