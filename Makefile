@@ -11,8 +11,9 @@ env: .venv/.made
 .venv/.made: pyproject.toml constraints.txt
 	@echo "making .venv with the releases of constraints.txt: a few minutes the first time"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@test -x $(BIN)/python || { echo "1 of 2: an empty environment in .venv"; $(PYTHON) -m venv .venv; }
+	@echo "2 of 2: installing the packages of constraints.txt and this checkout"
+	@$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: env

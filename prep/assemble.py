@@ -4,7 +4,7 @@ Packs are dealt to shards in order, a shard closing before it would exceed `shar
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ _BLOCK_TOKENS = 1 << 22
 @dataclass(frozen=True, slots=True)
 class Assembled:
     shards: list[ShardEntry]
-    terminators: dict[int, int]  # id of a control token -> how often it ends a trained turn
+    terminators: dict[int, int]  # id of an added token -> how often it ends a trained turn
     max_token_id: int
     loss_tokens: Ints  # by source
 
@@ -40,7 +40,7 @@ def assemble(
     source_of: Ints,  # [S]
     pack_offsets: Ints,  # [P+1] in sequences
     policy: MaskConfig,
-    is_control: npt.NDArray[np.bool_],  # [vocab_size]
+    is_added: npt.NDArray[np.bool_],  # [vocab_size] added tokens, which control tokens are among
     shard_tokens: int = SHARD_TOKENS,
     on_sequences: Callable[[int], None],
 ) -> Assembled:
@@ -66,7 +66,7 @@ def assemble(
         np.add.at(loss_tokens, source_of[part], per_sequence)
         shards.append(write_shard(out, len(shards), columns))
         max_token_id = max(max_token_id, int(columns["tokens"].max()))
-        counts.update(_terminators(columns, is_control))
+        counts.update(count_terminators(columns, is_added))
         first_pack = last_pack
     return Assembled(shards, counts, max_token_id, loss_tokens)
 
@@ -120,8 +120,8 @@ def _gather(
     return {"tokens": tokens, "kind": kind, "loss_mask": mask, "seq_offsets": offsets, "seq_origin": origin}
 
 
-def _terminators(columns: dict[str, npt.NDArray[Any]], is_control: npt.NDArray[np.bool_]) -> Counter[int]:
-    """Count the control tokens that a trained turn ends with; in blocks, for the sake of memory."""
+def count_terminators(columns: Mapping[str, npt.NDArray[Any]], is_added: npt.NDArray[np.bool_]) -> Counter[int]:
+    """Count the added tokens that trained turns end with; in blocks, for the sake of memory."""
     counts = Counter[int]()
     for start in range(0, len(columns["tokens"]), _BLOCK_TOKENS):
         around = slice(start, start + _BLOCK_TOKENS + 1)  # one token more, to see whether a run goes on
@@ -129,5 +129,5 @@ def _terminators(columns: dict[str, npt.NDArray[Any]], is_control: npt.NDArray[n
         ends = np.append(((kind & KIND_MASK) == Kind.TERMINATOR) & (mask == 1), False)
         last = (ends[:-1] & ~ends[1:])[:_BLOCK_TOKENS]
         found = tokens[:_BLOCK_TOKENS][last]
-        counts.update(found[is_control[found]].tolist())
+        counts.update(found[is_added[found]].tolist())
     return counts

@@ -4,11 +4,9 @@ inputs -> sample store per source -> selection -> packs -> shards -> manifest, a
 what the mixture holds out goes the same way into `eval/` in that directory, before the manifest.
 """
 
-import contextlib
 import json
 import logging
 import platform
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from prep import own_set
 from prep.chunk_workers import chunk_workers
 from prep.chunks import Chunk
 from prep.config import MixtureConfig, SourceConfig
@@ -42,10 +41,10 @@ from prep.tokenizer import LoadedTokenizer, load_tokenizer
 from prep.tokenizer_at_inference import compare_with_inference
 from prep.tokenizer_fit import check_fit, check_turns, choose_encoder, plain_kinds
 from prep.write_set import Material, Packed, pack, write_set
-from shared import atomic, config
+from shared import atomic
 from shared.disk import writing_to
 from shared.errors import ArtifactError, DataError
-from shared.shard_format import BUILD_INFO_NAME, EVAL_DIR, MANIFEST_NAME, OTHER_PARTS, Manifest
+from shared.shard_format import BUILD_INFO_NAME, EVAL_DIR, MANIFEST_NAME, OTHER_PARTS, Manifest, sealed
 from shared.shard_reader import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -69,11 +68,14 @@ def build(plan: BuildPlan, *, rebuild: bool) -> Manifest:
 
     Raises ArtifactError where a set made from other inputs is in the way and `rebuild` is not asked for.
     """
+    own_set.place_of(plan.out)
     lock = plan.out.parent / f".{plan.out.name}.lock"
     with writing_to(plan.out), atomic.exclusive_lock(lock, f"building {plan.out}"):
-        _clear(plan.out)
+        own_set.clear(plan.out)
+        if rebuild or (plan.out.is_symlink() and not plan.out.exists()):
+            own_set.check_replaceable(plan.out)
         inputs = resolve_inputs(plan.mixture, plan.base, memory_of(plan))
-        if plan.out.exists() and not rebuild:
+        if not own_set.is_free(plan.out) and not rebuild:
             manifest = _existing(plan.out, inputs)
             logger.info("%s is up to date (%s)", plan.out, manifest.fingerprint[:16])
             return manifest
@@ -148,7 +150,7 @@ def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
     material = Material(loaded, encoder, split.stores, split.tallies, split_markers)
     packed = pack(inputs, selections.train)
     when_packed = time.monotonic()
-    with _replacing(plan.out) as aside:
+    with atomic.staged_dir(plan.out, remove_old=own_set.remove) as aside:
         if selections.num_held_out:
             _write_eval_set(aside / EVAL_DIR, inputs, material, selections.held_out)
         manifest = write_set(aside, inputs, material, selections.train, packed)
@@ -160,7 +162,7 @@ def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
         }
         told = {**_build_info(plan, inputs, encoder.spec.backend, seconds), "tokenizer_at_inference": at_inference}
         atomic.write_json(aside / BUILD_INFO_NAME, told)
-        atomic.write_json(aside / MANIFEST_NAME, config.to_plain(manifest))
+        atomic.write_json(aside / MANIFEST_NAME, sealed(manifest))
     return manifest
 
 
@@ -175,7 +177,7 @@ def _write_eval_set(out: Path, inputs: Inputs, material: Material, selections: l
     out.mkdir()
     own = inputs.of_eval_set()
     manifest = write_set(out, own, material, selections, pack(own, selections))
-    atomic.write_json(out / MANIFEST_NAME, config.to_plain(manifest))
+    atomic.write_json(out / MANIFEST_NAME, sealed(manifest))
 
 
 def _samples(
@@ -271,30 +273,6 @@ def _select(
     selections = select_all(inputs, stores, overlaps, split)
     check_selections(inputs, selections, tallies)
     return selections
-
-
-def _clear(out: Path) -> None:
-    """Put right what a killed build left. Call it under the lock of `out`."""
-    atomic.put_back(out)
-    for path in (out, _new(out)):
-        atomic.remove_leftovers(out.parent, path.name)
-    shutil.rmtree(_new(out), ignore_errors=True)
-
-
-def _new(out: Path) -> Path:
-    return out.with_name(f".{out.name}.new")
-
-
-@contextlib.contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """Yield a staged directory that becomes `out`, in the place of what is there. Call it under the lock of `out`."""
-    if not out.exists():
-        with atomic.staged_dir(out) as aside:
-            yield aside
-        return
-    with atomic.staged_dir(_new(out)) as aside:
-        yield aside
-    atomic.replace_dir(_new(out), out)
 
 
 def _build_info(plan: BuildPlan, inputs: Inputs, backend: str, seconds: dict[str, float]) -> dict[str, Any]:

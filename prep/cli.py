@@ -67,9 +67,10 @@ def _plan(
 ) -> Any:
     from prep.build import BuildPlan
     from prep.config import load_mixture
+    from prep.own_set import place_of
 
     loaded, base = load_mixture(mixture, settings)
-    out = out or Path("data_cache") / loaded.name
+    out = place_of(out or Path("data_cache") / loaded.name)
     cores = len(os.sched_getaffinity(0))
     return BuildPlan(loaded, base, out, store or out.parent / ".samples", workers or cores, rehash, scheduler)
 

@@ -96,6 +96,8 @@ class Encoder:
         self._stand_ins = {token: chr(first + index) for index, token in enumerate(names)}
         self.is_control = np.zeros(self.vocab_size, np.bool_)
         self.is_control[[self._guarded_ids[token] for token in spec.control_tokens]] = True
+        self.is_added = np.zeros(self.vocab_size, np.bool_)
+        self.is_added[[token["id"] for token in self._json["added_tokens"]]] = True
         self._is_markup = np.zeros(self.vocab_size, np.bool_)  # not control, and plain text in texts of plain_kinds
         self._is_markup[[self._guarded_ids[token] for token in markup]] = True
         self._is_markup &= ~self.is_control

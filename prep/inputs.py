@@ -20,7 +20,7 @@ from shared.errors import ConfigError
 from shared.hashing import digest
 from shared.shard_format import EVAL_DIR, FORMAT_VERSION
 
-SPAN_CODE_VERSION = 5  # bump when the same rows would give other tokens, kinds or messages
+SPAN_CODE_VERSION = 6  # bump when the same rows would give other tokens, kinds or messages
 KNOWN_DATE = "template date"  # key of the day that a set recorded, in what is known of it
 _SHOWN_DIFFERENCES = 20
 _LIBRARIES = ("gigatoken", "jinja2", "orjson", "tokenizers", "transformers")

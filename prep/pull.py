@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from prep import own_set
 from prep.place import DirectoryPlace, Place, parse_repo
 from prep.progress import progress
 from prep.transfer import (
@@ -65,12 +66,14 @@ def pull(repo: str, out: Path | None, options: PullOptions) -> list[str]:
     """
     place = _open_place(repo, options)
     pushed = _described(place)
-    out = out or Path("data_cache") / _name_of(repo)
+    out = own_set.place_of(out or Path("data_cache") / _name_of(repo))
     fingerprint = f"fingerprint {fingerprints(pushed.contents.sets)}"
     try:
         with atomic.exclusive_lock(out.parent / f".{out.name}.lock", f"writing {out}"):
+            own_set.clear(out)
             if _is_there(out, pushed, options):
                 return [f"{out} is up to date", fingerprint]
+            own_set.check_replaceable(out)
             bytes_fetched = _pull(pushed, out.resolve(), workers=options.workers)
     except OSError as exc:
         raise ArtifactError(
@@ -161,6 +164,8 @@ def _pull(pushed: _Pushed, out: Path, *, workers: int) -> int:
     staging = out.with_name(f".tmp-{out.name}-pull")
     marker = pushed.place.read(TRANSFER_NAME)
     if not (staging / TRANSFER_NAME).is_file() or (staging / TRANSFER_NAME).read_bytes() != marker:
+        if staging.exists() and any(staging.iterdir()) and not (staging / TRANSFER_NAME).is_file():
+            raise ArtifactError(f"{staging} is in the way and was made by no pull; move it away")
         shutil.rmtree(staging, ignore_errors=True)  # what lies there is of another set
         staging.mkdir(parents=True)
         atomic.write_bytes(staging / TRANSFER_NAME, marker)
@@ -183,7 +188,7 @@ def _pull(pushed: _Pushed, out: Path, *, workers: int) -> int:
     shutil.rmtree(scratch, ignore_errors=True)
     (staging / TRANSFER_NAME).unlink()
     atomic.fsync_tree(staging)
-    atomic.replace_dir(staging, out)
+    atomic.replace_dir(staging, out, remove_old=own_set.remove)
     return bytes_fetched
 
 

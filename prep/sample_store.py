@@ -171,7 +171,7 @@ def _tasks(requests: list[tuple[int, StoreRequest]]) -> Iterator[_Task]:
             for number in range(json.loads(complete.read_bytes())["chunks"]):
                 yield _Task(index, path, _chunk_dir(path, number))
             continue
-        atomic.remove_leftovers(path)
+        atomic.remove_leftovers(path, r"chunk-\d+|inputs\.json|complete\.json")
         atomic.write_json(path / _INPUTS, request.inputs)
         for chunk in request.chunks():
             target = _chunk_dir(path, chunk.index)

@@ -16,6 +16,7 @@ from prep.both_sides import compare_sides
 from prep.config import MaskConfig
 from prep.held_out import num_held_out
 from prep.mask_proof import MaskFault, prove_mask
+from prep.recount import recount
 from shared import config
 from shared.errors import ArtifactError, ChecksumError, ConfigError
 from shared.hashing import canonical_json
@@ -74,7 +75,8 @@ def verify(path: Path) -> list[str]:
                 _check_mask(shard_set, block, policy, sums)
     _check_totals(shard_set, sums)
     _check_origins(shard_set)
-    lines = _report(shard_set, policy, sums)
+    *lines, masks = _report(shard_set, policy, sums)
+    lines += [f"  manifest     {recount(shard_set)}", masks]
     if num_held_out(manifest) or (path / EVAL_DIR).exists():
         lines += verify(path / EVAL_DIR)
         lines.append(f"  both sides   {compare_sides(shard_set, open_shard_set(path / EVAL_DIR))}")
@@ -120,6 +122,12 @@ def _check_manifest_counts(manifest: Manifest, path: Path) -> None:
     space = totals.packs * manifest.max_seq_len
     if abs(totals.density - (totals.tokens / space if space else 0.0)) > 1e-9:
         raise ArtifactError(f"{path}: density is {totals.density}; tokens / (packs x max_seq_len) is not")
+    numbers = [(source.name, "details.epochs", source.details.get("epochs") or 1) for source in manifest.sources]
+    lengths = manifest.config.get("lengths", {})
+    least = lengths.get("min_loss_tokens", 0) if isinstance(lengths, dict) else lengths
+    for whose, key, value in [*numbers, ("config", "lengths.min_loss_tokens", least)]:
+        if type(value) not in (int, float) or not 0 <= value < 1 << 62:
+            raise ArtifactError(f"{path}: {whose}: {key} is {value!r}; expected a number. Build the set again")
     names = [source.name for source in manifest.sources]
     if len(set(names)) != len(names):
         raise ArtifactError(f"{path}: source names {names} are not distinct")

@@ -61,7 +61,7 @@ def write_set(out: Path, inputs: Inputs, material: Material, selections: list[Se
             source_of=packed.source_of,
             pack_offsets=packed.pack_offsets,
             policy=inputs.mixture.mask,
-            is_control=material.encoder.is_control,
+            is_added=material.encoder.is_added,
             on_sequences=advance,
         )
     tokenizer_json = material.encoder.spec.tokenizer_json

@@ -9,9 +9,11 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+from shared.disk import unwritable
 from shared.errors import ArtifactError
 from shared.hashing import canonical_json
 
@@ -19,9 +21,9 @@ from shared.hashing import canonical_json
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one rename. On any error the old file stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    aside = _free_name(path)
     try:
-        with aside.open("wb") as file:
+        with aside.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -38,23 +40,28 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextlib.contextmanager
-def staged_dir(final: Path, *, durable: bool = True) -> Iterator[Path]:
+def staged_dir(
+    final: Path, *, durable: bool = True, remove_old: Callable[[Path], object] | None = None
+) -> Iterator[Path]:
     """Yield an empty directory beside `final`; on success it becomes `final`, on any error it is removed.
 
     `durable` flushes everything to disk first, so that not even a power cut leaves a part; without it only the rename
     is whole, which is enough against a killed process.
 
-    Raises ArtifactError if `final` holds anything when the block ends: it is never replaced (see `replace_dir`).
+    With `remove_old` the directory takes the place of what is there, as `replace_dir` does. Without it, raises
+    ArtifactError if `final` holds anything when the block ends.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = final.with_name(f".tmp-{final.name}-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = _free_name(final)
     aside.mkdir()
     try:
         yield aside
         if durable:
             fsync_tree(aside)
-        _rename_to_free_name(aside, final)
+        if remove_old is None:
+            _rename_to_free_name(aside, final)
+        else:
+            replace_dir(aside, final, remove_old=remove_old)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -62,42 +69,33 @@ def staged_dir(final: Path, *, durable: bool = True) -> Iterator[Path]:
         fsync_dir(final.parent)
 
 
-def replace_dir(staged: Path, final: Path) -> None:
+def replace_dir(staged: Path, final: Path, *, remove_old: Callable[[Path], object] = shutil.rmtree) -> None:
     """Put the directory `staged` in the place of `final`. The old one is moved aside first and removed last.
 
-    A crash between the two renames leaves no `final` (see `put_back`); an error there puts the old one back.
+    `remove_old` removes what it knows to be its own. A crash between the two renames leaves no `final`, but the old
+    one beside it as `.tmp-NAME-NUMBER-old`; an error there puts the old one back.
     """
-    old = final.with_name(f".tmp-{final.name}-{os.getpid()}-old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _free_name(final, "-old")
     with contextlib.suppress(FileNotFoundError):
         os.rename(final, old)
     try:
         os.rename(staged, final)
     except BaseException:
-        if old.exists():
+        if os.path.lexists(old):
             os.rename(old, final)
         raise
     fsync_dir(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if os.path.lexists(old):
+        remove_old(old)
 
 
-def put_back(final: Path) -> None:
-    """Put the old `final` back where a crash within `replace_dir` left none. Call it under the lock of `final`."""
-    if final.exists():
-        return
-    own = re.compile(rf"\.tmp-{re.escape(final.name)}-\d+-old", re.DOTALL)
-    for path in final.parent.glob(".tmp-*-old"):
-        if own.fullmatch(path.name):
-            os.rename(path, final)
-            return
+def remove_leftovers(parent: Path, names: str) -> None:
+    """Remove what dead writers left in `parent` of the files and directories that the pattern `names` matches.
 
-
-def remove_leftovers(parent: Path, name: str | None = None) -> None:
-    """Remove what dead writers left in `parent`: of the file or directory `name`, or of all.
-
-    Call it only while holding the lock that guards `name`, or everything in `parent`: it would remove live work too.
+    `parent` is a directory of ours: what lies there under such a name is taken for our own. Call it only while holding
+    the lock that guards those names: it would remove live work too.
     """
-    own = re.compile(r"\.tmp-.*" if name is None else rf"\.tmp-{re.escape(name)}-\d+(-old)?", re.DOTALL)
+    own = re.compile(rf"\.tmp-(?:{names})-\d+(-old)?", re.DOTALL)
     for path in parent.glob(".tmp-*"):
         if not own.fullmatch(path.name):
             continue
@@ -115,8 +113,7 @@ def exclusive_lock(path: Path, doing: str) -> Iterator[None]:
     killed build would keep it. So it excludes other processes, not a second block in this one.
     Raises ArtifactError if another process holds it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+    with _opened(path) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as exc:
@@ -124,6 +121,17 @@ def exclusive_lock(path: Path, doing: str) -> Iterator[None]:
                 f"another process is {doing} (it holds the lock {path}); wait for it to end, or stop it"
             ) from exc
         yield
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a lock file without changing what is in it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+b")
+    except OSError as exc:
+        if unwritable(exc) is not None:
+            raise
+        raise ArtifactError(f"cannot open the lock {path}: {exc.strerror}; choose another place") from exc
 
 
 def fsync_tree(root: Path) -> None:
@@ -137,6 +145,14 @@ def fsync_tree(root: Path) -> None:
 def fsync_dir(path: Path) -> None:
     """Flush the entries of a directory, so that a rename in it survives a power cut."""
     _fsync_path(path)
+
+
+def _free_name(path: Path, ending: str = "") -> Path:
+    """Return a name beside `path` that nothing has: a file that merely is called like ours is not overwritten."""
+    number = os.getpid()
+    while os.path.lexists(aside := path.with_name(f".tmp-{path.name}-{number}{ending}")):
+        number += 1 << 22  # above the largest process number of Linux
+    return aside
 
 
 def _rename_to_free_name(aside: Path, final: Path) -> None:

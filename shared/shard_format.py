@@ -17,7 +17,7 @@ from shared import config
 from shared.errors import ArtifactError, ChecksumError, ConfigError, FormatVersionError
 from shared.hashing import digest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 BUILD_INFO_NAME = "build_info.json"
 REJECTS_NAME = "rejects.jsonl.zst"
@@ -179,6 +179,15 @@ class Manifest:
     shards: tuple[ShardEntry, ...]
 
 
+def sealed(manifest: Manifest) -> dict[str, Any]:
+    """Return the manifest as it is written: plain, with `seal`, the digest of all the rest of it.
+
+    The fingerprint says what training sees; the seal says that no other word of the manifest was changed either.
+    """
+    plain: dict[str, Any] = config.to_plain(manifest)
+    return {**plain, "seal": digest(plain)}
+
+
 def fingerprint_of(
     *,
     max_seq_len: int,
@@ -219,16 +228,33 @@ def manifest_from_json(data: Any, where: str) -> Manifest:
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{where}: format_version is {version!r}; this program reads {FORMAT_VERSION}. "
-            "Build the set again with this sft-prep, or use the version that wrote it"
+            f"{where}: format_version is {version!r}; this program reads {FORMAT_VERSION}. Make the set again: "
+            "sft-prep build --mixture NAME|FILE.toml --out DIRECTORY --rebuild (stored samples that are the same are "
+            "used again), or use the version that wrote it"
         )
+    unsealed = _unsealed(data, where)
     try:
-        manifest = config.build(Manifest, data, where)
+        manifest = config.build(Manifest, unsealed, where)
     except ConfigError as exc:
         raise ArtifactError(f"{exc}; the manifest is damaged, build the set again") from exc
     _check_names(manifest, where)
     _check_sums(manifest, where)
     return manifest
+
+
+def _unsealed(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the manifest without its seal, which must hold."""
+    unsealed = {key: value for key, value in data.items() if key != "seal"}
+    try:
+        found = digest(unsealed)
+    except (ValueError, RecursionError) as exc:  # NaN, a lone surrogate, bottomless nesting
+        raise ArtifactError(f"{where} is no manifest ({exc}); build or pull the set again") from exc
+    if data.get("seal") != found:
+        raise ChecksumError(
+            f"{where}: the seal is {str(data.get('seal'))[:16]}..., its contents give {found[:16]}...; "
+            "the manifest was changed by hand or damaged, build or pull the set again"
+        )
+    return unsealed
 
 
 def _check_names(manifest: Manifest, where: str) -> None:

@@ -121,5 +121,5 @@ def write_lettered_set(
     plain = config.to_plain(manifest)
     if declare is not None:
         declare(plain)
-    atomic.write_json(path / MANIFEST_NAME, plain)
+    atomic.write_json(path / MANIFEST_NAME, {**plain, "seal": digest(plain)})
     return path

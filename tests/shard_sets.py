@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared import atomic, config
+from shared import atomic
 from shared.hashing import digest, sha256_bytes
 from shared.shard_format import (
     FORMAT_VERSION,
@@ -21,6 +21,7 @@ from shared.shard_format import (
     TokenizerEntry,
     Totals,
     fingerprint_of,
+    sealed,
 )
 from shared.shard_writer import write_shard
 
@@ -127,7 +128,7 @@ def write_shard_set(
         ),
         shards=tuple(shards),
     )  # fmt: skip
-    atomic.write_json(path / MANIFEST_NAME, config.to_plain(manifest))
+    atomic.write_json(path / MANIFEST_NAME, sealed(manifest))
     return path
 
 

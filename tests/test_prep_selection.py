@@ -180,7 +180,7 @@ def test_every_sequence_is_written_once_within_the_bounds(
     copied: list[int] = []
     found = assemble(
         tmp_path, stores=stores, sequences=sequences[order], source_of=source_of[order], pack_offsets=pack_offsets,
-        policy=MaskConfig(), is_control=np.ones(100_000, np.bool_), shard_tokens=shard_tokens,
+        policy=MaskConfig(), is_added=np.ones(100_000, np.bool_), shard_tokens=shard_tokens,
         on_sequences=copied.append,
     )  # fmt: skip
     assert sum(copied) == len(sequences)

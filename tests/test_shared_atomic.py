@@ -76,7 +76,7 @@ def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path: Path, call: str)
     done = run_python(f"os.{call} = {KILL}\natomic.write_bytes(Path(sys.argv[1]), b'new' * 100000)", path)
     assert done.returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
-    atomic.remove_leftovers(tmp_path)
+    atomic.remove_leftovers(tmp_path, "file")
     assert tree(tmp_path) == {"file": b"old"}
 
 
@@ -161,7 +161,7 @@ with atomic.staged_dir(Path(sys.argv[1])) as staged:
 """
     assert run_python(code, tmp_path / "demo").returncode == -signal.SIGKILL
     assert not (tmp_path / "demo").exists()
-    atomic.remove_leftovers(tmp_path)
+    atomic.remove_leftovers(tmp_path, "demo")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -186,7 +186,7 @@ def test_leftovers_of_one_name_are_removed_and_those_of_others_stay(tmp_path: Pa
     (tmp_path / ".tmp-a-13").write_bytes(b"a file")
     atomic.remove_leftovers(tmp_path, "a")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-a-b-12", ".tmp-ab-12", "a"]
-    atomic.remove_leftovers(tmp_path)
+    atomic.remove_leftovers(tmp_path, ".*")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

@@ -1,5 +1,6 @@
 """The manifest and FORMAT.md: golden identities, strict reading, and the worked example of the specification."""
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from shared.shard_format import (
     fingerprint_of,
     manifest_from_json,
     npy_header,
+    sealed,
 )
 from shared.shard_reader import check_hashes, open_shard_set
 from shared.shard_writer import write_shard
@@ -170,7 +172,7 @@ def a_fingerprint(**changes: Any) -> str:
 
 def test_the_fingerprint_is_golden() -> None:
     """If this fails, every shard set in the world has another identity: bump FORMAT_VERSION."""
-    assert a_fingerprint() == "df3ef8348b88435f5919fe5ce4a3032489b61620201ba393420f57400af4989a"
+    assert a_fingerprint() == "42a5a65c39d3cb91805ca1401d80cd690e0355f368574170463db92595660633"
 
 
 OTHER = FileEntry(bytes=1, sha256="f" * 64)
@@ -194,6 +196,7 @@ def test_the_fingerprint_depends_on_all_that_training_sees(changes: dict[str, An
 def test_the_fingerprint_does_not_depend_on_names(key: str) -> None:
     data = example_manifest()
     data[key] = {"other": 1} if key == "config" else "other"
+    reseal(data)
     assert manifest_from_json(data, "here").fingerprint == example_manifest()["fingerprint"]
 
 
@@ -212,9 +215,9 @@ def test_a_header_has_128_bytes_that_numpy_reads(dtype: str, shape: tuple[int, .
 # --- strict reading ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None, [2]])
 def test_another_version_is_refused_before_anything_else(version: Any) -> None:
-    with pytest.raises(FormatVersionError, match="this program reads 1") as caught:
+    with pytest.raises(FormatVersionError, match="this program reads 2") as caught:
         manifest_from_json({"format_version": version, "nonsense": True}, "here")
     assert caught.value.exit_code == 5
 
@@ -226,10 +229,10 @@ def test_what_is_no_manifest_has_no_version(data: Any) -> None:
 
 
 def redigest(data: dict[str, Any]) -> None:
-    """Make the fingerprint fit the changed manifest, so that another check must refuse it."""
+    """Make the fingerprint and the seal fit the changed manifest, so that another check must refuse it."""
     data["fingerprint"] = digest(
         {
-            "format_version": 1,
+            "format_version": 2,
             "max_seq_len": data["max_seq_len"],
             "tokenizer": {name: entry["sha256"] for name, entry in data["tokenizer"]["files"].items()},
             "template": data["chat_template"]["sha256"],
@@ -237,6 +240,13 @@ def redigest(data: dict[str, Any]) -> None:
             "shards": [{name: entry["sha256"] for name, entry in shard["files"].items()} for shard in data["shards"]],
         }
     )
+    reseal(data)
+
+
+def reseal(data: dict[str, Any]) -> None:
+    data.pop("seal", None)
+    with contextlib.suppress(ValueError):  # NaN: nothing can be sealed
+        data["seal"] = digest(data)
 
 
 @pytest.mark.parametrize(
@@ -246,8 +256,8 @@ def redigest(data: dict[str, Any]) -> None:
         (lambda data: data["totals"].update(pack=1), "unknown key 'totals.pack'; did you mean 'packs'"),
         (lambda data: data.pop("kinds"), "missing key 'kinds'"),
         (lambda data: data.update(max_seq_len="8"), "max_seq_len = '8'; expected a whole number"),
-        (lambda data: data.update(format_version=True), "format_version = True; expected a whole number"),
-        (lambda data: data["totals"].update(density=float("nan")), "expected a finite number"),
+        (lambda data: data.update(format_version=2.0), "format_version = 2.0; expected a whole number"),
+        (lambda data: data["totals"].update(density=float("nan")), "is no manifest"),
         (lambda data: data["totals"].update(tokens=14), "totals.tokens is 14, the shards hold 13"),
         (lambda data: data["totals"].update(packs=3), "totals.packs is 3, the shards hold 2"),
         (lambda data: data["shards"][0].update(path="/etc"), "shards.0.path is '/etc'; expected 'shards/00000'"),
@@ -277,15 +287,19 @@ def test_a_tokenizer_file_outside_its_folder_is_refused(name: str) -> None:
 def test_a_manifest_changed_by_hand_is_refused() -> None:
     data = example_manifest()
     data["max_seq_len"] = 16
+    with pytest.raises(ChecksumError, match="the seal is "):
+        manifest_from_json(data, "here")
+    reseal(data)
     with pytest.raises(ChecksumError, match="fingerprint is "):
         manifest_from_json(data, "here")
     data = example_manifest()
     data["inputs"]["seed"] = 1
+    reseal(data)
     with pytest.raises(ChecksumError, match="inputs_digest is "):
         manifest_from_json(data, "here")
 
 
 def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
     manifest = manifest_from_json(example_manifest(), "here")
-    atomic.write_json(tmp_path / MANIFEST_NAME, config.to_plain(manifest))
+    atomic.write_json(tmp_path / MANIFEST_NAME, sealed(manifest))
     assert (tmp_path / MANIFEST_NAME).read_text(encoding="utf-8") == block("manifest")

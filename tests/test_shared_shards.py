@@ -18,6 +18,7 @@ from shard_sets import random_packs, write_shard_set
 
 from shared import atomic, config
 from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
+from shared.hashing import digest
 from shared.shard_format import (
     COLUMNS,
     MANIFEST_NAME,
@@ -121,8 +122,10 @@ def rewrite_manifest(path: Path, shards: list[ShardEntry]) -> None:
     data["shards"] = [config.to_plain(shard) for shard in shards]
     for count in ("packs", "sequences", "tokens", "loss_tokens"):
         data["totals"][count] = sum(getattr(shard, count) for shard in shards)
+    del data["seal"]
     loose = config.build(type(read_manifest(path)), data, "test")
     data["fingerprint"] = fingerprint_of_manifest(loose)
+    data["seal"] = digest(data)
     manifest_from_json(data, "test")
     atomic.write_json(path / MANIFEST_NAME, data)
 

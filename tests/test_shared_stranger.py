@@ -36,7 +36,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     manifest = dict(json.loads(raw))
     assert canonical(manifest) == raw
     content = {
-        "format_version": 1,
+        "format_version": 2,
         "max_seq_len": manifest["max_seq_len"],
         "tokenizer": {name: entry["sha256"] for name, entry in manifest["tokenizer"]["files"].items()},
         "template": manifest["chat_template"]["sha256"],
@@ -44,6 +44,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
         "shards": [{name: entry["sha256"] for name, entry in shard["files"].items()} for shard in manifest["shards"]],
     }
     assert sha256(canonical(content)) == manifest["fingerprint"]
+    unsealed = {key: value for key, value in manifest.items() if key != "seal"}
+    assert sha256(canonical(unsealed)) == manifest["seal"]
     assert sha256(canonical(manifest["inputs"])) == manifest["inputs_digest"]
     return manifest
 

@@ -22,8 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from shared import config
-from shared.shard_format import fingerprint_of
+from shared.shard_format import fingerprint_of, sealed
 from shared.shard_reader import read_manifest
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -118,7 +117,7 @@ def write_set(path: Path, *, num_shards: int, packs: int) -> Path:
             shards=shards,
         ),
     )
-    (path / "manifest.json").write_text(json.dumps(config.to_plain(whole)))
+    (path / "manifest.json").write_text(json.dumps(sealed(whole)))
     return path
 
 
