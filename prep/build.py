@@ -4,6 +4,7 @@ inputs -> sample store per source -> selection -> packs -> shards -> manifest, a
 what the mixture holds out goes the same way into `eval/` in that directory, before the manifest.
 """
 
+import contextlib
 import json
 import logging
 import platform

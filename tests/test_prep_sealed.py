@@ -108,6 +108,7 @@ def test_every_edit_of_every_leaf_is_refused_by_verify(name: str, copied: Path) 
 
 # Nothing in the set's files says these otherwise: the seal alone guards them. (`inputs_digest` follows `inputs`.)
 SEALED_ONLY = {
+    "chat_template.split_markers",
     "inputs.code", "inputs.sources", "inputs.tokenizer", "inputs.versions", "inputs.questions",
     "sources.content_sha256", "sources.details", "sources.hub_id", "sources.revision", "sources.rows_read",
     "sources.rows_truncated",    "sources.rows_without_terminator",
