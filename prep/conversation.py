@@ -108,7 +108,7 @@ def _parse_message(message: dict[str, Any], at: str) -> dict[str, Any]:
     if calls:
         parsed["tool_calls"] = _parse_tool_calls(calls, f"{at}.tool_calls")
     if "content" not in message and not calls and "function_calls" not in parsed:
-        raise DataError(f"{at} has no content; it has {', '.join(message)}")
+        raise DataError(f"{at} has no content (null counts as none); it has {', '.join(message)}")
     parsed["content"], reasoning, called = _parse_content(parsed.get("content"), f"{at}.content")
     for key, what, found in (("reasoning_content", "reasoning", reasoning), ("tool_calls", "tool calls", called)):
         if found and parsed.get(key):
