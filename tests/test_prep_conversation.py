@@ -116,7 +116,7 @@ def test_train_and_weight_become_flags_and_leave_the_message() -> None:
         ({"messages": [HI, {"content": "x"}]}, "messages[1].role is missing; expected system, developer"),
         ({"messages": [HI, HELLO, {"role": "bot", "content": ""}]}, "messages[2].role is 'bot'; expected system"),
         ({"messages": [{"role": ["user"], "content": ""}]}, "messages[0].role is ['user']"),
-        ({"messages": [{"role": "user"}]}, "messages[0] has no content; it has role"),
+        ({"messages": [{"role": "user"}]}, "messages[0] has no content (null counts as none); it has role"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content is 5; expected a string, null or a list"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "messages[0].content[0] is 'a'; expected a part of type"),
         (
