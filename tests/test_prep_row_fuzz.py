@@ -109,7 +109,7 @@ def mutated_line(row: dict[str, Any], draw: random.Random) -> bytes:
 def builder(template: str, family: str = "byte-level", *, drop_messages: bool = False) -> ChunkBuilder:
     text = shipped_templates()[template].read_text(encoding="utf-8").removesuffix("\n")
     spec = encoder_spec(tokenizer_json(family), CONTROL, "gigatoken" if family == "byte-level" else "transformers")
-    return ChunkBuilder(ChunkSpec(TemplateText(template, text), SPECIALS, "2026-01-31", spec, drop_messages))
+    return ChunkBuilder(ChunkSpec(TemplateText(template, text), SPECIALS, "2026-01-31", spec, (), drop_messages))
 
 
 def chunk_of(lines: list[bytes], name: Any = "messages") -> Chunk:
