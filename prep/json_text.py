@@ -26,30 +26,20 @@ _DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"000000000")
 _SPACE = np.isin(np.arange(256), np.frombuffer(b" \t\r\n", np.uint8))  # bool [256]
 
 
-class NotJsonError(DataError):
-    """A row that is not JSON."""
-
-    def __init__(self, at: str, what: str, inner: str) -> None:
-        super().__init__(f"{at}: {what}; correct the row")
-        self.inner = inner  # the same of a text within a row
-
-
 def loads(text: str, at: str) -> Any:
     """Return the value of a JSON text within a row. Raises DataError, which begins with `at`."""
     try:
         data = text.encode("utf-8")
         (keys,) = most_keys(data, np.array([0, len(data)]))
-        return parse(data, at, most_keys=keys, exact_integers=has_long_integers(data))
+        return parse(data, at, most_keys=keys, exact_integers=has_long_integers(data), within_row=True)
     except UnicodeEncodeError as exc:
         raise DataError(f"{at} is text but not Unicode: {exc}") from exc
-    except NotJsonError as exc:
-        raise DataError(f"{at} is text but {exc.inner}") from exc
 
 
-def parse(data: bytes, at: str, *, most_keys: int, exact_integers: bool) -> Any:
+def parse(data: bytes, at: str, *, most_keys: int, exact_integers: bool, within_row: bool = False) -> Any:
     """Return the value of a JSON text that holds at most `most_keys` keys, and perhaps long integers.
 
-    Raises DataError, which begins with `at`.
+    It is a row, or a text `within_row`. Raises DataError, which begins with `at`.
     """
     try:
         value = orjson.loads(data)
@@ -60,7 +50,8 @@ def parse(data: bytes, at: str, *, most_keys: int, exact_integers: bool) -> Any:
             raise DataError(_too_deep(at, "it")) from exc
         bad_utf8 = exc.msg.startswith("str is not valid UTF-8")
         what = "not valid UTF-8" if bad_utf8 else f"not valid JSON at character {exc.pos + 1}: {exc.msg}"
-        raise NotJsonError(at, what, f"not JSON: {exc.msg} at character {exc.pos + 1}") from exc
+        inner = f"{at} is text but not JSON: {exc.msg} at character {exc.pos + 1}"
+        raise DataError(inner if within_row else f"{at}: {what}; correct the row") from exc
     if most_keys != _keys_of_a_chat(value) and most_keys != num_keys(value):
         _refuse_duplicates(data, value, at)
     check_depth(value, at, brackets=data.count(b"{") + data.count(b"["))

@@ -19,6 +19,7 @@ from prep.cli import cli
 from prep.page import page_of, write_page
 from shared import config
 from shared.errors import ArtifactError, ConfigError
+from shared.hashing import digest
 from shared.shard_format import KIND_MASK, STRADDLES, Manifest, fingerprint_of_manifest
 from shared.shard_reader import ShardSet, open_shard_set
 
@@ -40,13 +41,14 @@ def parsed(shard_set: ShardSet, **options: Any) -> ParsedPage:
 
 
 def redeclared(path: Path, change: Any) -> ShardSet:
-    """Change a set's manifest so that its fingerprint still holds."""
+    """Change a set's manifest so that its fingerprint and its seal still hold."""
     file = path / "manifest.json"
     plain = json.loads(file.read_bytes())
     change(plain)
+    del plain["seal"]
     plain["fingerprint"] = ""
     plain["fingerprint"] = fingerprint_of_manifest(config.build(Manifest, plain, "test"))
-    file.write_text(json.dumps(plain), encoding="utf-8")
+    file.write_text(json.dumps({**plain, "seal": digest(plain)}), encoding="utf-8")
     return open_shard_set(path)
 
 

@@ -10,6 +10,7 @@ from shard_sets import random_packs, write_shard_set
 from train_runs import RECIPE, losses, train_here, weights, write_inputs
 
 from shared.errors import ChecksumError, ConfigError, DataError
+from shared.hashing import digest
 from shared.shard_format import npy_header
 from shared.shard_reader import ShardSet, open_shard_set
 from train.batch import MicroBatch
@@ -127,7 +128,8 @@ def test_fragments_are_refused_where_conversations_are_counted(tmp_path: Path) -
     manifest = json.loads((path / "manifest.json").read_text())
     check_conversations(open_shard_set(path).manifest)
     manifest["sources"][0]["details"]["rows_split"] = 1
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    del manifest["seal"]
+    (path / "manifest.json").write_text(json.dumps({**manifest, "seal": digest(manifest)}))
     with pytest.raises(ConfigError, match="1 rows of source 'made-up' were split"):
         check_conversations(open_shard_set(path).manifest)
     recipe = tmp_path / "r.toml"
