@@ -161,10 +161,11 @@ def test_hostile_text_adds_no_tag_no_attribute_and_no_command(tmp_path: Path) ->
     shard_set = write_text_set(tmp_path / "set", (HOSTILE, "u", "0"), (EOS, "T", "1"), max_seq_len=5000)
 
     def change(manifest: dict[str, Any]) -> None:
-        manifest["name"] = HOSTILE
-        manifest["tokenizer"]["name"] = manifest["chat_template"]["name"] = HOSTILE
-        manifest["sources"][0]["name"] = HOSTILE
-        manifest["kinds"][HOSTILE] = manifest["kinds"].pop("user")
+        name = HOSTILE.replace("\x00", "")  # a manifest with NUL in it is refused
+        manifest["name"] = name
+        manifest["tokenizer"]["name"] = manifest["chat_template"]["name"] = name
+        manifest["sources"][0]["name"] = name
+        manifest["kinds"][name] = manifest["kinds"].pop("user")
 
     event = {"source": HOSTILE, "row": 0, "reason": HOSTILE, "detail": HOSTILE}
     (tmp_path / "set" / "rejects.jsonl.zst").write_bytes(zstandard.compress(json.dumps(event).encode()))
