@@ -201,11 +201,13 @@ def test_a_mask_that_the_audit_finds_otherwise_ends_the_build(
         build_set(tables, tmp_path / "out")
 
 
-def test_every_chunk_has_a_row_audited(tokenizer: Path, tmp_path: Path) -> None:
+def test_rows_drawn_by_hash_are_audited_and_counted(tokenizer: Path, tmp_path: Path) -> None:
     tables = tables_of(tmp_path, tokenizer, NO_END.replace("}}\n{%", "}}<|im_end|>\n{%") + PROMPT)
+    rows = [chat(f"Is {number} even?", "Yes" if number % 2 == 0 else "No") for number in range(600)]
+    tables["sources"] = [{"path": str(write_rows(tmp_path / "many.jsonl", rows))}]
     build_set(tables, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_bytes())
-    assert manifest["sources"][0]["details"]["rows_audited"] >= 1
+    assert 0 < manifest["sources"][0]["details"]["rows_audited"] < 30
 
 
 def test_the_rules_of_a_template_without_control_tokens_end_no_turn() -> None:
