@@ -55,6 +55,7 @@ def make_huge(path: Path, packs: list[list[tuple[list[int], list[int]]]], *, num
     """
     write_shard_set(path, packs, max_seq_len=32, vocab_size=VOCAB)
     manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["seal"]
     num_packs = num_tokens // 32
     rows = {"seq_offsets": num_packs + 1, "pack_offsets": num_packs + 1, "pack_loss_tokens": num_packs,
             "seq_origin": num_packs}  # fmt: skip
@@ -80,7 +81,7 @@ def make_huge(path: Path, packs: list[list[tuple[list[int], list[int]]]], *, num
         manifest["totals"][name] += more
     manifest["fingerprint"] = fingerprint_of_manifest(config.build(Manifest, manifest, "test"))
     assert manifest["inputs_digest"] == digest(manifest["inputs"])
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps({**manifest, "seal": digest(manifest)}))
     return path
 
 

@@ -19,19 +19,22 @@ BAD_TOKEN = VOCAB
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A set whose pack 5 holds a token that no other pack holds, and a model whose embedding of it is not a number."""
+    """A set whose pack 5 holds a token that no other pack holds, and a model whose embedding of it grows infinite.
+
+    Weights must be finite: Gemma multiplies embeddings by the root of their width.
+    """
     folder = tmp_path_factory.mktemp("inputs")
     packs = random_packs(num_packs=10, max_seq_len=32, vocab_size=VOCAB)
     packs[BAD_PACK][0][0][0] = BAD_TOKEN
     shards = write_shard_set(folder / "set", packs, max_seq_len=32, vocab_size=VOCAB + 1)
-    config = transformers.LlamaConfig(
+    config = transformers.GemmaConfig(
         vocab_size=VOCAB + 1, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
+    model = transformers.GemmaForCausalLM(config)
     with torch.no_grad():
-        model.get_input_embeddings().weight[BAD_TOKEN] = torch.nan
+        model.get_input_embeddings().weight[BAD_TOKEN] = 3e38
     model.save_pretrained(folder / "model")
     recipe = folder / "tiny.toml"
     rest = RECIPE[RECIPE.index("[optim]") :]
