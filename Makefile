@@ -4,7 +4,7 @@ PYTHON ?= python3
 EXTRAS ?= prep,train,dev
 BIN := .venv/bin
 
-.PHONY: env demo test check format bench nodes clean
+.PHONY: env demo test check lowest format bench nodes clean
 
 env: .venv/.made
 
@@ -31,6 +31,17 @@ check: env
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@$(MAKE) --no-print-directory test
+
+# the oldest releases that pyproject.toml allows: the tests of sft-prep, and a short part of sft-train's
+LOWEST := .venv-lowest/bin
+lowest: .venv-lowest/.made
+	$(LOWEST)/python -m pytest -n 2 --dist loadfile -m 'not slow and not full' tests/test_prep_*.py \
+		$(foreach part,packing loss config export lora run,tests/test_train_$(part).py)
+
+.venv-lowest/.made: pyproject.toml constraints-lowest.txt
+	@test -x $(LOWEST)/python || $(PYTHON) -m venv .venv-lowest
+	@$(LOWEST)/pip install --quiet -c constraints-lowest.txt -e '.[prep,train,lora,cluster]' hypothesis pytest pytest-xdist
+	@touch $@
 
 format: env
 	$(BIN)/ruff format .

@@ -6,11 +6,12 @@ keeps its directory where it is.
 """
 
 import json
-import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+from prep.own_files import remove_own, shown, sort_out
 from prep.tokenizer import FILE_NAMES
 from shared.errors import ArtifactError, ConfigError
 from shared.shard_format import (
@@ -25,15 +26,12 @@ from shared.shard_format import (
 
 _MARKS = {"format_version", "fingerprint", "inputs_digest", "chat_template", "tokenizer", "shards", "totals"}
 _LONGEST_NAME = 200  # bytes: the names beside it are longer by `.tmp-`, a process number and `-old`
-_SHOWN = 5
 _BESIDE = (BUILD_INFO_NAME, REJECTS_NAME)
 _STAGED = re.compile(
     rf"(?:{EVAL_DIR}/)?(?:{SHARDS_DIR}/\d{{5,}}/(?:{'|'.join(COLUMNS)})\.npy"
     rf"|{TOKENIZER_DIR}/(?:{'|'.join(map(re.escape, FILE_NAMES))})"
     rf"|(?:\.tmp-)?(?:{re.escape(MANIFEST_NAME)}|{re.escape(BUILD_INFO_NAME)}|{re.escape(REJECTS_NAME)})(?:-\d+)?)"
 )
-
-logger = logging.getLogger(__name__)
 
 
 def place_of(out: Path) -> Path:
@@ -70,7 +68,7 @@ def check_replaceable(out: Path) -> None:
     """Raise ArtifactError unless a set may be put at `out`: it is free, or holds a set of ours and nothing more."""
     if is_free(out):
         return
-    advice = "it is never replaced: give another --out, or move it away"
+    advice = "it is never replaced: give another place, or move it away"
     if out.is_symlink():
         raise ArtifactError(f"{out} is a symbolic link to {out.readlink()}; {advice}")
     if not out.is_dir():
@@ -79,32 +77,19 @@ def check_replaceable(out: Path) -> None:
         raise ArtifactError(f"{out} is a directory without the {MANIFEST_NAME} of a shard set; {advice}")
     foreign = foreign_files(out)
     if foreign:
-        more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
         raise ArtifactError(
-            f"{out} holds files that are not of the set: {', '.join(foreign[:_SHOWN])}{more}; "
-            "move them away, or give another --out"
+            f"{out} holds files that are not of the set: {shown(foreign)}; move them away, or give another place"
         )
 
 
 def foreign_files(path: Path) -> list[str]:
     """Return what lies below the directory `path` and is no part of the set there, or of one being written."""
-    return _sort_out(path)[1]
+    return sort_out(path, _own_names(path))[1]
 
 
 def remove(path: Path) -> bool:
     """Remove the set, or the beginning of one, at `path`; return whether all is gone. Files of others stay."""
-    if path.is_symlink() or not path.is_dir():
-        return False
-    own, foreign = _sort_out(path)
-    if foreign:
-        logger.warning("%s is left where it is: it holds %s, which no build made", path, ", ".join(foreign[:_SHOWN]))
-        return False
-    # manifests last, so that what a kill leaves of it is still known as a set
-    for name in sorted(own, key=lambda name: (name.endswith(MANIFEST_NAME), -name.count("/"), name)):
-        (path / name).unlink(missing_ok=True)
-    for folder, _, _ in os.walk(path, topdown=False):
-        Path(folder).rmdir()
-    return True
+    return remove_own(path, _own_names(path), last={MANIFEST_NAME})
 
 
 def clear(out: Path) -> None:
@@ -123,21 +108,10 @@ def clear(out: Path) -> None:
         remove(path)
 
 
-def _sort_out(path: Path) -> tuple[list[str], list[str]]:
-    """Return the files below `path` that are the set's, and what is not."""
+def _own_names(path: Path) -> Callable[[str], bool]:
+    """Return which names below `path` are of the set there, or of the beginning of one."""
     listed = _listing(path)
-    own: list[str] = []
-    foreign: list[str] = []
-    for folder, folders, files in os.walk(path):
-        inside = Path(folder).relative_to(path)
-        links = [name for name in folders if (Path(folder) / name).is_symlink()]
-        for name in [*files, *links]:
-            relative = (inside / name).as_posix()
-            known = relative in listed if listed is not None else _STAGED.fullmatch(relative) is not None
-            (own if known and name not in links and (Path(folder) / name).is_file() else foreign).append(relative)
-        if not files and not folders and inside.parts[:1] not in {(), (EVAL_DIR,), (SHARDS_DIR,), (TOKENIZER_DIR,)}:
-            foreign.append(f"{inside.as_posix()}/")
-    return own, sorted(foreign)
+    return listed.__contains__ if listed is not None else lambda name: _STAGED.fullmatch(name) is not None
 
 
 def _listing(path: Path) -> set[str] | None:

@@ -4,6 +4,7 @@
     hf://user/name, hf://datasets/user/name, user/name             a data set of the hub (hub_place.py)
 
 A directory target is made in `.tmp-NAME-push` beside it and renamed when it is whole. A killed push is taken up there.
+It takes the place of what an earlier push put there, and of nothing else.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+from prep import own_push
 from prep.transfer import TRANSFER_NAME, is_file_of
 from shared import atomic
 from shared.errors import ArtifactError, ConfigError, IncompleteArtifactError
@@ -43,7 +45,7 @@ class Place(Protocol):
         """Give the local path of a file for the length of the block."""
 
     def begin(self) -> None:
-        """Make ready for `commit`. What was there before may be out of sight from here on."""
+        """Make ready for `commit`, or raise ArtifactError. What was there may be out of sight from here on."""
 
     def commit(self, files: Mapping[str, Path | bytes], *, remove: Sequence[str], message: str) -> None:
         """Add files and remove others, all of them or none."""
@@ -92,7 +94,8 @@ class DirectoryPlace:
             with atomic.exclusive_lock(self._final.with_name(f".{self._final.name}.lock"), f"writing {self.label}"):
                 yield
         except OSError as exc:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            if self._root == self._staging:
+                shutil.rmtree(self._staging, ignore_errors=True)
             raise ArtifactError(
                 f"cannot push to {self.label}: {exc.strerror or exc}; what was written is removed again"
             ) from exc
@@ -118,6 +121,8 @@ class DirectoryPlace:
         yield file
 
     def begin(self) -> None:
+        own_push.check_replaceable(self._final)
+        own_push.check_staging(self._staging)
         self._root = self._staging
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir(parents=True)
@@ -138,4 +143,4 @@ class DirectoryPlace:
     def finish(self) -> None:
         shutil.rmtree(self.scratch)
         atomic.fsync_tree(self._staging)
-        atomic.replace_dir(self._staging, self._final)
+        atomic.replace_dir(self._staging, self._final, remove_old=own_push.remove)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from prep.own_push import is_of_the_set
 from prep.place import DirectoryPlace, Place, parse_repo
 from prep.progress import progress
 from prep.set_card import CARD_NAME, render_set_card
@@ -32,9 +33,7 @@ from prep.verify import verify
 from shared import config
 from shared.errors import ArtifactError, ConfigError, FingerprintMismatchError
 from shared.hashing import canonical_json
-from shared.shard_format import EVAL_DIR, MANIFEST_NAME, SHARDS_DIR, TOKENIZER_DIR, FileEntry
-
-_OWN_FOLDERS = (f"{SHARDS_DIR}/", f"{EVAL_DIR}/", f"{TOKENIZER_DIR}/")
+from shared.shard_format import MANIFEST_NAME, FileEntry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +154,7 @@ def _send(place: Place, shards: Path, contents: Contents, *, workers: int) -> in
             files[path] = shards / path
     files |= {path: shards / path for path in contents.sets}
     wanted = {path + SUFFIX for path in columns} | contents.tokenizers.keys() | contents.sets.keys()
-    stale = sorted(path for path in found - wanted if path.startswith(_OWN_FOLDERS))
+    stale = sorted(path for path in found - wanted if is_of_the_set(path))
     place.commit(files, remove=stale, message=f"Add the manifest of {contents.manifest.name}: the set is whole")
     return bytes_sent
 

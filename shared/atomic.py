@@ -41,7 +41,11 @@ def write_json(path: Path, value: object) -> None:
 
 @contextlib.contextmanager
 def staged_dir(
-    final: Path, *, durable: bool = True, remove_old: Callable[[Path], object] | None = None
+    final: Path,
+    *,
+    durable: bool = True,
+    remove_old: Callable[[Path], object] | None = None,
+    old: Path | None = None,
 ) -> Iterator[Path]:
     """Yield an empty directory beside `final`; on success it becomes `final`, on any error it is removed.
 
@@ -61,7 +65,7 @@ def staged_dir(
         if remove_old is None:
             _rename_to_free_name(aside, final)
         else:
-            replace_dir(aside, final, remove_old=remove_old)
+            replace_dir(aside, final, remove_old=remove_old, old=old)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -69,13 +73,19 @@ def staged_dir(
         fsync_dir(final.parent)
 
 
-def replace_dir(staged: Path, final: Path, *, remove_old: Callable[[Path], object] = shutil.rmtree) -> None:
+def replace_dir(
+    staged: Path,
+    final: Path,
+    *,
+    remove_old: Callable[[Path], object] = shutil.rmtree,
+    old: Path | None = None,
+) -> None:
     """Put the directory `staged` in the place of `final`. The old one is moved aside first and removed last.
 
     `remove_old` removes what it knows to be its own. A crash between the two renames leaves no `final`, but the old
-    one beside it as `.tmp-NAME-NUMBER-old`; an error there puts the old one back.
+    one beside it, as `old` or by default `.tmp-NAME-NUMBER-old`; an error there puts the old one back.
     """
-    old = _free_name(final, "-old")
+    old = old or _free_name(final, "-old")
     with contextlib.suppress(FileNotFoundError):
         os.rename(final, old)
     try:

@@ -42,7 +42,9 @@ def _card(shard_set: ShardSet) -> CardFacts:
     return card_facts({"recipe": recipe, "versions": {"torch": "0", "gone": None}}, shard_set.manifest, [])
 
 
-def _export(out: Path, shard_set: ShardSet, *, tied: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+def _export(
+    out: Path, shard_set: ShardSet, *, tied: bool = True, dtype: torch.dtype = torch.float32, replace: bool = False
+) -> Any:
     """Export a random model; return it."""
     torch.manual_seed(0)
     model_config = _config(shard_set, tied=tied)
@@ -50,7 +52,8 @@ def _export(out: Path, shard_set: ShardSet, *, tied: bool = True, dtype: torch.d
     # as a gathered state dict has it: a tied head is a second tensor, not the same one
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     export_model(
-        state_dict=state, model_config=model_config, shard_set=shard_set, card=_card(shard_set), out_dir=out
+        state_dict=state, model_config=model_config, shard_set=shard_set, card=_card(shard_set), out_dir=out,
+        replace=replace,
     )  # fmt: skip
     return model
 
@@ -149,6 +152,7 @@ def test_weights_of_other_shapes_leave_the_older_export_alone(tmp_path: Path, sh
             shard_set=shards,
             card=_card(shards),
             out_dir=tmp_path / "model",
+            replace=True,
         )
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -166,12 +170,66 @@ def test_an_interrupted_export_leaves_no_model(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_export_takes_the_place_of_the_first(tmp_path: Path, shards: ShardSet) -> None:
+def _tree(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def test_the_same_export_again_leaves_nothing_of_the_first(tmp_path: Path, shards: ShardSet) -> None:
     _export(tmp_path / "model", shards)
-    (tmp_path / "model" / "stale").touch()
-    _export(tmp_path / "model", shards)
-    assert not (tmp_path / "model" / "stale").exists()
+    before = _tree(tmp_path)
+    _export(tmp_path / "model", shards, replace=True)
+    assert _tree(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_export_takes_a_place_and_keeps_every_file_that_it_does_not_hold_again(
+    tmp_path: Path, shards: ShardSet
+) -> None:
+    out = tmp_path / "model"
+    for number in (1, 2):
+        _export(out, shards, replace=True)
+        (out / "notes" / "empty").mkdir(parents=True)
+        (out / "notes" / "a.txt").write_text(f"mine {number}")
+        (out / "README.md").write_text(f"my card {number}")
+        (out / "linked.json").symlink_to("config.json")
+    _export(out, shards, replace=True)
+    kept = {"README.md", "linked.json", "notes", "notes/a.txt", "notes/empty"}
+    for number in (1, 2):
+        old = tmp_path / f"model-old-{number}"
+        assert {str(path.relative_to(old)) for path in old.rglob("*")} == kept
+        assert (old / "notes" / "a.txt").read_text() == f"mine {number}"
+        assert (old / "README.md").read_text() == f"my card {number}"
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model-old-1", "model-old-2"}
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+def test_a_link_or_a_file_in_the_place_of_an_export_is_kept(is_link: bool, tmp_path: Path, shards: ShardSet) -> None:
+    mine, out = tmp_path / "mine", tmp_path / "model"
+    if is_link:
+        mine.mkdir()
+        (mine / "config.json").write_text("mine")
+        out.symlink_to(mine)
+    else:
+        out.write_text("mine")
+    _export(out, shards, replace=True)
+    assert (tmp_path / "model-old-1").is_symlink() == is_link
+    assert (mine / "config.json" if is_link else tmp_path / "model-old-1").read_text() == "mine"
+    assert out.is_dir() and not out.is_symlink()  # noqa: PT018
+
+
+def test_what_comes_to_the_place_of_an_export_while_it_is_written_stays(
+    tmp_path: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(facts: CardFacts, **options: Any) -> str:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "notes").write_text("mine")
+        return render_card(facts, **options)
+
+    monkeypatch.setattr("train.export.render_card", late)
+    with pytest.raises(ArtifactError, match="appeared while it was being built"):
+        _export(tmp_path / "model", shards)
+    assert _tree(tmp_path) == {"model/notes": b"mine"}
 
 
 # ---- export of a checkpoint ------------------------------------------------------------------------------
@@ -205,9 +263,27 @@ def test_the_export_of_the_last_checkpoint_is_the_trained_model(run: Path, tmp_p
         torch.testing.assert_close(exported[name], tensor, rtol=0, atol=0, msg=name)
 
 
+def test_a_run_that_exports_again_keeps_what_a_user_put_into_its_model(tmp_path: Path) -> None:
+    shard_set, recipe = write_inputs(tmp_path)
+    arguments = ("--shards", shard_set, "--recipe", recipe, "--output", tmp_path / "run", "--max-steps", 2)
+    assert train_here(*arguments).exit_code == 0
+    (tmp_path / "run" / "model" / "eval.txt").write_text("mine")
+    (tmp_path / "run" / "status.json").unlink()  # as if it had been killed before its last word
+    result = train_here(*arguments)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / "model-old-1" / "eval.txt").read_text() == "mine"
+    assert not (tmp_path / "run" / "model" / "eval.txt").exists()
+
+
 def test_an_existing_directory_is_not_overwritten(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="exists; give a path that does not"):
         export_checkpoint(_checkpoint(run), tmp_path)
+
+
+def test_a_link_to_nothing_is_not_overwritten(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to("gone")
+    with pytest.raises(ArtifactError, match="exists; give a path that does not"):
+        export_checkpoint(_checkpoint(run), tmp_path / "model")
 
 
 def test_a_changed_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:

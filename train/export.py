@@ -4,6 +4,8 @@ The directory is whole or absent: it is written aside, read back, and renamed in
 """
 
 import contextlib
+import filecmp
+import itertools
 import json
 import logging
 import os
@@ -11,6 +13,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,15 +67,16 @@ def export_model(
     adapted: Adapted | None = None,
     plot: Path | None = None,
     files: WeightFiles = AS_TRAINED,
+    replace: bool = False,
 ) -> None:
-    """Write the model to `out_dir`, in the place of an older export; one process calls it, with the full weights.
+    """Write the model to `out_dir`; one process calls it, with the full weights.
 
-    Where a model was `adapted`, `state_dict` holds its adapters only. Raises ArtifactError, with `out_dir` as it was,
-    if the weights do not fill the model that the config describes.
+    With `replace` what is there makes room: what the new export does not hold again, byte for byte, is kept in
+    `NAME-old-NUMBER` beside it. Where a model was `adapted`, `state_dict` holds its adapters only. Raises
+    ArtifactError, with `out_dir` as it was, if the weights do not fill the model that the config describes.
     """
-    aside = out_dir.with_name(f".tmp-whole-{out_dir.name}-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    with atomic.staged_dir(aside) as staged, library_writing_to(out_dir.parent):
+    place = _in_place_of(out_dir) if replace else atomic.staged_dir(out_dir)
+    with place as staged, library_writing_to(out_dir.parent):
         _write_tokenizer(staged, shard_set)
         (staged / "README.md").write_text(render_card(card, has_plot=plot is not None), encoding="utf-8")
         if plot is not None:
@@ -96,7 +100,6 @@ def export_model(
             _write_weights(staged, state_dict, model_config, generation, files)
             _check_loads(staged)
         _share_modes(staged, like=staged / "README.md")
-    atomic.replace_dir(aside, out_dir)
 
 
 def export_checkpoint(checkpoint_dir: Path, out_dir: Path, files: WeightFiles = AS_TRAINED) -> None:
@@ -104,7 +107,7 @@ def export_checkpoint(checkpoint_dir: Path, out_dir: Path, files: WeightFiles = 
 
     Raises ArtifactError for a checkpoint that is not whole or has changed, and for another shard set in that place.
     """
-    if out_dir.exists():
+    if os.path.lexists(out_dir):
         raise ArtifactError(f"{out_dir} exists; give a path that does not, or remove it")
     state = read_state_file(checkpoint_dir)
     for name, entry in state["files"].items():
@@ -126,6 +129,29 @@ def export_checkpoint(checkpoint_dir: Path, out_dir: Path, files: WeightFiles = 
         adapted=adapted_by(recipe),
         files=files,
     )
+
+
+def _in_place_of(out_dir: Path) -> AbstractContextManager[Path]:
+    """Yield a staged directory that will be `out_dir`; files of what is there are kept, unless it holds them again."""
+    numbered = (out_dir.with_name(f"{out_dir.name}-old-{number}") for number in itertools.count(1))
+    old = next(path for path in numbered if not os.path.lexists(path))
+
+    def remove_copies(old: Path) -> None:
+        if old.is_dir() and not old.is_symlink():
+            for folder, _, names in os.walk(old, topdown=False):
+                for name in names:
+                    _remove_copy(Path(folder) / name, of=out_dir / Path(folder, name).relative_to(old))
+                if not any(Path(folder).iterdir()) and (out_dir / Path(folder).relative_to(old)).is_dir():
+                    Path(folder).rmdir()
+        if os.path.lexists(old):
+            logger.warning("what lay at %s, and is not the same in the new export, is kept in %s", out_dir, old)
+
+    return atomic.staged_dir(out_dir, remove_old=remove_copies, old=old)
+
+
+def _remove_copy(file: Path, *, of: Path) -> None:
+    if file.is_file() and not file.is_symlink() and of.is_file() and filecmp.cmp(file, of, shallow=False):
+        file.unlink()
 
 
 def generation_config(tokenizer: TokenizerEntry) -> GenerationConfig:

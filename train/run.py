@@ -197,7 +197,7 @@ def _open_run(prepared: Prepared, world_size: int) -> None:
     for repo in {request.push_checkpoints, request.push_to_hub}:
         if repo is not None:
             check_access(repo)  # or days of training would end with a name that does not exist
-    atomic.remove_leftovers(run.path, r"(?:\.tmp-)?whole-model-\d+|model|\w+\.(?:json|jsonl|png)")
+    atomic.remove_leftovers(run.path, r"model|\w+\.(?:json|jsonl|png)")
     atomic.remove_leftovers(run.checkpoints, r"(?:universal-)?step|step-\d+")
     old = read_description(run)
     description = describe(prepared.recipe, prepared.shard_set, prepared.order, world_size=world_size)
@@ -257,6 +257,7 @@ def _finish(prepared: Prepared, engine: Any, ranks: Ranks) -> None:
             out_dir=run.model,
             adapted=adapted_by(prepared.recipe),
             plot=run.plot,
+            replace=True,
         )
     barrier(ranks)
 
