@@ -185,7 +185,7 @@ class LoraConfig:
     """The adapters' product counts alpha / rank times."""
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
-    """Names of linear layers that get an adapter, such as "q_proj"; none named: all but the LM head."""
+    """Names of linear layers that get an adapter, such as "q_proj", never the LM head; none named: all but that."""
     quantize: Literal["none", "nf4"] = "none"
     """Hold the frozen weights in 4 bits (QLoRA); needs bitsandbytes and engine.zero_stage below 3."""
     export: Literal["merged", "adapter"] = "merged"
