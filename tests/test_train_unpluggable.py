@@ -1,5 +1,6 @@
 """What cannot be trained is refused before weights load: types without our attention, heads that cannot be shared."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from train_runs import VOCAB, train_here, write_inputs
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shared.errors import ConfigError
+from shared.shard_reader import open_shard_set
 from train.attention import register_attention
-from train.model import check_supported
+from train.config import ModelConfig
+from train.model import check_supported, model_config
 from train.probe import check_isolation
 from train.ulysses import heads_to_share
 
@@ -40,6 +44,35 @@ def test_a_run_of_it_ends_with_one_line(model_type: str, tmp_path: Path) -> None
         done = train_here(*command, "--shards", shards, "--recipe", recipe, *output)
         assert done.exit_code == 3
         assert f"model type '{model_type}' does not let its attention be replaced" in done.stderr
+
+
+@pytest.mark.parametrize("model_type", ["llama4", "gemma3", "mllama", "musicgen", "qwen3_5"])
+def test_several_models_in_one_are_refused_from_the_config_alone(model_type: str, tmp_path: Path) -> None:
+    """They state no vocab_size of their own, and the parts that the check cannot make small would fill the memory."""
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path / "model")
+    shards, recipe = write_inputs(tmp_path)
+    done = train_here(
+        "--shards", shards, "--recipe", recipe, "--model", tmp_path / "model", "--output", tmp_path / "run"
+    )
+    assert done.exit_code == 3
+    assert f"model type '{model_type}' h" in done.stderr  # holds several models, or has an encoder
+
+
+@pytest.mark.parametrize("model_type", ["xlnet", "gemma4_assistant", "modernbert-decoder"])
+def test_a_type_whose_config_cannot_be_made_is_refused(model_type: str, tmp_path: Path) -> None:
+    shards, _ = write_inputs(tmp_path)
+    with pytest.raises(ConfigError, match=model_type):
+        model_config(ModelConfig(config={"model_type": model_type}), open_shard_set(shards).manifest)
+
+
+@pytest.mark.parametrize("model_type", sorted(random.Random(5).sample(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), 10)))
+def test_a_seeded_sample_of_all_types_has_a_config_or_a_refusal(model_type: str, tmp_path: Path) -> None:
+    shards, _ = write_inputs(tmp_path)
+    manifest = open_shard_set(shards).manifest
+    try:
+        model_config(ModelConfig(config={"model_type": model_type}), manifest)
+    except ConfigError as exc:
+        assert f"{model_type!r}" in str(exc)  # noqa: PT017
 
 
 @pytest.mark.parametrize("model_type", ["bert", "ctrl", "blenderbot", "whisper", "olmo3", "glm4", "apertus"])
