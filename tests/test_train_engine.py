@@ -37,7 +37,7 @@ GOLDEN = {
     "timers": {"throughput": {"enabled": False, "synchronized": False}},
     "steps_per_print": None,
     "wall_clock_breakdown": False,
-    "checkpoint": {"load_universal": False},
+    "checkpoint": {"load_universal": False, "tag_validation": "Ignore"},
 }
 
 

@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 from train_runs import losses, train_apart, train_here, write_inputs
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from shared.errors import ArtifactError
-from train.lora import merge_adapters
+from shared.errors import ArtifactError, ConfigError
+from train.config import LoraConfig
+from train.lora import adapter_weights, add_adapters, merge_adapters
+from train.new_tokens import head_weight
 
 peft = pytest.importorskip("peft")
 
@@ -139,7 +141,17 @@ def test_an_adapter_that_lacks_its_other_half_or_its_weight_is_refused() -> None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("lora.targets=['q_prog']",), "its linear layers are down_proj, gate_proj"),
+        (
+            ("lora.targets=['q_prog']",),
+            "'q_prog' is not a layer; expected names of linear layers of LlamaForCausalLM: down",
+        ),
+        (("lora.targets=['q_proj', 'q_prog']",), "'q_prog' is not a layer"),  # peft takes what it finds
+        (("lora.targets=['lm_head']",), "lm_head is the LM head, which gets no adapter"),
+        (
+            ("lora.targets=['q_proj', 'embed_tokens']",),
+            "model.embed_tokens is of the kind Embedding, which gets no adapter",
+        ),
+        (("lora.targets=['mlp']",), "; expected names of linear layers of LlamaForCausalLM: down_proj"),
         (("lora.quantize=nf4", "engine.zero_stage=3"), "not with ZeRO stage 3; set engine.zero_stage = 2"),
         (("model.resize_vocab=true",), "[lora] trains beside weights that exist"),
         (("lora.rank=-1",), "rank = -1; expected 0"),
@@ -153,6 +165,27 @@ def test_what_cannot_be_trained_is_refused(
     done = train_here(*arguments(inputs, tmp_path / "run", *settings))
     assert done.exit_code in (3, 6), done.output
     assert message in done.output
+
+
+@pytest.mark.parametrize("targets", [(), ("c_attn",), ("lm_head",), ("wte",), ("wpe",), ("c_attn", "lm_head")])
+def test_adapters_go_beside_linear_layers_alone(targets: tuple[str, ...]) -> None:
+    """The weight of GPT-2's layers is [in, out]: merged as another it would be wrong, if square unnoticed."""
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=32, n_head=4, n_layer=1))
+    with pytest.raises(ConfigError, match="which gets no adapter"):
+        add_adapters(network, LoraConfig(rank=2, targets=targets), seed=0)
+
+
+@pytest.mark.parametrize("targets", [(), ("q_proj",), ("layers.1.mlp.up_proj", "down_proj")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_that_trains_is_saved_and_reached_by_the_loss(targets: tuple[str, ...], tied: bool) -> None:
+    config = AutoConfig.for_model("llama", **TABLE, tie_word_embeddings=tied)
+    network = AutoModelForCausalLM.from_config(config)
+    add_adapters(network, LoraConfig(rank=2, targets=targets), seed=0)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert trained == adapter_weights(network.state_dict()).keys()
+    hidden = network.base_model(input_ids=torch.arange(9)[None]).last_hidden_state
+    (hidden @ head_weight(network).t()).square().sum().backward()
+    assert {name for name, parameter in network.named_parameters() if parameter.grad is not None} == trained
 
 
 def test_adapters_without_a_rank_are_refused(inputs: Inputs, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a recipe says: how `sft-train` trains. Nothing derived lives here; train/recipe_file.py reads the files."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,6 +43,11 @@ class ModelConfig:
         _check_range("mlp_tiles", self.mlp_tiles, 1, 64)  # each costs a call of every layer, twice
         if not self.revision.strip():
             raise ConfigError(f"revision = {self.revision!r}; expected a branch, tag or commit, such as 'main'")
+        try:
+            json.dumps(self.config, allow_nan=False)
+        except (ValueError, TypeError) as exc:  # a run writes it down for others to read
+            shown = f"{self.config!r:.200}"
+            raise ConfigError(f"config = {shown}; expected finite numbers, text, lists and tables only") from exc
         if "\0" in self.name or "\0" in self.revision:
             raise ConfigError(f"name = {self.name!r}, revision = {self.revision!r}; expected text without NUL")
 
@@ -157,7 +163,7 @@ class EngineConfig:
         on_disk = "nvme" in (self.offload_optimizer, self.offload_params)
         if on_disk != bool(self.nvme_path):
             raise ConfigError(
-                f"nvme_path = {self.nvme_path!r} with offload_optimizer = {self.offload_optimizer!r} and "
+                f"nvme_path = {self.nvme_path!r:.200} with offload_optimizer = {self.offload_optimizer!r} and "
                 f"offload_params = {self.offload_params!r}; expected a path where one of them is nvme, else none"
             )
         if self.zero_stage not in ("auto", 3) and (of_stage_3 := self.of_stage_3()):
@@ -185,7 +191,7 @@ class LoraConfig:
     """The adapters' product counts alpha / rank times."""
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
-    """Names of linear layers that get an adapter, such as "q_proj"; none named: all but the LM head."""
+    """Names of linear layers that get an adapter, such as "q_proj", never the LM head; none named: all but that."""
     quantize: Literal["none", "nf4"] = "none"
     """Hold the frozen weights in 4 bits (QLoRA); needs bitsandbytes and engine.zero_stage below 3."""
     export: Literal["merged", "adapter"] = "merged"

@@ -55,14 +55,45 @@ def add_adapters(network: PreTrainedModel, lora: LoraConfig, *, seed: int) -> No
     )
     network.requires_grad_(False)
     torch.manual_seed(seed)
+    expected = _expected_targets(network, lora)
     try:
         peft.inject_adapter_in_model(settings, network, adapter_name=_ADAPTER)
-    except ValueError as exc:
-        linear = sorted({name.rpartition(".")[2] for name, part in network.named_modules() if _is_linear(part)})
-        raise ConfigError(
-            f"lora.targets = {list(lora.targets)} are not layers of {type(network).__name__}; its linear layers are "
-            f"{', '.join(linear)}"
-        ) from exc
+    except (ValueError, AttributeError, TypeError) as exc:  # no adapter fits, such as beside a whole block
+        reason = " ".join(str(exc).split())[:120]
+        raise ConfigError(f"lora.targets = {list(lora.targets)}: {reason}; {expected}") from exc
+    _check_all_count(network, lora, expected)
+
+
+def _expected_targets(network: PreTrainedModel, lora: LoraConfig) -> str:
+    """Return what targets may be, in words. Raises ConfigError for one that names no layer: peft passes over it."""
+    names = [name for name, _ in network.named_modules()]
+    head = network.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2] for name, part in network.named_modules() if _is_linear(part) and part is not head
+    }
+    expected = (
+        f"expected names of linear layers of {type(network).__name__}: {', '.join(sorted(linear)) or 'it has none'}"
+    )
+    for target in lora.targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise ConfigError(f"lora.targets = {list(lora.targets)}: {target!r} is not a layer; {expected}")
+    return expected
+
+
+def _check_all_count(network: PreTrainedModel, lora: LoraConfig, expected: str) -> None:
+    """Raise ConfigError for an adapter that would not train, or would not be in what is saved.
+
+    The loss takes the LM head's matrix without what is beside it; an embedding's adapter has other names; the weight of
+    another kind of layer (GPT-2's Conv1D) is not [out, in].
+    """
+    head = network.get_output_embeddings()
+    for name, layer in network.named_modules():
+        base = getattr(layer, "base_layer", None)
+        if isinstance(base, torch.nn.Module) and (layer is head or not _is_linear(base)):
+            what = "the LM head" if layer is head else f"of the kind {type(base).__name__}"
+            raise ConfigError(
+                f"lora.targets = {list(lora.targets)}: {name} is {what}, which gets no adapter; {expected}"
+            )
 
 
 def adapter_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

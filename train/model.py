@@ -36,6 +36,11 @@ logger = logging.getLogger(__name__)
 # what models of transformers do to their logits besides the head; only the first two are linear and handled
 _LOGIT_CHANGES = ("final_logit_softcapping", "lm_head_multiplier", "output_multiplier_scale", "dim_model_base")
 NO_LORA = LoraConfig()
+CANNOT_BUILD = (
+    *(ValueError, TypeError, AttributeError, RuntimeError, LookupError, ArithmeticError, NotImplementedError),
+    *(AssertionError, ImportError, StrictDataclassError),
+)
+"""What configs, constructors and forward passes of transformers fail with."""
 _LAYER_KEYS = ("layer_types", "layers_block_type", "block_types", "_block_types")
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 
@@ -107,7 +112,6 @@ def build_model(
     Raises ConfigError or ArtifactError.
     """
     config = model_config(model, manifest)
-    check_supported(config)
     torch.manual_seed(seed)
     if model.config is not None:
         network = _random_weights(config, attention=attention, dtype=dtype)
@@ -131,13 +135,17 @@ def build_model(
 
 
 def model_config(model: ModelConfig, manifest: Manifest) -> PretrainedConfig:
-    """Return the transformers config of the model. Raises ConfigError if it does not fit the shard set."""
+    """Return the transformers config of the model.
+
+    Raises ConfigError for one that cannot be trained or does not fit the shard set.
+    """
     if model.config is not None:
         config = _config_from_table(model.config, manifest)
     elif model.name:
         config = _config_of_pretrained(model)
     else:
         raise ConfigError("no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe")
+    check_supported(config)
     new_ids = manifest.tokenizer.new_ids
     has_room = bool(new_ids) and config.vocab_size >= new_ids[0]  # for all but what the mixture added
     if config.vocab_size <= manifest.max_token_id and not model.resize_vocab and not has_room:
@@ -172,6 +180,12 @@ def check_supported(config: PretrainedConfig) -> None:
         )
     if config.is_encoder_decoder:
         raise ConfigError(f"model type {name!r} has an encoder; expected a causal LM")
+    text = config.get_text_config(decoder=True)
+    if text is not config or not isinstance(getattr(config, "vocab_size", None), int):
+        raise ConfigError(
+            f"model type {name!r} holds several models ({', '.join(config.sub_configs)}); expected a causal LM alone, "
+            f"such as one of type {text.model_type!r}"
+        )
     heads, key_heads = (getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and isinstance(key_heads, int) and (key_heads < 1 or heads < 1 or heads % key_heads):
         raise ConfigError(
@@ -209,6 +223,8 @@ def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedC
         plain = AutoConfig.for_model(model_type)
     except (ValueError, KeyError, AttributeError) as exc:
         raise ConfigError(f"model.config.model_type = {model_type!r} is not a model type of transformers") from exc
+    except StrictDataclassError as exc:  # its own defaults do not make a whole
+        raise ConfigError(f"model type {model_type!r} cannot be made from a table: {_one_line(exc)}") from exc
     defaults = plain.to_dict()
     known = {*defaults, *plain.attribute_map, "head_dim"}  # the last is read by many and declared by few
     for key in values:
@@ -226,7 +242,7 @@ def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedC
     }
     try:
         config = AutoConfig.for_model(model_type, **{**derived, **values})
-    except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, StrictDataclassError) as exc:
+    except CANNOT_BUILD as exc:
         raise ConfigError(f"model.config is not a valid {model_type!r} config: {_one_line(exc)}") from exc
     assert isinstance(config, PretrainedConfig)
     return config
@@ -235,7 +251,7 @@ def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedC
 def _random_weights(config: PretrainedConfig, *, attention: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         network = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
-    except (ValueError, TypeError, KeyError, ArithmeticError, IndexError, AttributeError, RuntimeError) as exc:
+    except CANNOT_BUILD as exc:
         if isinstance(exc, torch.OutOfMemoryError):
             raise
         raise ConfigError(f"model.config cannot be built: {type(exc).__name__}: {_one_line(exc)}") from exc
@@ -247,7 +263,7 @@ def _random_weights(config: PretrainedConfig, *, attention: str, dtype: torch.dt
 def _config_of_pretrained(model: ModelConfig) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(model.name, revision=model.revision, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, ArithmeticError, AttributeError, LookupError, StrictDataclassError) as exc:
+    except (OSError, *CANNOT_BUILD) as exc:
         where = "" if Path(model.name).is_dir() else "there is no such directory, and not on the hub: "
         raise ArtifactError(f"cannot read the model {model.name!r}: {where}{_one_line(exc)}") from exc
     assert isinstance(config, PretrainedConfig)
@@ -268,7 +284,7 @@ def _load_weights(
             quantization_config=quantization,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as exc:
+    except (OSError, *CANNOT_BUILD) as exc:
         raise ArtifactError(f"cannot load the model {model.name!r}: {_one_line(exc)}") from exc
     missing = sorted(loading["missing_keys"])
     if missing or loading["mismatched_keys"]:

@@ -14,12 +14,11 @@ import logging
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from shared.errors import ConfigError
 from train.isolation import Finding, isolation_of
-from train.model import check_head, check_supported
+from train.model import CANNOT_BUILD, check_head, check_supported
 from train.positions import MOST_TOKENS, position_check, register_local
 from train.rotary import separate_rotary
 
@@ -30,10 +29,6 @@ _WINDOW = 24
 _VOCABULARY = 256
 _MOST_PRODUCTS = 2**34  # weights x tokens of the check of positions: some seconds on two cores
 _ORIGINAL = "original_max_position_embeddings"
-_CANNOT_BUILD = (
-    *(ValueError, TypeError, AttributeError, RuntimeError, LookupError, ArithmeticError, NotImplementedError),
-    *(AssertionError, ImportError, StrictDataclassError),
-)  # what constructors and forward passes of transformers fail with
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -81,7 +76,7 @@ def _isolation(network: PreTrainedModel, ids: torch.Tensor) -> list[Finding]:
         return isolation_of(network, ids, _BOUNDS)
     except torch.OutOfMemoryError:
         raise
-    except _CANNOT_BUILD as exc:
+    except CANNOT_BUILD as exc:
         raise ConfigError(
             f"model type {network.config.model_type!r} cannot run a pack of sequences: {type(exc).__name__}: {exc}"
         ) from exc
@@ -122,7 +117,7 @@ def _build(config: PretrainedConfig, attention: str, *, dtype: torch.dtype) -> P
             network = AutoModelForCausalLM.from_config(small, attn_implementation=attention, dtype=dtype)
         except torch.OutOfMemoryError:
             raise
-        except _CANNOT_BUILD as exc:
+        except CANNOT_BUILD as exc:
             problem = exc
             continue
         assert isinstance(network, PreTrainedModel)

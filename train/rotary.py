@@ -3,6 +3,8 @@
 LongRoPE takes one set of frequencies up to the original length and another beyond; dynamic NTK computes them from the
 length. transformers takes max(position_ids) of the whole row for it: one long sequence would turn its neighbours'
 angles, and a slice of a row (train/ulysses.py) may not hold the last position of its own sequences.
+What is fixed, as most models' is, stays as it came. The others make the host wait for the device in each forward pass:
+once for the bounds, and once a length in transformers' own code, which compares the longest position on the host.
 
     length      3 3 3 | 9 9 9 9 9 9 9 9 9 | 2 2         up to an original length of 4 all are alike: they count as 4
     calls       a a a | . . . . . . . . . | a a         one for the tokens of each length, with one more position that
