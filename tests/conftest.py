@@ -1,5 +1,6 @@
 """Lets tests import helper modules beside them (`shard_sets`): in importlib mode pytest does not add the folder."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,13 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[ForkedPrep]":
     server = ForkedPrep(tmp_path_factory.mktemp("forked"))
     yield server
     server.close()
+
+
+@pytest.fixture(autouse=True)
+def heard() -> None:
+    """Let pytest hear our loggers whatever commands ran in this process before: they keep their lines to themselves."""
+    for name in ("prep", "train", "shared"):
+        logging.getLogger(name).propagate = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
