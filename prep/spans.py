@@ -154,7 +154,11 @@ def _beyond_the_turn(text: str, index: int, marks: list[Mark], rules: SpanRules)
 
 def _turn_ends(text: str, start: int, end: int, rules: SpanRules) -> bool:
     """Say whether an assistant's turn is over between two of its texts: it is ended, and not opened again."""
-    closed = [found.end() for found in rules.control.finditer(text, start, end) if found[0] in rules.closing]
+    # where nothing is known to end turns, any control token may begin another one
+    ending = (
+        found for found in rules.control.finditer(text, start, end) if found[0] in rules.closing or not rules.closing
+    )
+    closed = [found.end() for found in ending]
     if closed and not (rules.generation_prompt and text.find(rules.generation_prompt, closed[-1], end) >= 0):
         return True
     return any(text.find(opening, start, end) >= 0 for opening in rules.openings)

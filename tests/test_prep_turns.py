@@ -94,6 +94,14 @@ def test_an_answer_printed_outside_its_own_turn_is_unverifiable(extra: str, end:
     assert trained_text(text, ROW).startswith("[unverifiable]")
 
 
+def test_a_piece_of_an_answer_that_its_own_turn_lacks_is_unverifiable_elsewhere() -> None:
+    own = "{{ m.content[1:] if m.role == 'assistant' else m.content }}"
+    shown = "{% if loop.index0 == 2 %}{{ messages[1].content[:1] }} {% endif %}"
+    text = LOOP + "<|im_start|>{{ m.role }}\n" + shown + own + "<|im_end|>\n{% endfor %}" + PROMPT
+    row = {"messages": ROW["messages"][:3]}
+    assert "outside its own turn" in trained_text(text, row)
+
+
 def test_a_tool_message_may_repeat_the_name_of_the_call_it_answers() -> None:
     text = (
         LOOP + "{% if m.role == 'tool' %}<|im_start|>{{ messages[loop.index0 - 1].tool_calls[0].function.name }}"
