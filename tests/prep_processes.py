@@ -25,7 +25,7 @@ _FORKING = """
 import json, os, signal, sys, traceback
 import gigatoken, zstandard
 from transformers import AutoTokenizer
-import prep.build, prep.cli, prep.raw_lines, prep.report
+import prep.build, prep.cli.main, prep.raw_lines, prep.report
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 
@@ -51,7 +51,7 @@ def run(job):
     sys.addaudithook(on_event)
     sys.argv = ["sft-prep", *job["arguments"]]
     try:
-        prep.cli.main()
+        prep.cli.main.main()
         code = 0
     except SystemExit as stop:
         code = stop.code or 0

@@ -15,7 +15,7 @@ from hub_state import TOKEN, Fault, Hub
 from shard_sets import random_packs, write_shard_set
 from writable_hub import serve_hub
 
-from prep.cli import cli
+from prep.cli.main import cli
 
 REPO = "writer/tiny-shards"
 COLUMNS_PER_SHARD = 7

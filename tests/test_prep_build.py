@@ -74,7 +74,7 @@ def test_a_second_build_imports_nothing_heavy(tables: dict[str, Any], tmp_path: 
     build_set(tables, tmp_path / "out", store=tmp_path / "samples")
     file = write_toml(tmp_path / "test.toml", tables)
     script = (
-        "import sys\nfrom prep.cli import main\n"
+        "import sys\nfrom prep.cli.main import main\n"
         f"sys.argv = ['sft-prep', 'build', '--mixture', {str(file)!r}, '--out', {str(tmp_path / 'out')!r}]\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
         "heavy = {'transformers', 'datasets', 'gigatoken', 'tokenizers', 'torch', 'pyarrow'}\n"

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from prep_builds import build_set, chat, mixture_of, small_tokenizer, write_rows, write_toml
 
-from prep.cli import cli
+from prep.cli.main import cli
 
 COMMANDS = sorted(cli.commands)
 SFT_PREP = Path(sys.executable).parent / "sft-prep"
@@ -30,7 +30,7 @@ def tables(tokenizer: Path, tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=["group", *COMMANDS])
 def test_help_imports_click_and_the_standard_library_only(command: list[str]) -> None:
     script = (
-        "import sys\nbefore = set(sys.modules)\nfrom prep.cli import main\n"
+        "import sys\nbefore = set(sys.modules)\nfrom prep.cli.main import main\n"
         f"sys.argv = ['sft-prep', *{command!r}, '--help']\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "found = {name.split('.')[0] for name in set(sys.modules) - before}\n"

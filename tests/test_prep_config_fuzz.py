@@ -10,7 +10,7 @@ import pytest
 from prep_builds import build_set, chat, mixture_of, small_tokenizer, write_rows, write_toml
 
 from prep import config as mixture_config
-from prep.cli import main
+from prep.cli.main import main
 from shared.errors import SftError
 
 VALUES: list[Any] = [

@@ -10,7 +10,7 @@ from prep_builds import build_set, chat, mixture_of, small_tokenizer, write_rows
 
 from prep import own_set
 from prep.build import build
-from prep.cli import cli
+from prep.cli.main import cli
 from shared.errors import ArtifactError, SftError
 from shared.shard_reader import check_hashes, open_shard_set
 

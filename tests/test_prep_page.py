@@ -15,7 +15,7 @@ from lettered_sets import LETTERS, Columns
 from page_parser import ParsedPage
 from text_sets import EOS, byte_tokenizer, write_text_pack, write_text_set
 
-from prep.cli import cli
+from prep.cli.main import cli
 from prep.page import page_of, write_page
 from shared import config
 from shared.errors import ArtifactError, ConfigError

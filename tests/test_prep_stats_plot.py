@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from lettered_sets import Columns, write_lettered_set
 
-from prep.cli import cli
+from prep.cli.main import cli
 from prep.stats_plot import _bars, _fill, _short, plot_stats
 from shared import config
 from shared.errors import ArtifactError, PrerequisiteError
@@ -143,7 +143,7 @@ def test_a_missing_matplotlib_is_named_with_the_remedy(tmp_path: Path, monkeypat
 
 def test_without_a_plot_matplotlib_is_not_loaded(tmp_path: Path) -> None:
     path = str(plotted_set(tmp_path / "set").path)
-    code = f"import sys; from prep.cli import cli; cli(['stats', {path!r}], standalone_mode=False); "
+    code = f"import sys; from prep.cli.main import cli; cli(['stats', {path!r}], standalone_mode=False); "
     code += "assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True)
 

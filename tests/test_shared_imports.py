@@ -45,7 +45,7 @@ def third_party_after(statement: str) -> set[str]:
         ("shared.shard_writer", {"numpy"}),
         ("prep.config", set()),
         ("train.config", set()),
-        ("prep.cli", {"click"}),
+        ("prep.cli.main", {"click"}),
         ("train.cli", {"click"}),
     ],
 )

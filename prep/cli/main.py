@@ -1,4 +1,4 @@
-"""The command line of sft-prep: options and one call each; push and pull are in cli_transfer.py."""
+"""The command line of sft-prep: options and one call each; push and pull are in transfer.py."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from prep import cli_transfer
-from prep.cli_shared import logging_options, reporting
+from prep.cli.common_options import logging_options, reporting
+from prep.cli.main import transfer
 
 
 def _check_own_shared() -> None:
@@ -220,8 +220,8 @@ def mixtures() -> None:
             click.echo(f"{name:<16} {first_comment(path)}")
 
 
-cli.add_command(cli_transfer.push)
-cli.add_command(cli_transfer.pull)
+cli.add_command(transfer.push)
+cli.add_command(transfer.pull)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from prep.cli_shared import logging_options, reporting
+from prep.cli.common_options import logging_options, reporting
 
 
 def _transfer_options(command: Callable[..., Any]) -> Callable[..., Any]:
