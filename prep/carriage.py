@@ -8,7 +8,7 @@ must be there.
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from prep.conversation import Conversation
+from prep.conversations.conversation import Conversation
 from prep.template import reasoning_of
 from prep.trace import Mark, Traced
 from prep.turns import SpanRules

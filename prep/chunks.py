@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prep.convert import PLAIN_MESSAGES, Conversion
-from prep.json_text import check_depth, has_long_integers, most_keys, parse, without_nulls
+from prep.conversations.formats import PLAIN_MESSAGES, Conversion
+from prep.conversations.json_text import check_depth, has_long_integers, most_keys, parse, without_nulls
 from shared.errors import DataError
 
 JSON_SPACE = b" \t\r"  # a line of only these is blank: no row

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from prep.carriage import uncarried
-from prep.conversation import Conversation
+from prep.conversations.conversation import Conversation
 from prep.probe import QUESTIONS, Guard, Probe, Record
 from prep.recording import RecordingEnvironment
 from prep.spans import Rendered, RenderedMessage, Span, find_spans

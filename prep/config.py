@@ -110,7 +110,7 @@ class SourceConfig:
     split: str = "train"
     revision: str = "main"
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
-    """What its rows look like (prep/convert.py); `auto` goes by the keys of the first rows, for all of them."""
+    """What its rows look like (prep/conversations/formats.py); `auto` goes by the keys of the first rows, for all of them."""
     columns: dict[str, str] = field(default_factory=dict)
     """Where the source has other names than its format: {prompt = "question", completion = "answer"}."""
     split_by: str = ""

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from prep.conversation import Conversation
+from prep.conversations.conversation import Conversation
 from prep.template import ChatTemplate
 from prep.turns import any_of
 from shared.errors import TemplateError

@@ -21,8 +21,8 @@ import numpy as np
 
 from prep.chunks import Chunk, parse_chunk
 from prep.config import DecontaminateConfig
-from prep.conversation import Conversation
-from prep.convert import Conversion, read_conversation
+from prep.conversations.conversation import Conversation
+from prep.conversations.formats import Conversion, read_conversation
 from prep.progress import progress
 from prep.source_reader import iter_chunks
 from prep.sources import ResolvedSource

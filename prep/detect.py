@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prep.chunks import parse_chunk
 from prep.config import SourceConfig
-from prep.convert import PLAIN_MESSAGES, Conversion, detect
+from prep.conversations.formats import PLAIN_MESSAGES, Conversion, detect
 from prep.source_reader import iter_chunks
 from prep.sources import ResolvedSource
 from shared import atomic

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.config import MixtureConfig, SourceConfig
-from prep.convert import Conversion
+from prep.conversations.formats import Conversion
 from prep.sources import ResolvedSource, remember, resolve_source
 from prep.template import TemplateText, load_template, today
 from prep.tokenizer import TokenizerFiles, remember_tokenizer, resolve_tokenizer

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from prep.conversation import Conversation
+from prep.conversations.conversation import Conversation
 from prep.template import ChatTemplate
 from shared.errors import TemplateError
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.conversation import Conversation
+from prep.conversations.conversation import Conversation
 from prep.template import BLOCK_BRACKETS, REASONING_NAMES, ChatTemplate
 from prep.turns import SpanRules
 from shared.errors import TemplateError

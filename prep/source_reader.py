@@ -12,7 +12,7 @@ from typing import IO, Any, Literal
 
 from prep import hub_source
 from prep.chunks import Chunk
-from prep.convert import PLAIN_MESSAGES, Conversion
+from prep.conversations.formats import PLAIN_MESSAGES, Conversion
 from prep.raw_lines import MAX_BYTES, MAX_LINES, array_groups, decompressed_blocks, line_groups
 from prep.sources import FileStamp, ResolvedSource, SourceFile
 from shared.errors import DataError

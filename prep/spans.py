@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from prep.conversation import Conversation
+from prep.conversations.conversation import Conversation
 from prep.intervals import Intervals, outermost
 from prep.template import ChatTemplate
 from prep.trace import GENERATION, Mark, Traced

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from prep.convert import PLAIN_MESSAGES, Conversion
+from prep.conversations.formats import PLAIN_MESSAGES, Conversion
 
 
 @dataclass

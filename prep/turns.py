@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from prep.conversation import Conversation
+from prep.conversations.conversation import Conversation
 from prep.template import ChatTemplate
 from shared.errors import TemplateError
 

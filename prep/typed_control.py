@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from prep.conversation import Conversation
+from prep.conversations.conversation import Conversation
 from prep.spans import Rendered
 from prep.template import ChatTemplate
 from prep.turns import SpanRules

@@ -5,7 +5,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from prep.carriage import uncarried
-from prep.conversation import Conversation, parse_conversation
+from prep.conversations.conversation import Conversation, parse_conversation
 from prep.spans import Rendered, find_spans
 from prep.template import ChatTemplate, TemplateText
 from prep.turns import SpanRules, learn_rules

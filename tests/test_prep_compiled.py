@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from prep.carriage import uncarried
 from prep.compiled import CompiledTemplate
-from prep.conversation import Conversation
+from prep.conversations.conversation import Conversation
 from prep.spans import find_spans
 from prep.template import ChatTemplate, TemplateText, shipped_templates
 from prep.turns import learn_rules

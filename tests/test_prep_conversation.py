@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prep.conversation import Conversation, content_hash, parse_conversation, prompt_hash
+from prep.conversations.conversation import Conversation, content_hash, parse_conversation, prompt_hash
 from shared.errors import DataError
 
 WHERE = "chat.jsonl line 3 (row 2)"

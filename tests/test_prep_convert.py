@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prep_builds import REAL_DATA, build_set, chat, mixture_of, small_tokenizer, write_rows
 
 from prep.config import MixtureConfig
-from prep.convert import PLAIN_MESSAGES, Conversion, detect, read_conversation
+from prep.conversations.formats import PLAIN_MESSAGES, Conversion, detect, read_conversation
 from prep.stats import stats, stats_lines
 from shared import config
 from shared.errors import ConfigError, DataError

@@ -12,7 +12,7 @@ from rendered_rows import conversation_of, spans_of, trained_characters
 from trained_tokenizers import CONTROL, FAMILIES, PLAIN_ADDED, tokenizer_json
 
 from prep.align import align
-from prep.conversation import Conversation
+from prep.conversations.conversation import Conversation
 from prep.encode import Encoded, Encoder, byte_positions, encoder_spec
 from prep.spans import Rendered
 from prep.template import ChatTemplate, TemplateText

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from rendered_rows import LOOP, ODD_CONTENTS, conversation_of, custom, spans_of, trained_characters
 
 from prep.carriage import uncarried
-from prep.conversation import Conversation
+from prep.conversations.conversation import Conversation
 from prep.template import ChatTemplate, TemplateText
 from prep.turns import SpanRules, learn_rules
 from shared.errors import TemplateError

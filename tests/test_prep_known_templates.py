@@ -24,7 +24,7 @@ from rendered_rows import ODD_CONTENTS, as_transformers, conversation_of, spans_
 
 from prep.carriage import uncarried
 from prep.config import TemplateConfig
-from prep.conversation import Conversation, parse_conversation
+from prep.conversations.conversation import Conversation, parse_conversation
 from prep.template import ChatTemplate, load_template, shipped_templates
 from prep.turns import SpanRules, learn_rules
 from shared.errors import TemplateError

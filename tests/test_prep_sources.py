@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from prep import raw_lines
 from prep.chunks import Chunk, parse_chunk
 from prep.config import SourceConfig
-from prep.convert import PLAIN_MESSAGES, read_conversation
+from prep.conversations.formats import PLAIN_MESSAGES, read_conversation
 from prep.raw_lines import line_groups
 from prep.source_reader import iter_chunks
 from prep.sources import ResolvedSource, remember, resolve_source

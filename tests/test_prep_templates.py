@@ -17,7 +17,7 @@ from rendered_rows import (
 
 from prep.carriage import uncarried
 from prep.config import TemplateConfig
-from prep.conversation import Conversation, parse_conversation
+from prep.conversations.conversation import Conversation, parse_conversation
 from prep.template import ChatTemplate, TemplateText, load_template
 from prep.trace import Traced
 from prep.turns import SpanRules, learn_rules

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from prep.carriage import uncarried
-from prep.conversation import Conversation
+from prep.conversations.conversation import Conversation
 from prep.spans import find_spans
 from prep.template import ChatTemplate, TemplateText
 from prep.trace import GENERATION, Mark, Traced, TracedDict, join, traced

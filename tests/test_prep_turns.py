@@ -13,7 +13,7 @@ from rendered_rows import LOOP, custom
 from trained_tokenizers import tokenizer_json
 
 from prep import sample_chunk
-from prep.conversation import Conversation
+from prep.conversations.conversation import Conversation
 from prep.spans import Rendered
 from prep.template import ChatTemplate, TemplateText, shipped_templates
 from prep.trace import Traced

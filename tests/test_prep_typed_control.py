@@ -3,7 +3,7 @@
 import pytest
 from rendered_rows import LOOP, custom, spans_of, trained_characters, trained_text
 
-from prep.conversation import parse_conversation
+from prep.conversations.conversation import parse_conversation
 from prep.typed_control import ControlCheck
 from shared.errors import TemplateError
 

@@ -8,7 +8,7 @@ from known_templates import CHATML, CHATS, FAMILIES, TOOL_CHATS, Row
 from rendered_rows import conversation_of, custom, spans_of, trained_characters, trained_text
 from test_prep_known_templates import specials_of, text_of
 
-from prep.conversation import Conversation, parse_conversation
+from prep.conversations.conversation import Conversation, parse_conversation
 from prep.template import ChatTemplate, TemplateText, shipped_templates
 from prep.turns import SpanRules, learn_rules
 from shared.shard_format import Kind

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from prep.json_text import loads
+from prep.conversations.json_text import loads
 from shared.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment", "ipython")

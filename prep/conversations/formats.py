@@ -15,8 +15,8 @@ from itertools import islice
 from typing import Any
 
 from prep.config import FIELDS, Format
-from prep.conversation import Conversation, parse_conversation
-from prep.json_text import loads
+from prep.conversations.conversation import Conversation, parse_conversation
+from prep.conversations.json_text import loads
 from shared.errors import DataError
 
 _LIST_COLUMNS = ("messages", "conversations", "conversation")  # where messages are looked for, in this order
