@@ -20,11 +20,9 @@ import numpy as np
 
 from prep import own_set
 from prep.chunk_workers import chunk_workers
-from prep.chunks import Chunk
 from prep.config import MixtureConfig, SourceConfig
 from prep.control_tokens import control_tokens
 from prep.decontaminate import Overlap, find_overlaps, read_questions
-from prep.detect import conversion_of
 from prep.encode import Encoder
 from prep.held_out import num_held_out
 from prep.inputs import KNOWN_DATE, Inputs, resolve_inputs
@@ -35,7 +33,9 @@ from prep.report import check_budgets, check_selections, write_rejects
 from prep.sample_chunk import ChunkSpec
 from prep.sample_store import SampleStore, StoredChunk, StoreRequest, ensure_stores
 from prep.selection import Selection
-from prep.source_reader import iter_chunks
+from prep.sources.chunk import Chunk
+from prep.sources.detect_format import conversion_of
+from prep.sources.reader import iter_chunks
 from prep.tally import Tally
 from prep.template import ChatTemplate
 from prep.tokenizer import LoadedTokenizer, load_tokenizer

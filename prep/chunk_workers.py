@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prep.chunks import Chunk
 from prep.sample_chunk import ChunkBuilder, ChunkSpec
+from prep.sources.chunk import Chunk
 from prep.worker_pool import WorkerPool
 from shared import atomic
 from shared.errors import ArtifactError, PrerequisiteError, SftError

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from prep.chunks import Chunk, parse_chunk
 from prep.config import DecontaminateConfig
 from prep.conversations.conversation import Conversation
 from prep.conversations.formats import Conversion, read_conversation
 from prep.progress import progress
-from prep.source_reader import iter_chunks
-from prep.sources import ResolvedSource
+from prep.sources.chunk import Chunk, parse_chunk
+from prep.sources.reader import iter_chunks
+from prep.sources.resolve import ResolvedSource
 from prep.word_grams import GramSet, word_grams, words_of
 from prep.worker_pool import WorkerPool
 from shared import atomic

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from prep.build import BuildPlan, memory_of
-from prep.detect import conversion_of
 from prep.inputs import Inputs, difference_lines, resolve_inputs
 from prep.sample_store import is_complete, known_inputs, store_path
+from prep.sources.detect_format import conversion_of
 from shared.shard_reader import read_manifest
 
 

@@ -21,7 +21,7 @@ from prep.config import SourceConfig
 from prep.inputs import Inputs
 from prep.sample_store import SampleStore
 from prep.selection import Usable
-from prep.sources import ResolvedSource
+from prep.sources.resolve import ResolvedSource
 from prep.tally import Tally
 from shared.errors import DataError
 from shared.shard_format import OTHER_PARTS

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.config import shipped_mixtures
-from prep.hub_source import resolve_commit
+from prep.sources.hub_dataset import resolve_commit
 from prep.tokenizer import resolve_tokenizer_commit
 from shared import atomic, config
 from shared.errors import ConfigError

@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from prep.align import Aligned, align
 from prep.carriage import all_uncarried, without_messages
-from prep.chunks import Chunk, parse_chunk
 from prep.compiled import CompiledTemplate
 from prep.conversations.conversation import Conversation, calls_not_json, content_hash, prompt_hash
 from prep.conversations.formats import read_conversation, read_part
 from prep.encode import Encoded, Encoder, EncoderSpec
 from prep.mask import TRAIN_NO, TRAIN_UNSET
 from prep.mask_audit import NotComparableError, first_difference, windows
+from prep.sources.chunk import Chunk, parse_chunk
 from prep.spans import ROLE_KINDS, Rendered, find_spans
 from prep.template import ChatTemplate, TemplateText
 from prep.turns import learn_rules

@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.chunk_workers import FACTS_NAME, ChunkWorkers
-from prep.chunks import Chunk
 from prep.mask import Samples
 from prep.sample_chunk import COLUMNS
+from prep.sources.chunk import Chunk
 from shared import atomic
 from shared.errors import ArtifactError, PrerequisiteError
 from shared.hashing import digest

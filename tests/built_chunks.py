@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from prep.chunks import Chunk
 from prep.control_tokens import control_tokens
 from prep.encode import encoder_spec
 from prep.sample_chunk import ChunkBuilder, ChunkResult, ChunkSpec
+from prep.sources.chunk import Chunk
 from prep.template import ChatTemplate, TemplateText
 from prep.tokenizer_fit import plain_kinds
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK

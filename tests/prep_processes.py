@@ -25,7 +25,7 @@ _FORKING = """
 import json, os, signal, sys, traceback
 import gigatoken, zstandard
 from transformers import AutoTokenizer
-import prep.build, prep.cli.main, prep.raw_lines, prep.report
+import prep.build, prep.cli.main, prep.sources.lines, prep.report
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 
@@ -34,7 +34,7 @@ def run(job):
     os.dup2(log, 1)
     os.dup2(log, 2)
     if job["chunk_lines"]:
-        prep.raw_lines.MAX_LINES = job["chunk_lines"]
+        prep.sources.lines.MAX_LINES = job["chunk_lines"]
     changes = 0
     acting = False
     def on_event(event, details):

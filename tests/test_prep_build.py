@@ -65,7 +65,7 @@ def test_a_second_build_writes_nothing_and_reads_no_tokenizer(
     build_set(tables, out)
     before = {path: path.stat().st_mtime_ns for path in [*out.rglob("*"), *(tmp_path / "samples").rglob("*")]}
     monkeypatch.setattr("prep.build.load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
-    monkeypatch.setattr("prep.sources.sha256_file", lambda path: pytest.fail("a source was hashed again"))
+    monkeypatch.setattr("prep.sources.resolve.sha256_file", lambda path: pytest.fail("a source was hashed again"))
     build(plan_of(tables, out), rebuild=False)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 

@@ -19,10 +19,10 @@ ROWS = [{"id": f"r{number}", "messages": [{"role": "user", "content": f"Hi {numb
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from prep.chunks import parse_chunk
+from prep.sources.chunk import parse_chunk
 from prep.config import SourceConfig
-from prep.source_reader import iter_chunks
-from prep.sources import remember, resolve_source
+from prep.sources.reader import iter_chunks
+from prep.sources.resolve import remember, resolve_source
 from shared.errors import DataError
 keys, known = json.loads(sys.argv[1])
 try:

@@ -14,11 +14,11 @@ from rendered_rows import SPECIALS
 from trained_tokenizers import CONTROL, PLAIN_ADDED, tokenizer_json
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from prep.chunks import Chunk
 from prep.config import MaskConfig
 from prep.encode import encoder_spec
 from prep.mask import Samples, loss_mask_of
 from prep.sample_chunk import ChunkBuilder, ChunkSpec
+from prep.sources.chunk import Chunk
 from prep.template import TemplateText, shipped_templates
 
 FAMILIES = ["byte-level", "byte-level, NFC", "sentencepiece, first", "unigram"]

@@ -12,11 +12,11 @@ import pytest
 from rendered_rows import SPECIALS
 from trained_tokenizers import CONTROL, tokenizer_json
 
-from prep.chunks import Chunk, parse_chunk
 from prep.conversations.formats import Conversion
 from prep.conversations.json_text import MAX_DEPTH
 from prep.encode import encoder_spec
 from prep.sample_chunk import ChunkBuilder, ChunkSpec
+from prep.sources.chunk import Chunk, parse_chunk
 from prep.template import TemplateText, shipped_templates
 from shared.errors import DataError
 

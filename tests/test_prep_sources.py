@@ -15,13 +15,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prep import raw_lines
-from prep.chunks import Chunk, parse_chunk
 from prep.config import SourceConfig
 from prep.conversations.formats import PLAIN_MESSAGES, read_conversation
-from prep.raw_lines import line_groups
-from prep.source_reader import iter_chunks
-from prep.sources import ResolvedSource, remember, resolve_source
+from prep.sources.chunk import Chunk, parse_chunk
+from prep.sources.lines import line_groups
+from prep.sources.reader import iter_chunks
+from prep.sources.resolve import ResolvedSource, lines, remember, resolve_source
 from shared.errors import DataError
 
 ROWS: list[dict[str, Any]] = [

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prep import hub_source
 from prep.config import SourceConfig
+from prep.sources.resolve import hub_dataset
 from shared.errors import DataError
 from shared.hashing import digest, sha256_file
 
@@ -87,7 +87,7 @@ def resolve_source(source: SourceConfig, base: Path, known: Mapping[str, Any]) -
     """
     place = Path(os.path.normpath(base / Path(source.path).expanduser()))
     if place.is_dir():
-        paths = hub_source.files_of_directory(place, source.split)
+        paths = hub_dataset.files_of_directory(place, source.split)
         files = _resolve_files(paths, place, known, fixed_format="datasets")
         return _local(source, source.name or place.name, files, directory=place)
     if place.is_file():
@@ -136,7 +136,7 @@ def _local(
 def _hub(source: SourceConfig, known: Mapping[str, Any]) -> ResolvedSource:
     revision = known.get(_hub_key(source.path, source.revision))
     if not isinstance(revision, str):
-        revision = hub_source.resolve_commit(source.path, source.revision)
+        revision = hub_dataset.resolve_commit(source.path, source.revision)
     return ResolvedSource(
         name=source.name or source.path,
         files=(),

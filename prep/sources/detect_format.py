@@ -9,11 +9,11 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from prep.chunks import parse_chunk
 from prep.config import SourceConfig
 from prep.conversations.formats import PLAIN_MESSAGES, Conversion, detect
-from prep.source_reader import iter_chunks
-from prep.sources import ResolvedSource
+from prep.sources.chunk import parse_chunk
+from prep.sources.reader import iter_chunks
+from prep.sources.resolve import ResolvedSource
 from shared import atomic
 from shared.errors import DataError
 from shared.hashing import digest

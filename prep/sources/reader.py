@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import IO, Any, Literal
 
-from prep import hub_source
-from prep.chunks import Chunk
 from prep.conversations.formats import PLAIN_MESSAGES, Conversion
-from prep.raw_lines import MAX_BYTES, MAX_LINES, array_groups, decompressed_blocks, line_groups
-from prep.sources import FileStamp, ResolvedSource, SourceFile
+from prep.sources.chunk import Chunk
+from prep.sources.lines import MAX_BYTES, MAX_LINES, array_groups, decompressed_blocks, line_groups
+from prep.sources.resolve import FileStamp, ResolvedSource, SourceFile, hub_dataset
 from shared.errors import DataError
 
 _SLICE_ROWS = 256  # the step in which Arrow rows are added to a chunk
@@ -104,7 +103,7 @@ def _parquet_pieces(file: SourceFile, stream: IO[bytes]) -> Iterator[_Piece]:
 
 
 def _table_pieces(source: ResolvedSource, location: str) -> Iterator[_Piece]:
-    tables = hub_source.iter_tables(location, split=source.split, revision=source.revision, batch_rows=MAX_LINES)
+    tables = hub_dataset.iter_tables(location, split=source.split, revision=source.revision, batch_rows=MAX_LINES)
     batches = (batch for table in tables for batch in table.to_batches())
     for piece in _arrow_pieces(source.name, batches):
         for file in source.files:

@@ -10,7 +10,7 @@ from typing import IO, Literal
 
 import numpy as np
 
-from prep.chunks import JSON_SPACE, is_blank
+from prep.sources.chunk import JSON_SPACE, is_blank
 from shared.errors import DataError
 
 MAX_LINES = 4096
