@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from prep.byte_places import in_bytes
 from prep.encode import Encoded, Ints, Places
-from prep.spans import Rendered
+from prep.rendering.spans import Rendered
 from shared.shard_format import STRADDLES, Kind
 
 # where one token covers text of two kinds, the later in this list names it: what the model must produce wins

@@ -21,7 +21,6 @@ import numpy as np
 from prep import own_set
 from prep.chunk_workers import chunk_workers
 from prep.config import MixtureConfig, SourceConfig
-from prep.control_tokens import control_tokens
 from prep.decontaminate import Overlap, find_overlaps, read_questions
 from prep.encode import Encoder
 from prep.held_out import num_held_out
@@ -29,6 +28,8 @@ from prep.inputs import KNOWN_DATE, Inputs, resolve_inputs
 from prep.mixture import Selections, select_all
 from prep.parts import SplitSources, check_parts, split_sources, warn_of_no_parts
 from prep.progress import progress
+from prep.rendering.control.tokens import control_tokens
+from prep.rendering.template import ChatTemplate
 from prep.report import check_budgets, check_selections, write_rejects
 from prep.sample_chunk import ChunkSpec
 from prep.sample_store import SampleStore, StoredChunk, StoreRequest, ensure_stores
@@ -37,7 +38,6 @@ from prep.sources.chunk import Chunk
 from prep.sources.detect_format import conversion_of
 from prep.sources.reader import iter_chunks
 from prep.tally import Tally
-from prep.template import ChatTemplate
 from prep.tokenizer import LoadedTokenizer, load_tokenizer
 from prep.tokenizer_at_inference import compare_with_inference
 from prep.tokenizer_fit import check_fit, check_turns, choose_encoder, plain_kinds

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import numpy.typing as npt
 
-from prep.spans import Rendered
+from prep.rendering.spans import Rendered
 
 Ints = npt.NDArray[np.int64]
 

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.byte_places import byte_positions, in_bytes
-from prep.control_tokens import is_markup
-from prep.intervals import Intervals
-from prep.spans import Rendered
+from prep.rendering.control.tokens import is_markup
+from prep.rendering.intervals import Intervals
+from prep.rendering.spans import Rendered
 from shared.errors import DataError
 from shared.shard_format import Kind
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from prep.config import MixtureConfig, SourceConfig
 from prep.conversations.formats import Conversion
+from prep.rendering.template import TemplateText, load_template, today
 from prep.sources.resolve import ResolvedSource, remember, resolve_source
-from prep.template import TemplateText, load_template, today
 from prep.tokenizer import TokenizerFiles, remember_tokenizer, resolve_tokenizer
 from shared import config
 from shared.errors import ConfigError

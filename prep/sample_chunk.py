@@ -11,18 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.align import Aligned, align
-from prep.carriage import all_uncarried, without_messages
-from prep.compiled import CompiledTemplate
 from prep.conversations.conversation import Conversation, calls_not_json, content_hash, prompt_hash
 from prep.conversations.formats import read_conversation, read_part
 from prep.encode import Encoded, Encoder, EncoderSpec
 from prep.mask import TRAIN_NO, TRAIN_UNSET
-from prep.mask_audit import NotComparableError, first_difference, windows
+from prep.rendering.compiled.template import CompiledTemplate
+from prep.rendering.control.injection import ControlCheck
+from prep.rendering.coverage import all_uncarried, without_messages
+from prep.rendering.mask_audit import NotComparableError, first_difference, windows
+from prep.rendering.spans import ROLE_KINDS, Rendered, find_spans
+from prep.rendering.template import ChatTemplate, TemplateText
+from prep.rendering.turns import learn_rules
 from prep.sources.chunk import Chunk, parse_chunk
-from prep.spans import ROLE_KINDS, Rendered, find_spans
-from prep.template import ChatTemplate, TemplateText
-from prep.turns import learn_rules
-from prep.typed_control import ControlCheck
 from shared.errors import DataError, TemplateError
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK
 
@@ -231,7 +231,7 @@ class ChunkBuilder:
         return checked
 
     def _audit(self, encoded: Encoded, aligned: Aligned, kept: list[_Kept]) -> int:
-        """Make the mask of a sample of rows a second time: prep/mask_audit.py. Raises DataError where they differ.
+        """Make the mask of a sample of rows a second time: prep/rendering/mask_audit.py. Raises DataError where they differ.
 
         Returns how many of the rows drawn by hash were compared. The one row more of every chunk is not counted: a
         manifest says nothing of chunks.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.config import TokenizerConfig
-from prep.template import TemplateText
+from prep.rendering.template import TemplateText
 from prep.tokenizer_convert import converted_json, converted_sha256
 from prep.tokenizer_names import TokenizerNames, read_json, read_names
 from shared.errors import ConfigError, DataError

@@ -5,11 +5,11 @@ import logging
 
 from prep.encode import Encoder, encoder_spec
 from prep.inputs import Inputs
-from prep.markers import printed_markers, required_markers, split_markers
-from prep.spans import ROLE_KINDS, ends_turns
-from prep.template import ChatTemplate
+from prep.rendering.control.markers import printed_markers, required_markers, split_markers
+from prep.rendering.spans import ROLE_KINDS, ends_turns
+from prep.rendering.template import ChatTemplate
+from prep.rendering.turns import learn_rules
 from prep.tokenizer import CANARY_TEXT, LoadedTokenizer
-from prep.turns import learn_rules
 from shared.errors import ConfigError
 from shared.shard_format import Kind
 

@@ -37,7 +37,9 @@ class Material:
     encoder: Encoder
     stores: Sequence[SampleStore]
     tallies: list[Tally]
-    split_markers: dict[str, int]  # markers of the template -> their tokens, where several; see prep/markers.py
+    split_markers: dict[
+        str, int
+    ]  # markers of the template -> their tokens, where several; see prep/rendering/control/markers.py
 
 
 def pack(inputs: Inputs, selections: Sequence[Selection]) -> Packed:

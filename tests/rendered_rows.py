@@ -4,11 +4,11 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from prep.carriage import uncarried
 from prep.conversations.conversation import Conversation, parse_conversation
-from prep.spans import Rendered, find_spans
-from prep.template import ChatTemplate, TemplateText
-from prep.turns import SpanRules, learn_rules
+from prep.rendering.coverage import uncarried
+from prep.rendering.spans import Rendered, find_spans
+from prep.rendering.template import ChatTemplate, TemplateText
+from prep.rendering.turns import SpanRules, learn_rules
 from shared.errors import TemplateError
 from shared.shard_format import ASSISTANT_KINDS
 

@@ -101,7 +101,7 @@ def change_tokenizer(tables: dict[str, Any]) -> str:
 
 def change_template(tables: dict[str, Any]) -> str:
     own = Path(tables["sources"][0]["path"]).parent / "chatml.jinja"
-    from prep.template import shipped_templates
+    from prep.rendering.template import shipped_templates
 
     own.write_text(
         shipped_templates()["chatml"].read_text().replace("if add_generation_prompt", "if  add_generation_prompt")

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prep.carriage import uncarried
-from prep.compiled import CompiledTemplate
 from prep.conversations.conversation import Conversation
-from prep.spans import find_spans
-from prep.template import ChatTemplate, TemplateText, shipped_templates
-from prep.turns import learn_rules
-from prep.typed_control import ControlCheck
+from prep.rendering.compiled.template import CompiledTemplate
+from prep.rendering.control.injection import ControlCheck
+from prep.rendering.coverage import uncarried
+from prep.rendering.spans import find_spans
+from prep.rendering.template import ChatTemplate, TemplateText, shipped_templates
+from prep.rendering.turns import learn_rules
 from shared.errors import TemplateError
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "</s>"]

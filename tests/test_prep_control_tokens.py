@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trained_tokenizers import tokenizer_json
 
-from prep.control_tokens import control_tokens
-from prep.template import ChatTemplate, TemplateText, shipped_templates
+from prep.rendering.control.tokens import control_tokens
+from prep.rendering.template import ChatTemplate, TemplateText, shipped_templates
 
 SPECIALS = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 BAR = "\uff5c"

@@ -14,9 +14,9 @@ from trained_tokenizers import CONTROL, FAMILIES, PLAIN_ADDED, tokenizer_json
 from prep.align import align
 from prep.conversations.conversation import Conversation
 from prep.encode import Encoded, Encoder, byte_positions, encoder_spec
-from prep.spans import Rendered
-from prep.template import ChatTemplate, TemplateText
-from prep.turns import learn_rules
+from prep.rendering.spans import Rendered
+from prep.rendering.template import ChatTemplate, TemplateText
+from prep.rendering.turns import learn_rules
 from shared.errors import DataError
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK
 

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rendered_rows import LOOP, ODD_CONTENTS, conversation_of, custom, spans_of, trained_characters
 
-from prep.carriage import uncarried
 from prep.conversations.conversation import Conversation
-from prep.template import ChatTemplate, TemplateText
-from prep.turns import SpanRules, learn_rules
+from prep.rendering.coverage import uncarried
+from prep.rendering.template import ChatTemplate, TemplateText
+from prep.rendering.turns import SpanRules, learn_rules
 from shared.errors import TemplateError
 
 

@@ -19,7 +19,7 @@ from prep.both_sides import prompts_of
 from prep.build import build, dry_run
 from prep.explain import explain
 from prep.held_out import is_held_out
-from prep.markers import required_markers
+from prep.rendering.control.markers import required_markers
 from prep.report import summary_lines
 from prep.stats import stats, stats_lines
 from prep.verify import verify

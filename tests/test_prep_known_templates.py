@@ -22,11 +22,11 @@ from known_templates import (
 )
 from rendered_rows import ODD_CONTENTS, as_transformers, conversation_of, spans_of, trained_characters, trained_text
 
-from prep.carriage import uncarried
 from prep.config import TemplateConfig
 from prep.conversations.conversation import Conversation, parse_conversation
-from prep.template import ChatTemplate, load_template, shipped_templates
-from prep.turns import SpanRules, learn_rules
+from prep.rendering.coverage import uncarried
+from prep.rendering.template import ChatTemplate, load_template, shipped_templates
+from prep.rendering.turns import SpanRules, learn_rules
 from shared.errors import TemplateError
 from shared.shard_format import Kind
 

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 from prep.build import build, dry_run
 from prep.config import TemplateConfig, TokenizerConfig
 from prep.explain import explain
-from prep.markers import printed_markers, required_markers, split_markers
+from prep.rendering.control.markers import printed_markers, required_markers, split_markers
+from prep.rendering.template import ChatTemplate, TemplateText, shipped_templates
 from prep.stats import stats, stats_lines
-from prep.template import ChatTemplate, TemplateText, shipped_templates
 from prep.verify import verify
 from shared.errors import ConfigError
 

@@ -15,12 +15,12 @@ from rendered_rows import (
     trained_text,
 )
 
-from prep.carriage import uncarried
 from prep.config import TemplateConfig
 from prep.conversations.conversation import Conversation, parse_conversation
-from prep.template import ChatTemplate, TemplateText, load_template
-from prep.trace import Traced
-from prep.turns import SpanRules, learn_rules
+from prep.rendering.coverage import uncarried
+from prep.rendering.template import ChatTemplate, TemplateText, load_template
+from prep.rendering.traced_str import Traced
+from prep.rendering.turns import SpanRules, learn_rules
 from shared.errors import ConfigError
 from shared.shard_format import Kind
 

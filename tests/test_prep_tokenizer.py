@@ -23,7 +23,7 @@ from transformers.models.auto.tokenization_auto import (
 from prep.config import TokenizerConfig
 from prep.encode import encoder_spec
 from prep.inputs import resolve_inputs
-from prep.template import TemplateText
+from prep.rendering.template import TemplateText
 from prep.tokenizer import LoadedTokenizer, load_tokenizer, resolve_tokenizer, write_tokenizer
 from prep.tokenizer_at_inference import TEXTS, compare_with_inference
 from shared.errors import ConfigError, DataError, SftError

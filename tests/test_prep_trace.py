@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from prep.carriage import uncarried
 from prep.conversations.conversation import Conversation
-from prep.spans import find_spans
-from prep.template import ChatTemplate, TemplateText
-from prep.trace import GENERATION, Mark, Traced, TracedDict, join, traced
-from prep.turns import learn_rules
+from prep.rendering.coverage import uncarried
+from prep.rendering.spans import find_spans
+from prep.rendering.template import ChatTemplate, TemplateText
+from prep.rendering.traced_str import GENERATION, Mark, Traced, TracedDict, join, traced
+from prep.rendering.turns import learn_rules
 from shared.errors import TemplateError
 
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -14,10 +14,10 @@ from trained_tokenizers import tokenizer_json
 
 from prep import sample_chunk
 from prep.conversations.conversation import Conversation
-from prep.spans import Rendered
-from prep.template import ChatTemplate, TemplateText, shipped_templates
-from prep.trace import Traced
-from prep.turns import SpanRules, learn_rules
+from prep.rendering.spans import Rendered
+from prep.rendering.template import ChatTemplate, TemplateText, shipped_templates
+from prep.rendering.traced_str import Traced
+from prep.rendering.turns import SpanRules, learn_rules
 from shared.errors import ConfigError, DataError
 from shared.shard_format import Kind
 

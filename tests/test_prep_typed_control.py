@@ -4,7 +4,7 @@ import pytest
 from rendered_rows import LOOP, custom, spans_of, trained_characters, trained_text
 
 from prep.conversations.conversation import parse_conversation
-from prep.typed_control import ControlCheck
+from prep.rendering.control.injection import ControlCheck
 from shared.errors import TemplateError
 
 # Control tokens typed where no message text is

@@ -9,8 +9,8 @@ from rendered_rows import conversation_of, custom, spans_of, trained_characters,
 from test_prep_known_templates import specials_of, text_of
 
 from prep.conversations.conversation import Conversation, parse_conversation
-from prep.template import ChatTemplate, TemplateText, shipped_templates
-from prep.turns import SpanRules, learn_rules
+from prep.rendering.template import ChatTemplate, TemplateText, shipped_templates
+from prep.rendering.turns import SpanRules, learn_rules
 from shared.shard_format import Kind
 
 

@@ -25,9 +25,9 @@ from prep.build import BuildPlan, build
 from prep.config import MixtureConfig
 from prep.encode import encoder_spec
 from prep.inputs import resolve_inputs
+from prep.rendering.template import shipped_templates
 from prep.sample_chunk import ChunkBuilder, ChunkSpec
 from prep.sources.reader import iter_chunks
-from prep.template import shipped_templates
 from prep.tokenizer import load_tokenizer
 from shared import config
 

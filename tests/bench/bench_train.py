@@ -216,7 +216,7 @@ def run_trl(name: str, setting: Row) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from prep.template import shipped_templates
+    from prep.rendering.template import shipped_templates
 
     tokenizer = AutoTokenizer.from_pretrained(setting["model_dir"])
     tokenizer.chat_template = shipped_templates()[setting["template"]].read_text().removesuffix("\n")

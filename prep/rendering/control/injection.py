@@ -15,9 +15,9 @@ from dataclasses import replace
 from typing import Any
 
 from prep.conversations.conversation import Conversation
-from prep.spans import Rendered
-from prep.template import ChatTemplate
-from prep.turns import SpanRules
+from prep.rendering.spans import Rendered
+from prep.rendering.template import ChatTemplate
+from prep.rendering.turns import SpanRules
 from shared.errors import TemplateError
 
 _TAG = re.compile(r"</?[^\s<>]+>")

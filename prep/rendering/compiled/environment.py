@@ -15,9 +15,9 @@ from jinja2.compiler import Frame
 from jinja2.runtime import Context
 from jinja2.tests import test_sameas
 
-from prep.probe import Probe, plain
-from prep.template import TracingCodeGenerator, TracingEnvironment
-from prep.trace import Traced, join
+from prep.rendering.compiled.recorded_str import Probe, plain
+from prep.rendering.template import TracingCodeGenerator, TracingEnvironment
+from prep.rendering.traced_str import Traced, join
 
 # filters that pass contents on, or look at them through questions that a probe writes down
 _FOLLOWED_FILTERS = frozenset(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.conversations.conversation import Conversation
-from prep.template import ChatTemplate
+from prep.rendering.template import ChatTemplate
 from shared.errors import TemplateError
 
 _WORDS = (("system", "alpha"), ("user", "beta"), ("assistant", "gamma"), ("user", "delta"), ("assistant", "epsilon"))

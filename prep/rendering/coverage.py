@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from prep.conversations.conversation import Conversation
-from prep.template import reasoning_of
-from prep.trace import Mark, Traced
-from prep.turns import SpanRules
+from prep.rendering.template import reasoning_of
+from prep.rendering.traced_str import Mark, Traced
+from prep.rendering.turns import SpanRules
 
 _TEXT = ("content", "reasoning_content", "function_calls", "functions")
 

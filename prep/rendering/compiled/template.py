@@ -1,7 +1,7 @@
 """A chat template compiled for a shape of conversation: fixed strings with slots, filled without running Jinja.
 
 A shape is the sequence of roles. The template runs once on stand-in contents that write down what it asks of them
-(`prep/probe.py`); its output gives the pieces, the spans, and guards: the questions and answers that other contents
+(`prep/rendering/compiled/recorded_str.py`); its output gives the pieces, the spans, and guards: the questions and answers that other contents
 must repeat. A conversation whose contents give another answer, or that has more than roles and contents, takes the
 traced way through Jinja. So does every shape that cannot be followed, or that a second set of stand-ins contradicts.
 
@@ -12,14 +12,14 @@ traced way through Jinja. So does every shape that cannot be followed, or that a
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from prep.carriage import uncarried
 from prep.conversations.conversation import Conversation
-from prep.probe import QUESTIONS, Guard, Probe, Record
-from prep.recording import RecordingEnvironment
-from prep.spans import Rendered, RenderedMessage, Span, find_spans
-from prep.template import ChatTemplate
-from prep.trace import Mark, Traced
-from prep.turns import SpanRules
+from prep.rendering.compiled.environment import RecordingEnvironment
+from prep.rendering.compiled.recorded_str import QUESTIONS, Guard, Probe, Record
+from prep.rendering.coverage import uncarried
+from prep.rendering.spans import Rendered, RenderedMessage, Span, find_spans
+from prep.rendering.template import ChatTemplate
+from prep.rendering.traced_str import Mark, Traced
+from prep.rendering.turns import SpanRules
 from shared.errors import TemplateError
 from shared.shard_format import Kind
 

@@ -6,7 +6,7 @@
 
 A region comes from a {% generation %} block where the template has them. Else it begins behind the generation prompt
 (or at the turn's first character, where the template prints none) and ends with the turn's terminator: the first
-control token behind its text, if that is one which ends turns (prep/turns.py). All else is TEMPLATE.
+control token behind its text, if that is one which ends turns (prep/rendering/turns.py). All else is TEMPLATE.
 """
 
 import re
@@ -17,10 +17,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from prep.conversations.conversation import Conversation
-from prep.intervals import Intervals, outermost
-from prep.template import ChatTemplate
-from prep.trace import GENERATION, Mark, Traced
-from prep.turns import SpanRules
+from prep.rendering.intervals import Intervals, outermost
+from prep.rendering.template import ChatTemplate
+from prep.rendering.traced_str import GENERATION, Mark, Traced
+from prep.rendering.turns import SpanRules
 from shared.errors import TemplateError
 from shared.shard_format import Kind
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from prep.conversations.conversation import Conversation
-from prep.template import ChatTemplate
-from prep.turns import any_of
+from prep.rendering.template import ChatTemplate
+from prep.rendering.turns import any_of
 from shared.errors import TemplateError
 
 _TALK = ("user", "assistant", "user", "assistant")

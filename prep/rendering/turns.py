@@ -19,7 +19,7 @@ from itertools import takewhile
 from typing import Any
 
 from prep.conversations.conversation import Conversation
-from prep.template import ChatTemplate
+from prep.rendering.template import ChatTemplate
 from shared.errors import TemplateError
 
 QUESTION, ANSWER, REASON, CALL, AGAIN = "STAND-IN-QUESTION", "STAND-IN-ANSWER", "STAND-IN-REASON", "STAND-IN-CALL", "QQ"

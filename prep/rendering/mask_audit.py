@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.conversations.conversation import Conversation
-from prep.template import BLOCK_BRACKETS, REASONING_NAMES, ChatTemplate
-from prep.turns import SpanRules
+from prep.rendering.template import BLOCK_BRACKETS, REASONING_NAMES, ChatTemplate
+from prep.rendering.turns import SpanRules
 from shared.errors import TemplateError
 
 MAX_TURNS = 16  # of a longer conversation, the first and the last turns: each costs renders of the whole

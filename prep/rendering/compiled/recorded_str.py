@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, SupportsIndex
 
-from prep.trace import Mark, Traced
+from prep.rendering.traced_str import Mark, Traced
 
 
 class Guard(NamedTuple):

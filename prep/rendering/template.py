@@ -26,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from prep.config import TemplateConfig
 from prep.conversations.conversation import Conversation
-from prep.trace import Traced, join, json_marked, traced
+from prep.rendering.traced_str import Traced, join, json_marked, traced
 from shared.errors import ConfigError, TemplateError
 from shared.hashing import sha256_bytes
 
