@@ -22,7 +22,6 @@ from prep import own_set
 from prep.chunk_workers import chunk_workers
 from prep.config import MixtureConfig, SourceConfig
 from prep.decontaminate import Overlap, find_overlaps, read_questions
-from prep.encode import Encoder
 from prep.held_out import num_held_out
 from prep.inputs import KNOWN_DATE, Inputs, resolve_inputs
 from prep.mixture import Selections, select_all
@@ -38,8 +37,9 @@ from prep.sources.chunk import Chunk
 from prep.sources.detect_format import conversion_of
 from prep.sources.reader import iter_chunks
 from prep.tally import Tally
-from prep.tokenizer import LoadedTokenizer, load_tokenizer
-from prep.tokenizer_at_inference import compare_with_inference
+from prep.tokenization.at_inference import compare_with_inference
+from prep.tokenization.encoder import Encoder
+from prep.tokenization.tokenizer import LoadedTokenizer, load_tokenizer
 from prep.tokenizer_fit import check_fit, check_turns, choose_encoder, plain_kinds
 from prep.write_set import Material, Packed, pack, write_set
 from shared import atomic

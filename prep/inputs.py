@@ -14,7 +14,7 @@ from prep.config import MixtureConfig, SourceConfig
 from prep.conversations.formats import Conversion
 from prep.rendering.template import TemplateText, load_template, today
 from prep.sources.resolve import ResolvedSource, remember, resolve_source
-from prep.tokenizer import TokenizerFiles, remember_tokenizer, resolve_tokenizer
+from prep.tokenization.tokenizer import TokenizerFiles, remember_tokenizer, resolve_tokenizer
 from shared import config
 from shared.errors import ConfigError
 from shared.hashing import digest

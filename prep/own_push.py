@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prep.own_files import remove_own, shown, sort_out
 from prep.set_card import CARD_NAME, render_set_card
-from prep.tokenizer import FILE_NAMES
+from prep.tokenization.tokenizer import FILE_NAMES
 from prep.transfer import EVAL_MANIFEST, SUFFIX, TRANSFER_NAME, contents_of
 from shared.errors import ArtifactError
 from shared.shard_format import COLUMNS, EVAL_DIR, MANIFEST_NAME, SHARDS_DIR, TOKENIZER_DIR

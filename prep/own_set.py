@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prep.own_files import remove_own, shown, sort_out
-from prep.tokenizer import FILE_NAMES
+from prep.tokenization.tokenizer import FILE_NAMES
 from shared.errors import ArtifactError, ConfigError
 from shared.shard_format import (
     BUILD_INFO_NAME,

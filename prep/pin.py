@@ -12,7 +12,7 @@ from typing import Any
 
 from prep.config import shipped_mixtures
 from prep.sources.hub_dataset import resolve_commit
-from prep.tokenizer import resolve_tokenizer_commit
+from prep.tokenization.tokenizer import resolve_tokenizer_commit
 from shared import atomic, config
 from shared.errors import ConfigError
 

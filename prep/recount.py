@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prep.assemble import count_terminators
-from prep.tokenizer import CANARY_TEXT
+from prep.tokenization.tokenizer import CANARY_TEXT
 from shared.errors import ArtifactError, SftError
 from shared.hashing import canonical_json
 from shared.shard_format import EVAL_DIR, FORMAT_VERSION, Kind, SourceEntry

@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.assemble import Assembled
-from prep.encode import Encoder
 from prep.held_out import num_held_out
 from prep.inputs import Inputs
 from prep.mixture import Selections
 from prep.selection import Selection
 from prep.tally import Tally
-from prep.tokenizer import CANARY_TEXT, LoadedTokenizer
+from prep.tokenization.encoder import Encoder
+from prep.tokenization.tokenizer import CANARY_TEXT, LoadedTokenizer
 from shared.errors import DataError
 from shared.shard_format import (
     EVAL_DIR,

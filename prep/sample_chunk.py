@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.align import Aligned, align
 from prep.conversations.conversation import Conversation, calls_not_json, content_hash, prompt_hash
 from prep.conversations.formats import read_conversation, read_part
-from prep.encode import Encoded, Encoder, EncoderSpec
 from prep.mask import TRAIN_NO, TRAIN_UNSET
 from prep.rendering.compiled.template import CompiledTemplate
 from prep.rendering.control.injection import ControlCheck
@@ -23,6 +21,8 @@ from prep.rendering.spans import ROLE_KINDS, Rendered, find_spans
 from prep.rendering.template import ChatTemplate, TemplateText
 from prep.rendering.turns import learn_rules
 from prep.sources.chunk import Chunk, parse_chunk
+from prep.tokenization.align import Aligned, align
+from prep.tokenization.encoder import Encoded, Encoder, EncoderSpec
 from shared.errors import DataError, TemplateError
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK
 

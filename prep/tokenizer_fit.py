@@ -3,13 +3,13 @@
 import json
 import logging
 
-from prep.encode import Encoder, encoder_spec
 from prep.inputs import Inputs
 from prep.rendering.control.markers import printed_markers, required_markers, split_markers
 from prep.rendering.spans import ROLE_KINDS, ends_turns
 from prep.rendering.template import ChatTemplate
 from prep.rendering.turns import learn_rules
-from prep.tokenizer import CANARY_TEXT, LoadedTokenizer
+from prep.tokenization.encoder import Encoder, encoder_spec
+from prep.tokenization.tokenizer import CANARY_TEXT, LoadedTokenizer
 from shared.errors import ConfigError
 from shared.shard_format import Kind
 

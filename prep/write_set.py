@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.assemble import assemble
-from prep.encode import Encoder
 from prep.inputs import Inputs
 from prep.pack import pack_best_fit
 from prep.progress import progress
@@ -16,7 +15,8 @@ from prep.report import make_manifest
 from prep.sample_store import SampleStore
 from prep.selection import Selection
 from prep.tally import Tally
-from prep.tokenizer import LoadedTokenizer, write_tokenizer
+from prep.tokenization.encoder import Encoder
+from prep.tokenization.tokenizer import LoadedTokenizer, write_tokenizer
 from shared.shard_format import TOKENIZER_DIR, Manifest
 
 Ints = npt.NDArray[np.int64]

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from rendered_rows import conversation_of, spans_of, trained_characters
 from trained_tokenizers import CONTROL, FAMILIES, PLAIN_ADDED, tokenizer_json
 
-from prep.align import align
 from prep.conversations.conversation import Conversation
-from prep.encode import Encoded, Encoder, byte_positions, encoder_spec
 from prep.rendering.spans import Rendered
 from prep.rendering.template import ChatTemplate, TemplateText
 from prep.rendering.turns import learn_rules
+from prep.tokenization.align import align
+from prep.tokenization.encoder import Encoded, Encoder, byte_positions, encoder_spec
 from shared.errors import DataError
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK
 

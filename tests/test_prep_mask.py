@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prep.align import align
 from prep.config import MaskConfig
-from prep.encode import Encoded
 from prep.mask import TRAIN_NO, TRAIN_UNSET, TRAIN_YES, Samples, loss_mask_of
 from prep.rendering.spans import Rendered, RenderedMessage, Span
+from prep.tokenization.align import align
+from prep.tokenization.encoder import Encoded
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, STRADDLES, Kind
 
 RANK = [

@@ -15,11 +15,11 @@ from trained_tokenizers import CONTROL, PLAIN_ADDED, tokenizer_json
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from prep.config import MaskConfig
-from prep.encode import encoder_spec
 from prep.mask import Samples, loss_mask_of
 from prep.rendering.template import TemplateText, shipped_templates
 from prep.sample_chunk import ChunkBuilder, ChunkSpec
 from prep.sources.chunk import Chunk
+from prep.tokenization.encoder import encoder_spec
 
 FAMILIES = ["byte-level", "byte-level, NFC", "sentencepiece, first", "unigram"]
 TEMPLATES = {name: path.read_text(encoding="utf-8").removesuffix("\n") for name, path in shipped_templates().items()}

@@ -14,10 +14,10 @@ from trained_tokenizers import CONTROL, tokenizer_json
 
 from prep.conversations.formats import Conversion
 from prep.conversations.json_text import MAX_DEPTH
-from prep.encode import encoder_spec
 from prep.rendering.template import TemplateText, shipped_templates
 from prep.sample_chunk import ChunkBuilder, ChunkSpec
 from prep.sources.chunk import Chunk, parse_chunk
+from prep.tokenization.encoder import encoder_spec
 from shared.errors import DataError
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2, {"c": "x"}]}}}

@@ -21,11 +21,11 @@ from transformers.models.auto.tokenization_auto import (
 )
 
 from prep.config import TokenizerConfig
-from prep.encode import encoder_spec
 from prep.inputs import resolve_inputs
 from prep.rendering.template import TemplateText
-from prep.tokenizer import LoadedTokenizer, load_tokenizer, resolve_tokenizer, write_tokenizer
-from prep.tokenizer_at_inference import TEXTS, compare_with_inference
+from prep.tokenization.at_inference import TEXTS, compare_with_inference
+from prep.tokenization.encoder import encoder_spec
+from prep.tokenization.tokenizer import LoadedTokenizer, load_tokenizer, resolve_tokenizer, write_tokenizer
 from shared.errors import ConfigError, DataError, SftError
 
 CLASSES = [*sorted({name for name in TOKENIZER_MAPPING_NAMES.values() if name}), "PreTrainedTokenizerFast", "Nobodys"]
@@ -262,10 +262,12 @@ def test_vocabulary_files_are_converted_once_and_hashed_as_converted(
     with caplog.at_level(logging.INFO):
         first = build_set(tables, tmp_path / "out").manifest
     assert caplog.text.count("has no tokenizer.json: converted from its other files by transformers") == 1
-    monkeypatch.setattr("prep.tokenizer_convert.converted_json", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(
+        "prep.tokenization.convert_vocabulary.converted_json", lambda *_: pytest.fail("converted again")
+    )
     assert build_set(tables, tmp_path / "out").manifest == first  # its hash is remembered
     monkeypatch.undo()
-    monkeypatch.setattr("prep.tokenizer_convert.converted_json", lambda *_: '{"another": "conversion"}')
+    monkeypatch.setattr("prep.tokenization.convert_vocabulary.converted_json", lambda *_: '{"another": "conversion"}')
     inputs = resolve_inputs(plan_of(tables, tmp_path / "out").mixture, tmp_path, {})
     assert [line.partition(":")[0] for line in inputs.differences(first.inputs)] == ["tokenizer.json"]
 

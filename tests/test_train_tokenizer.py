@@ -22,8 +22,8 @@ from trained_tokenizers import FAMILIES, tokenizer_json
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from prep.config import TokenizerConfig
-from prep.encode import encoder_spec
-from prep.tokenizer import load_tokenizer, resolve_tokenizer
+from prep.tokenization.encoder import encoder_spec
+from prep.tokenization.tokenizer import load_tokenizer, resolve_tokenizer
 from shared.errors import ArtifactError, SftError
 from shared.shard_reader import ShardSet, open_shard_set
 from train.config import ModelConfig

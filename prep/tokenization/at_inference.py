@@ -9,7 +9,7 @@ import logging
 from importlib import metadata
 from typing import Any
 
-from prep.tokenizer import CANARY_TEXT, LoadedTokenizer, TokenizerFiles
+from prep.tokenization.tokenizer import CANARY_TEXT, LoadedTokenizer, TokenizerFiles
 
 TEXTS = (
     CANARY_TEXT,

@@ -15,8 +15,8 @@ from typing import Any
 
 from prep.config import TokenizerConfig
 from prep.rendering.template import TemplateText
-from prep.tokenizer_convert import converted_json, converted_sha256
-from prep.tokenizer_names import TokenizerNames, read_json, read_names
+from prep.tokenization.convert_vocabulary import converted_json, converted_sha256
+from prep.tokenization.special_names import TokenizerNames, read_json, read_names
 from shared.errors import ConfigError, DataError
 from shared.hashing import canonical_json, sha256_file
 from shared.shard_format import FileEntry
@@ -25,7 +25,7 @@ FILE_NAMES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "config.json",  # decides nothing, but transformers goes by it: see prep/tokenizer_at_inference.py
+    "config.json",  # decides nothing, but transformers goes by it: see prep/tokenization/at_inference.py
     "merges.txt",
     "special_tokens_map.json",
     "tokenizer.json",

@@ -13,9 +13,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from prep.byte_places import in_bytes
-from prep.encode import Encoded, Ints, Places
 from prep.rendering.spans import Rendered
+from prep.tokenization.byte_offsets import in_bytes
+from prep.tokenization.encoder import Encoded, Ints, Places
 from shared.shard_format import STRADDLES, Kind
 
 # where one token covers text of two kinds, the later in this list names it: what the model must produce wins

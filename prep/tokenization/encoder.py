@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.byte_places import byte_positions, in_bytes
 from prep.rendering.control.tokens import is_markup
 from prep.rendering.intervals import Intervals
 from prep.rendering.spans import Rendered
+from prep.tokenization.byte_offsets import byte_positions, in_bytes
 from shared.errors import DataError
 from shared.shard_format import Kind
 
