@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from prep.config import MaskConfig
 from prep.mask import loss_mask_of
-from prep.sample_store import SampleStore
+from prep.store.sample_store import SampleStore
 from shared.shard_format import KIND_MASK, Kind, ShardEntry
 from shared.shard_writer import write_shard
 

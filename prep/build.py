@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from prep import own_set
-from prep.chunk_workers import chunk_workers
 from prep.config import MixtureConfig, SourceConfig
 from prep.decontaminate import Overlap, find_overlaps, read_questions
 from prep.held_out import num_held_out
@@ -30,13 +29,14 @@ from prep.progress import progress
 from prep.rendering.control.tokens import control_tokens
 from prep.rendering.template import ChatTemplate
 from prep.report import check_budgets, check_selections, write_rejects
-from prep.sample_chunk import ChunkSpec
-from prep.sample_store import SampleStore, StoredChunk, StoreRequest, ensure_stores
 from prep.selection import Selection
 from prep.sources.chunk import Chunk
 from prep.sources.detect_format import conversion_of
 from prep.sources.reader import iter_chunks
-from prep.tally import Tally
+from prep.store.chunk_builder import ChunkSpec
+from prep.store.executors import chunk_workers
+from prep.store.sample_store import SampleStore, StoredChunk, StoreRequest, ensure_stores
+from prep.store.source_counts import Tally
 from prep.tokenization.at_inference import compare_with_inference
 from prep.tokenization.encoder import Encoder
 from prep.tokenization.tokenizer import LoadedTokenizer, load_tokenizer

@@ -26,8 +26,8 @@ from prep.progress import progress
 from prep.sources.chunk import Chunk, parse_chunk
 from prep.sources.reader import iter_chunks
 from prep.sources.resolve import ResolvedSource
+from prep.store.process_pool import WorkerPool
 from prep.word_grams import GramSet, word_grams, words_of
-from prep.worker_pool import WorkerPool
 from shared import atomic
 from shared.errors import DataError, PrerequisiteError
 from shared.hashing import digest, sha256_bytes

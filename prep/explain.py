@@ -5,8 +5,8 @@ from typing import Any
 
 from prep.build import BuildPlan, memory_of
 from prep.inputs import Inputs, difference_lines, resolve_inputs
-from prep.sample_store import is_complete, known_inputs, store_path
 from prep.sources.detect_format import conversion_of
+from prep.store.sample_store import is_complete, known_inputs, store_path
 from shared.shard_reader import read_manifest
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.decontaminate import Overlap
-from prep.sample_store import SampleStore
 from prep.selection import Usable
+from prep.store.sample_store import SampleStore
 
 Ints = npt.NDArray[np.int64]
 

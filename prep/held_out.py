@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.filters import hashes_of
-from prep.sample_store import SampleStore
 from prep.selection import Usable, mix
+from prep.store.sample_store import SampleStore
 from shared.hashing import seed_from
 from shared.shard_format import EVAL_DIR, Manifest
 

@@ -18,8 +18,8 @@ from prep.filters import without_duplicates, without_little_loss, without_overla
 from prep.held_out import HeldOut, hold_out, mark_held_out
 from prep.inputs import Inputs
 from prep.parts import SplitSources
-from prep.sample_store import SampleStore
 from prep.selection import Selection, Usable, choose, usable_rows
+from prep.store.sample_store import SampleStore
 
 logger = logging.getLogger(__name__)
 

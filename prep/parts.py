@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 from prep.config import SourceConfig
 from prep.inputs import Inputs
-from prep.sample_store import SampleStore
 from prep.selection import Usable
 from prep.sources.resolve import ResolvedSource
-from prep.tally import Tally
+from prep.store.sample_store import SampleStore
+from prep.store.source_counts import Tally
 from shared.errors import DataError
 from shared.shard_format import OTHER_PARTS
 

@@ -14,7 +14,7 @@ from prep.held_out import num_held_out
 from prep.inputs import Inputs
 from prep.mixture import Selections
 from prep.selection import Selection
-from prep.tally import Tally
+from prep.store.source_counts import Tally
 from prep.tokenization.encoder import Encoder
 from prep.tokenization.tokenizer import CANARY_TEXT, LoadedTokenizer
 from shared.errors import DataError

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from prep.config import LengthsConfig, MaskConfig, SourceConfig
 from prep.cut import OverLength, cut
 from prep.mask import loss_mask_of
-from prep.sample_store import SampleStore, StoredChunk
+from prep.store.sample_store import SampleStore, StoredChunk
 from shared.errors import DataError, SampleTooLongError
 from shared.hashing import seed_from
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, Kind

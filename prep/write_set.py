@@ -12,9 +12,9 @@ from prep.inputs import Inputs
 from prep.pack import pack_best_fit
 from prep.progress import progress
 from prep.report import make_manifest
-from prep.sample_store import SampleStore
 from prep.selection import Selection
-from prep.tally import Tally
+from prep.store.sample_store import SampleStore
+from prep.store.source_counts import Tally
 from prep.tokenization.encoder import Encoder
 from prep.tokenization.tokenizer import LoadedTokenizer, write_tokenizer
 from shared.shard_format import TOKENIZER_DIR, Manifest

@@ -127,7 +127,7 @@ def test_another_length_mask_or_mixture_needs_no_tokenizer(
     tables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_set(tables, tmp_path / "first")
-    monkeypatch.setattr("prep.chunk_workers.ChunkBuilder", lambda spec: pytest.fail("rows were tokenised again"))
+    monkeypatch.setattr("prep.store.executors.ChunkBuilder", lambda spec: pytest.fail("rows were tokenised again"))
     changed = {**tables, "max_seq_len": 64, "mask": {"train_on": "last_assistant"}, "lengths": {"over_length": "drop"}}
     changed["sources"] = [{**tables["sources"][0], "fraction": 0.5}, {**tables["sources"][1], "epochs": 1.5}]
     shards = build_set(changed, tmp_path / "second")

@@ -26,7 +26,7 @@ def test_a_cluster_of_two_workers_makes_the_same_set(tmp_path: Path) -> None:
 
 
 def test_no_scheduler_at_the_address_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prep.chunk_workers._CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("prep.store.executors._CONNECT_SECONDS", 0.5)
     tables = mixture_of([write_rows(tmp_path / "a.jsonl", [chat("Hi", "Yo")])], small_tokenizer(tmp_path / "small"))
     with pytest.raises(PrerequisiteError, match=r"tcp://127\.0\.0\.1:9"):
         build(replace(plan_of(tables, tmp_path / "out"), scheduler="tcp://127.0.0.1:9"), rebuild=False)

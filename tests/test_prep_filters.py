@@ -15,8 +15,8 @@ from prep.config import MixtureConfig
 from prep.filters import without_duplicates
 from prep.mixture import epochs_at
 from prep.report import summary_lines
-from prep.sample_store import SampleStore, StoredChunk
 from prep.selection import SEQUENCE, Usable
+from prep.store.sample_store import SampleStore, StoredChunk
 from prep.verify import verify
 from shared import config
 from shared.errors import ConfigError

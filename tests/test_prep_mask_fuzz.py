@@ -17,8 +17,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from prep.config import MaskConfig
 from prep.mask import Samples, loss_mask_of
 from prep.rendering.template import TemplateText, shipped_templates
-from prep.sample_chunk import ChunkBuilder, ChunkSpec
 from prep.sources.chunk import Chunk
+from prep.store.chunk_builder import ChunkBuilder, ChunkSpec
 from prep.tokenization.encoder import encoder_spec
 
 FAMILIES = ["byte-level", "byte-level, NFC", "sentencepiece, first", "unigram"]

@@ -15,8 +15,8 @@ from trained_tokenizers import CONTROL, tokenizer_json
 from prep.conversations.formats import Conversion
 from prep.conversations.json_text import MAX_DEPTH
 from prep.rendering.template import TemplateText, shipped_templates
-from prep.sample_chunk import ChunkBuilder, ChunkSpec
 from prep.sources.chunk import Chunk, parse_chunk
+from prep.store.chunk_builder import ChunkBuilder, ChunkSpec
 from prep.tokenization.encoder import encoder_spec
 from shared.errors import DataError
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from prep.assemble import assemble
 from prep.config import LengthsConfig, MaskConfig, SourceConfig
 from prep.pack import pack_best_fit
-from prep.sample_chunk import COLUMNS
-from prep.sample_store import SampleStore, StoredChunk
 from prep.selection import Selection, select
+from prep.store.chunk_builder import COLUMNS
+from prep.store.sample_store import SampleStore, StoredChunk
 from shared.errors import DataError
 from shared.shard_format import COLUMNS as SHARD_COLUMNS
 from shared.shard_format import Kind

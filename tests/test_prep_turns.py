@@ -12,12 +12,12 @@ from prep_builds import build_set, chat, mixture_of, small_tokenizer, write_rows
 from rendered_rows import LOOP, custom
 from trained_tokenizers import tokenizer_json
 
-from prep import sample_chunk
 from prep.conversations.conversation import Conversation
 from prep.rendering.spans import Rendered
 from prep.rendering.template import ChatTemplate, TemplateText, shipped_templates
 from prep.rendering.traced_str import Traced
 from prep.rendering.turns import SpanRules, learn_rules
+from prep.store import chunk_builder
 from shared.errors import ConfigError, DataError
 from shared.shard_format import Kind
 
@@ -192,7 +192,7 @@ def test_a_terminator_that_the_tokenizer_does_not_know_stops_the_build(tokenizer
 def test_a_mask_that_the_audit_finds_otherwise_ends_the_build(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = sample_chunk.find_spans
+    find = chunk_builder.find_spans
 
     def shifted(text: Traced, conversation: Conversation, rules: SpanRules) -> Rendered:
         found = find(text, conversation, rules)

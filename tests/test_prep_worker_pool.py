@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from prep.worker_pool import WorkerPool
+from prep.store.process_pool import WorkerPool
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.2])

@@ -25,8 +25,8 @@ from prep.build import BuildPlan, build
 from prep.config import MixtureConfig
 from prep.inputs import resolve_inputs
 from prep.rendering.template import shipped_templates
-from prep.sample_chunk import ChunkBuilder, ChunkSpec
 from prep.sources.reader import iter_chunks
+from prep.store.chunk_builder import ChunkBuilder, ChunkSpec
 from prep.tokenization.encoder import encoder_spec
 from prep.tokenization.tokenizer import load_tokenizer
 from shared import config

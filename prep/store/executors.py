@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prep.sample_chunk import ChunkBuilder, ChunkSpec
 from prep.sources.chunk import Chunk
-from prep.worker_pool import WorkerPool
+from prep.store.chunk_builder import ChunkBuilder, ChunkSpec
+from prep.store.process_pool import WorkerPool
 from shared import atomic
 from shared.errors import ArtifactError, PrerequisiteError, SftError
 from shared.hashing import canonical_json

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.chunk_workers import FACTS_NAME, ChunkWorkers
 from prep.mask import Samples
-from prep.sample_chunk import COLUMNS
 from prep.sources.chunk import Chunk
+from prep.store.chunk_builder import COLUMNS
+from prep.store.executors import FACTS_NAME, ChunkWorkers
 from shared import atomic
 from shared.errors import ArtifactError, PrerequisiteError
 from shared.hashing import digest
