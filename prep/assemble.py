@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.config import MaskConfig
-from prep.mask import loss_mask_of
+from prep.selection.loss_mask import loss_mask_of
 from prep.store.sample_store import SampleStore
 from shared.shard_format import KIND_MASK, Kind, ShardEntry
 from shared.shard_writer import write_shard

@@ -20,16 +20,16 @@ import numpy as np
 
 from prep import own_set
 from prep.config import MixtureConfig, SourceConfig
-from prep.decontaminate import Overlap, find_overlaps, read_questions
-from prep.held_out import num_held_out
 from prep.inputs import KNOWN_DATE, Inputs, resolve_inputs
-from prep.mixture import Selections, select_all
-from prep.parts import SplitSources, check_parts, split_sources, warn_of_no_parts
 from prep.progress import progress
 from prep.rendering.control.tokens import control_tokens
 from prep.rendering.template import ChatTemplate
 from prep.report import check_budgets, check_selections, write_rejects
-from prep.selection import Selection
+from prep.selection.decontaminate import Overlap, find_overlaps, read_questions
+from prep.selection.eval_split import num_held_out
+from prep.selection.mixture import Selections, select_all
+from prep.selection.sequences import Selection
+from prep.selection.split_sources import SplitSources, check_parts, split_sources, warn_of_no_parts
 from prep.sources.chunk import Chunk
 from prep.sources.detect_format import conversion_of
 from prep.sources.reader import iter_chunks

@@ -76,7 +76,7 @@ class MaskConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LengthsConfig:
     over_length: Literal["truncate", "truncate_turns", "drop", "split", "error"] = "truncate"
-    """What happens to a sample over max_seq_len; see prep/cut.py. No terminator is made up at a cut."""
+    """What happens to a sample over max_seq_len; see prep/selection/over_length.py. No terminator is made up at a cut."""
     min_loss_tokens: int = 1
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class SourceConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Where the source has other names than its format: {prompt = "question", completion = "answer"}."""
     split_by: str = ""
-    """A column whose values name parts: each is mixed, counted and reported as a source of its own (prep/parts.py)."""
+    """A column whose values name parts: each is mixed, counted and reported as a source of its own (prep/selection/split_sources.py)."""
     part_epochs: dict[str, float] = field(default_factory=dict)
     """How often the rows of single parts are used, by value: 0 leaves a part out, 0.5 takes half, 2 repeats it."""
     min_tokens: int | None = None
@@ -198,7 +198,7 @@ class DecontaminateConfig:
     fields: tuple[str, ...] = ()
     """The columns that hold the questions; default: what users say in the conversations there."""
     ngram: int = 13
-    """A row goes if it shares so many words on end with a question; prep/word_grams.py says what a word is."""
+    """A row goes if it shares so many words on end with a question; prep/selection/ngrams.py says what a word is."""
 
     def __post_init__(self) -> None:
         if self.ngram < 1:

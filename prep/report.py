@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.assemble import Assembled
-from prep.held_out import num_held_out
 from prep.inputs import Inputs
-from prep.mixture import Selections
-from prep.selection import Selection
+from prep.selection.eval_split import num_held_out
+from prep.selection.mixture import Selections
+from prep.selection.sequences import Selection
 from prep.store.source_counts import Tally
 from prep.tokenization.encoder import Encoder
 from prep.tokenization.tokenizer import CANARY_TEXT, LoadedTokenizer

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.held_out import num_held_out
+from prep.selection.eval_split import num_held_out
 from shared import config
 from shared.shard_format import EVAL_DIR, KIND_MASK, OTHER_PARTS, Manifest
 from shared.shard_reader import ShardSet, read_manifest

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from prep.both_sides import compare_sides
 from prep.config import MaskConfig
-from prep.held_out import num_held_out
 from prep.mask_proof import MaskFault, prove_mask
 from prep.recount import recount
+from prep.selection.eval_split import num_held_out
 from shared import config
 from shared.errors import ArtifactError, ChecksumError, ConfigError
 from shared.hashing import canonical_json

@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 from prep.assemble import assemble
 from prep.inputs import Inputs
-from prep.pack import pack_best_fit
 from prep.progress import progress
 from prep.report import make_manifest
-from prep.selection import Selection
+from prep.selection.best_fit import pack_best_fit
+from prep.selection.sequences import Selection
 from prep.store.sample_store import SampleStore
 from prep.store.source_counts import Tally
 from prep.tokenization.encoder import Encoder

@@ -15,7 +15,7 @@ from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, w
 
 from prep.explain import explain
 from prep.report import summary_lines
-from prep.word_grams import GramSet, word_grams, words_of
+from prep.selection.ngrams import GramSet, word_grams, words_of
 from shared.errors import DataError
 from shared.shard_reader import ShardSet
 

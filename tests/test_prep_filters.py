@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from prep_builds import build_set, chat, mixture_of, small_tokenizer, write_rows
 
 from prep.config import MixtureConfig
-from prep.filters import without_duplicates
-from prep.mixture import epochs_at
 from prep.report import summary_lines
-from prep.selection import SEQUENCE, Usable
+from prep.selection.filters import without_duplicates
+from prep.selection.mixture import epochs_at
+from prep.selection.sequences import SEQUENCE, Usable
 from prep.store.sample_store import SampleStore, StoredChunk
 from prep.verify import verify
 from shared import config

@@ -18,9 +18,9 @@ from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, w
 from prep.both_sides import prompts_of
 from prep.build import build, dry_run
 from prep.explain import explain
-from prep.held_out import is_held_out
 from prep.rendering.control.markers import required_markers
 from prep.report import summary_lines
+from prep.selection.eval_split import is_held_out
 from prep.stats import stats, stats_lines
 from prep.verify import verify
 from shared import atomic

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prep.config import MaskConfig
-from prep.mask import TRAIN_NO, TRAIN_UNSET, TRAIN_YES, Samples, loss_mask_of
 from prep.rendering.spans import Rendered, RenderedMessage, Span
+from prep.selection.loss_mask import TRAIN_NO, TRAIN_UNSET, TRAIN_YES, Samples, loss_mask_of
 from prep.tokenization.align import align
 from prep.tokenization.encoder import Encoded
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, STRADDLES, Kind

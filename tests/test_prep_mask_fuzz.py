@@ -15,8 +15,8 @@ from trained_tokenizers import CONTROL, PLAIN_ADDED, tokenizer_json
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from prep.config import MaskConfig
-from prep.mask import Samples, loss_mask_of
 from prep.rendering.template import TemplateText, shipped_templates
+from prep.selection.loss_mask import Samples, loss_mask_of
 from prep.sources.chunk import Chunk
 from prep.store.chunk_builder import ChunkBuilder, ChunkSpec
 from prep.tokenization.encoder import encoder_spec

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prep.pack import pack_best_fit
+from prep.selection.best_fit import pack_best_fit
 
 CAPACITY = 50
 a_batch = st.lists(st.integers(1, CAPACITY), max_size=200)
@@ -159,7 +159,7 @@ def test_the_packs_are_those_of_placing_sample_by_sample(lengths: list[int], see
 
 _PEAK_OF_ONE_PACK = """
 import resource, numpy as np
-from prep.pack import pack_best_fit
+from prep.selection.best_fit import pack_best_fit
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
 order, offsets = pack_best_fit(np.array([90, 30_000_000, 7]), capacity=10**9, tie=np.arange(3, dtype=np.uint64))

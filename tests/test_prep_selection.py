@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from prep.assemble import assemble
 from prep.config import LengthsConfig, MaskConfig, SourceConfig
-from prep.pack import pack_best_fit
-from prep.selection import Selection, select
+from prep.selection.best_fit import pack_best_fit
+from prep.selection.sequences import Selection, select
 from prep.store.chunk_builder import COLUMNS
 from prep.store.sample_store import SampleStore, StoredChunk
 from shared.errors import DataError

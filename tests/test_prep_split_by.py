@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows
 
-import prep.parts
+import prep.selection.split_sources
 from prep.build import dry_run
 from prep.choice import choose
 from prep.set_card import render_set_card
@@ -222,7 +222,7 @@ def test_a_split_that_cannot_be_is_refused(
     values: list[Any], source: dict[str, Any], said: str, tokenizer: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(prep.parts, "MAX_PARTS", 20)
+    monkeypatch.setattr(prep.selection.split_sources, "MAX_PARTS", 20)
     file = write_rows(tmp_path / "rows.jsonl", rows_of(values))
     other = write_rows(tmp_path / "other.jsonl", rows_of([None]))
     with pytest.raises(SftError, match=said) as caught:

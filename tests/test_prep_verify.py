@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from lettered_sets import Columns, kinds_of, mask_of, write_lettered_set
 
 from prep.config import MaskConfig
-from prep.mask import TRAIN_NO, TRAIN_UNSET, Samples, loss_mask_of
 from prep.mask_proof import MaskProof, prove_mask
+from prep.selection.loss_mask import TRAIN_NO, TRAIN_UNSET, Samples, loss_mask_of
 from prep.verify import verify
 from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
 from shared.shard_format import EVAL_DIR, Kind

@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from prep.conversations.conversation import Conversation, calls_not_json, content_hash, prompt_hash
 from prep.conversations.formats import read_conversation, read_part
-from prep.mask import TRAIN_NO, TRAIN_UNSET
 from prep.rendering.compiled.template import CompiledTemplate
 from prep.rendering.control.injection import ControlCheck
 from prep.rendering.coverage import all_uncarried, without_messages
@@ -20,6 +19,7 @@ from prep.rendering.mask_audit import NotComparableError, first_difference, wind
 from prep.rendering.spans import ROLE_KINDS, Rendered, find_spans
 from prep.rendering.template import ChatTemplate, TemplateText
 from prep.rendering.turns import learn_rules
+from prep.selection.loss_mask import TRAIN_NO, TRAIN_UNSET
 from prep.sources.chunk import Chunk, parse_chunk
 from prep.tokenization.align import Aligned, align
 from prep.tokenization.encoder import Encoded, Encoder, EncoderSpec

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.mask import Samples
+from prep.selection.loss_mask import Samples
 from prep.sources.chunk import Chunk
 from prep.store.chunk_builder import COLUMNS
 from prep.store.executors import FACTS_NAME, ChunkWorkers

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from prep.pack import pack_best_fit
+from prep.selection.best_fit import pack_best_fit
 
 
 def chat_lengths(number: int, *, seed: int = 0) -> npt.NDArray[np.int64]:

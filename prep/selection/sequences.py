@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.config import LengthsConfig, MaskConfig, SourceConfig
-from prep.cut import OverLength, cut
-from prep.mask import loss_mask_of
+from prep.selection.loss_mask import loss_mask_of
+from prep.selection.over_length import OverLength, cut
 from prep.store.sample_store import SampleStore, StoredChunk
 from shared.errors import DataError, SampleTooLongError
 from shared.hashing import seed_from

@@ -23,11 +23,11 @@ from prep.config import DecontaminateConfig
 from prep.conversations.conversation import Conversation
 from prep.conversations.formats import Conversion, read_conversation
 from prep.progress import progress
+from prep.selection.ngrams import GramSet, word_grams, words_of
 from prep.sources.chunk import Chunk, parse_chunk
 from prep.sources.reader import iter_chunks
 from prep.sources.resolve import ResolvedSource
 from prep.store.process_pool import WorkerPool
-from prep.word_grams import GramSet, word_grams, words_of
 from shared import atomic
 from shared.errors import DataError, PrerequisiteError
 from shared.hashing import digest, sha256_bytes

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from prep.filters import hashes_of
-from prep.selection import Usable, mix
+from prep.selection.filters import hashes_of
+from prep.selection.sequences import Usable, mix
 from prep.store.sample_store import SampleStore
 from shared.hashing import seed_from
 from shared.shard_format import EVAL_DIR, Manifest

@@ -6,8 +6,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from prep.decontaminate import Overlap
-from prep.selection import Usable
+from prep.selection.decontaminate import Overlap
+from prep.selection.sequences import Usable
 from prep.store.sample_store import SampleStore
 
 Ints = npt.NDArray[np.int64]

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from prep.config import SourceConfig
 from prep.inputs import Inputs
-from prep.selection import Usable
+from prep.selection.sequences import Usable
 from prep.sources.resolve import ResolvedSource
 from prep.store.sample_store import SampleStore
 from prep.store.source_counts import Tally

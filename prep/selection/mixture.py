@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from prep.config import SourceConfig
-from prep.decontaminate import Overlap
-from prep.filters import without_duplicates, without_little_loss, without_overlaps
-from prep.held_out import HeldOut, hold_out, mark_held_out
 from prep.inputs import Inputs
-from prep.parts import SplitSources
-from prep.selection import Selection, Usable, choose, usable_rows
+from prep.selection.decontaminate import Overlap
+from prep.selection.eval_split import HeldOut, hold_out, mark_held_out
+from prep.selection.filters import without_duplicates, without_little_loss, without_overlaps
+from prep.selection.sequences import Selection, Usable, choose, usable_rows
+from prep.selection.split_sources import SplitSources
 from prep.store.sample_store import SampleStore
 
 logger = logging.getLogger(__name__)
