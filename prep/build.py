@@ -18,13 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from prep import own_set
 from prep.config import MixtureConfig, SourceConfig
 from prep.inputs import KNOWN_DATE, Inputs, resolve_inputs
 from prep.progress import progress
 from prep.rendering.control.tokens import control_tokens
 from prep.rendering.template import ChatTemplate
-from prep.report import check_budgets, check_selections, write_rejects
 from prep.selection.decontaminate import Overlap, find_overlaps, read_questions
 from prep.selection.eval_split import num_held_out
 from prep.selection.mixture import Selections, select_all
@@ -41,7 +39,9 @@ from prep.tokenization.at_inference import compare_with_inference
 from prep.tokenization.encoder import Encoder
 from prep.tokenization.tokenizer import LoadedTokenizer, load_tokenizer
 from prep.tokenizer_fit import check_fit, check_turns, choose_encoder, plain_kinds
-from prep.write_set import Material, Packed, pack, write_set
+from prep.writing import replaceable_set
+from prep.writing.manifest import check_budgets, check_selections, write_rejects
+from prep.writing.shard_set import Material, Packed, pack, write_set
 from shared import atomic
 from shared.disk import writing_to
 from shared.errors import ArtifactError, DataError
@@ -69,14 +69,14 @@ def build(plan: BuildPlan, *, rebuild: bool) -> Manifest:
 
     Raises ArtifactError where a set made from other inputs is in the way and `rebuild` is not asked for.
     """
-    own_set.place_of(plan.out)
+    replaceable_set.place_of(plan.out)
     lock = plan.out.parent / f".{plan.out.name}.lock"
     with writing_to(plan.out), atomic.exclusive_lock(lock, f"building {plan.out}"):
-        own_set.clear(plan.out)
+        replaceable_set.clear(plan.out)
         if rebuild or (plan.out.is_symlink() and not plan.out.exists()):
-            own_set.check_replaceable(plan.out)
+            replaceable_set.check_replaceable(plan.out)
         inputs = resolve_inputs(plan.mixture, plan.base, memory_of(plan))
-        if not own_set.is_free(plan.out) and not rebuild:
+        if not replaceable_set.is_free(plan.out) and not rebuild:
             manifest = _existing(plan.out, inputs)
             logger.info("%s is up to date (%s)", plan.out, manifest.fingerprint[:16])
             return manifest
@@ -151,7 +151,7 @@ def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
     material = Material(loaded, encoder, split.stores, split.tallies, split_markers)
     packed = pack(inputs, selections.train)
     when_packed = time.monotonic()
-    with atomic.staged_dir(plan.out, remove_old=own_set.remove) as aside:
+    with atomic.staged_dir(plan.out, remove_old=replaceable_set.remove) as aside:
         if selections.num_held_out:
             _write_eval_set(aside / EVAL_DIR, inputs, material, selections.held_out)
         manifest = write_set(aside, inputs, material, selections.train, packed)

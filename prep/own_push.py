@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from prep.own_files import remove_own, shown, sort_out
 from prep.set_card import CARD_NAME, render_set_card
 from prep.tokenization.tokenizer import FILE_NAMES
 from prep.transfer import EVAL_MANIFEST, SUFFIX, TRANSFER_NAME, contents_of
+from prep.writing.owned_files import remove_own, shown, sort_out
 from shared.errors import ArtifactError
 from shared.shard_format import COLUMNS, EVAL_DIR, MANIFEST_NAME, SHARDS_DIR, TOKENIZER_DIR
 

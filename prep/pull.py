@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from prep import own_set
 from prep.place import DirectoryPlace, Place, parse_repo
 from prep.progress import progress
 from prep.transfer import (
@@ -29,6 +28,7 @@ from prep.transfer import (
     transfer_from_json,
 )
 from prep.verify import verify
+from prep.writing import replaceable_set
 from shared import atomic
 from shared.errors import ArtifactError, ChecksumError, ConfigError, FingerprintMismatchError, IncompleteArtifactError
 from shared.hashing import sha256_bytes
@@ -66,14 +66,14 @@ def pull(repo: str, out: Path | None, options: PullOptions) -> list[str]:
     """
     place = _open_place(repo, options)
     pushed = _described(place)
-    out = own_set.place_of(out or Path("data_cache") / _name_of(repo))
+    out = replaceable_set.place_of(out or Path("data_cache") / _name_of(repo))
     fingerprint = f"fingerprint {fingerprints(pushed.contents.sets)}"
     try:
         with atomic.exclusive_lock(out.parent / f".{out.name}.lock", f"writing {out}"):
-            own_set.clear(out)
+            replaceable_set.clear(out)
             if _is_there(out, pushed, options):
                 return [f"{out} is up to date", fingerprint]
-            own_set.check_replaceable(out)
+            replaceable_set.check_replaceable(out)
             bytes_fetched = _pull(pushed, out.resolve(), workers=options.workers)
     except OSError as exc:
         raise ArtifactError(
@@ -188,7 +188,7 @@ def _pull(pushed: _Pushed, out: Path, *, workers: int) -> int:
     shutil.rmtree(scratch, ignore_errors=True)
     (staging / TRANSFER_NAME).unlink()
     atomic.fsync_tree(staging)
-    atomic.replace_dir(staging, out, remove_old=own_set.remove)
+    atomic.replace_dir(staging, out, remove_old=replaceable_set.remove)
     return bytes_fetched
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from prep.assemble import count_terminators
 from prep.tokenization.tokenizer import CANARY_TEXT
+from prep.writing.columns import count_terminators
 from shared.errors import ArtifactError, SftError
 from shared.hashing import canonical_json
 from shared.shard_format import EVAL_DIR, FORMAT_VERSION, Kind, SourceEntry

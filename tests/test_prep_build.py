@@ -233,7 +233,7 @@ def test_a_failing_build_leaves_the_old_set_as_it_was(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("prep.assemble.write_shard", fail)
+    monkeypatch.setattr("prep.writing.columns.write_shard", fail)
     with pytest.raises(PrerequisiteError, match="No space left"):
         build(plan_of(tables, tmp_path / "out"), rebuild=True)
     assert open_shard_set(tmp_path / "out").manifest == first

@@ -19,10 +19,10 @@ from prep.both_sides import prompts_of
 from prep.build import build, dry_run
 from prep.explain import explain
 from prep.rendering.control.markers import required_markers
-from prep.report import summary_lines
 from prep.selection.eval_split import is_held_out
 from prep.stats import stats, stats_lines
 from prep.verify import verify
+from prep.writing.manifest import summary_lines
 from shared import atomic
 from shared.errors import ArtifactError, ConfigError, DataError, IncompleteArtifactError
 from shared.hashing import digest

@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner
 from prep_builds import build_set, chat, mixture_of, small_tokenizer, write_rows, write_toml
 
-from prep import own_set
 from prep.build import build
 from prep.cli.main import cli
+from prep.writing import replaceable_set
 from shared.errors import ArtifactError, SftError
 from shared.shard_reader import check_hashes, open_shard_set
 
@@ -156,7 +156,7 @@ def test_a_file_put_into_the_old_set_while_the_new_one_is_made_is_kept(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = old_set(home, tmp_path / "out")
-    remove = own_set.remove
+    remove = replaceable_set.remove
 
     def late(path: Path) -> bool:
         (path / "notes").write_text("mine")
@@ -187,7 +187,7 @@ def test_an_odd_place_is_an_error_with_an_exit_code(
 
 def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert own_set.place_of(Path("~/sets/x")) == tmp_path / "sets" / "x"
+    assert replaceable_set.place_of(Path("~/sets/x")) == tmp_path / "sets" / "x"
 
 
 def test_build_itself_refuses_too(home: Path, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prep.assemble import assemble
 from prep.config import LengthsConfig, MaskConfig, SourceConfig
 from prep.selection.best_fit import pack_best_fit
 from prep.selection.sequences import Selection, select
 from prep.store.chunk_builder import COLUMNS
 from prep.store.sample_store import SampleStore, StoredChunk
+from prep.writing.columns import assemble
 from shared.errors import DataError
 from shared.shard_format import COLUMNS as SHARD_COLUMNS
 from shared.shard_format import Kind

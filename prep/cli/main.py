@@ -67,7 +67,7 @@ def _plan(
 ) -> Any:
     from prep.build import BuildPlan
     from prep.config import load_mixture
-    from prep.own_set import place_of
+    from prep.writing.replaceable_set import place_of
 
     loaded, base = load_mixture(mixture, settings)
     out = place_of(out or Path("data_cache") / loaded.name)
@@ -103,7 +103,7 @@ def build(
             click.echo("\n".join(measure(plan)))
             return
         from prep.build import build as make
-        from prep.report import summary_lines
+        from prep.writing.manifest import summary_lines
 
         click.echo("\n".join(summary_lines(make(plan, rebuild=rebuild), plan.out)))
 

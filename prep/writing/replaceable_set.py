@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from prep.own_files import remove_own, shown, sort_out
 from prep.tokenization.tokenizer import FILE_NAMES
+from prep.writing.owned_files import remove_own, shown, sort_out
 from shared.errors import ArtifactError, ConfigError
 from shared.shard_format import (
     BUILD_INFO_NAME,

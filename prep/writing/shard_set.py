@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from prep.assemble import assemble
 from prep.inputs import Inputs
 from prep.progress import progress
-from prep.report import make_manifest
 from prep.selection.best_fit import pack_best_fit
 from prep.selection.sequences import Selection
 from prep.store.sample_store import SampleStore
 from prep.store.source_counts import Tally
 from prep.tokenization.encoder import Encoder
 from prep.tokenization.tokenizer import LoadedTokenizer, write_tokenizer
+from prep.writing.columns import assemble
+from prep.writing.manifest import make_manifest
 from shared.shard_format import TOKENIZER_DIR, Manifest
 
 Ints = npt.NDArray[np.int64]

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.assemble import Assembled
 from prep.inputs import Inputs
 from prep.selection.eval_split import num_held_out
 from prep.selection.mixture import Selections
@@ -17,6 +16,7 @@ from prep.selection.sequences import Selection
 from prep.store.source_counts import Tally
 from prep.tokenization.encoder import Encoder
 from prep.tokenization.tokenizer import CANARY_TEXT, LoadedTokenizer
+from prep.writing.columns import Assembled
 from shared.errors import DataError
 from shared.shard_format import (
     EVAL_DIR,
