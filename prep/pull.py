@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from prep.inspection.verification.verify import verify
 from prep.place import DirectoryPlace, Place, parse_repo
 from prep.progress import progress
 from prep.transfer import (
@@ -27,7 +28,6 @@ from prep.transfer import (
     is_file_of,
     transfer_from_json,
 )
-from prep.verify import verify
 from prep.writing import replaceable_set
 from shared import atomic
 from shared.errors import ArtifactError, ChecksumError, ConfigError, FingerprintMismatchError, IncompleteArtifactError

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from prep.inspection.verification.verify import verify
 from prep.own_push import is_of_the_set
 from prep.place import DirectoryPlace, Place, parse_repo
 from prep.progress import progress
@@ -29,7 +30,6 @@ from prep.transfer import (
     fingerprints,
     transfer_from_json,
 )
-from prep.verify import verify
 from shared import config
 from shared.errors import ArtifactError, ConfigError, FingerprintMismatchError
 from shared.hashing import canonical_json

@@ -12,7 +12,7 @@ from prep_builds import REAL_DATA, build_set, chat, mixture_of, small_tokenizer,
 
 from prep.config import MixtureConfig
 from prep.conversations.formats import PLAIN_MESSAGES, Conversion, detect, read_conversation
-from prep.stats import stats, stats_lines
+from prep.inspection.stats import stats, stats_lines
 from shared import config
 from shared.errors import ConfigError, DataError
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from prep_builds import build_set, chat, mixture_of, small_tokenizer, write_rows
 
 from prep.config import MixtureConfig
+from prep.inspection.verification.verify import verify
 from prep.selection.filters import without_duplicates
 from prep.selection.mixture import epochs_at
 from prep.selection.sequences import SEQUENCE, Usable
 from prep.store.sample_store import SampleStore, StoredChunk
-from prep.verify import verify
 from prep.writing.manifest import summary_lines
 from shared import config
 from shared.errors import ConfigError

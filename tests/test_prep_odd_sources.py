@@ -12,7 +12,7 @@ from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, w
 from prep_processes import ForkedPrep, PrepCase, manifest_bytes, short_rows
 
 from prep.build import build
-from prep.verify import verify
+from prep.inspection.verification.verify import verify
 from shared.errors import DataError
 from shared.shard_reader import open_shard_set
 

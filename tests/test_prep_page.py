@@ -16,7 +16,7 @@ from page_parser import ParsedPage
 from text_sets import EOS, byte_tokenizer, write_text_pack, write_text_set
 
 from prep.cli.main import cli
-from prep.page import page_of, write_page
+from prep.inspection.html_page import page_of, write_page
 from shared import config
 from shared.errors import ArtifactError, ConfigError
 from shared.hashing import digest

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from text_sets import EOS, write_text_pack
 
-from prep.page import page_of
+from prep.inspection.html_page import page_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed: apt-get install chromium")

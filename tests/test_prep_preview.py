@@ -11,9 +11,9 @@ import zstandard
 from lettered_sets import Columns, write_lettered_set
 from text_sets import EOS, byte_tokenizer, write_text_set
 
-from prep.preview import inspect_lines
-from prep.stats import stats, stats_lines
-from prep.token_text import TokenText
+from prep.inspection.stats import stats, stats_lines
+from prep.inspection.terminal import inspect_lines
+from prep.inspection.token_text import TokenText
 from shared.errors import ArtifactError, ConfigError
 from shared.shard_reader import ShardSet, open_shard_set
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prep_builds import build_set, chat, mixture_of, small_tokenizer, write_rows
 
-from prep.verify import verify
+from prep.inspection.verification.verify import verify
 from shared.errors import SftError
 from shared.hashing import canonical_json, digest
 from shared.shard_format import FORMAT_VERSION

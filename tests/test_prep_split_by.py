@@ -15,11 +15,11 @@ from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, w
 
 import prep.selection.split_sources
 from prep.build import dry_run
-from prep.choice import choose
+from prep.inspection.locate import choose
+from prep.inspection.stats import stats, stats_lines
+from prep.inspection.verification.verify import verify
 from prep.set_card import render_set_card
-from prep.stats import stats, stats_lines
 from prep.transfer import contents_of_set
-from prep.verify import verify
 from shared.errors import ConfigError, DataError, SftError
 from shared.shard_format import OTHER_PARTS, SourceEntry
 from shared.shard_reader import ShardSet, open_shard_set

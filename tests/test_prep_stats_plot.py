@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from lettered_sets import Columns, write_lettered_set
 
 from prep.cli.main import cli
-from prep.stats_plot import _bars, _fill, _short, plot_stats
+from prep.inspection.stats_plot import _bars, _fill, _short, plot_stats
 from shared import config
 from shared.errors import ArtifactError, PrerequisiteError
 from shared.shard_format import Manifest, fingerprint_of_manifest

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 from prep.build import build, dry_run
 from prep.config import TemplateConfig, TokenizerConfig
 from prep.explain import explain
+from prep.inspection.stats import stats, stats_lines
+from prep.inspection.verification.verify import verify
 from prep.rendering.control.markers import printed_markers, required_markers, split_markers
 from prep.rendering.template import ChatTemplate, TemplateText, shipped_templates
-from prep.stats import stats, stats_lines
-from prep.verify import verify
 from shared.errors import ConfigError
 
 SHIPPED = shipped_templates()

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from lettered_sets import Columns, kinds_of, mask_of, write_lettered_set
 
 from prep.config import MaskConfig
-from prep.mask_proof import MaskProof, prove_mask
+from prep.inspection.verification.verify import verify
+from prep.inspection.verification.verify_mask import MaskProof, prove_mask
 from prep.selection.loss_mask import TRAIN_NO, TRAIN_UNSET, Samples, loss_mask_of
-from prep.verify import verify
 from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
 from shared.shard_format import EVAL_DIR, Kind
 
@@ -179,7 +179,7 @@ def test_a_set_without_a_policy_says_that_masks_are_not_proved(tmp_path: Path) -
 
 
 def test_places_are_right_beyond_the_first_block_and_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prep.verify._BLOCK_TOKENS", 10)
+    monkeypatch.setattr("prep.inspection.verification.verify._BLOCK_TOKENS", 10)
     packs = [[("tutaaT", "000111"), ("tuaT", "0011")] for _ in range(5)]
     write_lettered_set(tmp_path / "true", [packs, packs])
     assert verify(tmp_path / "true")

@@ -150,12 +150,12 @@ def inspect(
 ) -> None:
     """Show tokens: who wrote them, which are trained, which row they came from."""
     with reporting(verbose=verbose, quiet=quiet):
-        from prep.preview import inspect_lines
+        from prep.inspection.terminal import inspect_lines
         from shared.shard_reader import open_shard_set
 
         found = open_shard_set(shards)
         if html is not None:
-            from prep.page import write_page
+            from prep.inspection.html_page import write_page
 
             click.echo(write_page(found, html, pack=pack, row=row, sample=sample))
             return
@@ -172,13 +172,13 @@ def inspect(
 def stats(shards: Path, as_json: bool, plot: Path | None, verbose: bool, quiet: bool) -> None:
     """Count rows, tokens and loss tokens by source, lengths, density."""
     with reporting(verbose=verbose, quiet=quiet):
-        from prep.stats import stats as measure
-        from prep.stats import stats_lines
+        from prep.inspection.stats import stats as measure
+        from prep.inspection.stats import stats_lines
         from shared.shard_reader import open_shard_set
 
         found = open_shard_set(shards)
         if plot is not None:
-            from prep.stats_plot import plot_stats
+            from prep.inspection.stats_plot import plot_stats
 
             plot_stats(found, plot)
         if as_json:
@@ -193,7 +193,7 @@ def stats(shards: Path, as_json: bool, plot: Path | None, verbose: bool, quiet: 
 def verify(shards: Path, verbose: bool, quiet: bool) -> None:
     """Prove a set again from its shards alone: hashes, bounds, masks. The exit code says."""
     with reporting(verbose=verbose, quiet=quiet):
-        from prep.verify import verify as prove
+        from prep.inspection.verification.verify import verify as prove
 
         click.echo("\n".join(prove(shards)))
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from prep.choice import ShownSequence, choose, notes_on, sequences_of
-from prep.token_html import TokenHtml
-from prep.token_text import TokenText, printable
+from prep.inspection.locate import ShownSequence, choose, notes_on, sequences_of
+from prep.inspection.token_html import TokenHtml
+from prep.inspection.token_text import TokenText, printable
 from shared import atomic
 from shared.errors import ArtifactError
 from shared.shard_format import KIND_MASK, STRADDLES, Kind
@@ -214,7 +214,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files("prep").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("prep.inspection").joinpath(name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.both_sides import compare_sides
 from prep.config import MaskConfig
-from prep.mask_proof import MaskFault, prove_mask
-from prep.recount import recount
+from prep.inspection.verification.eval_leakage import compare_sides
+from prep.inspection.verification.recount import recount
+from prep.inspection.verification.verify_mask import MaskFault, prove_mask
 from prep.selection.eval_split import num_held_out
 from shared import config
 from shared.errors import ArtifactError, ChecksumError, ConfigError

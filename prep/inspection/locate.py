@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from prep.token_text import printable
+from prep.inspection.token_text import printable
 from shared.errors import ConfigError
 from shared.shard_format import REJECTS_NAME
 from shared.shard_reader import ShardSet

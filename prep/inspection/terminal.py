@@ -18,8 +18,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from prep.choice import choose, sequences_of
-from prep.token_text import TokenText, printable
+from prep.inspection.locate import choose, sequences_of
+from prep.inspection.token_text import TokenText, printable
 from shared.shard_format import KIND_MASK, STRADDLES
 from shared.shard_reader import ShardSet
 

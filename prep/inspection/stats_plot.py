@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.stats import stats
-from prep.token_text import printable
+from prep.inspection.stats import stats
+from prep.inspection.token_text import printable
 from shared import atomic
 from shared.errors import ArtifactError, PrerequisiteError
 from shared.shard_reader import ShardSet

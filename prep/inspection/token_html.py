@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import accumulate
 
-from prep.token_text import TokenText, printable
+from prep.inspection.token_text import TokenText, printable
 
 # printable to Python, invisible on a screen: fillers, joiners, and the variation selectors, in which text can hide
 _INVISIBLE = frozenset(
