@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from prep.build.choose_encoder import plain_kinds
 from prep.rendering.control.tokens import control_tokens
 from prep.rendering.template import ChatTemplate, TemplateText
 from prep.sources.chunk import Chunk
 from prep.store.chunk_builder import ChunkBuilder, ChunkResult, ChunkSpec
 from prep.tokenization.encoder import encoder_spec
-from prep.tokenizer_fit import plain_kinds
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prep.build import BuildPlan, build
+from prep.build.build import BuildPlan, build
 from prep.config import MixtureConfig
 from shared import config
 from shared.shard_reader import ShardSet, open_shard_set

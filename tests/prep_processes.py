@@ -25,7 +25,7 @@ _FORKING = """
 import json, os, signal, sys, traceback
 import gigatoken, zstandard
 from transformers import AutoTokenizer
-import prep.build, prep.cli.main, prep.sources.lines, prep.writing.manifest
+import prep.build.build, prep.cli.main, prep.sources.lines, prep.writing.manifest
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 

@@ -13,8 +13,8 @@ import pytest
 import zstandard
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows, write_toml
 
-from prep.build import build, dry_run
-from prep.explain import explain
+from prep.build.build import build, dry_run
+from prep.build.explain import explain
 from shared.errors import ArtifactError, ConfigError, DataError, PrerequisiteError
 from shared.shard_reader import check_hashes, open_shard_set
 
@@ -64,7 +64,7 @@ def test_a_second_build_writes_nothing_and_reads_no_tokenizer(
     out = tmp_path / "out"
     build_set(tables, out)
     before = {path: path.stat().st_mtime_ns for path in [*out.rglob("*"), *(tmp_path / "samples").rglob("*")]}
-    monkeypatch.setattr("prep.build.load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
+    monkeypatch.setattr("prep.build.build.load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
     monkeypatch.setattr("prep.sources.resolve.sha256_file", lambda path: pytest.fail("a source was hashed again"))
     build(plan_of(tables, out), rebuild=False)
     assert {path: path.stat().st_mtime_ns for path in before} == before

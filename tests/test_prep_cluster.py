@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows
 
-from prep.build import build
+from prep.build.build import build
 from shared.errors import PrerequisiteError
 
 distributed = pytest.importorskip("distributed", reason="Dask is an optional extra: cluster")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows
 
-from prep.explain import explain
+from prep.build.explain import explain
 from prep.selection.ngrams import GramSet, word_grams, words_of
 from prep.writing.manifest import summary_lines
 from shared.errors import DataError

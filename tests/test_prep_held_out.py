@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from lettered_sets import write_lettered_set
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows
 
-from prep.build import build, dry_run
-from prep.explain import explain
+from prep.build.build import build, dry_run
+from prep.build.explain import explain
 from prep.inspection.stats import stats, stats_lines
 from prep.inspection.verification.eval_leakage import prompts_of
 from prep.inspection.verification.verify import verify

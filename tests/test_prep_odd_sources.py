@@ -11,7 +11,7 @@ import pytest
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows, write_toml
 from prep_processes import ForkedPrep, PrepCase, manifest_bytes, short_rows
 
-from prep.build import build
+from prep.build.build import build
 from prep.inspection.verification.verify import verify
 from shared.errors import DataError
 from shared.shard_reader import open_shard_set

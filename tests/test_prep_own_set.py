@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from prep_builds import build_set, chat, mixture_of, small_tokenizer, write_rows, write_toml
 
-from prep.build import build
+from prep.build.build import build
 from prep.cli.main import cli
 from prep.writing import replaceable_set
 from shared.errors import ArtifactError, SftError

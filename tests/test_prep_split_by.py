@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows
 
 import prep.selection.split_sources
-from prep.build import dry_run
+from prep.build.build import dry_run
 from prep.inspection.locate import choose
 from prep.inspection.stats import stats, stats_lines
 from prep.inspection.verification.verify import verify

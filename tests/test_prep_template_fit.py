@@ -13,9 +13,9 @@ from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, w
 from trained_tokenizers import CONTROL, FAMILIES, tokenizer_json
 from transformers import AutoTokenizer
 
-from prep.build import build, dry_run
+from prep.build.build import build, dry_run
+from prep.build.explain import explain
 from prep.config import TemplateConfig, TokenizerConfig
-from prep.explain import explain
 from prep.inspection.stats import stats, stats_lines
 from prep.inspection.verification.verify import verify
 from prep.rendering.control.markers import printed_markers, required_markers, split_markers

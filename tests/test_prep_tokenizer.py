@@ -138,7 +138,7 @@ def test_an_up_to_date_build_asks_nobody(tmp_path: Path, monkeypatch: pytest.Mon
     tokenizer = write_tokenizer_dir(tmp_path / "tok", digit_groups())
     tables = mixture_of([write_rows(tmp_path / "a.jsonl", CHAT)], tokenizer)
     first = build_set(tables, tmp_path / "out").manifest
-    monkeypatch.setattr("prep.build.compare_with_inference", lambda *_: pytest.fail("transformers was asked"))
+    monkeypatch.setattr("prep.build.build.compare_with_inference", lambda *_: pytest.fail("transformers was asked"))
     write_tokenizer_dir(tokenizer, digit_groups(), cls="GPT2Tokenizer", model_type="gpt2")
     assert build_set(tables, tmp_path / "out").manifest == first
 

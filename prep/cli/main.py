@@ -65,7 +65,7 @@ def _plan(
     rehash: bool,
     scheduler: str = "",
 ) -> Any:
-    from prep.build import BuildPlan
+    from prep.build.build import BuildPlan
     from prep.config import load_mixture
     from prep.writing.replaceable_set import place_of
 
@@ -98,11 +98,11 @@ def build(
     with reporting(verbose=verbose, quiet=quiet):
         plan = _plan(mixture, out, settings, store, workers, rehash=rehash, scheduler=scheduler)
         if dry_run:
-            from prep.build import dry_run as measure
+            from prep.build.build import dry_run as measure
 
             click.echo("\n".join(measure(plan)))
             return
-        from prep.build import build as make
+        from prep.build.build import build as make
         from prep.writing.manifest import summary_lines
 
         click.echo("\n".join(summary_lines(make(plan, rebuild=rebuild), plan.out)))
@@ -123,7 +123,7 @@ def explain(
 ) -> None:
     """Say what a build would do, and field by field why a set that is there does or does not match."""
     with reporting(verbose=verbose, quiet=quiet):
-        from prep.explain import explain as compare
+        from prep.build.explain import explain as compare
 
         click.echo("\n".join(compare(_plan(mixture, out, settings, store, workers, rehash=rehash))))
 
@@ -204,7 +204,7 @@ def verify(shards: Path, verbose: bool, quiet: bool) -> None:
 def pin(mixture: str, out: Path | None) -> None:
     """Write the commits that the revisions of a MIXTURE name now into its file."""
     with reporting():
-        from prep.pin import pin as pin_mixture
+        from prep.build.pin import pin as pin_mixture
 
         click.echo("\n".join(pin_mixture(mixture, out)))
 

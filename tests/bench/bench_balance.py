@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from prep.build import BuildPlan, build
+from prep.build.build import BuildPlan, build
 from prep.config import MixtureConfig
 from shared import config
 from shared.shard_reader import ShardSet, open_shard_set

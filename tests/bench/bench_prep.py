@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prep.build import BuildPlan, build
+from prep.build.build import BuildPlan, build
 from prep.config import MixtureConfig
 from prep.inputs import resolve_inputs
 from prep.rendering.template import shipped_templates

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from prep.build.choose_encoder import check_fit, check_turns, choose_encoder, plain_kinds
 from prep.config import MixtureConfig, SourceConfig
 from prep.inputs import KNOWN_DATE, Inputs, resolve_inputs
 from prep.progress import progress
@@ -38,7 +39,6 @@ from prep.store.source_counts import Tally
 from prep.tokenization.at_inference import compare_with_inference
 from prep.tokenization.encoder import Encoder
 from prep.tokenization.tokenizer import LoadedTokenizer, load_tokenizer
-from prep.tokenizer_fit import check_fit, check_turns, choose_encoder, plain_kinds
 from prep.writing import replaceable_set
 from prep.writing.manifest import check_budgets, check_selections, write_rejects
 from prep.writing.shard_set import Material, Packed, pack, write_set

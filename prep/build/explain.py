@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from prep.build import BuildPlan, memory_of
+from prep.build.build import BuildPlan, memory_of
 from prep.inputs import Inputs, difference_lines, resolve_inputs
 from prep.sources.detect_format import conversion_of
 from prep.store.sample_store import is_complete, known_inputs, store_path
