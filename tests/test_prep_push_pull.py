@@ -9,10 +9,10 @@ import zstandard
 from hub_state import Blob, Hub
 from pushed_sets import REPO, client_of_a_hub, content, done, make_set, refused
 
-from prep import own_push
-from prep.place import parse_repo
-from prep.set_card import render_set_card
-from prep.transfer import contents_of_set
+from prep.sharing import replaceable_push
+from prep.sharing.dataset_card import render_set_card
+from prep.sharing.remote import parse_repo
+from prep.sharing.wire_format import contents_of_set
 from shared.errors import ConfigError
 from shared.hashing import canonical_json, sha256_bytes
 from shared.shard_reader import read_manifest
@@ -244,7 +244,7 @@ def test_a_file_that_comes_while_a_place_is_replaced_is_kept(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done("push", shards, tmp_path / "pushed")
-    remove = own_push.remove
+    remove = replaceable_push.remove
 
     def late(old: Path) -> bool:
         _notes(old)

@@ -26,8 +26,8 @@ from pushed_sets import (
     run,
 )
 
-from prep.push import PushOptions, push
-from prep.transfer import ColumnEntry, compress, decompress
+from prep.sharing.push import PushOptions, push
+from prep.sharing.wire_format import ColumnEntry, compress, decompress
 from shared.errors import ArtifactError, ChecksumError
 from shared.hashing import canonical_json, sha256_bytes
 from shared.shard_format import FileEntry

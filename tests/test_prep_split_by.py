@@ -18,8 +18,8 @@ from prep.build.build import dry_run
 from prep.inspection.locate import choose
 from prep.inspection.stats import stats, stats_lines
 from prep.inspection.verification.verify import verify
-from prep.set_card import render_set_card
-from prep.transfer import contents_of_set
+from prep.sharing.dataset_card import render_set_card
+from prep.sharing.wire_format import contents_of_set
 from shared.errors import ConfigError, DataError, SftError
 from shared.shard_format import OTHER_PARTS, SourceEntry
 from shared.shard_reader import ShardSet, open_shard_set

@@ -44,8 +44,8 @@ def push(
     What is there already is not sent again; a push that was stopped goes on.
     """
     with reporting(verbose=verbose, quiet=quiet):
-        from prep.push import PushOptions
-        from prep.push import push as send
+        from prep.sharing.push import PushOptions
+        from prep.sharing.push import push as send
 
         options = PushOptions(revision=revision, public=not private, replace=replace, workers=workers)
         click.echo("\n".join(send(shards, repo, options)))
@@ -63,7 +63,7 @@ def pull(
     A pull that was stopped goes on; a set that is there is checked, and only what is damaged is fetched again.
     """
     with reporting(verbose=verbose, quiet=quiet):
-        from prep.pull import PullOptions
-        from prep.pull import pull as fetch
+        from prep.sharing.pull import PullOptions
+        from prep.sharing.pull import pull as fetch
 
         click.echo("\n".join(fetch(repo, out, PullOptions(revision=revision, replace=replace, workers=workers))))

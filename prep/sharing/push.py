@@ -13,11 +13,11 @@ from itertools import groupby
 from pathlib import Path
 
 from prep.inspection.verification.verify import verify
-from prep.own_push import is_of_the_set
-from prep.place import DirectoryPlace, Place, parse_repo
 from prep.progress import progress
-from prep.set_card import CARD_NAME, render_set_card
-from prep.transfer import (
+from prep.sharing.dataset_card import CARD_NAME, render_set_card
+from prep.sharing.remote import DirectoryPlace, Place, parse_repo
+from prep.sharing.replaceable_push import is_of_the_set
+from prep.sharing.wire_format import (
     EVAL_MANIFEST,
     SUFFIX,
     TRANSFER_NAME,
@@ -81,7 +81,7 @@ def _open_place(repo: str, options: PushOptions) -> Iterator[Place]:
         with directory.writing():
             yield directory
         return
-    from prep.hub_place import HubPlace, Visibility
+    from prep.sharing.hub_repo import HubPlace, Visibility
 
     visibility = Visibility.PUBLIC if options.public else Visibility.PRIVATE
     hub = HubPlace(target, revision=options.revision, visibility=visibility, workers=options.workers)

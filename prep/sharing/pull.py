@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prep.inspection.verification.verify import verify
-from prep.place import DirectoryPlace, Place, parse_repo
 from prep.progress import progress
-from prep.transfer import (
+from prep.sharing.remote import DirectoryPlace, Place, parse_repo
+from prep.sharing.wire_format import (
     SUFFIX,
     TRANSFER_NAME,
     Contents,
@@ -93,7 +93,7 @@ def _open_place(repo: str, options: PullOptions) -> Place:
         if options.revision is not None:
             raise ConfigError(f"--revision is for hub data sets, {target} is a directory")
         return DirectoryPlace(target)
-    from prep.hub_place import HubPlace, Visibility
+    from prep.sharing.hub_repo import HubPlace, Visibility
 
     hub = HubPlace(target, revision=options.revision, visibility=Visibility.PRIVATE, workers=options.workers)
     hub.look()

@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from prep.set_card import CARD_NAME, render_set_card
+from prep.sharing.dataset_card import CARD_NAME, render_set_card
+from prep.sharing.wire_format import EVAL_MANIFEST, SUFFIX, TRANSFER_NAME, contents_of
 from prep.tokenization.tokenizer import FILE_NAMES
-from prep.transfer import EVAL_MANIFEST, SUFFIX, TRANSFER_NAME, contents_of
 from prep.writing.owned_files import remove_own, shown, sort_out
 from shared.errors import ArtifactError
 from shared.shard_format import COLUMNS, EVAL_DIR, MANIFEST_NAME, SHARDS_DIR, TOKENIZER_DIR

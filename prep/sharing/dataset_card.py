@@ -2,7 +2,7 @@
 
 import json
 
-from prep.transfer import EVAL_MANIFEST, Contents
+from prep.sharing.wire_format import EVAL_MANIFEST, Contents
 from shared.markdown import sources_table, table_cell
 from shared.shard_format import Manifest
 

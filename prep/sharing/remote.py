@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from prep import own_push
-from prep.transfer import TRANSFER_NAME, is_file_of
+from prep.sharing import replaceable_push
+from prep.sharing.wire_format import TRANSFER_NAME, is_file_of
 from shared import atomic
 from shared.errors import ArtifactError, ConfigError, IncompleteArtifactError
 from shared.shard_format import MANIFEST_NAME, FileEntry
@@ -121,8 +121,8 @@ class DirectoryPlace:
         yield file
 
     def begin(self) -> None:
-        own_push.check_replaceable(self._final)
-        own_push.check_staging(self._staging)
+        replaceable_push.check_replaceable(self._final)
+        replaceable_push.check_staging(self._staging)
         self._root = self._staging
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir(parents=True)
@@ -143,4 +143,4 @@ class DirectoryPlace:
     def finish(self) -> None:
         shutil.rmtree(self.scratch)
         atomic.fsync_tree(self._staging)
-        atomic.replace_dir(self._staging, self._final, remove_old=own_push.remove)
+        atomic.replace_dir(self._staging, self._final, remove_old=replaceable_push.remove)
