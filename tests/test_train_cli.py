@@ -22,7 +22,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_help_imports_click_and_the_standard_library_only(arguments: list[str]) -> None:
     probe = (
         "import sys; before = set(sys.modules)\n"
-        "from train.cli import main\n"
+        "from train.cli.main import main\n"
         "sys.argv = ['sft-train', *sys.argv[1:]]\n"
         "try: main()\nexcept SystemExit: pass\n"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
@@ -34,7 +34,7 @@ def test_help_imports_click_and_the_standard_library_only(arguments: list[str]) 
 
 
 def test_every_command_shows_a_runnable_example() -> None:
-    from train.cli import cli
+    from train.cli.main import cli
 
     assert "Example: sft-train --shards" in train_here("--help").output
     for name in cli.commands:

@@ -12,7 +12,7 @@ from cluster_doubles import write_programs
 from train_runs import write_inputs
 
 from shared.errors import ConfigError
-from train.cli import cli
+from train.cli.main import cli
 from train.cluster import suggested_command
 from train.hostfile import read_hostfile
 from train.launch import console_script

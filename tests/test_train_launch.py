@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import ArtifactError, ConfigError, SftError
-from train.cli import cli
+from train.cli.main import cli
 from train.launch import rank_arguments, ranks_on, torchrun_command
 from train.prepare import TrainRequest
 from train.ranks import RankPlace, described_as_single, launched, read_place

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from cluster_doubles import SBATCH, SCONTROL, SRUN, write_programs
 from train_runs import RECIPE, losses, status, train_here, write_inputs
 
-from train.cli import cli
+from train.cli.main import cli
 
 GOLDEN = Path(__file__).parent / "golden" / "slurm_script.sh"
 SMOOTH = RECIPE.replace("attention_dropout = 0.1\n", "")  # dropout is drawn per rank: other ranks, other losses

@@ -48,7 +48,7 @@ def write_inputs(folder: Path, *, num_packs: int = 10, recipe: str = RECIPE) -> 
 
 def train_here(*arguments: object) -> Result:
     """Run `sft-train` in this process."""
-    from train.cli import cli
+    from train.cli.main import cli
 
     return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
 

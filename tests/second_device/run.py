@@ -33,7 +33,7 @@ def main(built: str, commands_file: str, found_file: str) -> None:
         assert library is not None
     from click.testing import CliRunner
 
-    from train.cli import cli
+    from train.cli.main import cli
 
     ports = os.environ.get("SECOND_DEVICE_PORTS", "").split()
     found = []

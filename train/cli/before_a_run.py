@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from train.cli_shared import PATH, reporting, train_request, verbosity_of
+from train.cli.common_options import PATH, reporting, train_request, verbosity_of
 
 
 @click.command(epilog="Example: sft-train selftest --shards data_cache/demo")

@@ -1,13 +1,13 @@
-"""The command `sft-train`: options and one call; its other commands are in cli_before.py and cli_results.py."""
+"""The command `sft-train`: options and one call; its other commands are in before_a_run.py and after_a_run.py."""
 
 import sys
 from pathlib import Path
 
 import click
 
-from train import cli_before, cli_results
-from train.cli_results import push_all
-from train.cli_shared import PATH, reporting, train_request, verbosity_of
+from train.cli.after_a_run import push_all
+from train.cli.common_options import PATH, reporting, train_request, verbosity_of
+from train.cli.main import after_a_run, before_a_run
 
 
 @click.group(
@@ -77,16 +77,16 @@ def cli(
 
 
 for _command in (
-    cli_before.selftest,
-    cli_before.plan,
-    cli_before.launch,
-    cli_before.recipes,
-    cli_results.which,
-    cli_results.status,
-    cli_results.plot,
-    cli_results.ask,
-    cli_results.export,
-    cli_results.push,
+    before_a_run.selftest,
+    before_a_run.plan,
+    before_a_run.launch,
+    before_a_run.recipes,
+    after_a_run.which,
+    after_a_run.status,
+    after_a_run.plot,
+    after_a_run.ask,
+    after_a_run.export,
+    after_a_run.push,
 ):
     cli.add_command(_command)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import click
 
-from train.cli_shared import PATH, reporting
+from train.cli.common_options import PATH, reporting
 
 
 @click.command(epilog="Example: sft-train export runs/demo/checkpoints/step-00002746 model-bf16 --dtype bf16")
