@@ -12,8 +12,8 @@ import torch
 
 from shared.shard_reader import open_shard_set
 from train.attention import register_attention
-from train.batch import MicroBatch, make_micro_batch
 from train.config import EngineConfig
+from train.data.micro_batch import MicroBatch, make_micro_batch
 from train.distributed import process_group
 from train.engine import accumulate, deepspeed_config, start_engine
 from train.model import build_model

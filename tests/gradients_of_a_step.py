@@ -17,11 +17,11 @@ from deepspeed.utils import safe_get_full_grad
 from shared.shard_reader import ShardSet, open_shard_set
 from train.attention import choose_attention
 from train.config import EngineConfig, LossConfig, ModelConfig, OptimConfig
+from train.data.loader import Feed
+from train.data.step_order import StepOrder, Unit, make_order
 from train.distributed import Ranks, process_group, sum_over_ranks
 from train.engine import accumulate, consolidated_weights, deepspeed_config, shard_while_building, start_engine, update
-from train.feed import Feed
 from train.model import LossModel, build_model
-from train.plan import StepOrder, Unit, make_order
 from train.zero_stage import ZeroStage, resolve_zero_stage
 
 # With eps = 1 an update is g / (|g| + 1), smooth in the gradient: AdamW's usual eps would amplify rounding. With betas

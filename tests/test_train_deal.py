@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.deal import Positions, costs_of, deal
+from train.data.balance import Positions, costs_of, deal
 
 
 def deal_packs(costs: list[int], *, world_size: int, per_micro_batch: int) -> list[list[Positions]]:

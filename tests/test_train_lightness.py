@@ -19,8 +19,8 @@ from shared.hashing import digest, sha256_bytes
 from shared.shard_format import COLUMNS, Manifest, fingerprint_of_manifest, npy_header
 from shared.shard_reader import open_shard_set
 from train.config import LossConfig
-from train.feed import Feed
-from train.plan import Unit, make_order
+from train.data.loader import Feed
+from train.data.step_order import Unit, make_order
 
 GIB = 2**30
 
@@ -89,7 +89,7 @@ PROBE = """
 import resource, sys
 from pathlib import Path
 from shared.shard_reader import open_shard_set
-from train.plan import make_order
+from train.data.step_order import make_order
 def read_chars():
     return int(dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())["rchar"])
 read, memory = read_chars(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,7 +11,7 @@ from train_runs import RECIPE, VOCAB, losses, records, status, train_apart, trai
 
 from shared.shard_reader import open_shard_set
 from train import loop
-from train.plan import make_order
+from train.data.step_order import make_order
 
 BAD_PACK = 5
 BAD_TOKEN = VOCAB

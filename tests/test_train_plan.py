@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shared.errors import ConfigError
 from train.config import BatchConfig
-from train.plan import StepOrder, Unit, check_divides, make_order, permute, units_per_step
+from train.data.step_order import StepOrder, Unit, check_divides, make_order, permute, units_per_step
 
 UNITS: tuple[Unit, ...] = ("pack", "conversation")
 

@@ -13,10 +13,10 @@ from shared.errors import ConfigError
 from shared.shard_reader import Pack
 from train import probe
 from train.attention import register_attention
-from train.batch import MicroBatch, make_micro_batch
+from train.data.micro_batch import MicroBatch, make_micro_batch
+from train.data.sequence_slice import take_slice
 from train.model import LossModel
 from train.probe import check_isolation
-from train.sequence_slice import take_slice
 
 VOCAB = 61
 ORIGINAL = 16

@@ -7,7 +7,7 @@ import pytest
 from prep.config import load_mixture, shipped_mixtures
 from shared.config import first_comment
 from shared.errors import ConfigError
-from train.plan import check_divides
+from train.data.step_order import check_divides
 from train.recipe_file import load_recipe, shipped_recipes
 
 

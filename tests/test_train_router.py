@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.shard_reader import ShardSet, open_shard_set
 from train.attention import register_attention
-from train.batch import make_micro_batch
 from train.config import ModelConfig
+from train.data.micro_batch import make_micro_batch
 from train.model import build_model
 from train.router import load_balancing_loss
 

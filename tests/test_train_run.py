@@ -13,7 +13,7 @@ from train_runs import losses, records, status, train_here, weights, write_input
 from transformers import AutoModelForCausalLM
 
 from shared.shard_reader import open_shard_set
-from train.plan import make_order
+from train.data.step_order import make_order
 from train.schedule import learning_rate
 
 

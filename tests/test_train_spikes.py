@@ -10,9 +10,9 @@ from train_runs import train_here, write_inputs
 
 from shared.shard_reader import open_shard_set
 from train.config import LossConfig
-from train.feed import Feed
-from train.plan import make_order
-from train.source_rows import step_rows
+from train.data.loader import Feed
+from train.data.provenance import step_rows
+from train.data.step_order import make_order
 from train.spikes import SpikeLog
 
 

@@ -13,11 +13,11 @@ from shared.errors import ChecksumError, ConfigError, DataError
 from shared.hashing import digest
 from shared.shard_format import npy_header
 from shared.shard_reader import ShardSet, open_shard_set
-from train.batch import MicroBatch
 from train.config import LossConfig
-from train.feed import Feed
-from train.plan import Unit, make_order
-from train.step_plan import check_conversations, origins, plan_step
+from train.data.loader import Feed
+from train.data.micro_batch import MicroBatch
+from train.data.step_order import Unit, make_order
+from train.data.step_plan import check_conversations, origins, plan_step
 
 VOCAB, MAX_SEQ_LEN = 61, 64
 UNITS: tuple[Unit, ...] = ("pack", "conversation")

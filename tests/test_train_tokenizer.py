@@ -27,7 +27,7 @@ from prep.tokenization.tokenizer import load_tokenizer, resolve_tokenizer
 from shared.errors import ArtifactError, SftError
 from shared.shard_reader import ShardSet, open_shard_set
 from train.config import ModelConfig
-from train.tokenizer_check import check_tokenizer, differences
+from train.data.tokenizer_match import check_tokenizer, differences
 
 RECIPE = """
 name = "tiny"
@@ -235,7 +235,7 @@ import logging, sys
 from pathlib import Path
 from shared.shard_reader import open_shard_set
 from train.config import ModelConfig
-from train.tokenizer_check import check_tokenizer
+from train.data.tokenizer_match import check_tokenizer
 logging.basicConfig(level="INFO", format="%(message)s")
 for name in sys.argv[2:]:
     try:

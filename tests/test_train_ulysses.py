@@ -9,11 +9,11 @@ from shard_sets import random_packs, write_shard_set
 from train_runs import VOCAB, losses, train_apart, train_here, weights, write_inputs
 
 from shared.shard_reader import open_shard_set
-from train.batch import make_micro_batch
 from train.config import LossConfig
-from train.feed import Feed
-from train.plan import make_order
-from train.sequence_slice import take_slice
+from train.data.loader import Feed
+from train.data.micro_batch import make_micro_batch
+from train.data.sequence_slice import take_slice
+from train.data.step_order import make_order
 
 NO_DROPOUT = ("--set", "model.config.attention_dropout=0.0")
 

@@ -15,7 +15,7 @@ from train_runs import RECIPE, train_here, write_inputs
 from shared import config
 from shared.shard_reader import open_shard_set
 from train.config import TrainConfig
-from train.feed import Feed
+from train.data.loader import Feed
 from train.prepare import make_run_order
 from train.which import _marked
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from shared.errors import ConfigError
 from train import slurm, ssh
+from train.data.tokenizer_match import check_tokenizer
 from train.hostfile import read_hostfile
 from train.launch import request_arguments
 from train.nodes import DEFAULT_PORT, Cluster, meeting_point, node_command, quote, shell_line
 from train.prepare import Prepared, TrainRequest, check_ranks, prepare
 from train.slurm import SlurmOptions
-from train.tokenizer_check import check_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

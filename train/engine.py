@@ -13,8 +13,8 @@ import torch
 from transformers.integrations import HfDeepSpeedConfig
 
 from shared.errors import ConfigError, PrerequisiteError
-from train.batch import MicroBatch
 from train.config import EngineConfig, OptimConfig
+from train.data.micro_batch import MicroBatch
 from train.distributed import Ranks
 from train.model import LossModel
 from train.one_rank import OneRankAdamW

@@ -8,10 +8,10 @@ import numpy.typing as npt
 
 from shared.shard_reader import ShardSet
 from train.config import TrainConfig
+from train.data.balance import costs_of, deal
+from train.data.step_order import StepOrder
 from train.data_size import DataSize
-from train.deal import costs_of, deal
 from train.flops import ModelCost
-from train.plan import StepOrder
 
 _SAMPLED_STEPS = 8  # of which the division over ranks is looked at
 

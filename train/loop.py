@@ -14,10 +14,10 @@ from shared.disk import library_writing_to
 from shared.errors import DataError, StoppedOnRequest
 from train.by_source import empty_totals, means
 from train.checkpoint import TrainState, record_eval_loss, save_checkpoint
+from train.data.loader import Feed, StepBatch
 from train.distributed import Ranks, any_rank
 from train.engine import accumulate, is_refused, update
 from train.evaluate import EvalFeed, evaluate
-from train.feed import Feed, StepBatch
 from train.flops import ModelCost, peak_flops
 from train.metrics import MetricsLog, make_record
 from train.not_finite import judge_refused_update

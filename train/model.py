@@ -21,9 +21,9 @@ from transformers import (
 
 from shared.errors import ArtifactError, ConfigError
 from shared.shard_format import Manifest
-from train.batch import MicroBatch
 from train.by_source import add_rows
 from train.config import LoraConfig, ModelConfig
+from train.data.micro_batch import MicroBatch
 from train.lora import add_adapters, quantization
 from train.loss import weighted_cross_entropy
 from train.new_tokens import add_new_rows, head_weight

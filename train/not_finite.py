@@ -10,9 +10,9 @@ import torch
 
 from shared.errors import DataError
 from train.config import RunConfig
+from train.data.loader import Feed, StepBatch
+from train.data.provenance import in_short, micro_batch_rows, step_rows
 from train.distributed import Ranks, broadcast_from_main, gather_to_main
-from train.feed import Feed, StepBatch
-from train.source_rows import in_short, micro_batch_rows, step_rows
 
 logger = logging.getLogger(__name__)
 

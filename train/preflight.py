@@ -8,6 +8,7 @@ from shared.errors import ConfigError
 from shared.shard_reader import ShardSet
 from train.cluster import suggested_command
 from train.config import TrainConfig
+from train.data.step_order import StepOrder
 from train.data_size import DataSize, StatedSizes, counted, stated
 from train.fit import Change, changes, fits, setup_of
 from train.forecast import Division, Forecast, division, forecast
@@ -15,7 +16,6 @@ from train.gpus import Gpu, gpu_named
 from train.memory import Memory, memory_of
 from train.model import model_config
 from train.model_size import ModelSize, model_size
-from train.plan import StepOrder
 from train.prepare import TrainRequest, check_division, make_run_order, open_inputs
 from train.recipe_file import load_recipe
 

@@ -21,6 +21,8 @@ from train import loop
 from train.attention import choose_attention
 from train.checkpoint import TrainState, load_checkpoint, remove_older, set_aside_newer
 from train.config import TrainConfig
+from train.data.loader import Feed
+from train.data.step_order import StepOrder
 from train.distributed import Ranks, barrier, broadcast_from_main, process_group
 from train.ending import record_end, recorded_end
 from train.engine import (
@@ -32,13 +34,11 @@ from train.engine import (
     start_engine,
 )
 from train.evaluate import EvalFeed
-from train.feed import Feed
 from train.flops import ModelCost, model_cost
 from train.lora import adapted_by
 from train.metrics import MetricsLog, read_records
 from train.model import build_model, model_config
 from train.outcome import error_of
-from train.plan import StepOrder
 from train.prepare import Prepared, check_ranks, decide_again, moves
 from train.probe import check_isolation
 from train.push import check_access

@@ -26,7 +26,7 @@ from shared import atomic, config
 from shared.errors import ArtifactError, ConfigError, FingerprintMismatchError
 from shared.shard_reader import ShardSet
 from train.config import TrainConfig
-from train.plan import StepOrder
+from train.data.step_order import StepOrder
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import statistics
 from collections import deque
 from pathlib import Path
 
-from train.feed import Feed
+from train.data.loader import Feed
+from train.data.provenance import in_short, step_rows
 from train.metrics import keep_records
-from train.source_rows import in_short, step_rows
 
 logger = logging.getLogger(__name__)
 

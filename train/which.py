@@ -15,9 +15,9 @@ from shared import config
 from shared.errors import ArtifactError, ConfigError, FingerprintMismatchError, PrerequisiteError
 from shared.shard_reader import Pack, ShardSet, open_shard_set
 from train.config import TrainConfig
+from train.data.step_plan import StepPlan, plan_step
 from train.prepare import make_run_order
 from train.run_dir import RunDir, read_description
-from train.step_plan import StepPlan, plan_step
 
 _SHORT = 200
 _TRAINED = ("[[", "]]")

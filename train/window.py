@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from train.by_source import empty_totals
+from train.data.loader import StepBatch
 from train.distributed import Ranks, sum_over_ranks
-from train.feed import StepBatch
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,6 +1,6 @@
 """How unevenly the ranks work in a step, before and after `deal`, on the lengths of real conversations.
 
-Cost is that of train/deal.py: per sequence its length squared plus 32,768 per token. Ranks wait for one another at
+Cost is that of train/data/balance.py: per sequence its length squared plus 32,768 per token. Ranks wait for one another at
 every micro-batch under ZeRO-3 (the first figures: sum over micro-batches of the dearest rank / sum of the mean rank),
 and at the end of the step under ZeRO-1 and 2 (then: dearest rank / mean rank). 1.000 is no waiting. The last figure is
 what no division goes below: the dearest pack or conversation cannot be divided.
@@ -24,9 +24,9 @@ from prep.build.build import BuildPlan, build
 from prep.config import MixtureConfig
 from shared import config
 from shared.shard_reader import ShardSet, open_shard_set
-from train.deal import costs_of
-from train.plan import StepOrder, Unit, make_order
-from train.step_plan import StepPlan, plan_step
+from train.data.balance import costs_of
+from train.data.step_order import StepOrder, Unit, make_order
+from train.data.step_plan import StepPlan, plan_step
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 EPOCHS = 4

@@ -58,10 +58,10 @@ def cli(
     if shards is None:
         raise click.UsageError("Missing option '--shards'.", context)
     with reporting(verbosity_of(context.params), quiet_stop=under_launcher):
+        from train.data.tokenizer_match import check_tokenizer
         from train.launch import run_or_launch
         from train.prepare import prepare
         from train.ranks import die_with_parent, read_place
-        from train.tokenizer_check import check_tokenizer
 
         if under_launcher:
             die_with_parent()

@@ -8,8 +8,8 @@ import numpy.typing as npt
 from shared.errors import ConfigError, DataError
 from shared.shard_format import Manifest
 from shared.shard_reader import Pack, ShardSet
-from train.deal import Positions, costs_of, deal
-from train.plan import Ids, StepOrder, Unit
+from train.data.balance import Positions, costs_of, deal
+from train.data.step_order import Ids, StepOrder, Unit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ import dataclasses
 
 import torch
 
-from train.batch import MicroBatch
+from train.data.micro_batch import MicroBatch
 
 
 def take_slice(batch: MicroBatch, index: int, size: int) -> MicroBatch:

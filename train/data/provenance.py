@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.shard_format import Manifest
-from train.step_plan import StepPlan, origins
+from train.data.step_plan import StepPlan, origins
 
 _SHOWN = 8
 

@@ -2,7 +2,7 @@
 
 A run's order is one permutation of all units per epoch, one after the other; step k takes the next `units_per_step` of
 it, so a step may span two epochs and only the last one may be short. Nothing here depends on the number of ranks or on
-the size of the set; train/deal.py divides a step that is already fixed.
+the size of the set; train/data/balance.py divides a step that is already fixed.
 
     epoch      0 . . . . . . | 1 . . . . . . | 2 ...
     order      4 0 3 5 1 2   | 2 5 0 1 4 3   | ...      unit ids

@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.shard_reader import ShardSet
-from train.batch import MicroBatch, check_pack, make_micro_batch
 from train.config import LossConfig
-from train.deal import Positions
+from train.data.balance import Positions
+from train.data.micro_batch import MicroBatch, check_pack, make_micro_batch
+from train.data.sequence_slice import take_slice
+from train.data.step_order import Ids, StepOrder, Unit
+from train.data.step_plan import StepPlan, plan_step
 from train.loss import sample_weights, uniform_weight
-from train.plan import Ids, StepOrder, Unit
-from train.sequence_slice import take_slice
-from train.step_plan import StepPlan, plan_step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
