@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from shared.shard_reader import open_shard_set
-from train.attention import register_attention
 from train.config import EngineConfig
 from train.data.micro_batch import MicroBatch, make_micro_batch
 from train.distributed import process_group
 from train.engine import accumulate, deepspeed_config, start_engine
-from train.model import build_model
+from train.model.attention import register_attention
+from train.model.model import build_model
 from train.recipe_file import load_recipe
 from train.zero_stage import resolve_zero_stage
 

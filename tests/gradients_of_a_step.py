@@ -15,13 +15,13 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from shared.shard_reader import ShardSet, open_shard_set
-from train.attention import choose_attention
 from train.config import EngineConfig, LossConfig, ModelConfig, OptimConfig
 from train.data.loader import Feed
 from train.data.step_order import StepOrder, Unit, make_order
 from train.distributed import Ranks, process_group, sum_over_ranks
 from train.engine import accumulate, consolidated_weights, deepspeed_config, shard_while_building, start_engine, update
-from train.model import LossModel, build_model
+from train.model.attention import choose_attention
+from train.model.model import LossModel, build_model
 from train.zero_stage import ZeroStage, resolve_zero_stage
 
 # With eps = 1 an update is g / (|g| + 1), smooth in the gradient: AdamW's usual eps would amplify rounding. With betas
@@ -119,7 +119,7 @@ def stage_of(job: Job, ranks: Ranks) -> ZeroStage:
 
 def use_liger() -> None:
     """Let a CPU make the choice that a GPU makes; Triton's interpreter then runs the kernel."""
-    from train import loss, model
+    from train.model.model import loss, model
 
     def as_on_a_gpu(
         hidden: torch.Tensor,

@@ -13,7 +13,7 @@ from shard_sets import random_packs, write_shard_set
 from shared.shard_reader import read_manifest
 from train.fit import setup_of
 from train.memory import memory_of
-from train.model import model_config
+from train.model.model import model_config
 from train.model_size import model_size
 from train.recipe_file import load_recipe
 

@@ -14,13 +14,12 @@ from shard_sets import random_packs, write_shard_set
 from train_runs import RECIPE, VOCAB, command, records, write_inputs
 
 from shared.shard_reader import open_shard_set
-from train import attention
 from train.config import OptimConfig
 from train.data.micro_batch import make_micro_batch
 from train.distributed import process_group
 from train.engine import accumulate, deepspeed_config, start_engine, update
-from train.loss import chunked_cross_entropy, liger_cross_entropy, uniform_weight
-from train.model import build_model
+from train.model.loss import chunked_cross_entropy, liger_cross_entropy, uniform_weight
+from train.model.model import attention, build_model
 from train.recipe_file import load_recipe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

@@ -19,9 +19,9 @@ from gradients_of_a_step import OPTIM, Job, load_model, order_for, to_json
 from shard_sets import write_shard_set
 
 from shared.shard_reader import open_shard_set
-from train.attention import register_attention
 from train.config import LossConfig, ModelConfig
-from train.model import build_model
+from train.model.attention import register_attention
+from train.model.model import build_model
 
 pytestmark = pytest.mark.slow  # two processes start DeepSpeed
 

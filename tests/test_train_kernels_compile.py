@@ -1,4 +1,4 @@
-"""Liger's kernel, with the arguments that train/loss.py gives it, becomes code for GPUs: the compiler needs none."""
+"""Liger's kernel, with the arguments that train/model/loss.py gives it, becomes code for GPUs: the compiler needs none."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel as kernel
-from train.loss import LIGER_OPTIONS
+from train.model.loss import LIGER_OPTIONS
 
 capability, dtype, makes_gradient = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 types = {

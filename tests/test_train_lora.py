@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.errors import ArtifactError, ConfigError
 from train.config import LoraConfig
-from train.lora import adapter_weights, add_adapters, merge_adapters
-from train.new_tokens import head_weight
+from train.model.lora import adapter_weights, add_adapters, merge_adapters
+from train.model.new_tokens import head_weight
 
 peft = pytest.importorskip("peft")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import loss as loss_module
 from train.config import LossConfig
-from train.loss import chunked_cross_entropy, uniform_weight, weighted_cross_entropy
+from train.model.loss import chunked_cross_entropy, uniform_weight, weighted_cross_entropy
+from train.model.model import loss as loss_module
 
 ROWS, HIDDEN, VOCAB = 37, 24, 91
 
@@ -128,7 +128,7 @@ def test_norms() -> None:
 
 LIGER = """
 import torch
-from train.loss import chunked_cross_entropy, liger_cross_entropy
+from train.model.loss import chunked_cross_entropy, liger_cross_entropy
 generator = torch.Generator().manual_seed(0)
 data = torch.randn(48, 32, generator=generator), torch.randn(128, 32, generator=generator)
 targets = torch.randint(0, 128, (48,), generator=generator)

@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import sys, torch
-from train.loss import chunked_cross_entropy
+from train.model.loss import chunked_cross_entropy
 
 def full(hidden, head, targets, weights):
     return (torch.nn.functional.cross_entropy(hidden @ head.t(), targets, reduction="none") * weights).sum()

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from shared.errors import ConfigError
 from shared.shard_reader import Pack
 from train import probe
-from train.attention import register_attention
 from train.data.micro_batch import MicroBatch, make_micro_batch
 from train.data.sequence_slice import take_slice
-from train.model import LossModel
+from train.model.attention import register_attention
+from train.model.model import LossModel
 from train.probe import check_isolation
 
 VOCAB = 61

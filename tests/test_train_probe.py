@@ -11,9 +11,9 @@ from train_runs import train_here, write_inputs
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from shared.errors import ConfigError
-from train import attention as attention_module
-from train.attention import register_attention
 from train.isolation import isolation_of
+from train.model.attention import register_attention
+from train.model.model import attention as attention_module
 from train.probe import check_isolation, small_config
 
 CPU = torch.device("cpu")

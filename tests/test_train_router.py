@@ -12,11 +12,11 @@ from train_runs import VOCAB, records, train_apart, train_here, write_inputs
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.shard_reader import ShardSet, open_shard_set
-from train.attention import register_attention
 from train.config import ModelConfig
 from train.data.micro_batch import make_micro_batch
-from train.model import build_model
-from train.router import load_balancing_loss
+from train.model.attention import register_attention
+from train.model.model import build_model
+from train.model.router_loss import load_balancing_loss
 
 TABLES: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.errors import ConfigError
-from train.tiled_mlp import tile_mlps
+from train.model.tiled_mlp import tile_mlps
 
 TABLE = {
     "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -55,7 +55,9 @@ def reads_of_a_run(
         *(part for setting in settings for part in ("--set", setting)),
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    del counts["train/attention.py", "per_sequence"]  # its bounds, where tensors lie in the memory of the host anyway
+    del counts[
+        "train/model/attention.py", "per_sequence"
+    ]  # its bounds, where tensors lie in the memory of the host anyway
     return counts
 
 

@@ -123,7 +123,7 @@ class LossConfig:
     ranks x accumulation: it sets the scale that `optim.max_grad_norm` clips at."""
 
     load_balancing_weight: float = 0.0
-    """Of the auxiliary loss that keeps the experts of a mixture-of-experts model evenly used (train/router.py). Unlike
+    """Of the auxiliary loss that keeps the experts of a mixture-of-experts model evenly used (train/model/router_loss.py). Unlike
     the rest of the loss it hangs on how a step is cut into micro-batches: shares are counted in each of them."""
 
     def __post_init__(self) -> None:

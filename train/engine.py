@@ -16,7 +16,7 @@ from shared.errors import ConfigError, PrerequisiteError
 from train.config import EngineConfig, OptimConfig
 from train.data.micro_batch import MicroBatch
 from train.distributed import Ranks
-from train.model import LossModel
+from train.model.model import LossModel
 from train.one_rank import OneRankAdamW
 from train.zero_stage import ZeroStage
 

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from transformers import PreTrainedModel
 
-from train.model import logit_scale
+from train.model.model import logit_scale
 
 UNMOVED = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 """Where only other tokens changed, all shapes are the same and so should every bit be; the rest is room for kernels

@@ -12,7 +12,6 @@ import torch
 
 from shared.disk import library_writing_to
 from shared.errors import DataError, StoppedOnRequest
-from train.by_source import empty_totals, means
 from train.checkpoint import TrainState, record_eval_loss, save_checkpoint
 from train.data.loader import Feed, StepBatch
 from train.distributed import Ranks, any_rank
@@ -20,6 +19,7 @@ from train.engine import accumulate, is_refused, update
 from train.evaluate import EvalFeed, evaluate
 from train.flops import ModelCost, peak_flops
 from train.metrics import MetricsLog, make_record
+from train.model.source_loss import empty_totals, means
 from train.not_finite import judge_refused_update
 from train.prepare import Prepared
 from train.pusher import Pusher

@@ -14,7 +14,7 @@ from train.fit import Change, changes, fits, setup_of
 from train.forecast import Division, Forecast, division, forecast
 from train.gpus import Gpu, gpu_named
 from train.memory import Memory, memory_of
-from train.model import model_config
+from train.model.model import model_config
 from train.model_size import ModelSize, model_size
 from train.prepare import TrainRequest, check_division, make_run_order, open_inputs
 from train.recipe_file import load_recipe
@@ -115,7 +115,7 @@ def _inputs(request: PlanRequest) -> tuple[TrainConfig, DataSize, ShardSet | Non
     train = request.train
     if train.recipe is None:
         raise ConfigError("no recipe: without a shard set that names one, give --recipe NAME|FILE.toml")
-    recipe = load_recipe(train.recipe, train.settings, model=train.model, max_steps=train.max_steps)
+    recipe = load_recipe(train.recipe, train.settings, model=train.model.model, max_steps=train.max_steps)
     return recipe, stated(request.sizes), None
 
 

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from shared.errors import ConfigError
 from train.isolation import Finding, isolation_of
-from train.model import CANNOT_BUILD, check_head, check_supported
+from train.model.model import CANNOT_BUILD, check_head, check_supported
+from train.model.rotary import separate_rotary
 from train.positions import MOST_TOKENS, position_check, register_local
-from train.rotary import separate_rotary
 
 logger = logging.getLogger(__name__)
 

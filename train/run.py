@@ -18,7 +18,6 @@ from shared.disk import unwritable
 from shared.errors import SftError
 from shared.hashing import seed_from
 from train import loop
-from train.attention import choose_attention
 from train.checkpoint import TrainState, load_checkpoint, remove_older, set_aside_newer
 from train.config import TrainConfig
 from train.data.loader import Feed
@@ -35,9 +34,10 @@ from train.engine import (
 )
 from train.evaluate import EvalFeed
 from train.flops import ModelCost, model_cost
-from train.lora import adapted_by
 from train.metrics import MetricsLog, read_records
-from train.model import build_model, model_config
+from train.model.attention import choose_attention
+from train.model.lora import adapted_by
+from train.model.model import build_model, model_config
 from train.outcome import error_of
 from train.prepare import Prepared, check_ranks, decide_again, moves
 from train.probe import check_isolation

@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from shared.errors import PrerequisiteError
 from shared.hashing import seed_from
 from shared.shard_reader import Pack
-from train.attention import choose_attention
 from train.data.micro_batch import MicroBatch, make_micro_batch
 from train.engine import choose_dtype
 from train.isolation import SAME, Finding, eager_attention, evaluating, isolation_of, outputs_of
-from train.loss import weighted_cross_entropy
-from train.model import LossModel, build_model, check_head, check_supported, model_config
+from train.model.attention import choose_attention
+from train.model.loss import weighted_cross_entropy
+from train.model.model import LossModel, build_model, check_head, check_supported, model_config
 from train.prepare import TrainRequest, open_inputs
 from train.probe import with_layers
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from shared.errors import ConfigError
-from train.attention import FUNCTIONS
 from train.distributed import Ranks
+from train.model.attention import FUNCTIONS
 
 
 def sequence_group(ranks: Ranks, size: int) -> dist.ProcessGroup | None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from train.by_source import empty_totals
 from train.data.loader import StepBatch
 from train.distributed import Ranks, sum_over_ranks
+from train.model.source_loss import empty_totals
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class StepResult:
     batch: StepBatch
     """Without its micro-batches once it is in a window."""
     losses: torch.Tensor  # of this rank's micro-batches: their parts of the step's loss; fp32 [num_micro_batches]
-    source_totals: torch.Tensor  # this rank's part, float64 [2, 1 + num_sources]; see train/by_source.py
+    source_totals: torch.Tensor  # this rank's part, float64 [2, 1 + num_sources]; see train/model/source_loss.py
     balancing: torch.Tensor | None  # this rank's part of the load balancing loss, fp32 [1]
     refused: torch.Tensor  # whether the update was refused, the same on all ranks; bool []
     grad_norm: torch.Tensor | float  # before clipping, the same on all ranks; fp32 []

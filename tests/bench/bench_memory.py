@@ -21,7 +21,7 @@ import torch
 from train.config import TrainConfig
 from train.fit import setup_of
 from train.memory import GIB, memory_of
-from train.model import model_config
+from train.model.model import model_config
 from train.model_size import model_size
 from train.recipe_file import load_recipe
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from shared.errors import ArtifactError, ConfigError, PrerequisiteError
 from train.config import LoraConfig, ModelConfig, TrainConfig
-from train.new_tokens import is_new_rows, layer_of, with_rows
+from train.model.new_tokens import is_new_rows, layer_of, with_rows
 
 _ADAPTER = "default"
 _MATRIX = re.compile(rf"^(?P<layer>.+)\.lora_(?P<which>[AB])\.{_ADAPTER}\.weight$")

@@ -21,15 +21,15 @@ from transformers import (
 
 from shared.errors import ArtifactError, ConfigError
 from shared.shard_format import Manifest
-from train.by_source import add_rows
 from train.config import LoraConfig, ModelConfig
 from train.data.micro_batch import MicroBatch
-from train.lora import add_adapters, quantization
-from train.loss import weighted_cross_entropy
-from train.new_tokens import add_new_rows, head_weight
-from train.rotary import separate_rotary
-from train.router import experts_per_token, load_balancing_loss
-from train.tiled_mlp import tile_mlps
+from train.model.lora import add_adapters, quantization
+from train.model.loss import weighted_cross_entropy
+from train.model.new_tokens import add_new_rows, head_weight
+from train.model.rotary import separate_rotary
+from train.model.router_loss import experts_per_token, load_balancing_loss
+from train.model.source_loss import add_rows
+from train.model.tiled_mlp import tile_mlps
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,9 @@ class LossModel(torch.nn.Module):
     def forward(
         self, batch: MicroBatch, source_totals: torch.Tensor | None = None, balancing: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the loss; add the rows' cross-entropies and their number to `source_totals` (train/by_source.py).
+        """Return the loss; add the rows' cross-entropies and their number to `source_totals` (train/model/source_loss.py).
 
-        A load balancing loss (train/router.py) is added with its weight, in the share of the step's tokens that are
+        A load balancing loss (train/model/router_loss.py) is added with its weight, in the share of the step's tokens that are
         here; `balancing`, fp32 [1], gets it added without its weight.
         """
         if self.row is not None:
