@@ -18,7 +18,7 @@ from train.engine import accumulate, deepspeed_config, start_engine
 from train.model.attention import register_attention
 from train.model.model import build_model
 from train.recipe_file import load_recipe
-from train.zero_stage import resolve_zero_stage
+from train.sizing.zero_stage import resolve_zero_stage
 
 PASSES = 33  # 33 g needs more digits than bf16 has
 

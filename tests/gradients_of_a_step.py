@@ -22,7 +22,7 @@ from train.distributed import Ranks, process_group, sum_over_ranks
 from train.engine import accumulate, consolidated_weights, deepspeed_config, shard_while_building, start_engine, update
 from train.model.attention import choose_attention
 from train.model.model import LossModel, build_model
-from train.zero_stage import ZeroStage, resolve_zero_stage
+from train.sizing.zero_stage import ZeroStage, resolve_zero_stage
 
 # With eps = 1 an update is g / (|g| + 1), smooth in the gradient: AdamW's usual eps would amplify rounding. With betas
 # of 0 it remembers nothing of the steps before.

@@ -12,10 +12,10 @@ from shard_sets import random_packs, write_shard_set
 
 from shared.shard_reader import read_manifest
 from train.fit import setup_of
-from train.memory import memory_of
 from train.model.model import model_config
-from train.model_size import model_size
 from train.recipe_file import load_recipe
+from train.sizing.memory import memory_of
+from train.sizing.model_size import model_size
 
 VOCABULARY, MAX_SEQ_LEN, STEPS = 1000, 512, 2
 

@@ -10,7 +10,7 @@ from shared.errors import ConfigError, PrerequisiteError
 from train.config import EngineConfig, OptimConfig
 from train.engine import choose_dtype, deepspeed_config
 from train.model.attention import choose_attention
-from train.zero_stage import ZeroStage, resolve_zero_stage
+from train.sizing.zero_stage import ZeroStage, resolve_zero_stage
 
 OPTIM = OptimConfig(learning_rate=1e-4, max_grad_norm=0.5)
 GOLDEN = {

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from train.flops import model_cost, peak_flops
-from train.gpus import find_gpu
 from train.metrics import console_line, keep_records, read_records
+from train.sizing.flops import model_cost, peak_flops
+from train.sizing.gpu_specs import find_gpu
 
 
 def write(path: Path, *lines: str) -> Path:

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.shard_reader import open_shard_set
 from train.config import LoraConfig
-from train.flops import model_cost
-from train.memory import GIB, Setup, memory_of
-from train.model_size import ModelSize, model_size
+from train.sizing.flops import model_cost
+from train.sizing.memory import GIB, Setup, memory_of
+from train.sizing.model_size import ModelSize, model_size
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -183,7 +183,7 @@ def test_a_model_table_without_vocabulary_needs_a_shard_set(inputs: tuple[Path, 
 
 
 def test_a_llama_layer_keeps_what_the_published_sum_says(llama: ModelSize) -> None:
-    """Korthikanti et al. 2022 for SwiGLU, grouped queries, norms in fp32: see train/model_size.py."""
+    """Korthikanti et al. 2022 for SwiGLU, grouped queries, norms in fp32: see train/sizing/model_size.py."""
     hidden, wide, heads, key_heads, head = 4096, 14336, 32, 8, 128
     formula = 16 * hidden + 4 * (heads + key_heads) * head + 4 * heads + 8 * wide
     assert llama.layer_bytes == pytest.approx(formula, rel=1e-3)

@@ -18,7 +18,7 @@ from train.data.micro_batch import MicroBatch
 from train.distributed import Ranks
 from train.model.model import LossModel
 from train.one_rank import OneRankAdamW
-from train.zero_stage import ZeroStage
+from train.sizing.zero_stage import ZeroStage
 
 WITHOUT_OFFLOAD = EngineConfig()
 WEIGHTS_PREFIX = "model."  # of the network inside LossModel, in DeepSpeed's names

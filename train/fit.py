@@ -7,10 +7,10 @@ import torch
 
 from shared.errors import ConfigError
 from train.config import TrainConfig
-from train.gpus import Gpu
-from train.memory import GIB, Memory, Setup, memory_of
-from train.model_size import ModelSize
-from train.zero_stage import ZeroStage, resolve_zero_stage
+from train.sizing.gpu_specs import Gpu
+from train.sizing.memory import GIB, Memory, Setup, memory_of
+from train.sizing.model_size import ModelSize
+from train.sizing.zero_stage import ZeroStage, resolve_zero_stage
 
 _MOST_TIMES_MORE_GPUS = 64
 _MLP_TILES = 8

@@ -11,7 +11,7 @@ from train.config import TrainConfig
 from train.data.balance import costs_of, deal
 from train.data.step_order import StepOrder
 from train.data_size import DataSize
-from train.flops import ModelCost
+from train.sizing.flops import ModelCost
 
 _SAMPLED_STEPS = 8  # of which the division over ranks is looked at
 

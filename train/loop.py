@@ -17,13 +17,13 @@ from train.data.loader import Feed, StepBatch
 from train.distributed import Ranks, any_rank
 from train.engine import accumulate, is_refused, update
 from train.evaluate import EvalFeed, evaluate
-from train.flops import ModelCost, peak_flops
 from train.metrics import MetricsLog, make_record
 from train.model.source_loss import empty_totals, means
 from train.not_finite import judge_refused_update
 from train.prepare import Prepared
 from train.pusher import Pusher
 from train.schedule import learning_rate
+from train.sizing.flops import ModelCost, peak_flops
 from train.spikes import SpikeLog
 from train.stop import StopWish
 from train.watchdog import Watchdog

@@ -16,7 +16,7 @@
     total_tokens, total_tokens_including_padding      since the start of the run, over all ranks
     per_device_tps, per_device_tps_including_padding  tokens per second and rank, over the window
     step_seconds, data_seconds               mean per step: all of it, and the wait for data
-    mfu                                      see train/flops.py; null where the device's peak is not known
+    mfu                                      see train/sizing/flops.py; null where the device's peak is not known
     memory_gib                               peak on this rank: of the GPU, or of the process on a CPU
 
 An evaluation has a record of its own:
@@ -41,7 +41,7 @@ import torch
 from shared import atomic
 from train.config import LogConfig
 from train.distributed import Ranks
-from train.flops import ModelCost
+from train.sizing.flops import ModelCost
 from train.window import Counters, Window, WindowSums
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ import dataclasses
 import json
 from typing import Any
 
-from train.memory import GIB
 from train.preflight import Plan
+from train.sizing.memory import GIB
 
 _PARTS = {
     "weights": "weights",

@@ -13,7 +13,7 @@ from train.data.step_order import StepOrder, check_divides, make_order, units_pe
 from train.data.step_plan import check_conversations
 from train.recipe_file import load_recipe
 from train.run_dir import RunDir, check_identity, check_place, identity, read_description, read_status
-from train.zero_stage import resolve_zero_stage
+from train.sizing.zero_stage import resolve_zero_stage
 
 RUNS_DIR = Path("runs")
 

@@ -33,7 +33,6 @@ from train.engine import (
     start_engine,
 )
 from train.evaluate import EvalFeed
-from train.flops import ModelCost, model_cost
 from train.metrics import MetricsLog, read_records
 from train.model.attention import choose_attention
 from train.model.lora import adapted_by
@@ -44,12 +43,13 @@ from train.probe import check_isolation
 from train.push import check_access
 from train.pusher import push_the_rest, pushing
 from train.run_dir import describe, read_description, write_status
+from train.sizing.flops import ModelCost, model_cost
+from train.sizing.zero_stage import ZeroStage, resolve_zero_stage
 from train.spikes import SpikeLog
 from train.stop import StopWish, watching_signals
 from train.ulysses import register_ulysses, sequence_group
 from train.watchdog import Watchdog
 from train.window import Counters
-from train.zero_stage import ZeroStage, resolve_zero_stage
 
 logger = logging.getLogger(__name__)
 

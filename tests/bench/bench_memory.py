@@ -20,10 +20,10 @@ import torch
 
 from train.config import TrainConfig
 from train.fit import setup_of
-from train.memory import GIB, memory_of
 from train.model.model import model_config
-from train.model_size import model_size
 from train.recipe_file import load_recipe
+from train.sizing.memory import GIB, memory_of
+from train.sizing.model_size import model_size
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shard_sets import random_packs, write_shard_set

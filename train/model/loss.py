@@ -103,7 +103,9 @@ class _LigerCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, row_losses: torch.Tensor
     ) -> torch.Tensor:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        most = len(hidden) * hidden.shape[1] // len(head)  # as much memory as the hidden states: see train/memory.py
+        most = (
+            len(hidden) * hidden.shape[1] // len(head)
+        )  # as much memory as the hidden states: see train/sizing/memory.py
         chunk_rows = _rows_per_chunk(len(hidden), most)
         buffer = torch.empty((min(chunk_rows, len(hidden)), len(head)), dtype=hidden.dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None

@@ -21,9 +21,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shared.errors import ConfigError
 from train.config import LoraConfig
-from train.flops import ModelCost, model_cost
 from train.model.lora import add_adapters
 from train.model.model import check_head, check_supported
+from train.sizing.flops import ModelCost, model_cost
 
 _ATTENTION = "sft_counted"
 _TOKENS = 256  # all counts are linear in them

@@ -10,8 +10,8 @@ a micro-batch on one rank, D hidden size, V vocabulary.
 
 from dataclasses import dataclass, replace
 
-from train.model_size import ModelSize
-from train.zero_stage import ZeroStage
+from train.sizing.model_size import ModelSize
+from train.sizing.zero_stage import ZeroStage
 
 GIB = 2**30
 

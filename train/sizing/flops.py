@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from train.gpus import find_gpu
+from train.sizing.gpu_specs import find_gpu
 
 logger = logging.getLogger(__name__)
 
