@@ -13,8 +13,8 @@ import torch
 from shared.shard_reader import open_shard_set
 from train.config import EngineConfig
 from train.data.micro_batch import MicroBatch, make_micro_batch
-from train.distributed import process_group
-from train.engine import accumulate, deepspeed_config, start_engine
+from train.engine.engine import accumulate, deepspeed_config, start_engine
+from train.engine.process_group import process_group
 from train.model.attention import register_attention
 from train.model.model import build_model
 from train.recipe_file import load_recipe

@@ -18,8 +18,15 @@ from shared.shard_reader import ShardSet, open_shard_set
 from train.config import EngineConfig, LossConfig, ModelConfig, OptimConfig
 from train.data.loader import Feed
 from train.data.step_order import StepOrder, Unit, make_order
-from train.distributed import Ranks, process_group, sum_over_ranks
-from train.engine import accumulate, consolidated_weights, deepspeed_config, shard_while_building, start_engine, update
+from train.engine.engine import (
+    accumulate,
+    consolidated_weights,
+    deepspeed_config,
+    shard_while_building,
+    start_engine,
+    update,
+)
+from train.engine.process_group import Ranks, process_group, sum_over_ranks
 from train.model.attention import choose_attention
 from train.model.model import LossModel, build_model
 from train.sizing.zero_stage import ZeroStage, resolve_zero_stage

@@ -8,7 +8,7 @@ import torch
 
 from shared.errors import ConfigError, PrerequisiteError
 from train.config import EngineConfig, OptimConfig
-from train.engine import choose_dtype, deepspeed_config
+from train.engine.engine import choose_dtype, deepspeed_config
 from train.model.attention import choose_attention
 from train.sizing.zero_stage import ZeroStage, resolve_zero_stage
 
@@ -71,7 +71,7 @@ def test_dtype_and_attention_follow_the_device() -> None:
 
 
 def test_weight_decay_acts_on_matrices_only() -> None:
-    from train.engine import _parameter_groups
+    from train.engine.engine import _parameter_groups
 
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
     decayed, free = _parameter_groups(model, 0.1)  # type: ignore[arg-type]

@@ -7,9 +7,9 @@ import pytest
 
 from shared.errors import ArtifactError, ConfigError, SftError
 from train.cli.main import cli
+from train.engine.launcher_env import RankPlace, described_as_single, launched, read_place
 from train.launch import rank_arguments, ranks_on, torchrun_command
 from train.prepare import TrainRequest
-from train.ranks import RankPlace, described_as_single, launched, read_place
 
 FULL = TrainRequest(
     shards=Path("data_cache/x"),

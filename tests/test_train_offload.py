@@ -11,7 +11,7 @@ import torch
 from train_runs import losses, train_apart, train_here, write_inputs
 
 from train.config import EngineConfig, OptimConfig
-from train.engine import deepspeed_config
+from train.engine.engine import deepspeed_config
 
 NO_DROPOUT = ("--set", "model.config.attention_dropout=0.0")
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from train.one_rank import OneRankAdamW
+from train.engine.single_rank_adamw import OneRankAdamW
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8}
 

@@ -14,10 +14,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from shared.errors import ConfigError
 from shared.shard_reader import open_shard_set
 from train.config import ModelConfig
+from train.engine.sequence_parallel import heads_to_share
 from train.model.attention import register_attention
 from train.model.model import check_supported, model_config
 from train.probe import check_isolation
-from train.ulysses import heads_to_share
 
 RECIPE = """
 name = "tiny"

@@ -35,8 +35,8 @@ from train.checkpoint_files import (
     same_layout,
     way_out,
 )
-from train.distributed import Ranks, barrier, broadcast_from_main, gather_to_main
-from train.engine import has_frozen_weights, trained_parameters
+from train.engine.engine import has_frozen_weights, trained_parameters
+from train.engine.process_group import Ranks, barrier, broadcast_from_main, gather_to_main
 from train.run_dir import RunDir
 from train.universal import convert, load_converted
 from train.window import Counters, WindowSums

@@ -17,7 +17,7 @@ from shared.shard_reader import ShardSet
 from train.data.micro_batch import MicroBatch, check_pack, make_micro_batch
 from train.data.sequence_slice import take_slice
 from train.data.step_order import Ids, permute
-from train.distributed import Ranks, sum_over_ranks
+from train.engine.process_group import Ranks, sum_over_ranks
 from train.model.source_loss import empty_totals, means
 
 

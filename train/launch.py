@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from shared import atomic
 from shared.errors import ConfigError, PrerequisiteError
+from train.engine.launcher_env import die_with_parent, launched
 from train.outcome import last_change, raise_unless_complete, status_since
 from train.prepare import Prepared, TrainRequest, check_ranks
-from train.ranks import die_with_parent, launched
 from train.run_dir import RunDir
 from train.stop import CTRL_C_LINE
 

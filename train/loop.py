@@ -14,8 +14,8 @@ from shared.disk import library_writing_to
 from shared.errors import DataError, StoppedOnRequest
 from train.checkpoint import TrainState, record_eval_loss, save_checkpoint
 from train.data.loader import Feed, StepBatch
-from train.distributed import Ranks, any_rank
-from train.engine import accumulate, is_refused, update
+from train.engine.engine import accumulate, is_refused, update
+from train.engine.process_group import Ranks, any_rank
 from train.evaluate import EvalFeed, evaluate
 from train.metrics import MetricsLog, make_record
 from train.model.source_loss import empty_totals, means

@@ -40,7 +40,7 @@ import torch
 
 from shared import atomic
 from train.config import LogConfig
-from train.distributed import Ranks
+from train.engine.process_group import Ranks
 from train.sizing.flops import ModelCost
 from train.window import Counters, Window, WindowSums
 

@@ -12,7 +12,7 @@ from shared.errors import DataError
 from train.config import RunConfig
 from train.data.loader import Feed, StepBatch
 from train.data.provenance import in_short, micro_batch_rows, step_rows
-from train.distributed import Ranks, broadcast_from_main, gather_to_main
+from train.engine.process_group import Ranks, broadcast_from_main, gather_to_main
 
 logger = logging.getLogger(__name__)
 

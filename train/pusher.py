@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shared.errors import SftError, StoppedOnRequest
-from train.distributed import Ranks, any_rank, broadcast_from_main
+from train.engine.process_group import Ranks, any_rank, broadcast_from_main
 from train.launch import console_script
 from train.outcome import error_of
 from train.prepare import TrainRequest

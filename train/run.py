@@ -22,9 +22,8 @@ from train.checkpoint import TrainState, load_checkpoint, remove_older, set_asid
 from train.config import TrainConfig
 from train.data.loader import Feed
 from train.data.step_order import StepOrder
-from train.distributed import Ranks, barrier, broadcast_from_main, process_group
 from train.ending import record_end, recorded_end
-from train.engine import (
+from train.engine.engine import (
     check_zero,
     choose_dtype,
     consolidated_weights,
@@ -32,6 +31,8 @@ from train.engine import (
     shard_while_building,
     start_engine,
 )
+from train.engine.process_group import Ranks, barrier, broadcast_from_main, process_group
+from train.engine.sequence_parallel import register_ulysses, sequence_group
 from train.evaluate import EvalFeed
 from train.metrics import MetricsLog, read_records
 from train.model.attention import choose_attention
@@ -47,7 +48,6 @@ from train.sizing.flops import ModelCost, model_cost
 from train.sizing.zero_stage import ZeroStage, resolve_zero_stage
 from train.spikes import SpikeLog
 from train.stop import StopWish, watching_signals
-from train.ulysses import register_ulysses, sequence_group
 from train.watchdog import Watchdog
 from train.window import Counters
 

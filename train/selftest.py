@@ -17,7 +17,7 @@ from shared.errors import PrerequisiteError
 from shared.hashing import seed_from
 from shared.shard_reader import Pack
 from train.data.micro_batch import MicroBatch, make_micro_batch
-from train.engine import choose_dtype
+from train.engine.engine import choose_dtype
 from train.isolation import SAME, Finding, eager_attention, evaluating, isolation_of, outputs_of
 from train.model.attention import choose_attention
 from train.model.loss import weighted_cross_entropy

@@ -15,11 +15,11 @@ from types import FrameType
 
 from shared import atomic
 from shared.errors import PrerequisiteError
+from train.engine.launcher_env import die_with_parent
 from train.hostfile import Hosts
 from train.nodes import DEFAULT_PORT, Cluster, meeting_point, node_command, quote, shell_line
 from train.outcome import last_change, raise_unless_complete
 from train.prepare import Prepared
-from train.ranks import die_with_parent
 from train.run_dir import RunDir
 
 logger = logging.getLogger(__name__)

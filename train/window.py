@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from train.data.loader import StepBatch
-from train.distributed import Ranks, sum_over_ranks
+from train.engine.process_group import Ranks, sum_over_ranks
 from train.model.source_loss import empty_totals
 
 

@@ -33,12 +33,12 @@ def push(what: Path, repo: str, checkpoints: bool, quiet: bool, die_with_parent:
     """Push WHAT to a repository of the hub, private if it is made: the model of a complete run, an exported model, or
     a checkpoint, which goes to a branch RUN-step-N."""
     with reporting(-1 if quiet else 0):
-        from train import ranks
         from train.checkpoint_files import STATE_NAME
+        from train.engine.engine import launcher_env
         from train.push_checkpoints import push_checkpoint
 
         if die_with_parent:
-            ranks.die_with_parent()
+            launcher_env.die_with_parent()
         if (what / STATE_NAME).exists():
             click.echo(push_checkpoint(what, repo))
         else:
@@ -90,7 +90,7 @@ def ask(model: Path, prompts: tuple[str, ...], questions: Path | None, show: int
 @click.command(epilog="Example: sft-train which runs/demo --step 3")
 @click.argument("run", type=PATH)
 @click.option("--step", type=int, required=True, help="As in metrics.jsonl, counted from 1.")
-@click.option("--rank", type=int, help="Of the last call that trained; default: all ranks.")
+@click.option("--rank", type=int, help="Of the last call that trained; default: all launcher_env.")
 @click.option("--shards", type=PATH, help="Where the shard set lies now; default: where it was.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per sequence, with all of its text.")
 @click.option("--full", is_flag=True, help="All of the text, not its beginning.")

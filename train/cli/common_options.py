@@ -46,7 +46,7 @@ def reporting(verbosity: int = 0, *, quiet_stop: bool = False) -> Iterator[None]
     from shared import log
     from shared.command import reporting_errors
     from shared.errors import StoppedOnRequest
-    from train.ranks import launched, read_place
+    from train.engine.launcher_env import launched, read_place
 
     rank = read_place().rank
     log.configure(verbosity, rank=rank if launched() else None)

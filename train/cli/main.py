@@ -59,9 +59,9 @@ def cli(
         raise click.UsageError("Missing option '--shards'.", context)
     with reporting(verbosity_of(context.params), quiet_stop=under_launcher):
         from train.data.tokenizer_match import check_tokenizer
+        from train.engine.launcher_env import die_with_parent, read_place
         from train.launch import run_or_launch
         from train.prepare import prepare
-        from train.ranks import die_with_parent, read_place
 
         if under_launcher:
             die_with_parent()

@@ -1,4 +1,4 @@
-"""The part of a micro-batch that one of several ranks runs that share its row (train/ulysses.py).
+"""The part of a micro-batch that one of several ranks runs that share its row (train/engine/sequence_parallel.py).
 
 row     t0 t1 t2 t3 t4 t5 t6 +      two ranks; + is a filler, a sequence of its own
 rank 0  t0 t1 t2 t3                 labels are shifted before the row is cut: t3's target t4 is known here

@@ -2,7 +2,7 @@
 
 LongRoPE takes one set of frequencies up to the original length and another beyond; dynamic NTK computes them from the
 length. transformers takes max(position_ids) of the whole row for it: one long sequence would turn its neighbours'
-angles, and a slice of a row (train/ulysses.py) may not hold the last position of its own sequences.
+angles, and a slice of a row (train/engine/sequence_parallel.py) may not hold the last position of its own sequences.
 What is fixed, as most models' is, stays as it came. The others make the host wait for the device in each forward pass:
 once for the bounds, and once a length in transformers' own code, which compares the longest position on the host.
 

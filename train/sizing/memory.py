@@ -15,7 +15,7 @@ from train.sizing.zero_stage import ZeroStage
 
 GIB = 2**30
 
-_BUCKET = 50_000_000  # elements; `reduce_bucket_size` of train/engine.py
+_BUCKET = 50_000_000  # elements; `reduce_bucket_size` of train/engine/engine.py
 _MAX_LIVE = 1_000_000_000  # elements; `stage3_max_live_parameters`, and DeepSpeed's default `sub_group_size`
 _QUANTIZED = 0.516  # bytes of a weight in 4 bits with its doubly quantised scales (Dettmers et al. 2023, section 3)
 _CONTEXT = 2.0 * GIB  # CUDA context, kernels, NCCL: an allowance
@@ -111,7 +111,7 @@ def memory_of(size: ModelSize, setup: Setup) -> Memory:
 def _state(size: ModelSize, setup: Setup) -> tuple[float, float, float, float]:
     """Return bytes of weights, optimizer and gradients, and what the update adds.
 
-    One rank (train/one_rank.py): b P weights, 4 T masters where b is 2, 8 T moments, 4 T gradients. ZeRO (Rajbhandari
+    One rank (train/engine/single_rank_adamw.py): b P weights, 4 T masters where b is 2, 8 T moments, 4 T gradients. ZeRO (Rajbhandari
     et al. 2020, section 5) keeps 12 T / W masters and moments, also beside fp32 weights, b P weights (b P / W in stage
     3), and 4 T gradients, summed in fp32 (4 T / W from stage 2 on). Its update copies a rank's gradients, in stage 1
     three times, in stage 3 a sub-group of them beside what stays gathered. What is offloaded lies on the host, from

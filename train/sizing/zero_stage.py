@@ -12,7 +12,7 @@ def resolve_zero_stage(engine: EngineConfig, *, world_size: int) -> ZeroStage:
     """Return the stage that a run on `world_size` ranks uses. Raises ConfigError for stage 0 on several ranks.
 
     "auto" is 3 from two ranks on. One rank has nothing to share out, and sharding would only cost it time and memory:
-    there it is 0, which is `OneRankAdamW` of train/one_rank.py on whole weights.
+    there it is 0, which is `OneRankAdamW` of train/engine/single_rank_adamw.py on whole weights.
     """
     if engine.zero_stage == "auto":
         if world_size > 1:

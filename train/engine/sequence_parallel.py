@@ -16,7 +16,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from shared.errors import ConfigError
-from train.distributed import Ranks
+from train.engine.process_group import Ranks
 from train.model.attention import FUNCTIONS
 
 

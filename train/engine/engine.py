@@ -15,9 +15,9 @@ from transformers.integrations import HfDeepSpeedConfig
 from shared.errors import ConfigError, PrerequisiteError
 from train.config import EngineConfig, OptimConfig
 from train.data.micro_batch import MicroBatch
-from train.distributed import Ranks
+from train.engine.process_group import Ranks
+from train.engine.single_rank_adamw import OneRankAdamW
 from train.model.model import LossModel
-from train.one_rank import OneRankAdamW
 from train.sizing.zero_stage import ZeroStage
 
 WITHOUT_OFFLOAD = EngineConfig()

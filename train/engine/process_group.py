@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from train.ranks import described_as_single, launched, read_place
+from train.engine.launcher_env import described_as_single, launched, read_place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
