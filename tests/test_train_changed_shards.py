@@ -11,7 +11,7 @@ from train_runs import RECIPE, VOCAB, status, train_here, write_inputs
 
 from shared.errors import ArtifactError
 from shared.shard_reader import open_shard_set
-from train.schedule import learning_rate
+from train.loop.schedule import learning_rate
 
 
 def truncate(file: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_run_ends_with_the_name_of_the_file_and_goes_on_when_it_is_back(
     run, opened = tmp_path / "run", file.stat()
     call = ("--shards", shards, "--recipe", recipe, "--output", run, "--max-steps", 8)
     with monkeypatch.context() as patched:
-        patched.setattr("train.loop.learning_rate", rate_and_change)
+        patched.setattr("train.loop.loop.learning_rate", rate_and_change)
         result = train_here(*call)
     assert result.exit_code == 5
     assert "tokens.npy was changed while it was in use" in result.stderr

@@ -12,7 +12,7 @@ from train_runs import RECIPE, VOCAB, records, train_apart, train_here, weights
 from transformers import AutoModelForCausalLM
 
 from shared.shard_reader import open_shard_set
-from train.evaluate import EvalFeed
+from train.loop.evaluate import EvalFeed
 
 NAMES = ("algebra", "chat")
 NUM_EVAL_PACKS = 5

@@ -10,8 +10,8 @@ from shard_sets import random_packs, write_shard_set
 from train_runs import RECIPE, VOCAB, losses, records, status, train_apart, train_here, weights
 
 from shared.shard_reader import open_shard_set
-from train import loop
 from train.data.step_order import make_order
+from train.loop.loop import loop
 
 BAD_PACK = 5
 BAD_TOKEN = VOCAB

@@ -1,4 +1,4 @@
-"""metrics.jsonl holds what the text of train/metrics.py says, no more and no less; Weights & Biases shows the same."""
+"""metrics.jsonl holds what the text of train/loop/metrics.py says, no more and no less; Weights & Biases shows the same."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from shard_sets import random_packs, write_shard_set
 from train_runs import RECIPE, VOCAB, records, train_here
 from wandb_records import histories
 
-from train import metrics
+from train.loop.loop import metrics
 
 NAMES = ("algebra", "chat")
 STEPS = 4

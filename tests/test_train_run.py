@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from shared.shard_reader import open_shard_set
 from train.data.step_order import make_order
-from train.schedule import learning_rate
+from train.loop.schedule import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_a_signal_or_a_file_saves_at_the_end_of_the_step(
             (run / "STOP").touch() if way == "STOP" else os.kill(os.getpid(), signal.Signals[way])
         return learning_rate(step, **options)
 
-    monkeypatch.setattr("train.loop.learning_rate", rate_and_signal)
+    monkeypatch.setattr("train.loop.loop.learning_rate", rate_and_signal)
     run = tmp_path / "run"
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     result = train_here("--shards", shards, "--recipe", recipe, "--output", run)
@@ -155,7 +155,7 @@ def test_a_signal_or_a_file_saves_at_the_end_of_the_step(
 def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_packs(
     stage: int, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train import loop
+    from train.loop.loop import loop
 
     engines = []
 

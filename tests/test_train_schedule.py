@@ -5,7 +5,7 @@ import torch
 from transformers import get_scheduler
 
 from train.config import ScheduleConfig
-from train.schedule import learning_rate, warmup_steps
+from train.loop.schedule import learning_rate, warmup_steps
 
 NAMES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 

@@ -13,7 +13,7 @@ from train.config import LossConfig
 from train.data.loader import Feed
 from train.data.provenance import step_rows
 from train.data.step_order import make_order
-from train.spikes import SpikeLog
+from train.loop.loss_spikes import SpikeLog
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ def reads_of_a_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *, every_steps: int, stage: str
 ) -> "Counter[tuple[str, str]]":
     """Return how often each function of train/ and of DeepSpeed read a tensor's value while steps ran."""
-    from train import loop
+    from train.loop.loop import loop
 
     counts: Counter[tuple[str, str]] = Counter()
     counting = False
@@ -67,7 +67,7 @@ def test_one_rank_waits_for_the_device_once_per_logged_line(
 ) -> None:
     """Neither transformers nor DeepSpeed adds a read: not to find sequences in position_ids, not for a timer."""
     counts = reads_of_a_run(tmp_path, monkeypatch, every_steps=every_steps, stage="auto")
-    assert counts == {("train/window.py", "read"): windows}
+    assert counts == {("train/loop/metrics_window.py", "read"): windows}
 
 
 @pytest.mark.parametrize(("stage", "reads"), [("1", 3), ("2", 3), ("3", 1)])
@@ -77,6 +77,6 @@ def test_under_zero_deepspeed_reads_the_norm_of_each_step(
     """Besides, its stage 3 looks at the order of the layers, in the first step only."""
     counts = reads_of_a_run(tmp_path, monkeypatch, every_steps=4, stage=stage)
     ours = {key: number for key, number in counts.items() if key[0].startswith("train/")}
-    assert ours == {("train/window.py", "read"): 2}
+    assert ours == {("train/loop/metrics_window.py", "read"): 2}
     assert counts["runtime/utils.py", "is_invalid_grad_norm"] == reads * STEPS
     assert counts["zero/utils.py", "get_lst_from_rank0"] < STEPS

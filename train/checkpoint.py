@@ -37,9 +37,9 @@ from train.checkpoint_files import (
 )
 from train.engine.engine import has_frozen_weights, trained_parameters
 from train.engine.process_group import Ranks, barrier, broadcast_from_main, gather_to_main
+from train.loop.metrics_window import Counters, WindowSums
 from train.run_dir import RunDir
 from train.universal import convert, load_converted
-from train.window import Counters, WindowSums
 
 logger = logging.getLogger(__name__)
 

@@ -61,7 +61,7 @@ def run_or_launch(prepared: Prepared, num_ranks: int | None) -> Done:
         if chosen > 1:
             launch(prepared, chosen)
             return "by ranks"
-    from train.run import run_rank
+    from train.loop.rank import run_rank
 
     return "here" if run_rank(prepared) else "before"
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from shared import atomic
 from shared.errors import ArtifactError
-from train.metrics import read_records
+from train.loop.metrics import read_records
 from train.run_dir import RunDir
 
 Records = list[dict[str, Any]]

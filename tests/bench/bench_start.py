@@ -143,9 +143,9 @@ def write_columns(folder: Path, *, sequences: int, packs: int) -> None:
 
 def measure(shards: Path, recipe: Path, *, steps: int) -> None:
     """Run in a process of its own: import everything, then train as the command does, with a clock at the parts."""
-    for name in ("deepspeed", "transformers.models.llama.modeling_llama", "liger_kernel", "train.run"):
+    for name in ("deepspeed", "transformers.models.llama.modeling_llama", "liger_kernel", "train.loop.rank"):
         importlib.import_module(name)
-    from train import loop, run
+    from train.loop.loop import loop, rank
     from train.prepare import TrainRequest, check_ranks, prepare
 
     seconds: dict[str, float] = {}
@@ -167,8 +167,8 @@ def measure(shards: Path, recipe: Path, *, steps: int) -> None:
         first_step.append(time.perf_counter())
         return accumulate(*arguments)
 
-    vars(run)["build_model"] = timed("model", run.build_model)
-    vars(run)["start_engine"] = timed("engine", run.start_engine)
+    vars(run)["build_model"] = timed("model", rank.build_model)
+    vars(run)["start_engine"] = timed("engine", rank.start_engine)
     vars(loop)["accumulate"] = noting_the_first
     vars(run)["_finish"] = lambda *_: None  # the export is no part of this
     began = time.perf_counter()
@@ -177,7 +177,7 @@ def measure(shards: Path, recipe: Path, *, steps: int) -> None:
     )
     check_ranks(prepared, 1)
     seconds["prepare"] = time.perf_counter() - began
-    run.run_rank(prepared)
+    rank.run_rank(prepared)
     lines = prepared.run.metrics.read_text().splitlines()
     records = [json.loads(line) for line in lines][1:]
     waited, all_of_it = (sum(record[key] for record in records) for key in ("data_seconds", "step_seconds"))

@@ -17,7 +17,6 @@ from shared import atomic, config
 from shared.disk import unwritable
 from shared.errors import SftError
 from shared.hashing import seed_from
-from train import loop
 from train.checkpoint import TrainState, load_checkpoint, remove_older, set_aside_newer
 from train.config import TrainConfig
 from train.data.loader import Feed
@@ -33,8 +32,12 @@ from train.engine.engine import (
 )
 from train.engine.process_group import Ranks, barrier, broadcast_from_main, process_group
 from train.engine.sequence_parallel import register_ulysses, sequence_group
-from train.evaluate import EvalFeed
-from train.metrics import MetricsLog, read_records
+from train.loop.evaluate import EvalFeed
+from train.loop.loop import loop
+from train.loop.loss_spikes import SpikeLog
+from train.loop.metrics import MetricsLog, read_records
+from train.loop.metrics_window import Counters
+from train.loop.watchdog import Watchdog
 from train.model.attention import choose_attention
 from train.model.lora import adapted_by
 from train.model.model import build_model, model_config
@@ -46,10 +49,7 @@ from train.pusher import push_the_rest, pushing
 from train.run_dir import describe, read_description, write_status
 from train.sizing.flops import ModelCost, model_cost
 from train.sizing.zero_stage import ZeroStage, resolve_zero_stage
-from train.spikes import SpikeLog
 from train.stop import StopWish, watching_signals
-from train.watchdog import Watchdog
-from train.window import Counters
 
 logger = logging.getLogger(__name__)
 

@@ -16,18 +16,18 @@ from train.checkpoint import TrainState, record_eval_loss, save_checkpoint
 from train.data.loader import Feed, StepBatch
 from train.engine.engine import accumulate, is_refused, update
 from train.engine.process_group import Ranks, any_rank
-from train.evaluate import EvalFeed, evaluate
-from train.metrics import MetricsLog, make_record
+from train.loop.evaluate import EvalFeed, evaluate
+from train.loop.loss_spikes import SpikeLog
+from train.loop.metrics import MetricsLog, make_record
+from train.loop.metrics_window import Counters, StepResult, Window, WindowSums, open_window
+from train.loop.non_finite import judge_refused_update
+from train.loop.schedule import learning_rate
+from train.loop.watchdog import Watchdog
 from train.model.source_loss import empty_totals, means
-from train.not_finite import judge_refused_update
 from train.prepare import Prepared
 from train.pusher import Pusher
-from train.schedule import learning_rate
 from train.sizing.flops import ModelCost, peak_flops
-from train.spikes import SpikeLog
 from train.stop import StopWish
-from train.watchdog import Watchdog
-from train.window import Counters, StepResult, Window, WindowSums, open_window
 
 logger = logging.getLogger(__name__)
 

@@ -41,8 +41,8 @@ import torch
 from shared import atomic
 from train.config import LogConfig
 from train.engine.process_group import Ranks
+from train.loop.metrics_window import Counters, Window, WindowSums
 from train.sizing.flops import ModelCost
-from train.window import Counters, Window, WindowSums
 
 logger = logging.getLogger(__name__)
 
