@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from train_runs import losses, records, status, train_here, write_inputs
 
-from train.checkpoint_files import list_checkpoints, read_state_file
+from train.run.checkpoint_layout import list_checkpoints, read_state_file
 
 
 @pytest.fixture(scope="module")

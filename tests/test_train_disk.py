@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from train_runs import losses, status, train_apart, train_here, write_inputs
 
-from train.checkpoint_files import list_checkpoints
+from train.run.checkpoint_layout import list_checkpoints
 
 NO_DROPOUT = ("--set", "model.config.attention_dropout=0.0")  # ranks draw from different generators
 

@@ -11,8 +11,8 @@ import pytest
 from killed_runs import last_step, rank_processes
 from train_runs import command, status, write_inputs
 
-from train.ending import recorded_end
-from train.run_dir import RunDir, write_status
+from train.run.directory import RunDir, write_status
+from train.run.record_status import recorded_end
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 6), (errno.EDQUOT, 6), (errno.EIO, 1)])

@@ -16,7 +16,7 @@ from train.cli.main import cli
 from train.cluster import suggested_command
 from train.hostfile import read_hostfile
 from train.launch import console_script
-from train.prepare import TrainRequest
+from train.run.prepare import TrainRequest
 
 
 @pytest.fixture

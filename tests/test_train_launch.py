@@ -9,7 +9,7 @@ from shared.errors import ArtifactError, ConfigError, SftError
 from train.cli.main import cli
 from train.engine.launcher_env import RankPlace, described_as_single, launched, read_place
 from train.launch import rank_arguments, ranks_on, torchrun_command
-from train.prepare import TrainRequest
+from train.run.prepare import TrainRequest
 
 FULL = TrainRequest(
     shards=Path("data_cache/x"),
@@ -65,7 +65,7 @@ def test_ranks_may_not_start_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_exit_code_of_a_rank_becomes_its_error_again() -> None:
-    from train.outcome import _ERRORS
+    from train.run.read_status import _ERRORS
 
     assert _ERRORS[5] is ArtifactError
     assert sorted(code for code in _ERRORS if isinstance(code, int)) == [3, 4, 5, 6, 75]

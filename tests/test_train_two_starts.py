@@ -14,7 +14,7 @@ from train_runs import command, losses, status, train_apart, train_here, weights
 PAUSED = """
 import sys
 from pathlib import Path
-import shared.atomic, train.prepare, train.cli.main, train.loop.rank, train.launch
+import shared.atomic, train.run.prepare, train.cli.main, train.loop.rank, train.launch
 where, go = sys.argv.pop(1), Path(sys.argv.pop(1))
 
 def pause():
@@ -36,7 +36,7 @@ def after(module, name):
         return result
     setattr(module, name, outer)
 
-if where == "decided": after(train.prepare, "prepare")
+if where == "decided": after(train.run.prepare, "prepare")
 elif where == "joined": before(train.loop.rank, "_held")
 elif where == "holding": before(train.loop.rank, "_train")
 else: raise SystemExit(where)

@@ -16,7 +16,7 @@ from shared import config
 from shared.shard_reader import open_shard_set
 from train.config import TrainConfig
 from train.data.loader import Feed
-from train.prepare import make_run_order
+from train.run.prepare import make_run_order
 from train.which import _marked
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ArtifactError, ConfigError, DataError
-from train.run_dir import RunDir
+from train.run.directory import RunDir
 
 Message = dict[str, str]
 

@@ -18,7 +18,10 @@ from safetensors.torch import load_file, save_file
 from shared import atomic
 from shared.errors import ArtifactError, SftError
 from shared.hashing import seed_from, sha256_file
-from train.checkpoint_files import (
+from train.engine.engine import has_frozen_weights, trained_parameters
+from train.engine.process_group import Ranks, barrier, broadcast_from_main, gather_to_main
+from train.loop.metrics_window import Counters, WindowSums
+from train.run.checkpoint_layout import (
     BEST_NAME,
     ENGINE_DIR,
     ENGINE_TAG,
@@ -35,10 +38,7 @@ from train.checkpoint_files import (
     same_layout,
     way_out,
 )
-from train.engine.engine import has_frozen_weights, trained_parameters
-from train.engine.process_group import Ranks, barrier, broadcast_from_main, gather_to_main
-from train.loop.metrics_window import Counters, WindowSums
-from train.run_dir import RunDir
+from train.run.directory import RunDir
 from train.universal import convert, load_converted
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from train.data.tokenizer_match import check_tokenizer
 from train.hostfile import read_hostfile
 from train.launch import request_arguments
 from train.nodes import DEFAULT_PORT, Cluster, meeting_point, node_command, quote, shell_line
-from train.prepare import Prepared, TrainRequest, check_ranks, prepare
+from train.run.prepare import Prepared, TrainRequest, check_ranks, prepare
 from train.slurm import SlurmOptions
 
 

@@ -28,13 +28,13 @@ from shared.errors import ArtifactError, ConfigError, FingerprintMismatchError
 from shared.hashing import canonical_json
 from shared.shard_format import TokenizerEntry
 from shared.shard_reader import ShardSet, open_shard_set
-from train.checkpoint_files import ENGINE_DIR, ENGINE_TAG, MODEL_DIR, RUN_NAME, check_digest, read_state_file
 from train.config import TrainConfig
 from train.engine.engine import WEIGHTS_PREFIX
 from train.loop.metrics import read_records
 from train.model.lora import Adapted, adapted_by, adapter_weights, merged_model, write_adapter
 from train.model_card import PLOT_NAME, CardFacts, card_facts, render_card
-from train.run_dir import RunDir
+from train.run.checkpoint_layout import ENGINE_DIR, ENGINE_TAG, MODEL_DIR, RUN_NAME, check_digest, read_state_file
+from train.run.directory import RunDir
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from shared import atomic
 from shared.errors import ConfigError, PrerequisiteError
 from train.engine.launcher_env import die_with_parent, launched
-from train.outcome import last_change, raise_unless_complete, status_since
-from train.prepare import Prepared, TrainRequest, check_ranks
-from train.run_dir import RunDir
-from train.stop import CTRL_C_LINE
+from train.run.directory import RunDir
+from train.run.prepare import Prepared, TrainRequest, check_ranks
+from train.run.read_status import last_change, raise_unless_complete, status_since
+from train.run.stop_request import CTRL_C_LINE
 
 logger = logging.getLogger(__name__)
 

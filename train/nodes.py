@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from shared.errors import ConfigError
 from train.launch import console_script, rank_arguments
-from train.prepare import TrainRequest
+from train.run.prepare import TrainRequest
 
 DEFAULT_PORT = 29500
 

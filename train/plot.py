@@ -17,7 +17,7 @@ import numpy.typing as npt
 from shared import atomic
 from shared.errors import ArtifactError
 from train.loop.metrics import read_records
-from train.run_dir import RunDir
+from train.run.directory import RunDir
 
 Records = list[dict[str, Any]]
 

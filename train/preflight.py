@@ -13,8 +13,8 @@ from train.data_size import DataSize, StatedSizes, counted, stated
 from train.fit import Change, changes, fits, setup_of
 from train.forecast import Division, Forecast, division, forecast
 from train.model.model import model_config
-from train.prepare import TrainRequest, check_division, make_run_order, open_inputs
 from train.recipe_file import load_recipe
+from train.run.prepare import TrainRequest, check_division, make_run_order, open_inputs
 from train.sizing.gpu_specs import Gpu, gpu_named
 from train.sizing.memory import Memory, memory_of
 from train.sizing.model_size import ModelSize, model_size

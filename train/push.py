@@ -21,7 +21,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from shared.errors import ChecksumError, ConfigError, IncompleteArtifactError, PrerequisiteError
 from shared.hashing import sha256_file
-from train.run_dir import RunDir
+from train.run.directory import RunDir
 
 T = TypeVar("T")
 

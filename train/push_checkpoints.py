@@ -7,9 +7,9 @@ pickles).
 from pathlib import Path
 
 from shared.errors import IncompleteArtifactError
-from train.checkpoint_files import STATE_NAME, list_checkpoints, read_state_file, way_out
 from train.push import Content, sync
-from train.run_dir import RunDir
+from train.run.checkpoint_layout import STATE_NAME, list_checkpoints, read_state_file, way_out
+from train.run.directory import RunDir
 
 
 def push_checkpoint(path: Path, repo: str) -> str:

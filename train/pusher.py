@@ -15,10 +15,10 @@ from pathlib import Path
 from shared.errors import SftError, StoppedOnRequest
 from train.engine.process_group import Ranks, any_rank, broadcast_from_main
 from train.launch import console_script
-from train.outcome import error_of
-from train.prepare import TrainRequest
-from train.run_dir import RunDir
-from train.stop import StopWish
+from train.run.directory import RunDir
+from train.run.prepare import TrainRequest
+from train.run.read_status import error_of
+from train.run.stop_request import StopWish
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from train.isolation import SAME, Finding, eager_attention, evaluating, isolatio
 from train.model.attention import choose_attention
 from train.model.loss import weighted_cross_entropy
 from train.model.model import LossModel, build_model, check_head, check_supported, model_config
-from train.prepare import TrainRequest, open_inputs
 from train.probe import with_layers
+from train.run.prepare import TrainRequest, open_inputs
 
 _PACKS = 3
 _LAYERS_WITHOUT_ROOM = 2

@@ -13,7 +13,7 @@ from pathlib import Path
 from shared.errors import ConfigError, PrerequisiteError
 from train.launch import console_script
 from train.nodes import Cluster, ShellWord, node_command, quote, shell_lines
-from train.prepare import Prepared
+from train.run.prepare import Prepared
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:@%/+=*\[\]-]+")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")

@@ -18,9 +18,9 @@ from shared.errors import PrerequisiteError
 from train.engine.launcher_env import die_with_parent
 from train.hostfile import Hosts
 from train.nodes import DEFAULT_PORT, Cluster, meeting_point, node_command, quote, shell_line
-from train.outcome import last_change, raise_unless_complete
-from train.prepare import Prepared
-from train.run_dir import RunDir
+from train.run.directory import RunDir
+from train.run.prepare import Prepared
+from train.run.read_status import last_change, raise_unless_complete
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ import torch
 from torch.nn import Parameter
 
 from shared.errors import ArtifactError
-from train.checkpoint_files import ENGINE_DIR, ENGINE_TAG
 from train.engine.single_rank_adamw import OneRankAdamW
+from train.run.checkpoint_layout import ENGINE_DIR, ENGINE_TAG
 
 _STATES = ("fp32", "exp_avg", "exp_avg_sq")
 _WHOLE_NAME = "mp_rank_00_model_states.pt"  # what stage 0 and the stages below 3 write, and look for

@@ -16,8 +16,8 @@ from shared.errors import ArtifactError, ConfigError, FingerprintMismatchError, 
 from shared.shard_reader import Pack, ShardSet, open_shard_set
 from train.config import TrainConfig
 from train.data.step_plan import StepPlan, plan_step
-from train.prepare import make_run_order
-from train.run_dir import RunDir, read_description
+from train.run.directory import RunDir, read_description
+from train.run.prepare import make_run_order
 
 _SHORT = 200
 _TRAINED = ("[[", "]]")

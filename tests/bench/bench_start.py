@@ -146,7 +146,7 @@ def measure(shards: Path, recipe: Path, *, steps: int) -> None:
     for name in ("deepspeed", "transformers.models.llama.modeling_llama", "liger_kernel", "train.loop.rank"):
         importlib.import_module(name)
     from train.loop.loop import loop, rank
-    from train.prepare import TrainRequest, check_ranks, prepare
+    from train.run.prepare import TrainRequest, check_ranks, prepare
 
     seconds: dict[str, float] = {}
     first_step: list[float] = []

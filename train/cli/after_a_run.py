@@ -33,9 +33,9 @@ def push(what: Path, repo: str, checkpoints: bool, quiet: bool, die_with_parent:
     """Push WHAT to a repository of the hub, private if it is made: the model of a complete run, an exported model, or
     a checkpoint, which goes to a branch RUN-step-N."""
     with reporting(-1 if quiet else 0):
-        from train.checkpoint_files import STATE_NAME
         from train.engine.engine import launcher_env
         from train.push_checkpoints import push_checkpoint
+        from train.run.checkpoint_layout import STATE_NAME
 
         if die_with_parent:
             launcher_env.die_with_parent()
@@ -49,7 +49,7 @@ def push_all(path: Path, *, checkpoints: str | None, model: str | None) -> None:
     """Push the checkpoints of a run, and a model, to these repositories, if any; say where they are."""
     if checkpoints is not None:
         from train.push_checkpoints import push_checkpoints
-        from train.run_dir import RunDir
+        from train.run.directory import RunDir
 
         for address in push_checkpoints(RunDir(path), checkpoints):
             click.echo(address)
@@ -111,8 +111,8 @@ def which(run: Path, step: int, rank: int | None, shards: Path | None, as_json: 
 def status(run: Path, changed_after: Path | None, wait: float) -> None:
     """Say how RUN stands, and exit with its exit code: torchrun would say 1 for everything."""
     with reporting():
-        from train.outcome import read_outcome
-        from train.run_dir import RunDir
+        from train.run.directory import RunDir
+        from train.run.read_status import read_outcome
 
         code, line = read_outcome(RunDir(run), changed_after=changed_after, wait_seconds=wait)
     click.echo(line)

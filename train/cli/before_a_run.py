@@ -19,7 +19,7 @@ def selftest(
 ) -> None:
     """Test on this machine that packs train as their sequences do alone; exit code 6 if they do not."""
     with reporting():
-        from train.prepare import TrainRequest
+        from train.run.prepare import TrainRequest
         from train.selftest import selftest as run_selftest
 
         request = TrainRequest(shards=shards, recipe=recipe, model=model, settings=settings)
@@ -67,7 +67,7 @@ def plan(
         raise click.UsageError("Give --shards, or all of --rows, --tokens and --loss-tokens.")
     with reporting():
         from train import data_size, plan_report, preflight
-        from train.prepare import TrainRequest
+        from train.run.prepare import TrainRequest
 
         sizes = data_size.sizes_stated(rows, tokens, loss_tokens, max_seq_len)
         train = TrainRequest(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from train.prepare import TrainRequest
+    from train.run.prepare import TrainRequest
 
 PATH = click.Path(path_type=Path)
 
@@ -21,7 +21,7 @@ def verbosity_of(given: Mapping[str, Any]) -> int:
 
 def train_request(given: Mapping[str, Any]) -> "TrainRequest":
     """Return the request that the options of `sft-train` itself make."""
-    from train.prepare import TrainRequest
+    from train.run.prepare import TrainRequest
 
     return TrainRequest(
         shards=given["shards"],

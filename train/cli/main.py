@@ -61,7 +61,7 @@ def cli(
         from train.data.tokenizer_match import check_tokenizer
         from train.engine.launcher_env import die_with_parent, read_place
         from train.launch import run_or_launch
-        from train.prepare import prepare
+        from train.run.prepare import prepare
 
         if under_launcher:
             die_with_parent()

@@ -21,7 +21,6 @@ from train.checkpoint import TrainState, load_checkpoint, remove_older, set_asid
 from train.config import TrainConfig
 from train.data.loader import Feed
 from train.data.step_order import StepOrder
-from train.ending import record_end, recorded_end
 from train.engine.engine import (
     check_zero,
     choose_dtype,
@@ -41,15 +40,16 @@ from train.loop.watchdog import Watchdog
 from train.model.attention import choose_attention
 from train.model.lora import adapted_by
 from train.model.model import build_model, model_config
-from train.outcome import error_of
-from train.prepare import Prepared, check_ranks, decide_again, moves
 from train.probe import check_isolation
 from train.push import check_access
 from train.pusher import push_the_rest, pushing
-from train.run_dir import describe, read_description, write_status
+from train.run.directory import describe, read_description, write_status
+from train.run.prepare import Prepared, check_ranks, decide_again, moves
+from train.run.read_status import error_of
+from train.run.record_status import record_end, recorded_end
+from train.run.stop_request import StopWish, watching_signals
 from train.sizing.flops import ModelCost, model_cost
 from train.sizing.zero_stage import ZeroStage, resolve_zero_stage
-from train.stop import StopWish, watching_signals
 
 logger = logging.getLogger(__name__)
 

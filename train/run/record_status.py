@@ -8,8 +8,8 @@ import torch
 
 from shared.disk import is_full, unwritable
 from shared.errors import SftError, StoppedOnRequest
-from train.checkpoint_files import PREFIX
-from train.run_dir import RunDir, State, read_status, write_status
+from train.run.checkpoint_layout import PREFIX
+from train.run.directory import RunDir, State, read_status, write_status
 
 
 @contextlib.contextmanager

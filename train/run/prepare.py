@@ -7,12 +7,12 @@ from typing import Any
 from shared.errors import ArtifactError, ConfigError, DataError
 from shared.shard_format import EVAL_DIR, MANIFEST_NAME, Manifest
 from shared.shard_reader import ShardSet, open_shard_set
-from train.checkpoint_files import list_checkpoints, read_state_file, same_layout
 from train.config import TrainConfig
 from train.data.step_order import StepOrder, check_divides, make_order, units_per_step
 from train.data.step_plan import check_conversations
 from train.recipe_file import load_recipe
-from train.run_dir import RunDir, check_identity, check_place, identity, read_description, read_status
+from train.run.checkpoint_layout import list_checkpoints, read_state_file, same_layout
+from train.run.directory import RunDir, check_identity, check_place, identity, read_description, read_status
 from train.sizing.zero_stage import resolve_zero_stage
 
 RUNS_DIR = Path("runs")

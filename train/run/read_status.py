@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ArtifactError, ConfigError, DataError, PrerequisiteError, SftError, StoppedOnRequest
-from train.prepare import Prepared
-from train.run_dir import RunDir, read_status
+from train.run.directory import RunDir, read_status
+from train.run.prepare import Prepared
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _ERRORS: dict[object, type[SftError]] = {
