@@ -151,7 +151,7 @@ def test_a_failed_save_loses_nothing(again: tuple[Path, tuple[object, ...]], mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("train.checkpoint.save_file", full)
+        patched.setattr("train.checkpoint.checkpoint.save_file", full)
         stopped = train_here(*call)
     assert stopped.exit_code == 6
     assert "No space left" in stopped.stderr

@@ -11,7 +11,7 @@ import torch
 from click.testing import Result
 from train_runs import losses, records, train_apart, train_here, weights, write_inputs
 
-import train.universal
+import train.checkpoint.reshard
 from shared.errors import ArtifactError
 
 # weight decay tells matrices from norms; tied weights are one parameter under two names
@@ -90,7 +90,7 @@ def test_an_interrupted_conversion_leaves_the_checkpoint_to_be_converted_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.universal, "_convert_one_rank", fail)
+        patch.setattr(train.checkpoint.reshard, "_convert_one_rank", fail)
         interrupted(other)
     assert list((run / "checkpoints").glob(".tmp-universal*"))
     assert train_here(*other).exit_code == 0
@@ -108,4 +108,4 @@ def interrupted(call: list[object]) -> Result | None:
 def test_a_converter_that_fails_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoint" / "engine" / "state").mkdir(parents=True)
     with pytest.raises(ArtifactError, match=r"could not convert .*; go on with what it was written with"):
-        train.universal.convert(tmp_path / "checkpoint", tmp_path / "out", zero_stage=3, trained={})
+        train.checkpoint.reshard.convert(tmp_path / "checkpoint", tmp_path / "out", zero_stage=3, trained={})

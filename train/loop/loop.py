@@ -12,7 +12,7 @@ import torch
 
 from shared.disk import library_writing_to
 from shared.errors import DataError, StoppedOnRequest
-from train.checkpoint import TrainState, record_eval_loss, save_checkpoint
+from train.checkpoint.checkpoint import TrainState, record_eval_loss, save_checkpoint
 from train.data.loader import Feed, StepBatch
 from train.engine.engine import accumulate, is_refused, update
 from train.engine.process_group import Ranks, any_rank

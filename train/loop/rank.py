@@ -17,7 +17,7 @@ from shared import atomic, config
 from shared.disk import unwritable
 from shared.errors import SftError
 from shared.hashing import seed_from
-from train.checkpoint import TrainState, load_checkpoint, remove_older, set_aside_newer
+from train.checkpoint.checkpoint import TrainState, load_checkpoint, remove_older, set_aside_newer
 from train.config import TrainConfig
 from train.data.loader import Feed
 from train.data.step_order import StepOrder

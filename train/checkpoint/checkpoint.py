@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from shared import atomic
 from shared.errors import ArtifactError, SftError
 from shared.hashing import seed_from, sha256_file
+from train.checkpoint.reshard import convert, load_converted
 from train.engine.engine import has_frozen_weights, trained_parameters
 from train.engine.process_group import Ranks, barrier, broadcast_from_main, gather_to_main
 from train.loop.metrics_window import Counters, WindowSums
@@ -39,7 +40,6 @@ from train.run.checkpoint_layout import (
     way_out,
 )
 from train.run.directory import RunDir
-from train.universal import convert, load_converted
 
 logger = logging.getLogger(__name__)
 
