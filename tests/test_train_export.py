@@ -14,8 +14,8 @@ from prep.demo import generate
 from shared import config
 from shared.errors import ArtifactError, ChecksumError, FingerprintMismatchError
 from shared.shard_reader import ShardSet
-from train.export import export_checkpoint, export_model
-from train.model_card import CardFacts, card_facts, render_card
+from train.publish.export import export_checkpoint, export_model
+from train.publish.model_card import CardFacts, card_facts, render_card
 from train.recipe_file import load_recipe
 
 ROWS = [
@@ -164,7 +164,7 @@ def test_an_interrupted_export_leaves_no_model(
     def interrupt(_: CardFacts, **_options: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("train.export.render_card", interrupt)
+    monkeypatch.setattr("train.publish.export.render_card", interrupt)
     with pytest.raises(KeyboardInterrupt):
         _export(tmp_path / "model", shards)
     assert list(tmp_path.iterdir()) == []
@@ -226,7 +226,7 @@ def test_what_comes_to_the_place_of_an_export_while_it_is_written_stays(
         (tmp_path / "model" / "notes").write_text("mine")
         return render_card(facts, **options)
 
-    monkeypatch.setattr("train.export.render_card", late)
+    monkeypatch.setattr("train.publish.export.render_card", late)
     with pytest.raises(ArtifactError, match="appeared while it was being built"):
         _export(tmp_path / "model", shards)
     assert _tree(tmp_path) == {"model/notes": b"mine"}

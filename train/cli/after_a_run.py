@@ -17,7 +17,7 @@ from train.cli.common_options import PATH, reporting
 def export(checkpoint: Path, out: Path, dtype: Literal["trained", "bf16", "fp32"], max_file_size: str) -> None:
     """Write the model of CHECKPOINT to OUT in Hugging Face format."""
     with reporting():
-        from train.export import WeightFiles, export_checkpoint
+        from train.publish.export import WeightFiles, export_checkpoint
 
         export_checkpoint(checkpoint, out, WeightFiles(dtype=dtype, max_file_size=max_file_size))
         click.echo(out)
@@ -34,7 +34,7 @@ def push(what: Path, repo: str, checkpoints: bool, quiet: bool, die_with_parent:
     a checkpoint, which goes to a branch RUN-step-N."""
     with reporting(-1 if quiet else 0):
         from train.engine.engine import launcher_env
-        from train.push_checkpoints import push_checkpoint
+        from train.publish.checkpoints import push_checkpoint
         from train.run.checkpoint_layout import STATE_NAME
 
         if die_with_parent:
@@ -48,13 +48,13 @@ def push(what: Path, repo: str, checkpoints: bool, quiet: bool, die_with_parent:
 def push_all(path: Path, *, checkpoints: str | None, model: str | None) -> None:
     """Push the checkpoints of a run, and a model, to these repositories, if any; say where they are."""
     if checkpoints is not None:
-        from train.push_checkpoints import push_checkpoints
+        from train.publish.checkpoints import push_checkpoints
         from train.run.directory import RunDir
 
         for address in push_checkpoints(RunDir(path), checkpoints):
             click.echo(address)
     if model is not None:
-        from train.push import push_model
+        from train.publish.hub import push_model
 
         click.echo(push_model(path, model))
 

@@ -24,7 +24,7 @@ from train.loop.non_finite import judge_refused_update
 from train.loop.schedule import learning_rate
 from train.loop.watchdog import Watchdog
 from train.model.source_loss import empty_totals, means
-from train.pusher import Pusher
+from train.publish.background_push import Pusher
 from train.run.prepare import Prepared
 from train.run.stop_request import StopWish
 from train.sizing.flops import ModelCost, peak_flops

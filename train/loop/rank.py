@@ -41,8 +41,8 @@ from train.model.attention import choose_attention
 from train.model.lora import adapted_by
 from train.model.model import build_model, model_config
 from train.probe import check_isolation
-from train.push import check_access
-from train.pusher import push_the_rest, pushing
+from train.publish.background_push import push_the_rest, pushing
+from train.publish.hub import check_access
 from train.run.directory import describe, read_description, write_status
 from train.run.prepare import Prepared, check_ranks, decide_again, moves
 from train.run.read_status import error_of
@@ -240,9 +240,9 @@ def _finish(prepared: Prepared, engine: Any, ranks: Ranks) -> None:
     """Export the model and draw the loss; the tokenizer comes into play here and no earlier."""
     weights = consolidated_weights(engine)
     if ranks.is_main:
-        from train.export import export_model
-        from train.model_card import card_facts
         from train.plot import plot_runs
+        from train.publish.export import export_model
+        from train.publish.model_card import card_facts
 
         run = prepared.run
         description = read_description(run)

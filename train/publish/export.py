@@ -32,7 +32,7 @@ from train.config import TrainConfig
 from train.engine.engine import WEIGHTS_PREFIX
 from train.loop.metrics import read_records
 from train.model.lora import Adapted, adapted_by, adapter_weights, merged_model, write_adapter
-from train.model_card import PLOT_NAME, CardFacts, card_facts, render_card
+from train.publish.model_card import PLOT_NAME, CardFacts, card_facts, render_card
 from train.run.checkpoint_layout import ENGINE_DIR, ENGINE_TAG, MODEL_DIR, RUN_NAME, check_digest, read_state_file
 from train.run.directory import RunDir
 

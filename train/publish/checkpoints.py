@@ -7,7 +7,7 @@ pickles).
 from pathlib import Path
 
 from shared.errors import IncompleteArtifactError
-from train.push import Content, sync
+from train.publish.hub import Content, sync
 from train.run.checkpoint_layout import STATE_NAME, list_checkpoints, read_state_file, way_out
 from train.run.directory import RunDir
 
