@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from shared import config
 from shared.errors import ArtifactError, ConfigError, DataError
-from train.ask import ask, read_questions
 from train.publish.export import export_model
 from train.publish.model_card import card_facts
 from train.recipe_file import load_recipe
+from train.results.ask import ask, read_questions
 
 PROMPTS = ("Hi", "What is 2 + 2?", "Goodbye, and thanks for all the fish. " * 3)
 

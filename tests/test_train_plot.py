@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shared.errors import ArtifactError
-from train.plot import moving_mean, plot_runs, sources_of, titles
+from train.results.plot import moving_mean, plot_runs, sources_of, titles
 
 
 def _run(

@@ -16,8 +16,8 @@ from shared import config
 from shared.shard_reader import open_shard_set
 from train.config import TrainConfig
 from train.data.loader import Feed
+from train.results.which import _marked
 from train.run.prepare import make_run_order
-from train.which import _marked
 
 
 def make_run(folder: Path, *, world_size: int, batch: str) -> Path:
@@ -132,6 +132,6 @@ def test_a_set_that_moved_is_found_and_another_set_is_refused(cached_run: Path, 
 
 
 def test_no_torch_is_needed() -> None:
-    code = "import sys, train.which; print('torch' in sys.modules or 'tokenizers' in sys.modules)"
+    code = "import sys, train.results.which; print('torch' in sys.modules or 'tokenizers' in sys.modules)"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

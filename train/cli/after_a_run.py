@@ -65,7 +65,7 @@ def push_all(path: Path, *, checkpoints: str | None, model: str | None) -> None:
 def plot(runs: tuple[Path, ...], out: Path | None) -> None:
     """Draw the loss of one or more RUNS."""
     with reporting():
-        from train.plot import plot_runs
+        from train.results.plot import plot_runs
 
         image = out or runs[0] / "loss.png"
         plot_runs(list(runs), image)
@@ -81,7 +81,7 @@ def plot(runs: tuple[Path, ...], out: Path | None) -> None:
 def ask(model: Path, prompts: tuple[str, ...], questions: Path | None, show: int, max_new_tokens: int) -> None:
     """Let an exported MODEL answer, and count the right answers where they are known."""
     with reporting():
-        from train.ask import ask as ask_model
+        from train.results.ask import ask as ask_model
 
         for line in ask_model(model, prompts=prompts, questions=questions, show=show, max_new_tokens=max_new_tokens):
             click.echo(line)
@@ -97,7 +97,7 @@ def ask(model: Path, prompts: tuple[str, ...], questions: Path | None, show: int
 def which(run: Path, step: int, rank: int | None, shards: Path | None, as_json: bool, full: bool) -> None:
     """Show the source rows that a step of RUN trains on; trained text is [[marked]], or green on a terminal."""
     with reporting():
-        from train.which import which as rows_of_step
+        from train.results.which import which as rows_of_step
 
         colour = sys.stdout.isatty()
         for line in rows_of_step(run, step=step, rank=rank, shards=shards, as_json=as_json, full=full, colour=colour):

@@ -240,9 +240,9 @@ def _finish(prepared: Prepared, engine: Any, ranks: Ranks) -> None:
     """Export the model and draw the loss; the tokenizer comes into play here and no earlier."""
     weights = consolidated_weights(engine)
     if ranks.is_main:
-        from train.plot import plot_runs
         from train.publish.export import export_model
         from train.publish.model_card import card_facts
+        from train.results.plot import plot_runs
 
         run = prepared.run
         description = read_description(run)
