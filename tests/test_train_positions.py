@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shared.errors import ConfigError
 from shared.shard_reader import Pack
-from train import probe
 from train.data.micro_batch import MicroBatch, make_micro_batch
 from train.data.sequence_slice import take_slice
 from train.model.attention import register_attention
 from train.model.model import LossModel
-from train.probe import check_isolation
+from train.selftest.selftest import startup_check
+from train.selftest.startup_check import check_isolation
 
 VOCAB = 61
 ORIGINAL = 16

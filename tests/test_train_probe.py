@@ -11,10 +11,10 @@ from train_runs import train_here, write_inputs
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from shared.errors import ConfigError
-from train.isolation import isolation_of
 from train.model.attention import register_attention
 from train.model.model import attention as attention_module
-from train.probe import check_isolation, small_config
+from train.selftest.isolation import isolation_of
+from train.selftest.startup_check import check_isolation, small_config
 
 CPU = torch.device("cpu")
 GOOD = [

@@ -8,10 +8,10 @@ import torch
 from train_runs import train_here, write_inputs
 
 from shared.shard_reader import open_shard_set
-from train import selftest
 from train.config import ModelConfig
 from train.model.attention import register_attention
 from train.model.model import LossModel, attention, build_model
+from train.selftest.selftest import selftest
 
 MODEL = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

@@ -17,7 +17,7 @@ from train.config import ModelConfig
 from train.engine.sequence_parallel import heads_to_share
 from train.model.attention import register_attention
 from train.model.model import check_supported, model_config
-from train.probe import check_isolation
+from train.selftest.startup_check import check_isolation
 
 RECIPE = """
 name = "tiny"

@@ -20,7 +20,7 @@ def selftest(
     """Test on this machine that packs train as their sequences do alone; exit code 6 if they do not."""
     with reporting():
         from train.run.prepare import TrainRequest
-        from train.selftest import selftest as run_selftest
+        from train.selftest.selftest import selftest as run_selftest
 
         request = TrainRequest(shards=shards, recipe=recipe, model=model, settings=settings)
         report = run_selftest(request, layers=layers, tokens=tokens)

@@ -40,7 +40,6 @@ from train.loop.watchdog import Watchdog
 from train.model.attention import choose_attention
 from train.model.lora import adapted_by
 from train.model.model import build_model, model_config
-from train.probe import check_isolation
 from train.publish.background_push import push_the_rest, pushing
 from train.publish.hub import check_access
 from train.run.directory import describe, read_description, write_status
@@ -48,6 +47,7 @@ from train.run.prepare import Prepared, check_ranks, decide_again, moves
 from train.run.read_status import error_of
 from train.run.record_status import record_end, recorded_end
 from train.run.stop_request import StopWish, watching_signals
+from train.selftest.startup_check import check_isolation
 from train.sizing.flops import ModelCost, model_cost
 from train.sizing.zero_stage import ZeroStage, resolve_zero_stage
 

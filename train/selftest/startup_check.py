@@ -1,9 +1,9 @@
 """At the start of a run: does this type of model keep sequences apart with this attention kernel?
 
 A few layers of the model's architecture with random weights, with heads of the real size but few of them, run a pack of
-three sequences (train/isolation.py): well under a second beside the seconds that a start takes, so nothing is cached.
+three sequences (train/selftest/isolation.py): well under a second beside the seconds that a start takes, so nothing is cached.
 A list of model types would never be complete; what a model does to a pack shows in its outputs.
-Positions are compared up to the longest sequence of the set by a cheaper way (train/positions.py): 32,768 tokens of a
+Positions are compared up to the longest sequence of the set by a cheaper way (train/selftest/positions.py): 32,768 tokens of a
 narrow model in some seconds on a CPU, fewer where even a small model is large, and always one token past an original
 length that the config states and the set exceeds.
 
@@ -17,10 +17,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from shared.errors import ConfigError
-from train.isolation import Finding, isolation_of
 from train.model.model import CANNOT_BUILD, check_head, check_supported
 from train.model.rotary import separate_rotary
-from train.positions import MOST_TOKENS, position_check, register_local
+from train.selftest.isolation import Finding, isolation_of
+from train.selftest.positions import MOST_TOKENS, position_check, register_local
 
 logger = logging.getLogger(__name__)
 

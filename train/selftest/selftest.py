@@ -18,12 +18,12 @@ from shared.hashing import seed_from
 from shared.shard_reader import Pack
 from train.data.micro_batch import MicroBatch, make_micro_batch
 from train.engine.engine import choose_dtype
-from train.isolation import SAME, Finding, eager_attention, evaluating, isolation_of, outputs_of
 from train.model.attention import choose_attention
 from train.model.loss import weighted_cross_entropy
 from train.model.model import LossModel, build_model, check_head, check_supported, model_config
-from train.probe import with_layers
 from train.run.prepare import TrainRequest, open_inputs
+from train.selftest.isolation import SAME, Finding, eager_attention, evaluating, isolation_of, outputs_of
+from train.selftest.startup_check import with_layers
 
 _PACKS = 3
 _LAYERS_WITHOUT_ROOM = 2

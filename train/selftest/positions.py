@@ -4,7 +4,7 @@
 
 Every token runs through the layers, but attends to itself and the few before it in its sequence only, packed and alone:
 work and memory grow with the length, not with its square. So what hangs on positions is compared as far as they go
-(angles and their scale, learned embeddings, temperatures), in fp32; the attention kernel is train/isolation.py's part.
+(angles and their scale, learned embeddings, temperatures), in fp32; the attention kernel is train/selftest/isolation.py's part.
 """
 
 from itertools import pairwise
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from train.isolation import SAME, Finding, evaluating, logits_of, outputs_of, root_mean_square
+from train.selftest.isolation import SAME, Finding, evaluating, logits_of, outputs_of, root_mean_square
 
 LOCAL = "sft_local"
 MOST_TOKENS = 2**15
