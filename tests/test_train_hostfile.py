@@ -13,9 +13,9 @@ from train_runs import write_inputs
 
 from shared.errors import ConfigError
 from train.cli.main import cli
-from train.cluster import suggested_command
-from train.hostfile import read_hostfile
-from train.launch import console_script
+from train.launch.hostfile import read_hostfile
+from train.launch.local import console_script
+from train.launch.multi_node import suggested_command
 from train.run.prepare import TrainRequest
 
 
@@ -126,7 +126,7 @@ def test_a_host_that_ssh_cannot_reach_ends_the_others(
 ) -> None:
     said = "import sys, time\nif 'h2' in sys.argv: sys.exit('ssh: no route to h2')\ntime.sleep(600)"
     monkeypatch.setenv("PATH", write_programs(tmp_path / "bin", ssh=said)["PATH"])
-    monkeypatch.setattr("train.ssh._SECONDS_FOR_THE_OTHERS", 0.2)
+    monkeypatch.setattr("train.launch.ssh._SECONDS_FOR_THE_OTHERS", 0.2)
     result = launch("--deepspeed-hostfile", hostfile(tmp_path, "h1 slots=1\nh2 slots=1\n"), "--submit")
     assert result.exit_code == 1
     assert "h2 ended with exit code 1; a run/logs/h2.log says why" in result.stderr

@@ -8,7 +8,7 @@ import pytest
 from shared.errors import ArtifactError, ConfigError, SftError
 from train.cli.main import cli
 from train.engine.launcher_env import RankPlace, described_as_single, launched, read_place
-from train.launch import rank_arguments, ranks_on, torchrun_command
+from train.launch.local import rank_arguments, ranks_on, torchrun_command
 from train.run.prepare import TrainRequest
 
 FULL = TrainRequest(
@@ -40,7 +40,7 @@ def test_a_rank_gets_the_request_of_the_launcher(request_: TrainRequest) -> None
 
 def test_torchrun_forwards_signals_waits_for_a_save_and_imports_nothing_from_here() -> None:
     command = torchrun_command(FULL, 4)
-    assert command[1:4] == ["-P", "-m", "train.elastic"]
+    assert command[1:4] == ["-P", "-m", "train.launch.elastic"]
     assert command[command.index("--nproc-per-node") + 1] == "4"
     assert "SIGUSR1" in command[command.index("--signals-to-handle") + 1].split(",")
     assert int(command[command.index("--shutdown-timeout") + 1]) >= 300
@@ -58,7 +58,7 @@ def test_one_process_describes_itself_and_cleans_up() -> None:
 
 
 def test_ranks_may_not_start_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.launch import run_or_launch
+    from train.launch.local import run_or_launch
 
     with described_as_single(), pytest.raises(ConfigError, match="is one already"):
         run_or_launch(None, 2)  # type: ignore[arg-type]

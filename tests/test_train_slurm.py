@@ -50,7 +50,7 @@ def check_syntax(text: str) -> None:
 
 
 def test_the_script_is_as_it_was(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    from train.launch import console_script
+    from train.launch.local import console_script
 
     options = ("--partition", "gpu", "--account", "lab", "--time", "1-00:00:00", "--sbatch", "qos=high")
     text = script(*options, "--env", "NCCL_SOCKET_IFNAME=eth0", train=("--set", "run.seed=3"))

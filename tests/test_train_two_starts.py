@@ -14,7 +14,7 @@ from train_runs import command, losses, status, train_apart, train_here, weights
 PAUSED = """
 import sys
 from pathlib import Path
-import shared.atomic, train.run.prepare, train.cli.main, train.loop.rank, train.launch
+import shared.atomic, train.run.prepare, train.cli.main, train.loop.rank, train.launch.local
 where, go = sys.argv.pop(1), Path(sys.argv.pop(1))
 
 def pause():
@@ -172,7 +172,7 @@ def test_ranks_that_find_the_run_held_end_their_launcher_with_that_code(
     first = Start(tmp_path, "holding", *call)
     words = command("--under-launcher", *call)
     torchrun = [
-        sys.executable, "-P", "-m", "train.elastic", "--standalone", "--nproc-per-node", "2", "--no-python", *words,
+        sys.executable, "-P", "-m", "train.launch.elastic", "--standalone", "--nproc-per-node", "2", "--no-python", *words,
     ]  # fmt: skip
     done = subprocess.run(torchrun, capture_output=True, text=True, timeout=300)
     assert done.returncode == 5, done.stderr

@@ -6,12 +6,12 @@ import torch
 
 from shared.errors import ConfigError
 from shared.shard_reader import ShardSet
-from train.cluster import suggested_command
 from train.config import TrainConfig
 from train.data.step_order import StepOrder
 from train.data_size import DataSize, StatedSizes, counted, stated
 from train.fit import Change, changes, fits, setup_of
 from train.forecast import Division, Forecast, division, forecast
+from train.launch.multi_node import suggested_command
 from train.model.model import model_config
 from train.recipe_file import load_recipe
 from train.run.prepare import TrainRequest, check_division, make_run_order, open_inputs

@@ -138,9 +138,9 @@ def launch(
     if asked["nproc_per_node"] is not None:
         raise click.UsageError("Give --gpus-per-node instead of --nproc-per-node.")
     with reporting(verbosity_of(asked)):
-        from train import cluster, slurm
+        from train.launch.local import multi_node, slurm
 
-        request = cluster.LaunchRequest(
+        request = multi_node.LaunchRequest(
             train=train_request(asked),
             num_nodes=num_nodes,
             gpus_per_node=gpus_per_node,
@@ -151,9 +151,9 @@ def launch(
             submit=submit,
         )
         if hostfile is not None:
-            click.echo(cluster.launch_by_ssh(request, hostfile))
+            click.echo(multi_node.launch_by_ssh(request, hostfile))
         elif way == "torchrun":
-            click.echo(cluster.launch_by_hand(request, head))
+            click.echo(multi_node.launch_by_hand(request, head))
         else:
             options = slurm.SlurmOptions(
                 job_name=job_name,
@@ -163,7 +163,7 @@ def launch(
                 cpus_per_node=cpus_per_node,
                 others=others,
             )
-            click.echo(cluster.launch_by_slurm(request, options))
+            click.echo(multi_node.launch_by_slurm(request, options))
 
 
 @click.command(epilog="Example: sft-train recipes")

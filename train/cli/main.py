@@ -60,7 +60,7 @@ def cli(
     with reporting(verbosity_of(context.params), quiet_stop=under_launcher):
         from train.data.tokenizer_match import check_tokenizer
         from train.engine.launcher_env import die_with_parent, read_place
-        from train.launch import run_or_launch
+        from train.launch.local import run_or_launch
         from train.run.prepare import prepare
 
         if under_launcher:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.errors import ConfigError
-from train.launch import console_script, rank_arguments
+from train.launch.local import console_script, rank_arguments
 from train.run.prepare import TrainRequest
 
 DEFAULT_PORT = 29500

@@ -5,13 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shared.errors import ConfigError
-from train import slurm, ssh
 from train.data.tokenizer_match import check_tokenizer
-from train.hostfile import read_hostfile
-from train.launch import request_arguments
-from train.nodes import DEFAULT_PORT, Cluster, meeting_point, node_command, quote, shell_line
+from train.launch.hostfile import read_hostfile
+from train.launch.local import request_arguments, slurm, ssh
+from train.launch.slurm import SlurmOptions
+from train.launch.torchrun import DEFAULT_PORT, Cluster, meeting_point, node_command, quote, shell_line
 from train.run.prepare import Prepared, TrainRequest, check_ranks, prepare
-from train.slurm import SlurmOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -136,7 +136,7 @@ def torchrun_command(request: TrainRequest, num_ranks: int) -> list[str]:
     with -P for the same reason. It must pass SIGUSR1 on, and wait for a save before it kills.
     """
     return [
-        *(sys.executable, "-P", "-m", "train.elastic"),
+        *(sys.executable, "-P", "-m", "train.launch.elastic"),
         *("--standalone", "--nproc-per-node", str(num_ranks), "--max-restarts", "0"),
         *("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
         *("--shutdown-timeout", str(_SECONDS_TO_SAVE)),

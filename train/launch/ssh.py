@@ -16,8 +16,8 @@ from types import FrameType
 from shared import atomic
 from shared.errors import PrerequisiteError
 from train.engine.launcher_env import die_with_parent
-from train.hostfile import Hosts
-from train.nodes import DEFAULT_PORT, Cluster, meeting_point, node_command, quote, shell_line
+from train.launch.hostfile import Hosts
+from train.launch.torchrun import DEFAULT_PORT, Cluster, meeting_point, node_command, quote, shell_line
 from train.run.directory import RunDir
 from train.run.prepare import Prepared
 from train.run.read_status import last_change, raise_unless_complete
