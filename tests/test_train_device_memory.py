@@ -11,7 +11,7 @@ from device_runs import run_all, succeeded
 from shard_sets import random_packs, write_shard_set
 
 from shared.shard_reader import read_manifest
-from train.fit import setup_of
+from train.estimate.memory_advice import setup_of
 from train.model.model import model_config
 from train.recipe_file import load_recipe
 from train.sizing.memory import memory_of

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from train.config import TrainConfig
-from train.fit import setup_of
+from train.estimate.memory_advice import setup_of
 from train.model.model import model_config
 from train.recipe_file import load_recipe
 from train.sizing.memory import GIB, memory_of

@@ -66,15 +66,15 @@ def plan(
     if (shards is None) == (stated == (None, None, None)) or (shards is None and None in stated):
         raise click.UsageError("Give --shards, or all of --rows, --tokens and --loss-tokens.")
     with reporting():
-        from train import data_size, plan_report, preflight
+        from train.estimate import data_size, plan, report
         from train.run.prepare import TrainRequest
 
         sizes = data_size.sizes_stated(rows, tokens, loss_tokens, max_seq_len)
         train = TrainRequest(
             shards=shards or data_size.STATED, recipe=recipe, model=model, settings=settings, max_steps=max_steps
         )
-        made = preflight.make_plan(
-            preflight.PlanRequest(
+        made = plan.make_plan(
+            plan.PlanRequest(
                 train=train,
                 sizes=sizes,
                 num_gpus=num_gpus,
@@ -84,7 +84,7 @@ def plan(
                 price=price,
             )
         )
-        click.echo(plan_report.as_json(made) if as_json else plan_report.as_text(made))
+        click.echo(report.as_json(made) if as_json else report.as_text(made))
 
 
 @click.command(epilog="Example: sft-train launch --nodes 8 --gpus-per-node 8 --slurm -- --shards data_cache/tulu3")

@@ -10,7 +10,7 @@ from shared.shard_reader import ShardSet
 from train.config import TrainConfig
 from train.data.balance import costs_of, deal
 from train.data.step_order import StepOrder
-from train.data_size import DataSize
+from train.estimate.data_size import DataSize
 from train.sizing.flops import ModelCost
 
 _SAMPLED_STEPS = 8  # of which the division over ranks is looked at

@@ -8,9 +8,9 @@ from shared.errors import ConfigError
 from shared.shard_reader import ShardSet
 from train.config import TrainConfig
 from train.data.step_order import StepOrder
-from train.data_size import DataSize, StatedSizes, counted, stated
-from train.fit import Change, changes, fits, setup_of
-from train.forecast import Division, Forecast, division, forecast
+from train.estimate.data_size import DataSize, StatedSizes, counted, stated
+from train.estimate.memory_advice import Change, changes, fits, setup_of
+from train.estimate.run_length import Division, Forecast, division, forecast
 from train.launch.multi_node import suggested_command
 from train.model.model import model_config
 from train.recipe_file import load_recipe

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-from train.preflight import Plan
+from train.estimate.plan import Plan
 from train.sizing.memory import GIB
 
 _PARTS = {
