@@ -35,8 +35,8 @@ check: env
 # the oldest releases that pyproject.toml allows: the tests of sft-prep, and a short part of sft-train's
 LOWEST := .venv-lowest/bin
 lowest: .venv-lowest/.made
-	$(LOWEST)/python -m pytest -n 2 --dist loadfile -m 'not slow and not full' tests/test_prep_*.py \
-		$(foreach part,packing loss config export lora run,tests/test_train_$(part).py)
+	$(LOWEST)/python -m pytest -n 2 --dist loadfile -m 'not slow and not full' tests/prep \
+		tests/train/model tests/train/test_config.py tests/train/publish/test_export.py tests/train/loop/test_rank.py
 
 .venv-lowest/.made: pyproject.toml constraints-lowest.txt
 	@test -x $(LOWEST)/python || $(PYTHON) -m venv .venv-lowest
@@ -52,7 +52,7 @@ bench: env
 
 # two nodes with a network of their own, as root on Linux: the run between them, and its recovery from a cut link
 nodes: env
-	$(BIN)/python -m pytest -m full tests/test_train_nodes.py
+	$(BIN)/python -m pytest -m full tests/train/launch/test_torchrun.py
 
 # the demo's outputs and what tools leave behind; never your own shard sets and runs
 clean:

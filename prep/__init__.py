@@ -1,1 +1,2 @@
-"""sft-prep: raw conversations -> a verified, packed, memory-mapped shard set. Never imports torch or train."""
+"""sft-prep: raw conversations -> a verified, packed, memory-mapped shard set. Never imports torch
+or train."""

@@ -1,4 +1,5 @@
-"""The mixture file: what `sft-prep build` makes a shard set from. Paths in it are relative to the file."""
+"""The mixture file: what `sft-prep build` makes a shard set from. Paths in it are relative to the
+file."""
 
 import datetime
 from dataclasses import dataclass, field
@@ -29,15 +30,22 @@ class TokenizerConfig:
     revision: str = "main"
     """Branch, tag or commit of a hub tokenizer; resolved to a commit and recorded."""
     backend: Literal["auto", "transformers"] = "auto"
-    """`auto` encodes with gigatoken where it can and checks it against the Hugging Face tokenizer."""
+    """`auto` encodes with gigatoken where it can and checks it against the Hugging Face
+    tokenizer."""
     plain_text_roles: tuple[Literal["system", "user", "assistant", "tool"], ...] = ()
-    """Roles in whose texts added tokens such as <think> or <tool_call> are plain text; control tokens always are."""
+    """Roles in whose texts added tokens such as <think> or <tool_call> are plain text; control
+    tokens always are."""
     add_tokens: tuple[str, ...] = ()
     """Special tokens that get ids behind the vocabulary: chat tokens for a base model."""
 
     def __post_init__(self) -> None:
-        if not all(token.strip() for token in self.add_tokens) or len(set(self.add_tokens)) < len(self.add_tokens):
-            raise ConfigError(f"add_tokens = {list(self.add_tokens)}; expected tokens that differ and are not blank")
+        if not all(token.strip() for token in self.add_tokens) or len(set(self.add_tokens)) < len(
+            self.add_tokens
+        ):
+            raise ConfigError(
+                f"add_tokens = {list(self.add_tokens)}; expected tokens that differ and are not"
+                " blank"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,36 +55,43 @@ class TemplateConfig:
     add_bos: bool = False
     """Print the tokenizer's BOS before the template's text."""
     date: str = ""
-    """YYYY-MM-DD, for templates that print today's date. Empty: the day of the set's first build, recorded there."""
+    """YYYY-MM-DD, for templates that print today's date. Empty: the day of the set's first build,
+    recorded there."""
     terminators: tuple[str, ...] = ()
-    """Control tokens that end an assistant's turn although they open the next message, as GLM's <|user|> does."""
+    """Control tokens that end an assistant's turn although they open the next message, as GLM's
+    <|user|> does."""
 
     def __post_init__(self) -> None:
         try:
             if self.date and datetime.date.fromisoformat(self.date).isoformat() != self.date:
                 raise ValueError("another form")  # "20240229" or a week, which ISO 8601 allows too
         except ValueError as exc:
-            raise ConfigError(f"date = {self.date!r}; expected a day as YYYY-MM-DD ({exc})") from exc
+            raise ConfigError(
+                f"date = {self.date!r}; expected a day as YYYY-MM-DD ({exc})"
+            ) from exc
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskConfig:
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     boundary: Literal["overlap", "inside"] = "overlap"
-    """Whether a token that straddles a trained text and its surroundings is trained (overlap) or not (inside)."""
+    """Whether a token that straddles a trained text and its surroundings is trained (overlap) or
+    not (inside)."""
     reasoning: bool = True
-    """Train what assistants thought: `reasoning_content`, and `<think>...</think>` in their content."""
+    """Train what assistants thought: `reasoning_content`, and `<think>...</think>` in their
+    content."""
     tool_calls: bool = True
     """Train the tool calls of assistants, with the template's words around them."""
     terminator: Literal["all", "last", "none"] = "all"
-    """Which terminators of assistant turns are trained. Without one a model does not learn to stop: a template that
-    prints none is refused unless this is "none"."""
+    """Which terminators of assistant turns are trained. Without one a model does not learn to stop:
+    a template that prints none is refused unless this is "none"."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LengthsConfig:
     over_length: Literal["truncate", "truncate_turns", "drop", "split", "error"] = "truncate"
-    """What happens to a sample over max_seq_len; see prep/selection/over_length.py. No terminator is made up at a cut."""
+    """What happens to a sample over max_seq_len; see prep/selection/over_length.py. No terminator
+    is made up at a cut."""
     min_loss_tokens: int = 1
 
     def __post_init__(self) -> None:
@@ -89,14 +104,18 @@ class RowsConfig:
     on_error: Literal["stop", "skip"] = "stop"
     """What a malformed or unverifiable row does: end the build, or be counted and listed."""
     reject_budget: float = 0.001
-    """With `skip`: the largest fraction of malformed and unverifiable rows that a build survives."""
+    """With `skip`: the largest fraction of malformed and unverifiable rows that a build
+    survives."""
     unknown: Literal["leave_out", "drop_message", "error"] = "leave_out"
     """What happens to a row with a message or field that the template would drop without a word."""
     max_uncarried: float = 1.0
     """The largest fraction of uncarried rows that a build survives."""
 
     def __post_init__(self) -> None:
-        for name, value in (("reject_budget", self.reject_budget), ("max_uncarried", self.max_uncarried)):
+        for name, value in (
+            ("reject_budget", self.reject_budget),
+            ("max_uncarried", self.max_uncarried),
+        ):
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} = {value}; expected a fraction from 0 to 1")
 
@@ -110,19 +129,24 @@ class SourceConfig:
     split: str = "train"
     revision: str = "main"
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
-    """What its rows look like (prep/conversations/formats.py); `auto` goes by the keys of the first rows, for all of them."""
+    """What its rows look like (prep/conversations/formats.py); `auto` goes by the keys of the first
+    rows, for all of them."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Where the source has other names than its format: {prompt = "question", completion = "answer"}."""
+    """Where the source has other names than its format: {prompt = "question", completion =
+    "answer"}."""
     split_by: str = ""
-    """A column whose values name parts: each is mixed, counted and reported as a source of its own (prep/selection/split_sources.py)."""
+    """A column whose values name parts: each is mixed, counted and reported as a source of its own
+    (prep/selection/split_sources.py)."""
     part_epochs: dict[str, float] = field(default_factory=dict)
-    """How often the rows of single parts are used, by value: 0 leaves a part out, 0.5 takes half, 2 repeats it."""
+    """How often the rows of single parts are used, by value: 0 leaves a part out, 0.5 takes half, 2
+    repeats it."""
     min_tokens: int | None = None
     """Leave out rows of fewer tokens, counted whole, before any cut."""
     max_tokens: int | None = None
     """Leave out rows of more tokens, counted whole, before any cut."""
     min_loss_tokens: int | None = None
-    """Leave out rows that carry fewer loss tokens; besides lengths.min_loss_tokens, which holds for all sources."""
+    """Leave out rows that carry fewer loss tokens; besides lengths.min_loss_tokens, which holds for
+    all sources."""
     fraction: float | None = None
     """Keep this share of the rows, chosen by seed."""
     rows: int | None = None
@@ -135,42 +159,62 @@ class SourceConfig:
         if len(chosen) > 1:
             raise ConfigError(f"{' and '.join(chosen)} are both set; keep one of them")
         if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
-            raise ConfigError(f"fraction = {self.fraction}; expected more than 0 and at most 1 (rows = N takes N rows)")
+            raise ConfigError(
+                f"fraction = {self.fraction}; expected more than 0 and at most 1 (rows = N takes N"
+                " rows)"
+            )
         if self.rows is not None and self.rows < 1:
             raise ConfigError(f"rows = {self.rows}; expected 1 or more")
         self._check_epochs()
         if self.split_by and self.rows is not None:
             raise ConfigError(
-                f"rows = {self.rows} and split_by = {self.split_by!r} are both set, which does not say how many rows "
-                "of each part; set fraction or epochs, which hold for every part, or split_by = ''"
+                f"rows = {self.rows} and split_by = {self.split_by!r} are both set, which does not"
+                " say how many rows of each part; set fraction or epochs, which hold for every"
+                " part, or split_by = ''"
             )
         if self.part_epochs and not self.split_by:
-            raise ConfigError("part_epochs is set but not split_by, the column that names the parts; set both")
+            raise ConfigError(
+                "part_epochs is set but not split_by, the column that names the parts; set both"
+            )
         self._check_columns()
         for key in ("min_tokens", "max_tokens", "min_loss_tokens"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"{key} = {value}; expected 1 or more")
-        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ConfigError(f"min_tokens = {self.min_tokens} is over max_tokens = {self.max_tokens}")
+        if (
+            self.min_tokens is not None
+            and self.max_tokens is not None
+            and self.min_tokens > self.max_tokens
+        ):
+            raise ConfigError(
+                f"min_tokens = {self.min_tokens} is over max_tokens = {self.max_tokens}"
+            )
 
     def _check_epochs(self) -> None:
         if self.epochs is not None and self.epochs < 0.0:
             raise ConfigError(f"epochs = {self.epochs}; expected 0 (leave the rows out) or more")
         for part, epochs in self.part_epochs.items():
             if epochs < 0.0:
-                raise ConfigError(f"part_epochs: {part!r} = {epochs}; expected 0 (leave it out) or more")
+                raise ConfigError(
+                    f"part_epochs: {part!r} = {epochs}; expected 0 (leave it out) or more"
+                )
         most = max([self.epochs or 0.0, *self.part_epochs.values()])
         if most > MAX_EPOCHS:
-            raise ConfigError(f"epochs = {most}; expected at most {MAX_EPOCHS:,}: each repeat is written out")
+            raise ConfigError(
+                f"epochs = {most}; expected at most {MAX_EPOCHS:,}: each repeat is written out"
+            )
 
     def _check_columns(self) -> None:
         formats = FIELDS if self.format == "auto" else {self.format: FIELDS[self.format]}
         if not any(set(self.columns) <= set(fields) for fields in formats.values()):
             known = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in formats.items())
-            raise ConfigError(f"columns maps {', '.join(self.columns)}; expected fields of one format, of {known}")
+            raise ConfigError(
+                f"columns maps {', '.join(self.columns)}; expected fields of one format, of {known}"
+            )
         if not all(self.columns.values()) or len(set(self.columns.values())) < len(self.columns):
-            raise ConfigError(f"columns = {self.columns}; expected a column of its own for each field")
+            raise ConfigError(
+                f"columns = {self.columns}; expected a column of its own for each field"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,25 +224,31 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.fraction < 1.0:
-            raise ConfigError(f"fraction = {self.fraction}; expected 0 (hold nothing out) or more, and less than 1")
+            raise ConfigError(
+                f"fraction = {self.fraction}; expected 0 (hold nothing out) or more, and less"
+                " than 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DedupConfig:
     exact: bool = False
-    """Of rows with equal messages, tools and train flags keep the first, in the order of the sources."""
+    """Of rows with equal messages, tools and train flags keep the first, in the order of the
+    sources."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecontaminateConfig:
     files: tuple[str, ...] = ()
-    """Files, globs or hub data sets whose questions must not be trained on; relative to the mixture file."""
+    """Files, globs or hub data sets whose questions must not be trained on; relative to the mixture
+    file."""
     split: str = "test"
     """Of hub data sets and directories laid out like one."""
     fields: tuple[str, ...] = ()
     """The columns that hold the questions; default: what users say in the conversations there."""
     ngram: int = 13
-    """A row goes if it shares so many words on end with a question; prep/selection/ngrams.py says what a word is."""
+    """A row goes if it shares so many words on end with a question; prep/selection/ngrams.py says
+    what a word is."""
 
     def __post_init__(self) -> None:
         if self.ngram < 1:
@@ -210,7 +260,8 @@ class DecontaminateConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixingConfig:
     temperature: float | None = None
-    """Make each source's share proportional to its tokens to the power of 1/temperature, the total unchanged."""
+    """Make each source's share proportional to its tokens to the power of 1/temperature, the total
+    unchanged."""
     max_epochs: float | None = None
     """Use no source more often than this, though the total becomes less."""
 
@@ -218,9 +269,13 @@ class MixingConfig:
         if self.max_epochs is not None and self.max_epochs < 1:
             raise ConfigError(f"max_epochs = {self.max_epochs}; expected 1 or more")
         if self.max_epochs is not None and self.temperature is None:
-            raise ConfigError("max_epochs is set but no temperature; set both, or epochs of the sources")
+            raise ConfigError(
+                "max_epochs is set but no temperature; set both, or epochs of the sources"
+            )
         if self.temperature is not None and self.temperature <= 0:
-            raise ConfigError(f"temperature = {self.temperature}; expected more than 0 (1 changes nothing)")
+            raise ConfigError(
+                f"temperature = {self.temperature}; expected more than 0 (1 changes nothing)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,13 +304,15 @@ class MixtureConfig:
         if not self.sources:
             raise ConfigError("no sources; add a [[sources]] table with a path")
         if not self.name or "/" in self.name or self.name.startswith("."):
-            raise ConfigError(f"name = {self.name!r}; expected a plain file name, it becomes data_cache/NAME")
+            raise ConfigError(
+                f"name = {self.name!r}; expected a plain file name, it becomes data_cache/NAME"
+            )
         for index, source in enumerate(self.sources if self.mixing.temperature is not None else ()):
             for key in ("fraction", "rows", "epochs", "part_epochs"):
                 if getattr(source, key) not in (None, {}):
                     raise ConfigError(
-                        f"sources.{index}.{key} is set, and so is mixing.temperature, which decides how often each "
-                        "source is used; keep one of them"
+                        f"sources.{index}.{key} is set, and so is mixing.temperature, which decides"
+                        " how often each source is used; keep one of them"
                     )
 
 
@@ -266,7 +323,8 @@ def shipped_mixtures() -> dict[str, Path]:
 
 
 def load_mixture(mixture: str, settings: tuple[str, ...] = ()) -> tuple[MixtureConfig, Path]:
-    """Return the mixture named `mixture` (one that ships, or a .toml file) and the directory of its paths.
+    """Return the mixture named `mixture` (one that ships, or a .toml file) and the directory of its
+    paths.
 
     Raises ConfigError for an unknown name, key or value.
     """
@@ -274,7 +332,8 @@ def load_mixture(mixture: str, settings: tuple[str, ...] = ()) -> tuple[MixtureC
     path = shipped.get(mixture, Path(mixture))
     if mixture not in shipped and path.suffix != ".toml":
         raise ConfigError(
-            f"no mixture named {mixture!r}; shipped: {', '.join(shipped) or 'none'}. Or give the path of a .toml file"
+            f"no mixture named {mixture!r}; shipped: {', '.join(shipped) or 'none'}. Or give the"
+            " path of a .toml file"
         )
     tables: dict[str, Any] = config.apply_settings(config.load_toml(path), settings)
     return config.build(MixtureConfig, tables, str(path)), path.resolve().parent

@@ -1,6 +1,8 @@
-"""Everything that determines the content of a shard set, known before the build and cheap to know; its digest.
+"""Everything that determines the content of a shard set, known before the build and cheap to know;
+its digest.
 
-`explain` compares two of these trees field by field: that is why a cached set does or does not match.
+`explain` compares two of these trees field by field: that is why a cached set does or does not
+match.
 """
 
 import json
@@ -47,20 +49,27 @@ class Inputs:
         return difference_lines(old, self.tree)
 
     def of_eval_set(self) -> "Inputs":
-        """Return the inputs of the set that is held out: every row of its prompts, once, whatever the mix."""
-        entries = (replace(entry, fraction=None, rows=None, epochs=None) for entry in self.mixture.sources)
+        """Return the inputs of the set that is held out: every row of its prompts, once, whatever
+        the mix."""
+        entries = (
+            replace(entry, fraction=None, rows=None, epochs=None) for entry in self.mixture.sources
+        )
         mixture = replace(self.mixture, name=f"{self.mixture.name}-eval", sources=tuple(entries))
         return replace(self, mixture=mixture, tree={**self.tree, "part": EVAL_DIR})
 
     def memory(self) -> dict[str, Any]:
-        """Return what the next build may trust instead of hashing again; holds paths, goes to build_info.json."""
+        """Return what the next build may trust instead of hashing again; holds paths, goes to
+        build_info.json."""
         return {
             **remember((*self.sources, *self.questions)),
             **remember_tokenizer(self.mixture.tokenizer, self.tokenizer),
         }
 
-    def store_inputs(self, source: ResolvedSource, conversion: Conversion, backend: str) -> dict[str, Any]:
-        """Return all that decides the samples of one source; a hash of it is the name of their store."""
+    def store_inputs(
+        self, source: ResolvedSource, conversion: Conversion, backend: str
+    ) -> dict[str, Any]:
+        """Return all that decides the samples of one source; a hash of it is the name of their
+        store."""
         split_by = [["split_by", conversion.split_by]] if conversion.split_by else []
         return {
             "source": source.identity(),
@@ -80,7 +89,10 @@ class Inputs:
 def difference_lines(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return `key: old -> new` for every field in which two trees of inputs differ."""
     changed = config.differences(old, new)
-    lines = [f"{key}: {_show(before)} -> {_show(after)}" for key, before, after in changed[:_SHOWN_DIFFERENCES]]
+    lines = [
+        f"{key}: {_show(before)} -> {_show(after)}"
+        for key, before, after in changed[:_SHOWN_DIFFERENCES]
+    ]
     more = len(changed) - len(lines)
     return [*lines, f"and {more} more"] if more else lines
 
@@ -96,7 +108,10 @@ def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) ->
         if names.count(name) > 1:
             raise ConfigError(f"two sources are named {name!r}; give one of them another `name`")
     asked = mixture.decontaminate
-    questions = tuple(resolve_source(SourceConfig(path=path, split=asked.split), base, known) for path in asked.files)
+    questions = tuple(
+        resolve_source(SourceConfig(path=path, split=asked.split), base, known)
+        for path in asked.files
+    )
     plain = config.to_plain(mixture)
     plain["tokenizer"]["name"] = tokenizer.name
     plain["template"]["name"] = template.name
@@ -105,7 +120,9 @@ def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) ->
         entry["name"] = source.name
         for key in ("split_by", "part_epochs"):
             if not entry[key]:
-                del entry[key]  # as for `eval`: a mixture that does without it has the digest that it had
+                del entry[
+                    key
+                ]  # as for `eval`: a mixture that does without it has the digest that it had
     if not mixture.eval.fraction:
         del plain["eval"]  # nothing is held out: the digest is that of a mixture without the table
     added = plain["tokenizer"].pop("add_tokens")
@@ -123,16 +140,19 @@ def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) ->
     return Inputs(mixture, tokenizer, template, sources, questions, tree)
 
 
-def _with_date(mixture: MixtureConfig, template: TemplateText, known: dict[str, Any]) -> MixtureConfig:
-    """Settle the day that a template prints: what the mixture says, else what the set recorded, else today."""
+def _with_date(
+    mixture: MixtureConfig, template: TemplateText, known: dict[str, Any]
+) -> MixtureConfig:
+    """Settle the day that a template prints: what the mixture says, else what the set recorded,
+    else today."""
     if mixture.template.date or not template.asks_for_date:
         return mixture
     date = known.get(KNOWN_DATE)
     if not date:
         date = today()
         logger.info(
-            "the template %r prints the date: %s is used and recorded in the set, whose later builds keep it; for the "
-            'same day in other sets, set template.date = "%s"',
+            "the template %r prints the date: %s is used and recorded in the set, whose later"
+            ' builds keep it; for the same day in other sets, set template.date = "%s"',
             template.name,
             date,
             date,

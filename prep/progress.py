@@ -1,4 +1,5 @@
-"""Progress of long work: a live bar on a terminal, a plain line every few seconds in a log. Always on stderr."""
+"""Progress of long work: a live bar on a terminal, a plain line every few seconds in a log. Always
+on stderr."""
 
 import contextlib
 import logging
@@ -30,7 +31,13 @@ def progress(title: str, total: int, unit: str) -> Iterator[Advance]:
 @contextlib.contextmanager
 def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -66,6 +73,15 @@ def _lines(title: str, total: int, unit: str) -> Advance:
             rate = done / (now - began)
             left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
             share = f" of {total:,}" if total else ""
-            logger.info("%s: %s%s %s, %s/s%s %s", title, f"{done:,}", share, unit, f"{rate:,.0f}", left, note)
+            logger.info(
+                "%s: %s%s %s, %s/s%s %s",
+                title,
+                f"{done:,}",
+                share,
+                unit,
+                f"{rate:,.0f}",
+                left,
+                note,
+            )
 
     return advance

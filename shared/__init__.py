@@ -1,1 +1,2 @@
-"""The contract between sft-prep and sft-train: on-disk format, config loading, hashing, atomic files, errors."""
+"""The contract between sft-prep and sft-train: on-disk format, config loading, hashing, atomic
+files, errors."""

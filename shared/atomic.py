@@ -1,6 +1,7 @@
 """Files and directories that are whole or absent: written aside, flushed to disk, then renamed.
 
-A reader never sees half an artefact, and a crash leaves at worst a `.tmp-*` sibling, which the next writer removes.
+A reader never sees half an artefact, and a crash leaves at worst a `.tmp-*` sibling, which the next
+writer removes.
 """
 
 import contextlib
@@ -47,13 +48,14 @@ def staged_dir(
     remove_old: Callable[[Path], object] | None = None,
     old: Path | None = None,
 ) -> Iterator[Path]:
-    """Yield an empty directory beside `final`; on success it becomes `final`, on any error it is removed.
+    """Yield an empty directory beside `final`; on success it becomes `final`, on any error it is
+    removed.
 
-    `durable` flushes everything to disk first, so that not even a power cut leaves a part; without it only the rename
-    is whole, which is enough against a killed process.
+    `durable` flushes everything to disk first, so that not even a power cut leaves a part; without
+    it only the rename is whole, which is enough against a killed process.
 
-    With `remove_old` the directory takes the place of what is there, as `replace_dir` does. Without it, raises
-    ArtifactError if `final` holds anything when the block ends.
+    With `remove_old` the directory takes the place of what is there, as `replace_dir` does. Without
+    it, raises ArtifactError if `final` holds anything when the block ends.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = _free_name(final)
@@ -80,10 +82,12 @@ def replace_dir(
     remove_old: Callable[[Path], object] = shutil.rmtree,
     old: Path | None = None,
 ) -> None:
-    """Put the directory `staged` in the place of `final`. The old one is moved aside first and removed last.
+    """Put the directory `staged` in the place of `final`. The old one is moved aside first and
+    removed last.
 
-    `remove_old` removes what it knows to be its own. A crash between the two renames leaves no `final`, but the old
-    one beside it, as `old` or by default `.tmp-NAME-NUMBER-old`; an error there puts the old one back.
+    `remove_old` removes what it knows to be its own. A crash between the two renames leaves no
+    `final`, but the old one beside it, as `old` or by default `.tmp-NAME-NUMBER-old`; an error
+    there puts the old one back.
     """
     old = old or _free_name(final, "-old")
     with contextlib.suppress(FileNotFoundError):
@@ -100,10 +104,11 @@ def replace_dir(
 
 
 def remove_leftovers(parent: Path, names: str) -> None:
-    """Remove what dead writers left in `parent` of the files and directories that the pattern `names` matches.
+    """Remove what dead writers left in `parent` of the files and directories that the pattern
+    `names` matches.
 
-    `parent` is a directory of ours: what lies there under such a name is taken for our own. Call it only while holding
-    the lock that guards those names: it would remove live work too.
+    `parent` is a directory of ours: what lies there under such a name is taken for our own. Call it
+    only while holding the lock that guards those names: it would remove live work too.
     """
     own = re.compile(rf"\.tmp-(?:{names})-\d+(-old)?", re.DOTALL)
     for path in parent.glob(".tmp-*"):
@@ -117,18 +122,20 @@ def remove_leftovers(parent: Path, names: str) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, doing: str) -> Iterator[None]:
-    """Hold an advisory lock on `path` while the block runs; the kernel releases it if the process dies.
+    """Hold an advisory lock on `path` while the block runs; the kernel releases it if the process
+    dies.
 
-    A POSIX record lock, not flock: worker processes forked by the holder would inherit a flock, and orphans of a
-    killed build would keep it. So it excludes other processes, not a second block in this one.
-    Raises ArtifactError if another process holds it.
+    A POSIX record lock, not flock: worker processes forked by the holder would inherit a flock, and
+    orphans of a killed build would keep it. So it excludes other processes, not a second block in
+    this one. Raises ArtifactError if another process holds it.
     """
     with _opened(path) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as exc:
             raise ArtifactError(
-                f"another process is {doing} (it holds the lock {path}); wait for it to end, or stop it"
+                f"another process is {doing} (it holds the lock {path}); wait for it to end, or"
+                " stop it"
             ) from exc
         yield
 
@@ -141,7 +148,9 @@ def _opened(path: Path) -> BinaryIO:
     except OSError as exc:
         if unwritable(exc) is not None:
             raise
-        raise ArtifactError(f"cannot open the lock {path}: {exc.strerror}; choose another place") from exc
+        raise ArtifactError(
+            f"cannot open the lock {path}: {exc.strerror}; choose another place"
+        ) from exc
 
 
 def fsync_tree(root: Path) -> None:
@@ -158,7 +167,8 @@ def fsync_dir(path: Path) -> None:
 
 
 def _free_name(path: Path, ending: str = "") -> Path:
-    """Return a name beside `path` that nothing has: a file that merely is called like ours is not overwritten."""
+    """Return a name beside `path` that nothing has: a file that merely is called like ours is not
+    overwritten."""
     number = os.getpid()
     while os.path.lexists(aside := path.with_name(f".tmp-{path.name}-{number}{ending}")):
         number += 1 << 22  # above the largest process number of Linux
@@ -170,7 +180,9 @@ def _rename_to_free_name(aside: Path, final: Path) -> None:
         os.rename(aside, final)
     except OSError as exc:
         if exc.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise ArtifactError(f"{final} appeared while it was being built; look at it, then remove one") from exc
+            raise ArtifactError(
+                f"{final} appeared while it was being built; look at it, then remove one"
+            ) from exc
         raise
 
 

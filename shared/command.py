@@ -1,4 +1,5 @@
-"""What the two commands share: an error that a user can act on becomes one line on stderr and an exit code."""
+"""What the two commands share: an error that a user can act on becomes one line on stderr and an
+exit code."""
 
 import contextlib
 import sys
@@ -12,10 +13,11 @@ from shared.errors import SftError, StoppedOnRequest
 
 @contextlib.contextmanager
 def reporting_errors(verbosity: int = 0, *, rank: int = 0) -> Iterator[None]:
-    """Turn an SftError of the block into one line and SystemExit; the traceback comes with verbosity above 0.
+    """Turn an SftError of the block into one line and SystemExit; the traceback comes with
+    verbosity above 0.
 
-    So it does with an OSError for lack of space or permission. Anything else is a bug and keeps its traceback. Ranks
-    above 0 put their number in front.
+    So it does with an OSError for lack of space or permission. Anything else is a bug and keeps its
+    traceback. Ranks above 0 put their number in front.
     """
     try:
         yield

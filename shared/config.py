@@ -1,7 +1,9 @@
-"""TOML and JSON -> frozen dataclasses, strictly: an unknown or missing key or a wrong type is an error that names it.
+"""TOML and JSON -> frozen dataclasses, strictly: an unknown or missing key or a wrong type is an
+error that names it.
 
-Values may be: bool, int, float (finite), str, Literal, `T | None`, tuple[T, ...], dict[str, T], nested dataclasses,
-and `Any`/`object` for free-form values (a model's own config). A float field takes an int; nothing else is converted.
+Values may be: bool, int, float (finite), str, Literal, `T | None`, tuple[T, ...], dict[str, T],
+nested dataclasses, and `Any`/`object` for free-form values (a model's own config). A float field
+takes an int; nothing else is converted.
 """
 
 import dataclasses
@@ -25,17 +27,24 @@ def load_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as exc:
-        raise ConfigError(f"no config file {path}; give the path of a TOML file or the name of one that ships") from exc
+        raise ConfigError(
+            f"no config file {path}; give the path of a TOML file or the name of one that ships"
+        ) from exc
     except OSError as exc:
         raise ConfigError(f"cannot read the config file {path}: {exc.strerror}") from exc
-    except (ValueError, RecursionError) as exc:  # not TOML, not UTF-8, a number of thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as exc:  # not TOML, not UTF-8, a number of thousands of digits
         raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
 
 
 def apply_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of `tables` with each `section.key=value` applied; `sources.0.key=value` reaches into a list.
+    """Return a copy of `tables` with each `section.key=value` applied; `sources.0.key=value`
+    reaches into a list.
 
-    A value is read as a TOML value, or as plain text where it is not one: `mask.boundary=inside` needs no quotes.
+    A value is read as a TOML value, or as plain text where it is not one: `mask.boundary=inside`
+    needs no quotes.
     """
     result: dict[str, Any] = _deep_copy(tables)
     for setting in settings:
@@ -61,7 +70,8 @@ def build(cls: type[T], tables: Mapping[str, Any], where: str) -> T:
 
 
 def first_comment(path: Path) -> str:
-    """Return what the first line of the TOML file at `path` says, if it is a comment: the file in one sentence."""
+    """Return what the first line of the TOML file at `path` says, if it is a comment: the file in
+    one sentence."""
     with path.open(encoding="utf-8") as file:
         line = file.readline().strip()
     return line.removeprefix("#").strip() if line.startswith("#") else ""
@@ -70,7 +80,9 @@ def first_comment(path: Path) -> str:
 def to_plain(value: Any) -> Any:
     """Return dataclasses as dicts and tuples as lists, ready for canonical JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -79,9 +91,11 @@ def to_plain(value: Any) -> Any:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return (dotted key, old, new) for every leaf that differs between two plain trees; an absent leaf is None.
+    """Return (dotted key, old, new) for every leaf that differs between two plain trees; an absent
+    leaf is None.
 
-    Leaves are compared as JSON, like their digests: 1 and 1.0 differ, and so do an absent key and a null.
+    Leaves are compared as JSON, like their digests: 1 and 1.0 differ, and so do an absent key and a
+    null.
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         found: list[tuple[str, Any, Any]] = []
@@ -98,7 +112,11 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
             for index, pair in enumerate(zip(old, new, strict=True))
             for found in differences(*pair, _dotted(prefix, str(index)))
         ]
-    return [] if json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True) else [(prefix, old, new)]
+    return (
+        []
+        if json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
+        else [(prefix, old, new)]
+    )
 
 
 def _build_dataclass(cls: Any, tables: Any, where: str, prefix: str) -> Any:
@@ -108,7 +126,9 @@ def _build_dataclass(cls: Any, tables: Any, where: str, prefix: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in tables:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key {_dotted(prefix, key)!r}{_nearest(key, list(fields))}")
+            raise ConfigError(
+                f"{where}: unknown key {_dotted(prefix, key)!r}{_nearest(key, list(fields))}"
+            )
     values = {}
     for name, field in fields.items():
         if name in tables:
@@ -127,7 +147,9 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         if any(value == choice and type(value) is type(choice) for choice in args):
             return value
         expected = ", ".join(json.dumps(choice) for choice in args)
-        raise ConfigError(f"{where}: {key} = {_show(value)}; expected one of {expected}{_nearest(value, args)}")
+        raise ConfigError(
+            f"{where}: {key} = {_show(value)}; expected one of {expected}{_nearest(value, args)}"
+        )
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -137,7 +159,9 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: {key} = {_show(value)}; expected a table")
-        return {name: _convert(args[1], item, where, _dotted(key, name)) for name, item in value.items()}
+        return {
+            name: _convert(args[1], item, where, _dotted(key, name)) for name, item in value.items()
+        }
     if dataclasses.is_dataclass(hint):
         return _build_dataclass(hint, value, where, key)
     if hint is Any or hint is object:
@@ -149,27 +173,42 @@ def _convert_tuple(args: tuple[Any, ...], value: Any, where: str, key: str) -> t
     if not isinstance(value, list | tuple):
         raise ConfigError(f"{where}: {key} = {_show(value)}; expected a list")
     if len(args) == 2 and args[1] is Ellipsis:
-        return tuple(_convert(args[0], item, where, f"{key}.{index}") for index, item in enumerate(value))
+        return tuple(
+            _convert(args[0], item, where, f"{key}.{index}") for index, item in enumerate(value)
+        )
     if len(value) != len(args):
         raise ConfigError(f"{where}: {key} has {len(value)} values; expected {len(args)}")
-    return tuple(_convert(*pair, where, f"{key}.{i}") for i, pair in enumerate(zip(args, value, strict=True)))
+    return tuple(
+        _convert(*pair, where, f"{key}.{i}") for i, pair in enumerate(zip(args, value, strict=True))
+    )
 
 
 def _convert_scalar(hint: type, value: Any, where: str, key: str) -> Any:
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-        raise ConfigError(f"{where}: {key} is a number of {value.bit_length()} bits; expected at most 64")
+        raise ConfigError(
+            f"{where}: {key} is a number of {value.bit_length()} bits; expected at most 64"
+        )
     if isinstance(value, str) and _not_text(value):
-        raise ConfigError(f"{where}: {key} = {_show(value)}; expected text without NUL and lone surrogates")
+        raise ConfigError(
+            f"{where}: {key} = {_show(value)}; expected text without NUL and lone surrogates"
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
         except OverflowError:
-            raise ConfigError(f"{where}: {key} = {_show(value)}; expected a finite number") from None
+            raise ConfigError(
+                f"{where}: {key} = {_show(value)}; expected a finite number"
+            ) from None
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {key} = {value}; expected a finite number")
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text (in quotes)"}
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text (in quotes)",
+    }
     raise ConfigError(f"{where}: {key} = {_show(value)}; expected {names.get(hint, hint.__name__)}")
 
 

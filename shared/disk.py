@@ -1,4 +1,5 @@
-"""What a user can act on when a place cannot be written: an error with the place and the remedy, not a traceback."""
+"""What a user can act on when a place cannot be written: an error with the place and the remedy,
+not a traceback."""
 
 import contextlib
 import errno
@@ -21,7 +22,8 @@ _REMEDIES = {
 
 @contextlib.contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """Turn an OSError that says no space or no permission into a PrerequisiteError that names `place`, or the file."""
+    """Turn an OSError that says no space or no permission into a PrerequisiteError that names
+    `place`, or the file."""
     try:
         yield
     except OSError as exc:
@@ -33,7 +35,8 @@ def writing_to(place: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def library_writing_to(place: Path) -> Iterator[None]:
-    """Do as `writing_to`, also where a library says in words of its own that it could not write: the disk is asked."""
+    """Do as `writing_to`, also where a library says in words of its own that it could not write:
+    the disk is asked."""
     try:
         with writing_to(place):
             yield
@@ -57,9 +60,13 @@ def unwritable(exc: OSError, place: Path | None = None) -> PrerequisiteError | N
     if exc.errno not in _REMEDIES:
         return None
     # a full disk shows in whatever file came next: the place says more than its name
-    where = place if place is not None and (exc.errno in _FULL or exc.filename is None) else exc.filename
+    where = (
+        place
+        if place is not None and (exc.errno in _FULL or exc.filename is None)
+        else exc.filename
+    )
     named = "" if where is None else f"{os.fsdecode(where)}: "
     return PrerequisiteError(
-        f"{named}{os.strerror(exc.errno)}; {_REMEDIES[exc.errno]}, or choose another place, and run the same command "
-        "again: what was finished is kept"
+        f"{named}{os.strerror(exc.errno)}; {_REMEDIES[exc.errno]}, or choose another place, and run"
+        " the same command again: what was finished is kept"
     )

@@ -1,7 +1,8 @@
-"""Whether a file that is mapped is still what it was when it was opened: a stat, not a look at its bytes.
+"""Whether a file that is mapped is still what it was when it was opened: a stat, not a look at its
+bytes.
 
-Reading a mapped page that a truncated file no longer has kills the process (SIGBUS); a file written anew under its name
-is not what the mapping shows. Both are found by size, inode and time of change.
+Reading a mapped page that a truncated file no longer has kills the process (SIGBUS); a file written
+anew under its name is not what the mapping shows. Both are found by size, inode and time of change.
 """
 
 import os
@@ -22,7 +23,8 @@ class FileStamp:
     changed_ns: int
 
     def check(self) -> None:
-        """Raise ArtifactError, naming the file, if it was truncated, replaced, written to or removed since."""
+        """Raise ArtifactError, naming the file, if it was truncated, replaced, written to or
+        removed since."""
         try:
             now = _stamp(self.path, self.path.stat())
         except OSError as exc:
@@ -41,7 +43,9 @@ class FileStamp:
 
 
 _UNDER_US = "was changed while it was in use"
-_WAY_OUT = "put the shard set back as it was (sft-prep verify checks it), then run the same command again"
+_WAY_OUT = (
+    "put the shard set back as it was (sft-prep verify checks it), then run the same command again"
+)
 
 
 def stamp(path: Path, opened: IO[bytes]) -> FileStamp:
@@ -50,4 +54,6 @@ def stamp(path: Path, opened: IO[bytes]) -> FileStamp:
 
 
 def _stamp(path: Path, stat: os.stat_result) -> FileStamp:
-    return FileStamp(path=path, num_bytes=stat.st_size, inode=stat.st_ino, changed_ns=stat.st_mtime_ns)
+    return FileStamp(
+        path=path, num_bytes=stat.st_size, inode=stat.st_ino, changed_ns=stat.st_mtime_ns
+    )

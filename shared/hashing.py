@@ -8,7 +8,8 @@ _BLOCK_BYTES = 1 << 22
 
 
 def canonical_json(value: object) -> bytes:
-    """Return UTF-8 JSON with sorted keys, two-space indent and a final newline: equal values, equal bytes.
+    """Return UTF-8 JSON with sorted keys, two-space indent and a final newline: equal values, equal
+    bytes.
 
     Raises ValueError for NaN and infinities, which JSON has no word for.
     """
@@ -35,5 +36,6 @@ def sha256_file(path: Path) -> str:
 
 
 def seed_from(*parts: object) -> int:
-    """Return a 64-bit seed that depends on every part and on their order, the same on every machine."""
+    """Return a 64-bit seed that depends on every part and on their order, the same on every
+    machine."""
     return int.from_bytes(hashlib.sha256(canonical_json(list(parts))).digest()[:8], "little")

@@ -1,4 +1,5 @@
-"""Logging of the two commands: to stderr, on our own loggers, never on root; results go to stdout."""
+"""Logging of the two commands: to stderr, on our own loggers, never on root; results go to
+stdout."""
 
 import logging
 import sys
@@ -7,7 +8,8 @@ _PACKAGES = ("prep", "train", "shared")
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to whatever sys.stderr is at that moment, so that lines appear above a progress bar, not through it."""
+    """Writes to whatever sys.stderr is at that moment, so that lines appear above a progress bar,
+    not through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -18,13 +20,16 @@ class _StderrHandler(logging.Handler):
 
 
 def configure(verbosity: int, *, rank: int | None = None) -> None:
-    """Send our loggers to stderr. `verbosity`: -1 warnings, 0 information, 1 everything. Ranks above 0 only warn."""
+    """Send our loggers to stderr. `verbosity`: -1 warnings, 0 information, 1 everything. Ranks
+    above 0 only warn."""
     level = {-1: logging.WARNING, 0: logging.INFO}.get(max(-1, min(verbosity, 1)), logging.DEBUG)
     if rank:
         level = max(level, logging.WARNING)
     where = "" if rank is None else f" [rank {rank}]"
     handler = _StderrHandler()
-    handler.setFormatter(logging.Formatter(f"%(asctime)s{where} %(levelname).1s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s{where} %(levelname).1s %(message)s", "%H:%M:%S")
+    )
     for name in _PACKAGES:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]

@@ -1,4 +1,5 @@
-"""What the cards of sets and models have in common. Names in them may come from a stranger's rows."""
+"""What the cards of sets and models have in common. Names in them may come from a stranger's
+rows."""
 
 from collections.abc import Sequence
 
@@ -6,7 +7,8 @@ from shared.shard_format import SourceEntry, Totals
 
 
 def table_cell(text: str) -> str:
-    """Return `text` for one cell of a table, whatever is in it: no link, picture, tag or further cell."""
+    """Return `text` for one cell of a table, whatever is in it: no link, picture, tag or further
+    cell."""
     plain = " ".join(text.split()).replace("<", "&lt;")
     return "".join(f"\\{char}" if char in "\\|[]`" else char for char in plain)
 
@@ -15,7 +17,9 @@ def sources_table(sources: Sequence[SourceEntry], totals: Totals) -> str:
     """Return a table of the sources of a set, and a line for all of them."""
     lines = ["| source | revision | rows | tokens | loss tokens |", "|---|---|---:|---:|---:|"]
     for source in sources:
-        where = source.revision or (f"sha256 {source.content_sha256[:16]}" if source.content_sha256 else "")
+        where = source.revision or (
+            f"sha256 {source.content_sha256[:16]}" if source.content_sha256 else ""
+        )
         cells = [table_cell(source.origin), table_cell(where)]
         cells += [f"{number:,}" for number in (source.rows_used, source.tokens, source.loss_tokens)]
         lines.append(f"| {' | '.join(cells)} |")

@@ -24,7 +24,9 @@ REJECTS_NAME = "rejects.jsonl.zst"
 TOKENIZER_DIR = "tokenizer"
 SHARDS_DIR = "shards"
 EVAL_DIR = "eval"
-OTHER_PARTS = "other_parts"  # in rows_dropped of a part of a split source: the rows of its other parts
+OTHER_PARTS = (  # in rows_dropped of a part of a split source: the rows of its other parts
+    "other_parts"
+)
 
 # name -> (dtype string, trailing shape); the first dimension is T, S+1, P+1, P or S
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -39,17 +41,21 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Return the 128 bytes before the data of a column: .npy version 1.0, C order, padded with spaces.
+    """Return the 128 bytes before the data of a column: .npy version 1.0, C order, padded with
+    spaces.
 
     Written out here because the bytes are hashed: no release of numpy may pad them differently.
     """
     sizes = "(" + ", ".join(map(str, shape)) + (",)" if len(shape) == 1 else ")")
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {sizes}, }}"
-    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode("ascii") + b"\n"
+    return (
+        b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode("ascii") + b"\n"
+    )
 
 
 class Kind(IntEnum):
-    """Who wrote a token. The low seven bits of the kind column. A manifest lists the names in lower case."""
+    """Who wrote a token. The low seven bits of the kind column. A manifest lists the names in lower
+    case."""
 
     TEMPLATE = 0
     SYSTEM = 1
@@ -61,7 +67,9 @@ class Kind(IntEnum):
     REASONING = 7
 
 
-STRADDLES = 0x80  # set on a token that also covers bytes outside the message text that its kind names
+STRADDLES = (
+    0x80  # set on a token that also covers bytes outside the message text that its kind names
+)
 KIND_MASK = 0x7F
 
 # what an assistant turn is made of: the kinds that can be trained under `train_on = "assistant"`
@@ -78,7 +86,8 @@ class FileEntry:
 class TokenizerEntry:
     name: str
     revision: str | None
-    """The resolved commit of a hub tokenizer; None for a directory, whose files' hashes say what it is."""
+    """The resolved commit of a hub tokenizer; None for a directory, whose files' hashes say what it
+    is."""
     files: dict[str, FileEntry]
     vocab_size: int
     """One more than the largest token id that the tokenizer knows, added tokens included."""
@@ -86,12 +95,14 @@ class TokenizerEntry:
     eos_token_id: int | None
     pad_token_id: int | None
     terminator_ids: tuple[int, ...]
-    """Ids that end an assistant turn in this set, most frequent first: the export's generation config lists them."""
+    """Ids that end an assistant turn in this set, most frequent first: the export's generation
+    config lists them."""
     canary_ids: tuple[int, ...]
-    """Ids of a fixed text: a tokenizer that gives others is not this one, whatever its files say."""
+    """Ids of a fixed text: a tokenizer that gives others is not this one, whatever its files
+    say."""
     new_ids: tuple[int, ...]
-    """Ids that follow on one another behind the base model's vocabulary, for tokens that the mixture added: its model
-    has learned nothing for them."""
+    """Ids that follow on one another behind the base model's vocabulary, for tokens that the
+    mixture added: its model has learned nothing for them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,8 +110,8 @@ class TemplateEntry:
     name: str
     sha256: str
     split_markers: dict[str, int]
-    """What looks like a marker of the template, but takes several tokens -> how many, 0 where the tokenizer can't read
-    it. Empty for a shipped template."""
+    """What looks like a marker of the template, but takes several tokens -> how many, 0 where the
+    tokenizer can't read it. Empty for a shipped template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,23 +127,27 @@ class SourceEntry:
     rows_uncarried: dict[str, int]
     """Rows with a message or field that the template would drop, by reason."""
     rows_dropped: dict[str, int]
-    """Good rows left out by a policy of the mixture (over-length, no loss tokens, sampling), by reason."""
+    """Good rows left out by a policy of the mixture (over-length, no loss tokens, sampling), by
+    reason."""
     rows_truncated: int
     rows_without_terminator: int
     """Rows used whose last trained turn does not end in a terminator, whatever the cause."""
     tokens: int
     loss_tokens: int
     details: dict[str, Any] = field(default_factory=dict)
-    """Further counts and settings, e.g. fraction, epochs, rows verified against the referee, rows that fell back."""
+    """Further counts and settings, e.g. fraction, epochs, rows verified against the referee, rows
+    that fell back."""
 
     @property
     def own_rows(self) -> int:
-        """How many of the rows read are its own: all, unless it is a part of a source that was split."""
+        """How many of the rows read are its own: all, unless it is a part of a source that was
+        split."""
         return self.rows_read - self.rows_dropped.get(OTHER_PARTS, 0)
 
     @property
     def origin(self) -> str:
-        """Where its rows come from, for people: the hub data set if it is one, and which part of it."""
+        """Where its rows come from, for people: the hub data set if it is one, and which part of
+        it."""
         whole = self.hub_id or str(self.details.get("part_of", self.name))
         return f"{self.name} of {whole}" if "part_of" in self.details else whole
 
@@ -166,7 +181,8 @@ class Manifest:
     fingerprint: str
     inputs_digest: str
     inputs: dict[str, Any]
-    """Everything that determines the content, known before the build; its digest is `inputs_digest`."""
+    """Everything that determines the content, known before the build; its digest is
+    `inputs_digest`."""
     config: dict[str, Any]
     recipe: str
     tokenizer: TokenizerEntry
@@ -182,7 +198,8 @@ class Manifest:
 def sealed(manifest: Manifest) -> dict[str, Any]:
     """Return the manifest as it is written: plain, with `seal`, the digest of all the rest of it.
 
-    The fingerprint says what training sees; the seal says that no other word of the manifest was changed either.
+    The fingerprint says what training sees; the seal says that no other word of the manifest was
+    changed either.
     """
     plain: dict[str, Any] = config.to_plain(manifest)
     return {**plain, "seal": digest(plain)}
@@ -196,7 +213,8 @@ def fingerprint_of(
     source_names: list[str],
     shards: list[ShardEntry],
 ) -> str:
-    """Return the identity of the content: unchanged by a recipe, a name or a library that gives the same bytes."""
+    """Return the identity of the content: unchanged by a recipe, a name or a library that gives the
+    same bytes."""
     return digest(
         {
             "format_version": FORMAT_VERSION,
@@ -204,7 +222,9 @@ def fingerprint_of(
             "tokenizer": {name: entry.sha256 for name, entry in tokenizer_files.items()},
             "template": template_sha256,
             "sources": source_names,
-            "shards": [{name: entry.sha256 for name, entry in shard.files.items()} for shard in shards],
+            "shards": [
+                {name: entry.sha256 for name, entry in shard.files.items()} for shard in shards
+            ],
         }
     )
 
@@ -228,9 +248,9 @@ def manifest_from_json(data: Any, where: str) -> Manifest:
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{where}: format_version is {version!r}; this program reads {FORMAT_VERSION}. Make the set again: "
-            "sft-prep build --mixture NAME|FILE.toml --out DIRECTORY --rebuild (stored samples that are the same are "
-            "used again), or use the version that wrote it"
+            f"{where}: format_version is {version!r}; this program reads {FORMAT_VERSION}. Make the"
+            " set again: sft-prep build --mixture NAME|FILE.toml --out DIRECTORY --rebuild (stored"
+            " samples that are the same are used again), or use the version that wrote it"
         )
     unsealed = _unsealed(data, where)
     try:
@@ -251,8 +271,9 @@ def _unsealed(data: dict[str, Any], where: str) -> dict[str, Any]:
         raise ArtifactError(f"{where} is no manifest ({exc}); build or pull the set again") from exc
     if data.get("seal") != found:
         raise ChecksumError(
-            f"{where}: the seal is {str(data.get('seal'))[:16]}..., its contents give {found[:16]}...; "
-            "the manifest was changed by hand or damaged, build or pull the set again"
+            f"{where}: the seal is {str(data.get('seal'))[:16]}..., its contents give"
+            f" {found[:16]}...; the manifest was changed by hand or damaged, build or pull the set"
+            " again"
         )
     return unsealed
 
@@ -262,25 +283,42 @@ def _check_names(manifest: Manifest, where: str) -> None:
     columns = {f"{name}.npy" for name in COLUMNS}
     for index, shard in enumerate(manifest.shards):
         if shard.path != f"{SHARDS_DIR}/{index:05d}":
-            raise ArtifactError(f"{where}: shards.{index}.path is {shard.path!r}; expected '{SHARDS_DIR}/{index:05d}'")
+            raise ArtifactError(
+                f"{where}: shards.{index}.path is {shard.path!r}; expected"
+                f" '{SHARDS_DIR}/{index:05d}'"
+            )
         if set(shard.files) != columns:
-            raise ArtifactError(f"{where}: shard {index} lists {sorted(shard.files)}; expected {sorted(columns)}")
+            raise ArtifactError(
+                f"{where}: shard {index} lists {sorted(shard.files)}; expected {sorted(columns)}"
+            )
     new_ids, vocab_size = manifest.tokenizer.new_ids, manifest.tokenizer.vocab_size
     if new_ids != tuple(range(vocab_size - len(new_ids), vocab_size)):
         raise ArtifactError(
-            f"{where}: tokenizer.new_ids are {list(new_ids)}; expected the last ids below vocab_size = {vocab_size}"
+            f"{where}: tokenizer.new_ids are {list(new_ids)}; expected the last ids below"
+            f" vocab_size = {vocab_size}"
         )
     for name in manifest.tokenizer.files:
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or name == ".":
+        if (
+            path.is_absolute()
+            or ".." in path.parts
+            or str(path) != name
+            or "\\" in name
+            or name == "."
+        ):
             raise ArtifactError(f"{where}: tokenizer file {name!r} is not a plain relative path")
 
 
 def _check_sums(manifest: Manifest, where: str) -> None:
     for count in ("packs", "sequences", "tokens", "loss_tokens"):
-        total, found = getattr(manifest.totals, count), sum(getattr(shard, count) for shard in manifest.shards)
+        total, found = (
+            getattr(manifest.totals, count),
+            sum(getattr(shard, count) for shard in manifest.shards),
+        )
         if total != found:
-            raise ArtifactError(f"{where}: totals.{count} is {total}, the shards hold {found}; build the set again")
+            raise ArtifactError(
+                f"{where}: totals.{count} is {total}, the shards hold {found}; build the set again"
+            )
     for name, said, found in (
         ("fingerprint", manifest.fingerprint, fingerprint_of_manifest(manifest)),
         ("inputs_digest", manifest.inputs_digest, digest(manifest.inputs)),

@@ -1,7 +1,8 @@
-"""Open a shard set: check that it is whole, map its columns, hand out packs. Cost does not grow with its tokens.
+"""Open a shard set: check that it is whole, map its columns, hand out packs. Cost does not grow
+with its tokens.
 
-`open_shard_set` looks at the manifest, the file sizes, the .npy headers and the ends of the offset columns only;
-`check_hashes` reads every byte.
+`open_shard_set` looks at the manifest, the file sizes, the .npy headers and the ends of the offset
+columns only; `check_hashes` reads every byte.
 """
 
 import errno
@@ -50,7 +51,9 @@ class ShardSet:
     shards: tuple[dict[str, npt.NDArray[Any]], ...]  # the mapped columns of each shard
     pack_starts: tuple[int, ...]  # number of the first pack of each shard
     seq_starts: tuple[int, ...]  # number of the first sequence of each shard
-    stamps: tuple[tuple[FileStamp, ...], ...]  # the mapped files of each shard, as they were when they were opened
+    stamps: tuple[
+        tuple[FileStamp, ...], ...
+    ]  # the mapped files of each shard, as they were when they were opened
 
     @property
     def num_packs(self) -> int:
@@ -61,13 +64,15 @@ class ShardSet:
         return self.manifest.totals.sequences
 
     def pack(self, pack_id: int) -> Pack:
-        """Return pack `pack_id`, 0 <= pack_id < num_packs. Raises ChecksumError where its offsets make no sense."""
+        """Return pack `pack_id`, 0 <= pack_id < num_packs. Raises ChecksumError where its offsets
+        make no sense."""
         columns, local = self._locate(pack_id)
         first, last = columns["pack_offsets"][local : local + 2].tolist()
         return self._cut(columns, first, last, f"pack {pack_id}")
 
     def sequence(self, sequence_id: int) -> Pack:
-        """Return sequence `sequence_id`, 0 <= sequence_id < num_sequences, as a pack; errors as for packs."""
+        """Return sequence `sequence_id`, 0 <= sequence_id < num_sequences, as a pack; errors as for
+        packs."""
         columns, local = self._locate_sequence(sequence_id)
         return self._cut(columns, local, local + 1, f"sequence {sequence_id}")
 
@@ -75,28 +80,39 @@ class ShardSet:
         """Return the pack that holds sequence `sequence_id`."""
         columns, local = self._locate_sequence(sequence_id)
         shard = bisect_right(self.seq_starts, sequence_id) - 1
-        return self.pack_starts[shard] + int(np.searchsorted(columns["pack_offsets"], local, side="right")) - 1
+        return (
+            self.pack_starts[shard]
+            + int(np.searchsorted(columns["pack_offsets"], local, side="right"))
+            - 1
+        )
 
     def check_unchanged(self, shards: Iterable[int] | None = None) -> None:
-        """Raise ArtifactError if a mapped file of `shards` (default: all) is no longer the one that was opened.
+        """Raise ArtifactError if a mapped file of `shards` (default: all) is no longer the one that
+        was opened.
 
-        To be called before pages are read: a page of a truncated file kills the process. A stat per file.
+        To be called before pages are read: a page of a truncated file kills the process. A stat per
+        file.
         """
         for shard in range(len(self.shards)) if shards is None else shards:
             for file_stamp in self.stamps[shard]:
                 file_stamp.check()
 
-    def shards_of(self, unit_ids: npt.NDArray[np.int64], unit: Literal["pack", "conversation"]) -> list[int]:
+    def shards_of(
+        self, unit_ids: npt.NDArray[np.int64], unit: Literal["pack", "conversation"]
+    ) -> list[int]:
         """Return the shards that hold these packs, or sequences; reads no column."""
         starts = np.asarray(self.pack_starts if unit == "pack" else self.seq_starts)
         shards: list[int] = np.unique(np.searchsorted(starts, unit_ids, side="right") - 1).tolist()
         return shards
 
     def kinds(self, pack_id: int) -> npt.NDArray[np.uint8]:
-        """Return the kind of every token of a pack, uint8 [T]: for people who look, never for training."""
+        """Return the kind of every token of a pack, uint8 [T]: for people who look, never for
+        training."""
         columns, local = self._locate(pack_id)
         first, last = columns["pack_offsets"][local : local + 2]
-        kinds: npt.NDArray[np.uint8] = columns["kind"][columns["seq_offsets"][first] : columns["seq_offsets"][last]]
+        kinds: npt.NDArray[np.uint8] = columns["kind"][
+            columns["seq_offsets"][first] : columns["seq_offsets"][last]
+        ]
         return kinds
 
     def loss_tokens(self, pack_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -110,7 +126,8 @@ class ShardSet:
         return counts
 
     def seq_lengths(self, pack_id: int) -> npt.NDArray[np.int64]:
-        """Return the length in tokens of each sequence of a pack, int64 [S]; maps the offsets only."""
+        """Return the length in tokens of each sequence of a pack, int64 [S]; maps the offsets
+        only."""
         columns, local = self._locate(pack_id)
         first, last = columns["pack_offsets"][local : local + 2]
         return np.diff(columns["seq_offsets"][first : last + 1])
@@ -123,15 +140,24 @@ class ShardSet:
         offsets = columns["seq_offsets"][max(0, first) : max(0, last + 1)]
         if not (0 <= first < last and len(offsets) == last - first + 1):
             wrong = f"holds sequences {first} to {last} of {len(columns['seq_origin'])}"
-        elif (np.diff(offsets) < 1).any() or not 0 <= offsets[0] < offsets[-1] <= len(columns["tokens"]):
-            wrong = f"runs over offsets {offsets[0]} to {offsets[-1]} that do not rise within the shard"
+        elif (np.diff(offsets) < 1).any() or not 0 <= offsets[0] < offsets[-1] <= len(
+            columns["tokens"]
+        ):
+            wrong = (
+                f"runs over offsets {offsets[0]} to {offsets[-1]} that do not rise within the shard"
+            )
         elif offsets[-1] - offsets[0] > self.manifest.max_seq_len:
-            wrong = f"holds {offsets[-1] - offsets[0]} tokens; expected at most {self.manifest.max_seq_len}"
+            wrong = (
+                f"holds {offsets[-1] - offsets[0]} tokens; expected at most"
+                f" {self.manifest.max_seq_len}"
+            )
         else:
             start, end = offsets[0], offsets[-1]
             tokens, loss_mask = columns["tokens"][start:end], columns["loss_mask"][start:end]
             return Pack(tokens, loss_mask, offsets - start, columns["seq_origin"][first:last])
-        raise ChecksumError(f"{self.path}: {what} {wrong}; its bytes have changed, run sft-prep verify on the set")
+        raise ChecksumError(
+            f"{self.path}: {what} {wrong}; its bytes have changed, run sft-prep verify on the set"
+        )
 
     def _locate(self, pack_id: int) -> tuple[dict[str, npt.NDArray[Any]], int]:
         if not 0 <= pack_id < self.num_packs:
@@ -149,16 +175,23 @@ class ShardSet:
 def read_manifest(path: Path) -> Manifest:
     """Return the manifest of the shard set at `path`.
 
-    Raises IncompleteArtifactError if there is none, FormatVersionError or ArtifactError if it cannot be read.
+    Raises IncompleteArtifactError if there is none, FormatVersionError or ArtifactError if it
+    cannot be read.
     """
     file = path / MANIFEST_NAME
     try:
         data = json.loads(file.read_bytes())
     except FileNotFoundError as exc:
-        what = "is not a whole shard set: it has no manifest.json" if path.is_dir() else "does not exist"
+        what = (
+            "is not a whole shard set: it has no manifest.json"
+            if path.is_dir()
+            else "does not exist"
+        )
         raise IncompleteArtifactError(f"{path} {what}; make one with sft-prep build") from exc
     except NotADirectoryError as exc:
-        raise IncompleteArtifactError(f"{path} is a file; expected the directory of a shard set") from exc
+        raise IncompleteArtifactError(
+            f"{path} is a file; expected the directory of a shard set"
+        ) from exc
     except OSError as exc:
         raise ArtifactError(f"cannot read {file}: {exc.strerror}") from exc
     except ValueError as exc:
@@ -169,18 +202,22 @@ def read_manifest(path: Path) -> Manifest:
 def open_shard_set(path: Path) -> ShardSet:
     """Map the shard set at `path` read-only.
 
-    Raises IncompleteArtifactError for a missing or short file, ChecksumError for a column that is not the one the
-    manifest describes, FormatVersionError for another format.
+    Raises IncompleteArtifactError for a missing or short file, ChecksumError for a column that is
+    not the one the manifest describes, FormatVersionError for another format.
     """
     manifest = read_manifest(path)
     shards, stamps = [], []
     for entry in manifest.shards:
         counts = {"T": entry.tokens, "S": entry.sequences, "P": entry.packs}
-        mapped = {name: _map_column(path / entry.path, name, entry.files, counts) for name in COLUMNS}
+        mapped = {
+            name: _map_column(path / entry.path, name, entry.files, counts) for name in COLUMNS
+        }
         columns = {name: column for name, (column, _) in mapped.items()}
         stamps.append(tuple(file_stamp for _, file_stamp in mapped.values()))
         _check_ends(path / entry.path / "seq_offsets.npy", columns["seq_offsets"], entry.tokens)
-        _check_ends(path / entry.path / "pack_offsets.npy", columns["pack_offsets"], entry.sequences)
+        _check_ends(
+            path / entry.path / "pack_offsets.npy", columns["pack_offsets"], entry.sequences
+        )
         shards.append(columns)
     pack_starts = tuple(accumulate((entry.packs for entry in manifest.shards), initial=0))[:-1]
     seq_starts = tuple(accumulate((entry.sequences for entry in manifest.shards), initial=0))[:-1]
@@ -188,10 +225,17 @@ def open_shard_set(path: Path) -> ShardSet:
 
 
 def check_hashes(path: Path) -> None:
-    """Read every file that the manifest lists and compare its sha256. Raises ChecksumError, IncompleteArtifactError."""
+    """Read every file that the manifest lists and compare its sha256. Raises ChecksumError,
+    IncompleteArtifactError."""
     manifest = read_manifest(path)
-    listed = [(path / TOKENIZER_DIR / name, entry) for name, entry in manifest.tokenizer.files.items()]
-    listed += [(path / shard.path / name, entry) for shard in manifest.shards for name, entry in shard.files.items()]
+    listed = [
+        (path / TOKENIZER_DIR / name, entry) for name, entry in manifest.tokenizer.files.items()
+    ]
+    listed += [
+        (path / shard.path / name, entry)
+        for shard in manifest.shards
+        for name, entry in shard.files.items()
+    ]
     for file, entry in listed:
         _check_size(file, entry)
         found = sha256_file(file)
@@ -238,10 +282,16 @@ def _map_column(
             )
         if not rows:  # nothing to map
             return np.empty((0, *tail), dtype), file_stamp
-        column = np.asarray(np.memmap(file, dtype, mode="r", offset=len(expected), shape=(rows, *tail)))
+        column = np.asarray(
+            np.memmap(file, dtype, mode="r", offset=len(expected), shape=(rows, *tail))
+        )
         return column, file_stamp
     except OSError as exc:
-        advice = "; each shard keeps 7 files open, raise `ulimit -n`" if exc.errno == errno.EMFILE else ""
+        advice = (
+            "; each shard keeps 7 files open, raise `ulimit -n`"
+            if exc.errno == errno.EMFILE
+            else ""
+        )
         raise ArtifactError(f"cannot read {file}: {exc.strerror}{advice}") from exc
 
 
@@ -251,4 +301,7 @@ def _header_text(header: bytes) -> str:
 
 def _check_ends(file: Path, offsets: npt.NDArray[np.int64], end: int) -> None:
     if offsets[0] != 0 or offsets[-1] != end:
-        raise ChecksumError(f"{file} runs from {offsets[0]} to {offsets[-1]}; expected 0 to {end}; build the set again")
+        raise ChecksumError(
+            f"{file} runs from {offsets[0]} to {offsets[-1]}; expected 0 to {end}; build the set"
+            " again"
+        )

@@ -1,4 +1,5 @@
-"""Write the columns of one shard as .npy files and say what was written: sizes and hashes, for the manifest."""
+"""Write the columns of one shard as .npy files and say what was written: sizes and hashes, for the
+manifest."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,15 +15,20 @@ _BLOCK_BYTES = 1 << 24
 
 
 def write_shard(root: Path, index: int, columns: Mapping[str, npt.NDArray[Any]]) -> ShardEntry:
-    """Write shard `index` below `root` (a staged directory: the caller renames it when the set is whole).
+    """Write shard `index` below `root` (a staged directory: the caller renames it when the set is
+    whole).
 
-    `columns` has exactly the names of COLUMNS, each with that dtype and shape. Raises OSError when the disk is full.
+    `columns` has exactly the names of COLUMNS, each with that dtype and shape. Raises OSError when
+    the disk is full.
     """
     assert set(columns) == set(COLUMNS), sorted(columns)
     path = f"{SHARDS_DIR}/{index:05d}"
     folder = root / path
     folder.mkdir(parents=True)
-    files = {f"{name}.npy": _write_column(folder / f"{name}.npy", columns[name], *COLUMNS[name]) for name in COLUMNS}
+    files = {
+        f"{name}.npy": _write_column(folder / f"{name}.npy", columns[name], *COLUMNS[name])
+        for name in COLUMNS
+    }
     return ShardEntry(
         path=path,
         packs=len(columns["pack_offsets"]) - 1,
@@ -33,7 +39,9 @@ def write_shard(root: Path, index: int, columns: Mapping[str, npt.NDArray[Any]])
     )
 
 
-def _write_column(path: Path, array: npt.NDArray[Any], dtype: str, tail: tuple[int, ...]) -> FileEntry:
+def _write_column(
+    path: Path, array: npt.NDArray[Any], dtype: str, tail: tuple[int, ...]
+) -> FileEntry:
     assert array.dtype == np.dtype(dtype), (path.name, array.dtype)
     assert array.shape[1:] == tail, (path.name, array.shape)
     header = npy_header(dtype, array.shape)

@@ -1,4 +1,5 @@
-"""Lets tests import helper modules beside them (`shard_sets`): in importlib mode pytest does not add the folder."""
+"""Lets tests import helper modules beside them (`shard_sets`): in importlib mode pytest does not
+add the folder."""
 
 import logging
 import os
@@ -12,11 +13,13 @@ import pytest
 if TYPE_CHECKING:
     from prep_processes import ForkedPrep
 
-# One thread here and in every process that a test starts: sums in another order differ in the last bit, and tests
-# that compare runs bit by bit share the machine with others. Set before anything imports torch.
+# One thread here and in every process that a test starts: sums in another order differ in the last
+# bit, and tests that compare runs bit by bit share the machine with others. Set before anything
+# imports torch.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-sys.path.insert(0, str(Path(__file__).parent))
+for _folder in ("builders", "doubles"):
+    sys.path.insert(0, str(Path(__file__).with_name(_folder)))
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +34,8 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[ForkedPrep]":
 
 @pytest.fixture(autouse=True)
 def heard() -> None:
-    """Let pytest hear our loggers whatever commands ran in this process before: they keep their lines to themselves."""
+    """Let pytest hear our loggers whatever commands ran in this process before: they keep their
+    lines to themselves."""
     for name in ("prep", "train", "shared"):
         logging.getLogger(name).propagate = True
 
@@ -49,7 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def second_device(request: pytest.FixtureRequest) -> Path:
-    """The compiled module of tests/second_device, built once for all workers and kept in pytest's cache."""
+    """The compiled module of tests/second_device, built once for all workers and kept in pytest's
+    cache."""
     sys.path.insert(0, str(Path(__file__).with_name("second_device")))
     from device_build import build, why_not
 

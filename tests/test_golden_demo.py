@@ -1,4 +1,5 @@
-"""The demo's columns and its first losses are those on record: a refactoring changes neither (tests/golden_demo.py)."""
+"""The demo's columns and its first losses are those on record: a refactoring changes neither
+(tests/builders/golden_demo.py)."""
 
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from shared.hashing import sha256_file
 pytestmark = pytest.mark.slow
 
 OTHER_CPU = 2e-5
-"""Relative: other vector units and libraries round sums otherwise, 1e-7 at first, and twenty steps add to it."""
+"""Relative: other vector units and libraries round sums otherwise, 1e-7 at first, and twenty steps
+add to it."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""The README's commands do what it says: its walk-through is run, its recipe is loaded, its targets exist."""
+"""The README's commands do what it says: its walk-through is run, its recipe is loaded, its targets
+exist."""
 
 import os
 import re
@@ -8,13 +9,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from prep.config import MixtureConfig
 from shared import config
 from shared.shard_format import COLUMNS
 from train.config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -48,7 +49,12 @@ def test_the_recipe_shown_is_a_recipe() -> None:
 
 def test_the_part_of_a_mixture_shown_is_one() -> None:
     (text,) = (block for block in blocks("toml") if "[[sources]]" in block)
-    rest = {"name": "x", "max_seq_len": 64, "tokenizer": {"name": "x"}, "template": {"name": "tulu"}}
+    rest = {
+        "name": "x",
+        "max_seq_len": 64,
+        "tokenizer": {"name": "x"},
+        "template": {"name": "tulu"},
+    }
     assert config.build(MixtureConfig, {**rest, **tomllib.loads(text)}, "README.md").sources
 
 

@@ -1,7 +1,9 @@
-"""The shipped mixtures and recipes by name, from a hub to an exported model, with everything real but the sizes.
+"""The shipped mixtures and recipes by name, from a hub to an exported model, with everything real
+but the sizes.
 
-The hub is on the loopback device; its repositories have the real names, schema, sources and files. Models have the
-real architectures and settings with small sizes and random weights, tokenizers the real control tokens.
+The hub is on the loopback device; its repositories have the real names, schema, sources and files.
+Models have the real architectures and settings with small sizes and random weights, tokenizers the
+real control tokens.
 """
 
 import json
@@ -62,7 +64,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ARCHITECTURES["allenai/OLMo-2-1124-13B"] = ARCHITECTURES["allenai/OLMo-2-1124-7B"]
-ARCHITECTURES["allenai/OLMo-2-0325-32B"] = {**ARCHITECTURES["allenai/OLMo-2-1124-7B"], "num_key_value_heads": 1}
+ARCHITECTURES["allenai/OLMo-2-0325-32B"] = {
+    **ARCHITECTURES["allenai/OLMo-2-1124-7B"],
+    "num_key_value_heads": 1,
+}
 CONTROL = {
     "meta-llama": ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
     "allenai": ("<|endoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"),
@@ -71,20 +76,26 @@ CONTROL = {
 
 
 def rows() -> list[dict[str, Any]]:
-    """Conversations that can be learnt in a few steps: the answer repeats a word of the question."""
+    """Conversations that can be learnt in a few steps: the answer repeats a word of the
+    question."""
     draw = random.Random(0)
     words = ["red", "blue", "green", "gold", "grey", "pink", "black", "white"]
     found = []
     for number in range(NUM_ROWS):
         word = draw.choice(words)
         messages = [
-            {"role": "user", "content": f"Say the colour {word} {draw.randint(2, 60) * 'please '}".strip()},
+            {
+                "role": "user",
+                "content": f"Say the colour {word} {draw.randint(2, 60) * 'please '}".strip(),
+            },
             {"role": "assistant", "content": " ".join([word] * draw.randint(1, 40))},
         ]
         if number % 50 == 0:
             messages.insert(0, {"role": "system", "content": "Answer with one colour."})
         source = SOURCES[number % len(SOURCES)]
-        found.append({"id": f"{source.split('/')[1]}_{number}", "messages": messages, "source": source})
+        found.append(
+            {"id": f"{source.split('/')[1]}_{number}", "messages": messages, "source": source}
+        )
     return found
 
 
@@ -93,7 +104,9 @@ def write_dataset(root: Path, found: list[dict[str, Any]]) -> None:
     (root / "data").mkdir(parents=True)
     half = len(found) // 2
     for number, part in enumerate((found[:half], found[half:])):
-        pq.write_table(pa.Table.from_pylist(part), root / "data" / f"train-{number:05d}-of-00002.parquet")
+        pq.write_table(
+            pa.Table.from_pylist(part), root / "data" / f"train-{number:05d}-of-00002.parquet"
+        )
     card = ["---", "configs:", "- config_name: default", "  data_files:", "  - split: train", "    path: data/train-*",
             "license: odc-by", "---", "# A mixture", ""]  # fmt: skip
     (root / "README.md").write_text("\n".join(card))
@@ -104,8 +117,12 @@ def write_model(root: Path, name: str) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.train_from_iterator([m["content"] for row in rows() for m in row["messages"]], trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+    )
+    tokenizer.train_from_iterator(
+        [m["content"] for row in rows() for m in row["messages"]], trainer
+    )
     bos, eos, *others = CONTROL[name.split("/")[0]]
     special = dict.fromkeys(token for token in (bos, eos, *others) if token is not None)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
@@ -113,8 +130,17 @@ def write_model(root: Path, name: str) -> None:
     tokenizer.save(str(root / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "bos_token": bos}
     (root / "tokenizer_config.json").write_text(json.dumps(settings))
-    ids = {"bos_token_id": bos and tokenizer.token_to_id(bos), "eos_token_id": tokenizer.token_to_id(eos)}
-    table = {**SMALL, **ARCHITECTURES[name], **ids, "vocab_size": tokenizer.get_vocab_size(), "pad_token_id": None}
+    ids = {
+        "bos_token_id": bos and tokenizer.token_to_id(bos),
+        "eos_token_id": tokenizer.token_to_id(eos),
+    }
+    table = {
+        **SMALL,
+        **ARCHITECTURES[name],
+        **ids,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "pad_token_id": None,
+    }
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(table.pop("model_type"), **table))
     model.save_pretrained(root)
@@ -125,7 +151,11 @@ class Hub:
 
     def __init__(self, endpoint: str, work: Path) -> None:
         self.work = work
-        self.environment = {**os.environ, **client_environment(work / "home", endpoint), "OMP_NUM_THREADS": "1"}
+        self.environment = {
+            **os.environ,
+            **client_environment(work / "home", endpoint),
+            "OMP_NUM_THREADS": "1",
+        }
 
     def call(self, *arguments: object) -> str:
         command = [str(BIN / str(arguments[0])), *(str(argument) for argument in arguments[1:])]
@@ -151,13 +181,25 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield Hub(endpoint, tmp_path_factory.mktemp("work"))
 
 
-def rehearse(hub: Hub, mixture: str, *options: str, recipe: str | None = None, ranks: int = 1) -> Path:
-    """Build the mixture unless it is there, train the recipe, and check what every rehearsal must show."""
+def rehearse(
+    hub: Hub, mixture: str, *options: str, recipe: str | None = None, ranks: int = 1
+) -> Path:
+    """Build the mixture unless it is there, train the recipe, and check what every rehearsal must
+    show."""
     hub.call("sft-prep", "build", "--mixture", mixture)
     shards = hub.work / "data_cache" / mixture
     named = ("--recipe", recipe) if recipe else ()
     run = hub.work / "runs" / (recipe or mixture)
-    call = ["sft-train", "--shards", f"data_cache/{mixture}", *named, "--output", run, "--nproc-per-node", ranks]
+    call = [
+        "sft-train",
+        "--shards",
+        f"data_cache/{mixture}",
+        *named,
+        "--output",
+        run,
+        "--nproc-per-node",
+        ranks,
+    ]
     hub.call(*call, "--set", "optim.learning_rate=0.01", *options)
     losses = [record["train_loss"] for record in records(run)]
     assert losses[-1] < 0.75 * losses[0], losses
@@ -178,11 +220,16 @@ def rehearse(hub: Hub, mixture: str, *options: str, recipe: str | None = None, r
 
 @pytest.mark.slow
 def test_tulu3_as_its_two_lines_say(hub: Hub) -> None:
-    """`sft-prep build --mixture tulu3`, `sft-train --shards data_cache/tulu3`: the fast form, on two ranks."""
-    run = rehearse(hub, "tulu3", "--set", "schedule.epochs=8", "--set", "batch.packs_per_step=2", ranks=2)
+    """`sft-prep build --mixture tulu3`, `sft-train --shards data_cache/tulu3`: the fast form, on
+    two ranks."""
+    run = rehearse(
+        hub, "tulu3", "--set", "schedule.epochs=8", "--set", "batch.packs_per_step=2", ranks=2
+    )
     sources = open_shard_set(hub.work / "data_cache" / "tulu3").manifest.sources
     assert [source.name for source in sources] == sorted(SOURCES)
-    told_apart = {key.removeprefix("train_loss/") for key in records(run)[-1] if key.startswith("train_loss/")}
+    told_apart = {
+        key.removeprefix("train_loss/") for key in records(run)[-1] if key.startswith("train_loss/")
+    }
     assert told_apart == set(SOURCES)
     recipe = json.loads((run / "config.json").read_text())["recipe"]
     assert recipe["name"] == "tulu3-8b"
@@ -193,7 +240,8 @@ def test_tulu3_as_its_two_lines_say(hub: Hub) -> None:
 
 @pytest.mark.slow
 def test_tulu3_as_it_was_released(hub: Hub) -> None:
-    """128 conversations per step and their summed loss, as shipped; nothing is changed but the rate."""
+    """128 conversations per step and their summed loss, as shipped; nothing is changed but the
+    rate."""
     run = rehearse(hub, "tulu3", recipe="tulu3-8b-released")
     assert [record["step"] for record in records(run)] == list(range(1, 11))  # ceil(2 x 600 / 128)
 
@@ -205,7 +253,9 @@ def test_the_olmo2_recipes_share_one_set(recipe: str, hub: Hub) -> None:
     rehearse(hub, "olmo2", *small, recipe=recipe)
     shard_set = open_shard_set(hub.work / "data_cache" / "olmo2")
     manifest = shard_set.manifest
-    firsts = {int(shard_set.sequence(number).tokens[0]) for number in range(manifest.totals.sequences)}
+    firsts = {
+        int(shard_set.sequence(number).tokens[0]) for number in range(manifest.totals.sequences)
+    }
     assert firsts == {manifest.tokenizer.bos_token_id}
 
 

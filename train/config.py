@@ -1,4 +1,5 @@
-"""What a recipe says: how `sft-train` trains. Nothing derived lives here; train/recipe_file.py reads the files."""
+"""What a recipe says: how `sft-train` trains. Nothing derived lives here; train/recipe_file.py
+reads the files."""
 
 import json
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ _MOST = 2**31 - 1  # of what is counted: more is a slip, and would not fit in me
 _MOST_NAME = 100
 
 
-def _check_range(name: str, value: float | None, low: float, high: float, *, above: bool = False) -> None:
+def _check_range(
+    name: str, value: float | None, low: float, high: float, *, above: bool = False
+) -> None:
     """Raise ConfigError unless `value` is None or from `low` (`above`: more than it) to `high`."""
     if value is None or ((low < value if above else low <= value) and value <= high):
         return
@@ -28,28 +31,38 @@ class ModelConfig:
     config: dict[str, Any] | None = None
     """A model with random weights: `model_type` and the keys of its transformers config."""
     attention: Literal["auto", "per_sequence", "flash", "varlen"] = "auto"
-    """Kernel that keeps sequences of a pack apart; `auto` takes the fastest one that the device has."""
+    """Kernel that keeps sequences of a pack apart; `auto` takes the fastest one that the device
+    has."""
     gradient_checkpointing: bool = False
-    """Compute each layer's activations again in the backward pass: less memory, about a third more time."""
+    """Compute each layer's activations again in the backward pass: less memory, about a third more
+    time."""
     mlp_tiles: int = 1
-    """Run the feed-forward layers in so many parts of a row, for long rows: less memory, some more time."""
+    """Run the feed-forward layers in so many parts of a row, for long rows: less memory, some more
+    time."""
     resize_vocab: bool = False
-    """Grow the embedding where the shards hold ids that the model does not know; otherwise that is an error. Not needed
-    for tokens that the mixture added (tokenizer.add_tokens)."""
+    """Grow the embedding where the shards hold ids that the model does not know; otherwise that is
+    an error. Not needed for tokens that the mixture added (tokenizer.add_tokens)."""
     check_tokenizer: bool = True
-    """Refuse shards whose tokenizer makes other ids than the tokenizer.json beside the model's weights."""
+    """Refuse shards whose tokenizer makes other ids than the tokenizer.json beside the model's
+    weights."""
 
     def __post_init__(self) -> None:
         _check_range("mlp_tiles", self.mlp_tiles, 1, 64)  # each costs a call of every layer, twice
         if not self.revision.strip():
-            raise ConfigError(f"revision = {self.revision!r}; expected a branch, tag or commit, such as 'main'")
+            raise ConfigError(
+                f"revision = {self.revision!r}; expected a branch, tag or commit, such as 'main'"
+            )
         try:
             json.dumps(self.config, allow_nan=False)
         except (ValueError, TypeError) as exc:  # a run writes it down for others to read
             shown = f"{self.config!r:.200}"
-            raise ConfigError(f"config = {shown}; expected finite numbers, text, lists and tables only") from exc
+            raise ConfigError(
+                f"config = {shown}; expected finite numbers, text, lists and tables only"
+            ) from exc
         if "\0" in self.name or "\0" in self.revision:
-            raise ConfigError(f"name = {self.name!r}, revision = {self.revision!r}; expected text without NUL")
+            raise ConfigError(
+                f"name = {self.name!r}, revision = {self.revision!r}; expected text without NUL"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +81,10 @@ class OptimConfig:
         _check_range("eps", self.eps, 0.0, 1.0, above=True)
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ConfigError(f"betas = {list(self.betas)}; expected two numbers from 0 to below 1")
-        for name, value in (("weight_decay", self.weight_decay), ("max_grad_norm", self.max_grad_norm)):
+        for name, value in (
+            ("weight_decay", self.weight_decay),
+            ("max_grad_norm", self.max_grad_norm),
+        ):
             _check_range(name, value, 0.0, 1e9)
 
 
@@ -83,7 +99,9 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.warmup_ratio <= 1.0:
-            raise ConfigError(f"warmup_ratio = {self.warmup_ratio}; expected a fraction from 0 to 1")
+            raise ConfigError(
+                f"warmup_ratio = {self.warmup_ratio}; expected a fraction from 0 to 1"
+            )
         _check_range("epochs", self.epochs, 0.0, 1e6, above=True)
         _check_range("max_steps", self.max_steps, 1, _MOST)
 
@@ -97,18 +115,20 @@ class BatchConfig:
     tokens_per_step: int | None = None
     """The same in tokens: a multiple of the shards' max_seq_len."""
     conversations_per_step: int | None = None
-    """Exactly so many conversations per optimiser step, packed within the step; any number of ranks will do."""
+    """Exactly so many conversations per optimiser step, packed within the step; any number of ranks
+    will do."""
     packs_per_micro_batch: int = 1
-    """Packs, or rows of max_seq_len tokens, of one forward and backward pass on one rank. Changes memory and speed,
-    never the gradient."""
+    """Packs, or rows of max_seq_len tokens, of one forward and backward pass on one rank. Changes
+    memory and speed, never the gradient."""
 
     def __post_init__(self) -> None:
         ways = ("packs_per_step", "tokens_per_step", "conversations_per_step")
         stated = [name for name in ways if getattr(self, name) is not None]
         if len(stated) != 1:
             raise ConfigError(
-                f"set one of {ways[0]}, {ways[1]} and {ways[2]}; {' and '.join(stated) or 'none'} found. To replace "
-                "what a recipe states: --set 'batch={conversations_per_step=128}'"
+                f"set one of {ways[0]}, {ways[1]} and {ways[2]}; {' and '.join(stated) or 'none'}"
+                " found. To replace what a recipe states: --set"
+                " 'batch={conversations_per_step=128}'"
             )
         for name in (*ways, "packs_per_micro_batch"):
             _check_range(name, getattr(self, name), 1, _MOST)
@@ -117,45 +137,55 @@ class BatchConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
     norm: Literal["token", "sample", "sum"] = "token"
-    """`token`: mean over the loss tokens of the step. `sample`: mean over its conversations of their means. `sum`."""
+    """`token`: mean over the loss tokens of the step. `sample`: mean over its conversations of
+    their means. `sum`."""
     divisor: float = 1.0
-    """What `sum` is divided by, e.g. the conversations per step of a trainer that sums over tokens and divides by
-    ranks x accumulation: it sets the scale that `optim.max_grad_norm` clips at."""
+    """What `sum` is divided by, e.g. the conversations per step of a trainer that sums over tokens
+    and divides by ranks x accumulation: it sets the scale that `optim.max_grad_norm` clips at."""
 
     load_balancing_weight: float = 0.0
-    """Of the auxiliary loss that keeps the experts of a mixture-of-experts model evenly used (train/model/router_loss.py). Unlike
-    the rest of the loss it hangs on how a step is cut into micro-batches: shares are counted in each of them."""
+    """Of the auxiliary loss that keeps the experts of a mixture-of-experts model evenly used
+    (train/model/router_loss.py). Unlike the rest of the loss it hangs on how a step is cut into
+    micro-batches: shares are counted in each of them."""
 
     def __post_init__(self) -> None:
         _check_range("load_balancing_weight", self.load_balancing_weight, 0.0, 1e6)
         _check_range("divisor", self.divisor, 0.0, 1e30, above=True)
         if self.divisor != 1.0 and self.norm != "sum":
-            raise ConfigError(f"divisor = {self.divisor} with norm = {self.norm!r}; only norm = 'sum' has one")
+            raise ConfigError(
+                f"divisor = {self.divisor} with norm = {self.norm!r}; only norm = 'sum' has one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
-    """What DeepSpeed shards over the ranks: nothing (0), optimizer state (1), gradients too (2), weights too (3).
-    `auto` is 3 from two ranks on and 0 for one, where sharding costs time and memory and saves neither."""
+    """What DeepSpeed shards over the ranks: nothing (0), optimizer state (1), gradients too (2),
+    weights too (3). `auto` is 3 from two ranks on and 0 for one, where sharding costs time and
+    memory and saves neither."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of weights and activations; `auto` is bf16 on a GPU and fp32 on a CPU. Master weights and sums are fp32."""
+    """Of weights and activations; `auto` is bf16 on a GPU and fp32 on a CPU. Master weights and
+    sums are fp32."""
     sequence_parallel: int = 1
-    """Ranks that share each row, for rows longer than one GPU holds (Ulysses); a divisor of the model's heads."""
+    """Ranks that share each row, for rows longer than one GPU holds (Ulysses); a divisor of the
+    model's heads."""
 
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where master weights and moments lie, and updates are computed: less GPU memory, slower steps."""
+    """Where master weights and moments lie, and updates are computed: less GPU memory, slower
+    steps."""
     offload_params: Literal["none", "cpu", "nvme"] = "none"
     """Where the shards of the weights lie until a layer needs them; stage 3 only."""
     nvme_path: str = ""
     """Directory on a fast local disk for what is offloaded to "nvme"."""
     hpz_partition_size: int = 1
-    """ZeRO++: keep a second copy of the weights, shared out over so many ranks (those of a node), for the backward
-    pass; stage 3 only."""
+    """ZeRO++: keep a second copy of the weights, shared out over so many ranks (those of a node),
+    for the backward pass; stage 3 only."""
     quantized_weights: bool = False
-    """ZeRO++: gather weights in 8 bits; stage 3 on GPUs only. Changes what is computed, a little."""
+    """ZeRO++: gather weights in 8 bits; stage 3 on GPUs only. Changes what is computed, a
+    little."""
     quantized_gradients: bool = False
-    """ZeRO++: reduce gradients in 4 bits; stage 3 on GPUs only. Changes what is computed, a little."""
+    """ZeRO++: reduce gradients in 4 bits; stage 3 on GPUs only. Changes what is computed, a
+    little."""
 
     def __post_init__(self) -> None:
         for name in ("sequence_parallel", "hpz_partition_size"):
@@ -163,13 +193,19 @@ class EngineConfig:
         on_disk = "nvme" in (self.offload_optimizer, self.offload_params)
         if on_disk != bool(self.nvme_path):
             raise ConfigError(
-                f"nvme_path = {self.nvme_path!r:.200} with offload_optimizer = {self.offload_optimizer!r} and "
-                f"offload_params = {self.offload_params!r}; expected a path where one of them is nvme, else none"
+                f"nvme_path = {self.nvme_path!r:.200} with offload_optimizer ="
+                f" {self.offload_optimizer!r} and offload_params = {self.offload_params!r};"
+                " expected a path where one of them is nvme, else none"
             )
         if self.zero_stage not in ("auto", 3) and (of_stage_3 := self.of_stage_3()):
-            raise ConfigError(f"{', '.join(of_stage_3)} with zero_stage = {self.zero_stage}; that is for stage 3 only")
+            raise ConfigError(
+                f"{', '.join(of_stage_3)} with zero_stage = {self.zero_stage}; that is for stage 3"
+                " only"
+            )
         if self.zero_stage == 0 and self.offload_optimizer != "none":
-            raise ConfigError("offload_optimizer with zero_stage = 0; that is for the stages 1 to 3")
+            raise ConfigError(
+                "offload_optimizer with zero_stage = 0; that is for the stages 1 to 3"
+            )
 
     def of_stage_3(self) -> list[str]:
         """Return the keys that ask for what only ZeRO stage 3 has."""
@@ -184,28 +220,38 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
-    """Train low-rank adapters beside frozen weights (LoRA); a rank of 0 trains the weights themselves."""
+    """Train low-rank adapters beside frozen weights (LoRA); a rank of 0 trains the weights
+    themselves."""
 
     rank: int = 0
     alpha: float = 16.0
     """The adapters' product counts alpha / rank times."""
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
-    """Names of linear layers that get an adapter, such as "q_proj", never the LM head; none named: all but that."""
+    """Names of linear layers that get an adapter, such as "q_proj", never the LM head; none named:
+    all but that."""
     quantize: Literal["none", "nf4"] = "none"
-    """Hold the frozen weights in 4 bits (QLoRA); needs bitsandbytes and engine.zero_stage below 3."""
+    """Hold the frozen weights in 4 bits (QLoRA); needs bitsandbytes and engine.zero_stage below
+    3."""
     export: Literal["merged", "adapter"] = "merged"
-    """`merged`: a whole model. `adapter`: the adapters alone, as peft loads them beside the base model."""
+    """`merged`: a whole model. `adapter`: the adapters alone, as peft loads them beside the base
+    model."""
 
     def __post_init__(self) -> None:
         _check_range("rank", self.rank, 0, 65536)
         _check_range("alpha", self.alpha, 0.0, 1e6, above=True)
         if not all(target.strip() for target in self.targets):
-            raise ConfigError(f"targets = {list(self.targets)}; expected names of linear layers, none empty")
+            raise ConfigError(
+                f"targets = {list(self.targets)}; expected names of linear layers, none empty"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout = {self.dropout}; expected a fraction from 0 to below 1")
-        if not self.rank and (self.targets or self.dropout or self.quantize != "none" or self.export != "merged"):
-            raise ConfigError("the table says how to train adapters, but rank = 0 trains none; set lora.rank")
+        if not self.rank and (
+            self.targets or self.dropout or self.quantize != "none" or self.export != "merged"
+        ):
+            raise ConfigError(
+                "the table says how to train adapters, but rank = 0 trains none; set lora.rank"
+            )
 
     @property
     def is_on(self) -> bool:
@@ -225,10 +271,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """How to evaluate, where there is an evaluation set: that of --eval-shards, or the one inside the shard set."""
+    """How to evaluate, where there is an evaluation set: that of --eval-shards, or the one inside
+    the shard set."""
 
     every_steps: int = 0
-    """Steps between evaluations; 0 evaluates at every checkpoint that is due. The last step always is evaluated."""
+    """Steps between evaluations; 0 evaluates at every checkpoint that is due. The last step always
+    is evaluated."""
     max_packs: int = 0
     """Evaluate a sample of so many packs, the same each time; 0 evaluates all."""
 
@@ -246,7 +294,8 @@ class LogConfig:
     wandb_name: str = ""
     """Default: the name of the run directory."""
     spike_sigma: float = 6.0
-    """A loss so many deviations above the recent median is reported with its rows (RUN/spikes.jsonl); 0: none is."""
+    """A loss so many deviations above the recent median is reported with its rows
+    (RUN/spikes.jsonl); 0: none is."""
 
     def __post_init__(self) -> None:
         _check_range("every_steps", self.every_steps, 1, _MOST)
@@ -260,7 +309,8 @@ class RunConfig:
     seed: int = 0
     """Of the data order, of random weights and of dropout."""
     on_non_finite: Literal["stop", "skip"] = "stop"
-    """At a step whose loss or gradient is not finite: stop before the update, or leave the step out and go on."""
+    """At a step whose loss or gradient is not finite: stop before the update, or leave the step out
+    and go on."""
     max_skipped: int = 10
     """Steps that `skip` leaves out in the whole run before it stops after all."""
     hang_timeout_minutes: float = 30.0
@@ -289,13 +339,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if not self.name.isprintable() or len(self.name) > _MOST_NAME or not self.name.strip():
-            raise ConfigError(f"name = {self.name[:_MOST_NAME]!r}; expected up to {_MOST_NAME} printable characters")
+            raise ConfigError(
+                f"name = {self.name[:_MOST_NAME]!r}; expected up to {_MOST_NAME} printable"
+                " characters"
+            )
         if "/" in self.name or self.name.startswith("."):
-            raise ConfigError(f"name = {self.name!r}; expected a plain file name, it becomes part of runs/NAME")
+            raise ConfigError(
+                f"name = {self.name!r}; expected a plain file name, it becomes part of runs/NAME"
+            )
         if self.model.config is not None and self.model.name:
             raise ConfigError("model.name and model.config are both set; keep one of them")
         if self.lora.is_on and (self.model.config is not None or self.model.resize_vocab):
             raise ConfigError(
-                "[lora] trains beside weights that exist: it goes with model.name (--model NAME|DIR), not with "
-                "model.config or model.resize_vocab"
+                "[lora] trains beside weights that exist: it goes with model.name (--model"
+                " NAME|DIR), not with model.config or model.resize_vocab"
             )

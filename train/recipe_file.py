@@ -1,4 +1,5 @@
-"""Recipe files: those that ship, those of users, and what the command line changes. Paths are relative to the file."""
+"""Recipe files: those that ship, those of users, and what the command line changes. Paths are
+relative to the file."""
 
 from importlib import resources
 from pathlib import Path
@@ -16,17 +17,24 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def load_recipe(
-    recipe: str, settings: tuple[str, ...] = (), *, model: str | None = None, max_steps: int | None = None
+    recipe: str,
+    settings: tuple[str, ...] = (),
+    *,
+    model: str | None = None,
+    max_steps: int | None = None,
 ) -> TrainConfig:
-    """Return the recipe named `recipe` (one that ships, or a .toml file) with the changes of the command line.
+    """Return the recipe named `recipe` (one that ships, or a .toml file) with the changes of the
+    command line.
 
-    A `model.name` that is a directory becomes its absolute path. Raises ConfigError for an unknown name, key or value.
+    A `model.name` that is a directory becomes its absolute path. Raises ConfigError for an unknown
+    name, key or value.
     """
     shipped = shipped_recipes()
     path = shipped.get(recipe, Path(recipe))
     if recipe not in shipped and path.suffix != ".toml":
         raise ConfigError(
-            f"no recipe named {recipe!r}; shipped: {', '.join(shipped) or 'none'}. Or give the path of a .toml file"
+            f"no recipe named {recipe!r}; shipped: {', '.join(shipped) or 'none'}. Or give the path"
+            " of a .toml file"
         )
     tables: dict[str, Any] = config.apply_settings(config.load_toml(path), settings)
     model_dir = path.resolve().parent

@@ -1,7 +1,9 @@
-"""`sft-prep build`: compose the stages, once; an existing set is left alone or refused, never overwritten by surprise.
+"""`sft-prep build`: compose the stages, once; an existing set is left alone or refused, never
+overwritten by surprise.
 
-inputs -> sample store per source -> selection -> packs -> shards -> manifest, all in a directory beside, renamed last;
-what the mixture holds out goes the same way into `eval/` in that directory, before the manifest.
+inputs -> sample store per source -> selection -> packs -> shards -> manifest, all in a directory
+beside, renamed last; what the mixture holds out goes the same way into `eval/` in that directory,
+before the manifest.
 """
 
 import contextlib
@@ -45,7 +47,14 @@ from prep.writing.shard_set import Material, Packed, pack, write_set
 from shared import atomic
 from shared.disk import writing_to
 from shared.errors import ArtifactError, DataError
-from shared.shard_format import BUILD_INFO_NAME, EVAL_DIR, MANIFEST_NAME, OTHER_PARTS, Manifest, sealed
+from shared.shard_format import (
+    BUILD_INFO_NAME,
+    EVAL_DIR,
+    MANIFEST_NAME,
+    OTHER_PARTS,
+    Manifest,
+    sealed,
+)
 from shared.shard_reader import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -65,9 +74,11 @@ class BuildPlan:
 
 
 def build(plan: BuildPlan, *, rebuild: bool) -> Manifest:
-    """Make the shard set, or return the manifest of the one that is there if it was made from the same inputs.
+    """Make the shard set, or return the manifest of the one that is there if it was made from the
+    same inputs.
 
-    Raises ArtifactError where a set made from other inputs is in the way and `rebuild` is not asked for.
+    Raises ArtifactError where a set made from other inputs is in the way and `rebuild` is not asked
+    for.
     """
     replaceable_set.place_of(plan.out)
     lock = plan.out.parent / f".{plan.out.name}.lock"
@@ -93,14 +104,23 @@ def dry_run(plan: BuildPlan) -> list[str]:
     selections = _select(plan, inputs, stores, tallies, split)
     inputs = split.inputs
     lines = [_size_line(plan.out, pack(inputs, selections.train), plan.mixture.max_seq_len)]
-    for source, tally, selection in zip(inputs.sources, split.tallies, selections.train, strict=True):
+    for source, tally, selection in zip(
+        inputs.sources, split.tallies, selections.train, strict=True
+    ):
         dropped = Counter(selection.dropped)
         rows = tally.rows - dropped.pop(OTHER_PARTS, 0)
         lost = [f"rejected {len(tally.rejects):,}", f"uncarried {len(tally.uncarried):,}"]
         lost += [f"{reason} {count:,}" for reason, count in sorted(dropped.items())]
-        lines.append(f"  {source.name}: {rows:,} rows, {len(selection.sequences):,} sequences; {', '.join(lost)}")
+        lines.append(
+            f"  {source.name}: {rows:,} rows, {len(selection.sequences):,} sequences;"
+            f" {', '.join(lost)}"
+        )
     if selections.num_held_out:
-        lines.append(_size_line(plan.out / EVAL_DIR, pack(inputs, selections.held_out), plan.mixture.max_seq_len))
+        lines.append(
+            _size_line(
+                plan.out / EVAL_DIR, pack(inputs, selections.held_out), plan.mixture.max_seq_len
+            )
+        )
         for source, selection in zip(inputs.sources, selections.held_out, strict=True):
             lines.append(f"  {source.name}: {len(selection.sequences):,} sequences")
     return lines
@@ -108,21 +128,33 @@ def dry_run(plan: BuildPlan) -> list[str]:
 
 def _size_line(out: Path, packed: Packed, max_seq_len: int) -> str:
     sequences, packs = packed.sequences, len(packed.pack_offsets) - 1
-    tokens, loss_tokens = (int(sequences[name].sum(dtype=np.int64)) for name in ("length", "loss_tokens"))
+    tokens, loss_tokens = (
+        int(sequences[name].sum(dtype=np.int64)) for name in ("length", "loss_tokens")
+    )
     density, size = tokens / (packs * max_seq_len), tokens * 6 / 2**20
     return (
-        f"{out} would hold {packs:,} packs of {max_seq_len:,}, {len(sequences):,} sequences, {tokens:,} tokens, "
-        f"{loss_tokens:,} loss tokens, density {density:.2%}, about {size:,.1f} MiB"
+        f"{out} would hold {packs:,} packs of {max_seq_len:,}, {len(sequences):,} sequences,"
+        f" {tokens:,} tokens, {loss_tokens:,} loss tokens, density {density:.2%}, about"
+        f" {size:,.1f} MiB"
     )
 
 
 def memory_of(plan: BuildPlan) -> dict[str, Any]:
-    """Return what is known of the set that is there: hashes of files that need no second look, and its day."""
+    """Return what is known of the set that is there: hashes of files that need no second look, and
+    its day."""
     known: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # without a memory, files are hashed again
-        known = {} if plan.rehash else dict(json.loads((plan.out / BUILD_INFO_NAME).read_bytes())["known"])
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError
+    ):  # without a memory, files are hashed again
+        known = (
+            {}
+            if plan.rehash
+            else dict(json.loads((plan.out / BUILD_INFO_NAME).read_bytes())["known"])
+        )
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        known[KNOWN_DATE] = json.loads((plan.out / MANIFEST_NAME).read_bytes())["config"]["template"]["date"]
+        known[KNOWN_DATE] = json.loads((plan.out / MANIFEST_NAME).read_bytes())["config"][
+            "template"
+        ]["date"]
     return known
 
 
@@ -131,7 +163,8 @@ def _existing(out: Path, inputs: Inputs) -> Manifest:
     changed = inputs.differences(manifest.inputs)
     if changed:
         raise ArtifactError(
-            f"{out} was made from other inputs: {'; '.join(changed)}. Give another --out, or --rebuild to replace it"
+            f"{out} was made from other inputs: {'; '.join(changed)}. Give another --out, or"
+            " --rebuild to replace it"
         )
     if num_held_out(manifest):
         read_manifest(out / EVAL_DIR)  # it may have been removed
@@ -161,19 +194,25 @@ def _build(plan: BuildPlan, inputs: Inputs) -> Manifest:
             "pack": when_packed - tokenised,
             "write": time.monotonic() - when_packed,
         }
-        told = {**_build_info(plan, inputs, encoder.spec.backend, seconds), "tokenizer_at_inference": at_inference}
+        told = {
+            **_build_info(plan, inputs, encoder.spec.backend, seconds),
+            "tokenizer_at_inference": at_inference,
+        }
         atomic.write_json(aside / BUILD_INFO_NAME, told)
         atomic.write_json(aside / MANIFEST_NAME, sealed(manifest))
     return manifest
 
 
 def _at_inference(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, Any]:
-    """Return how transformers loads the base model's own tokenizer, without the tokens that the mixture adds."""
+    """Return how transformers loads the base model's own tokenizer, without the tokens that the
+    mixture adds."""
     own = load_tokenizer(inputs.tokenizer) if loaded.new_ids else loaded
     return compare_with_inference(inputs.tokenizer, own)
 
 
-def _write_eval_set(out: Path, inputs: Inputs, material: Material, selections: list[Selection]) -> None:
+def _write_eval_set(
+    out: Path, inputs: Inputs, material: Material, selections: list[Selection]
+) -> None:
     """Write the rows that are held out as a set of their own."""
     out.mkdir()
     own = inputs.of_eval_set()
@@ -208,14 +247,20 @@ def _samples(
     return stores, tallies, encoder
 
 
-def _tokenise(plan: BuildPlan, inputs: Inputs, spec: ChunkSpec, tallies: list[Tally]) -> list[SampleStore]:
+def _tokenise(
+    plan: BuildPlan, inputs: Inputs, spec: ChunkSpec, tallies: list[Tally]
+) -> list[SampleStore]:
     """Return the sample store of every source, and add up their chunks in `tallies`."""
-    read: dict[tuple[int, int], int] = {}  # (source, chunk) -> bytes of its files that this chunk ends
+    read: dict[
+        tuple[int, int], int
+    ] = {}  # (source, chunk) -> bytes of its files that this chunk ends
     total = sum(file.stamp.size for source in inputs.sources for file in source.files)
 
     def chunks(index: int) -> Iterator[Chunk]:
         before = 0
-        for chunk in iter_chunks(inputs.sources[index], source_index=index, conversion=tallies[index].conversion):
+        for chunk in iter_chunks(
+            inputs.sources[index], source_index=index, conversion=tallies[index].conversion
+        ):
             read[index, chunk.index] = max(0, chunk.source_bytes_read - before)
             before = max(before, chunk.source_bytes_read)
             yield chunk
@@ -231,9 +276,17 @@ def _tokenise(plan: BuildPlan, inputs: Inputs, spec: ChunkSpec, tallies: list[Ta
             _check_rows(inputs, index, tallies[index])
             check_parts(inputs, tallies)
             if number == 0:
-                warn_of_no_parts(inputs.sources[index], inputs.mixture.sources[index], tallies[index])
-            rows, tokens = sum(tally.rows for tally in tallies), sum(tally.tokens for tally in tallies)
-            advance(read.pop((index, number), 0), f"{rows:,} rows, {tokens:,} tokens, {inputs.sources[index].name}")
+                warn_of_no_parts(
+                    inputs.sources[index], inputs.mixture.sources[index], tallies[index]
+                )
+            rows, tokens = (
+                sum(tally.rows for tally in tallies),
+                sum(tally.tokens for tally in tallies),
+            )
+            advance(
+                read.pop((index, number), 0),
+                f"{rows:,} rows, {tokens:,} tokens, {inputs.sources[index].name}",
+            )
 
         requests = [
             StoreRequest(
@@ -251,32 +304,49 @@ def _check_rows(inputs: Inputs, index: int, tally: Tally) -> None:
     policy = inputs.mixture.rows
     if policy.on_error == "stop" and tally.rejects:
         _, reason, detail = tally.rejects[0]
-        raise DataError(f'{detail} ({reason}); correct the row, or set rows.on_error = "skip" to leave such rows out')
+        raise DataError(
+            f'{detail} ({reason}); correct the row, or set rows.on_error = "skip" to leave such'
+            " rows out"
+        )
     if policy.unknown == "error" and tally.uncarried:
         row, reason = tally.uncarried[0]
         raise DataError(
-            f"source {inputs.sources[index].name!r} row {row}: the template {inputs.template.name!r} cannot carry it "
+            f"source {inputs.sources[index].name!r} row {row}: the template"
+            f" {inputs.template.name!r} cannot carry it "
             f'({reason}); use a template that can, or set rows.unknown = "leave_out"'
         )
 
 
 def _select(
-    plan: BuildPlan, inputs: Inputs, stores: list[SampleStore], tallies: list[Tally], split: SplitSources
+    plan: BuildPlan,
+    inputs: Inputs,
+    stores: list[SampleStore],
+    tallies: list[Tally],
+    split: SplitSources,
 ) -> Selections:
     asked = inputs.mixture.decontaminate
     overlaps: list[list[Overlap]] = [[] for _ in stores]
     if asked.files:
         plain = SourceConfig(path="")
-        questions = [(source, conversion_of(source, plain, plan.store)) for source in inputs.questions]
-        rows = [(source, tally.conversion) for source, tally in zip(inputs.sources, tallies, strict=True)]
+        questions = [
+            (source, conversion_of(source, plain, plan.store)) for source in inputs.questions
+        ]
+        rows = [
+            (source, tally.conversion)
+            for source, tally in zip(inputs.sources, tallies, strict=True)
+        ]
         with writing_to(plan.store):
-            overlaps = find_overlaps(rows, read_questions(questions, asked), store=plan.store, workers=plan.workers)
+            overlaps = find_overlaps(
+                rows, read_questions(questions, asked), store=plan.store, workers=plan.workers
+            )
     selections = select_all(inputs, stores, overlaps, split)
     check_selections(inputs, selections, tallies)
     return selections
 
 
-def _build_info(plan: BuildPlan, inputs: Inputs, backend: str, seconds: dict[str, float]) -> dict[str, Any]:
+def _build_info(
+    plan: BuildPlan, inputs: Inputs, backend: str, seconds: dict[str, float]
+) -> dict[str, Any]:
     return {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),

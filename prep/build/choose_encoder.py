@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 
 def check_fit(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, int]:
-    """Return the template's markers that take several tokens where they need not be one -> how many.
+    """Return the template's markers that take several tokens where they need not be one -> how
+    many.
 
     Raises ConfigError for a template that is not made for this tokenizer.
     """
@@ -25,7 +26,8 @@ def check_fit(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, int]:
     limit = loaded.model_max_length
     if inputs.mixture.max_seq_len > limit:
         logger.warning(
-            "max_seq_len = %d is over the %d tokens that the tokenizer %s says its model takes (model_max_length)",
+            "max_seq_len = %d is over the %d tokens that the tokenizer %s says its model takes"
+            " (model_max_length)",
             inputs.mixture.max_seq_len,
             limit,
             inputs.tokenizer.name,
@@ -39,17 +41,19 @@ def _check_markers(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, int]:
         split = split_markers(required_markers(template.name), loaded.tokenizer)
         if split:
             raise ConfigError(
-                f"template.name = {template.name!r}: its markers must be one token each, the tokenizer "
-                f"{inputs.tokenizer.name!r} splits {_told(split)}. Use a template that was made for it, or give it "
-                f"these tokens: tokenizer.add_tokens = [{', '.join(map(json.dumps, split))}]"
+                f"template.name = {template.name!r}: its markers must be one token each, the"
+                f" tokenizer {inputs.tokenizer.name!r} splits {_told(split)}. Use a template that"
+                " was made for it, or give it these tokens: tokenizer.add_tokens ="
+                f" [{', '.join(map(json.dumps, split))}]"
             )
         return {}
     compiled = ChatTemplate(template, loaded.special_tokens, inputs.mixture.template.date)
     split = split_markers(printed_markers(compiled), loaded.tokenizer)
     if split:
         logger.warning(
-            "the template %r prints %s: where a model knows such a marker as one token, it is another template or "
-            "another tokenizer that belongs here, or tokenizer.add_tokens; plain text by design is fine",
+            "the template %r prints %s: where a model knows such a marker as one token, it is"
+            " another template or another tokenizer that belongs here, or tokenizer.add_tokens;"
+            " plain text by design is fine",
             template.name,
             _told(split),
         )
@@ -57,7 +61,9 @@ def _check_markers(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, int]:
 
 
 def _told(split: dict[str, int]) -> str:
-    return ", ".join(f"{marker} ({f'{count} tokens' if count else 'unknown'})" for marker, count in split.items())
+    return ", ".join(
+        f"{marker} ({f'{count} tokens' if count else 'unknown'})" for marker, count in split.items()
+    )
 
 
 def _check_bos(inputs: Inputs, loaded: LoadedTokenizer) -> None:
@@ -66,11 +72,14 @@ def _check_bos(inputs: Inputs, loaded: LoadedTokenizer) -> None:
         return
     bos = loaded.special_tokens.get("bos_token")
     if bos is None:
-        raise ConfigError(f"template.add_bos = true, but the tokenizer {inputs.tokenizer.name!r} has no BOS token")
+        raise ConfigError(
+            f"template.add_bos = true, but the tokenizer {inputs.tokenizer.name!r} has no BOS token"
+        )
     template = ChatTemplate(inputs.template, loaded.special_tokens, inputs.mixture.template.date)
     if template.opening().startswith(bos * 2):
         raise ConfigError(
-            f"template.add_bos = true, but the template {inputs.template.name!r} prints {bos!r} itself; leave it false"
+            f"template.add_bos = true, but the template {inputs.template.name!r} prints {bos!r}"
+            " itself; leave it false"
         )
 
 
@@ -80,15 +89,17 @@ def check_turns(inputs: Inputs, template: ChatTemplate, control: tuple[str, ...]
     for token in asked:
         if token not in control:
             raise ConfigError(
-                f"template.terminators names {token!r}, which is no control token of the tokenizer "
-                f"{inputs.tokenizer.name!r}; expected some of {', '.join(control[:12])}{', ...' * (len(control) > 12)}"
+                f"template.terminators names {token!r}, which is no control token of the tokenizer"
+                f" {inputs.tokenizer.name!r}; expected some of"
+                f" {', '.join(control[:12])}{', ...' * (len(control) > 12)}"
             )
     rules = learn_rules(template, control, asked)
     if inputs.mixture.mask.terminator != "none" and not ends_turns(template, rules):
         raise ConfigError(
-            f"the template {inputs.template.name!r} prints no control token that ends an assistant's turn, so a model "
-            "would not learn to stop. Use a template that ends turns; or name the tokens that do, though they open "
-            'the next message, in template.terminators; or set mask.terminator = "none" if that is wanted'
+            f"the template {inputs.template.name!r} prints no control token that ends an"
+            " assistant's turn, so a model would not learn to stop. Use a template that ends"
+            " turns; or name the tokens that do, though they open the next message, in"
+            ' template.terminators; or set mask.terminator = "none" if that is wanted'
         )
 
 
@@ -98,10 +109,14 @@ def plain_kinds(roles: tuple[str, ...]) -> tuple[Kind, ...]:
     return tuple(kind for role in sorted(roles) for kind in kinds.get(role, (ROLE_KINDS[role],)))
 
 
-def choose_encoder(loaded: LoadedTokenizer, control: tuple[str, ...], plain: tuple[Kind, ...], backend: str) -> Encoder:
-    """Return gigatoken where it takes this tokenizer and gives the referee's ids for the canary, else transformers.
+def choose_encoder(
+    loaded: LoadedTokenizer, control: tuple[str, ...], plain: tuple[Kind, ...], backend: str
+) -> Encoder:
+    """Return gigatoken where it takes this tokenizer and gives the referee's ids for the canary,
+    else transformers.
 
-    `control` are the tokens that only the template may make; `plain` the kinds whose texts hold no markup either.
+    `control` are the tokens that only the template may make; `plain` the kinds whose texts hold no
+    markup either.
     """
     if backend == "auto":
         encoder = Encoder(encoder_spec(loaded.tokenizer_json, control, "gigatoken", plain))
@@ -111,5 +126,8 @@ def choose_encoder(loaded: LoadedTokenizer, control: tuple[str, ...], plain: tup
             reason = "it gives other ids"
         except Exception as exc:  # gigatoken refuses with plain exceptions of its own; the referee then does the work
             reason = str(exc)
-        logger.warning("gigatoken cannot encode for this tokenizer (%s); transformers does, more slowly", reason)
+        logger.warning(
+            "gigatoken cannot encode for this tokenizer (%s); transformers does, more slowly",
+            reason,
+        )
     return Encoder(encoder_spec(loaded.tokenizer_json, control, "transformers", plain))

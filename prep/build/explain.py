@@ -1,4 +1,5 @@
-"""`sft-prep explain`: field by field, why a shard set or a sample store that is there does or does not match."""
+"""`sft-prep explain`: field by field, why a shard set or a sample store that is there does or does
+not match."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from shared.shard_reader import read_manifest
 
 
 def explain(plan: BuildPlan) -> list[str]:
-    """Return, line by line, what a build of `plan` would find and make. Nothing is tokenised or written."""
+    """Return, line by line, what a build of `plan` would find and make. Nothing is tokenised or
+    written."""
     inputs = resolve_inputs(plan.mixture, plan.base, memory_of(plan))
     return [*_set_lines(plan, inputs), *_store_lines(plan, inputs)]
 
@@ -30,7 +32,8 @@ def _store_lines(plan: BuildPlan, inputs: Inputs) -> list[str]:
     lines = []
     for source, entry in zip(inputs.sources, plan.mixture.sources, strict=True):
         conversion = conversion_of(source, entry, plan.store)
-        # which backend a build would take is known only with the tokenizer loaded: samples of either are samples
+        # which backend a build would take is known only with the tokenizer loaded: samples of
+        # either are samples
         asked = plan.mixture.tokenizer.backend
         backends = ("gigatoken", "transformers") if asked == "auto" else (asked,)
         wanted = [inputs.store_inputs(source, conversion, backend) for backend in backends]
@@ -40,16 +43,21 @@ def _store_lines(plan: BuildPlan, inputs: Inputs) -> list[str]:
         elif begun := [path for path in paths if path in known]:
             lines.append(f"samples of {source.name}: begun in {begun[0]}, a build goes on there")
         else:
-            lines += [f"samples of {source.name}: to be tokenised", *_nearest(wanted[0], known, plan.store)]
+            lines += [
+                f"samples of {source.name}: to be tokenised",
+                *_nearest(wanted[0], known, plan.store),
+            ]
     return lines
 
 
 def _nearest(wanted: dict[str, Any], known: dict[Path, dict[str, Any]], store: Path) -> list[str]:
-    """Return how the store that differs least differs, where one of the same source or settings is there."""
+    """Return how the store that differs least differs, where one of the same source or settings is
+    there."""
     related = {
         path: difference_lines(tree, wanted)
         for path, tree in known.items()
-        if tree.get("source") == wanted["source"] or {**tree, "source": None} == {**wanted, "source": None}
+        if tree.get("source") == wanted["source"]
+        or {**tree, "source": None} == {**wanted, "source": None}
     }
     if not related:
         return [f"  {store} has none of this source"]

@@ -1,7 +1,8 @@
-"""Write the commits that a mixture's revisions name now into its file, so that it means the same next year.
+"""Write the commits that a mixture's revisions name now into its file, so that it means the same
+next year.
 
-The file is edited line by line: comments and order stay. What was edited is read back and compared with what was
-meant before it is written.
+The file is edited line by line: comments and order stay. What was edited is read back and compared
+with what was meant before it is written.
 """
 
 import re
@@ -22,15 +23,17 @@ _KEY = re.compile(r"^\s*([A-Za-z0-9_-]+)\s*=")
 
 
 Revision = tuple[str, int, dict[str, Any], str, Callable[[str, str], str]]
-"""A table, its number among those of that name, its content, the hub id or path in it, and how to resolve that."""
+"""A table, its number among those of that name, its content, the hub id or path in it, and how to
+resolve that."""
 
 
 def pin(mixture: str, out: Path | None) -> list[str]:
-    """Pin every hub revision of `mixture` (one that ships, or a .toml file); return what was done, a line each.
+    """Pin every hub revision of `mixture` (one that ships, or a .toml file); return what was done,
+    a line each.
 
-    A file is changed in place unless `out` is given; one that ships is written to NAME.toml here. Raises ConfigError
-    for a file whose tables are not written out, or whose local paths would mean others at `out`, and DataError for
-    what the hub does not have.
+    A file is changed in place unless `out` is given; one that ships is written to NAME.toml here.
+    Raises ConfigError for a file whose tables are not written out, or whose local paths would mean
+    others at `out`, and DataError for what the hub does not have.
     """
     shipped = shipped_mixtures()
     path = shipped.get(mixture, Path(mixture))
@@ -42,7 +45,9 @@ def pin(mixture: str, out: Path | None) -> list[str]:
     for place, number, table, name, resolve in _revisions(tables):
         if (base / Path(name).expanduser()).exists() or name.startswith((".", "/", "~")):
             if target.resolve().parent != base:
-                raise ConfigError(f"{path}: {name!r} is a path beside it; pin the file in place, without --out")
+                raise ConfigError(
+                    f"{path}: {name!r} is a path beside it; pin the file in place, without --out"
+                )
             told.append(f"{name}: local, named by its content")
             continue
         revision = table.get("revision", "main")
@@ -55,7 +60,10 @@ def pin(mixture: str, out: Path | None) -> list[str]:
         told.append(f"{name}: {revision} is {commit}")
     text = "\n".join(lines)
     if tomllib.loads(text) != tables:
-        raise ConfigError(f"{path}: its tables are not written as [tokenizer] and [[sources]] with a key a line; do so")
+        raise ConfigError(
+            f"{path}: its tables are not written as [tokenizer] and [[sources]] with a key a line;"
+            " do so"
+        )
     atomic.write_bytes(target, text.encode("utf-8"))
     return [*told, str(target)]
 
@@ -64,7 +72,10 @@ def _revisions(tables: dict[str, Any]) -> list[Revision]:
     found: list[Revision] = [
         ("tokenizer", 0, tables["tokenizer"], tables["tokenizer"]["name"], resolve_tokenizer_commit)
     ]
-    found += [("sources", i, source, source["path"], resolve_commit) for i, source in enumerate(tables["sources"])]
+    found += [
+        ("sources", i, source, source["path"], resolve_commit)
+        for i, source in enumerate(tables["sources"])
+    ]
     return found
 
 
@@ -89,5 +100,7 @@ def _set_revision(lines: list[str], table: str, number: int, commit: str) -> Non
 
 
 def _header_line(lines: list[str], table: str, number: int) -> int | None:
-    headers = [i for i, line in enumerate(lines) if (match := _HEADER.match(line)) and match[2] == table]
+    headers = [
+        i for i, line in enumerate(lines) if (match := _HEADER.match(line)) and match[2] == table
+    ]
     return headers[number] if number < len(headers) else None

@@ -10,7 +10,9 @@ import click
 
 def logging_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give `command` the options -v and -q."""
-    command = click.option("-v", "--verbose", is_flag=True, help="Say more, and give tracebacks with errors.")(command)
+    command = click.option(
+        "-v", "--verbose", is_flag=True, help="Say more, and give tracebacks with errors."
+    )(command)
     return click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")(command)
 
 

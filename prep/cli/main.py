@@ -9,19 +9,22 @@ from typing import Any
 
 import click
 
+from prep.cli import transfer
 from prep.cli.common_options import logging_options, reporting
-from prep.cli.main import transfer
 
 
 def _check_own_shared() -> None:
     """Stop where another package named `shared` hides ours: the name is a common one."""
     import shared
 
-    here, found = Path(__file__).resolve().parent.parent, [Path(place).resolve().parent for place in shared.__path__]
+    here, found = (
+        Path(__file__).resolve().parents[2],
+        [Path(place).resolve().parent for place in shared.__path__],
+    )
     if found != [here]:
         sys.stderr.write(
-            f"error: the package `shared` was imported from {found[0] if found else 'nowhere'}, expected {here}; "
-            "run the console script sft-prep, without PYTHONPATH\n"
+            f"error: the package `shared` was imported from {found[0] if found else 'nowhere'},"
+            f" expected {here}; run the console script sft-prep, without PYTHONPATH\n"
         )
         raise SystemExit(6)
 
@@ -41,14 +44,35 @@ def cli() -> None:
 def _mixture_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
-            click.option("--mixture", required=True, metavar="NAME|FILE.toml", help="A mixture that ships, or a file."),
-            click.option("--out", type=click.Path(path_type=Path), help="Where the set goes. [data_cache/NAME]"),
             click.option(
-                "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override: mask.boundary=inside."
+                "--mixture",
+                required=True,
+                metavar="NAME|FILE.toml",
+                help="A mixture that ships, or a file.",
             ),
-            click.option("--store", type=click.Path(path_type=Path), help="Sample store. [.samples beside --out]"),
+            click.option(
+                "--out",
+                type=click.Path(path_type=Path),
+                help="Where the set goes. [data_cache/NAME]",
+            ),
+            click.option(
+                "--set",
+                "settings",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="Override: mask.boundary=inside.",
+            ),
+            click.option(
+                "--store",
+                type=click.Path(path_type=Path),
+                help="Sample store. [.samples beside --out]",
+            ),
             click.option("--workers", type=click.IntRange(min=1), help="Processes. [all cores]"),
-            click.option("--rehash", is_flag=True, help="Hash every source file again, whatever its time stamp."),
+            click.option(
+                "--rehash",
+                is_flag=True,
+                help="Hash every source file again, whatever its time stamp.",
+            ),
         )
     ):
         command = option(command)
@@ -72,14 +96,20 @@ def _plan(
     loaded, base = load_mixture(mixture, settings)
     out = place_of(out or Path("data_cache") / loaded.name)
     cores = len(os.sched_getaffinity(0))
-    return BuildPlan(loaded, base, out, store or out.parent / ".samples", workers or cores, rehash, scheduler)
+    return BuildPlan(
+        loaded, base, out, store or out.parent / ".samples", workers or cores, rehash, scheduler
+    )
 
 
 @cli.command(epilog="Example: sft-prep build --mixture demo")
 @_mixture_options
 @click.option("--rebuild", is_flag=True, help="Replace a set that was made from other inputs.")
-@click.option("--dry-run", is_flag=True, help="Tokenise and pack, say what would be written, write no set.")
-@click.option("--scheduler", default="", metavar="ADDRESS", help="Use a Dask cluster on a shared file system.")
+@click.option(
+    "--dry-run", is_flag=True, help="Tokenise and pack, say what would be written, write no set."
+)
+@click.option(
+    "--scheduler", default="", metavar="ADDRESS", help="Use a Dask cluster on a shared file system."
+)
 @logging_options
 def build(
     mixture: str,
@@ -121,7 +151,8 @@ def explain(
     verbose: bool,
     quiet: bool,
 ) -> None:
-    """Say what a build would do, and field by field why a set that is there does or does not match."""
+    """Say what a build would do, and field by field why a set that is there does or does not
+    match."""
     with reporting(verbose=verbose, quiet=quiet):
         from prep.build.explain import explain as compare
 
@@ -132,10 +163,17 @@ def explain(
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.option("--pack", type=click.IntRange(min=0), help="Show one pack.")
 @click.option("--row", metavar="SOURCE:ROW", help="Show the sequences of one source row.")
-@click.option("--sample", type=click.IntRange(min=1), help="Show so many packs, spread over the set. [1]")
+@click.option(
+    "--sample", type=click.IntRange(min=1), help="Show so many packs, spread over the set. [1]"
+)
 @click.option("--ids", is_flag=True, help="Print token ids too.")
 @click.option("--color/--no-color", default=None, help="Colour. [on a terminal]")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page for a browser instead.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write a page for a browser instead.",
+)
 @logging_options
 def inspect(
     shards: Path,
@@ -160,14 +198,21 @@ def inspect(
             click.echo(write_page(found, html, pack=pack, row=row, sample=sample))
             return
         use_color = sys.stdout.isatty() if color is None else color
-        for line in inspect_lines(found, pack=pack, row=row, sample=sample, ids=ids, color=use_color):
+        for line in inspect_lines(
+            found, pack=pack, row=row, sample=sample, ids=ids, color=use_color
+        ):
             click.echo(line, color=use_color)
 
 
 @cli.command(epilog="Example: sft-prep stats data_cache/demo --json")
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw lengths and sources as well.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE.png",
+    help="Draw lengths and sources as well.",
+)
 @logging_options
 def stats(shards: Path, as_json: bool, plot: Path | None, verbose: bool, quiet: bool) -> None:
     """Count rows, tokens and loss tokens by source, lengths, density."""
@@ -200,7 +245,11 @@ def verify(shards: Path, verbose: bool, quiet: bool) -> None:
 
 @cli.command(epilog="Example: sft-prep pin tulu3")
 @click.argument("mixture", metavar="NAME|FILE")
-@click.option("--out", type=click.Path(path_type=Path), help="File to write; default: FILE itself, or NAME.toml here.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="File to write; default: FILE itself, or NAME.toml here.",
+)
 def pin(mixture: str, out: Path | None) -> None:
     """Write the commits that the revisions of a MIXTURE name now into its file."""
     with reporting():

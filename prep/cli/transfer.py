@@ -13,10 +13,19 @@ def _transfer_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
             click.option(
-                "--revision", metavar="NAME", help="Of a hub data set: branch (pull: tag or commit too). [main]"
+                "--revision",
+                metavar="NAME",
+                help="Of a hub data set: branch (pull: tag or commit too). [main]",
             ),
-            click.option("--replace", is_flag=True, help="Put the set in the place of another one."),
-            click.option("--workers", type=click.IntRange(min=1), default=4, help="Files at the same time. [4]"),
+            click.option(
+                "--replace", is_flag=True, help="Put the set in the place of another one."
+            ),
+            click.option(
+                "--workers",
+                type=click.IntRange(min=1),
+                default=4,
+                help="Files at the same time. [4]",
+            ),
         )
     ):
         command = option(command)
@@ -26,7 +35,9 @@ def _transfer_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command(epilog="Example: sft-prep push data_cache/demo user/demo-shards")
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.argument("repo")
-@click.option("--private/--public", default=True, help="Who may see a data set that is made. [--private]")
+@click.option(
+    "--private/--public", default=True, help="Who may see a data set that is made. [--private]"
+)
 @_transfer_options
 def push(
     shards: Path,
@@ -40,14 +51,16 @@ def push(
 ) -> None:
     """Verify a set, compress it, and send it to a hub data set or a directory.
 
-    REPO is user/name or hf://user/name, or a directory: ./NAME, an absolute path, or any that exists.
-    What is there already is not sent again; a push that was stopped goes on.
+    REPO is user/name or hf://user/name, or a directory: ./NAME, an absolute path, or any that
+    exists. What is there already is not sent again; a push that was stopped goes on.
     """
     with reporting(verbose=verbose, quiet=quiet):
         from prep.sharing.push import PushOptions
         from prep.sharing.push import push as send
 
-        options = PushOptions(revision=revision, public=not private, replace=replace, workers=workers)
+        options = PushOptions(
+            revision=revision, public=not private, replace=replace, workers=workers
+        )
         click.echo("\n".join(send(shards, repo, options)))
 
 
@@ -56,14 +69,25 @@ def push(
 @click.argument("out", required=False, type=click.Path(path_type=Path))
 @_transfer_options
 def pull(
-    repo: str, out: Path | None, revision: str | None, replace: bool, workers: int, verbose: bool, quiet: bool
+    repo: str,
+    out: Path | None,
+    revision: str | None,
+    replace: bool,
+    workers: int,
+    verbose: bool,
+    quiet: bool,
 ) -> None:
     """Fetch a pushed set to OUT, check every digest, verify it. [data_cache/NAME]
 
-    A pull that was stopped goes on; a set that is there is checked, and only what is damaged is fetched again.
+    A pull that was stopped goes on; a set that is there is checked, and only what is damaged is
+    fetched again.
     """
     with reporting(verbose=verbose, quiet=quiet):
         from prep.sharing.pull import PullOptions
         from prep.sharing.pull import pull as fetch
 
-        click.echo("\n".join(fetch(repo, out, PullOptions(revision=revision, replace=replace, workers=workers))))
+        click.echo(
+            "\n".join(
+                fetch(repo, out, PullOptions(revision=revision, replace=replace, workers=workers))
+            )
+        )

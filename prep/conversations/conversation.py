@@ -1,9 +1,11 @@
-"""A raw record -> a validated conversation, ready for a chat template. Errors name file, line, row and field.
+"""A raw record -> a validated conversation, ready for a chat template. Errors name file, line, row
+and field.
 
-What a template sees is plain dicts: `content` is always a string, keys whose value is null are absent (a Parquet file
-and a JSON file of the same rows give the same conversation), in tools and arguments too unless these are JSON text,
-flat tool calls have become `{"function": {...}}`, and keys that we do not know are passed through. Text is never
-changed: no strip, no special-token handling.
+What a template sees is plain dicts: `content` is always a string, keys whose value is null are
+absent (a Parquet file and a JSON file of the same rows give the same conversation), in tools and
+arguments too unless these are JSON text, flat tool calls have become `{"function": {...}}`, and
+keys that we do not know are passed through. Text is never changed: no strip, no special-token
+handling.
 """
 
 import hashlib
@@ -17,13 +19,25 @@ from shared.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment", "ipython")
 
-# who can put the question that the first assistant turn answers; a greeting before it is part of the prompt
+# who can put the question that the first assistant turn answers; a greeting before it is part of
+# the prompt
 _ASKING_ROLES = frozenset(ROLES) - {"system", "developer", "assistant"}
 
 _STRING_KEYS = ("reasoning_content", "function_calls", "functions", "tool_call_id", "name")
-_REASONING_PARTS = {"reasoning": ("text", "reasoning", "value"), "thinking": ("text", "thinking", "value")}
+_REASONING_PARTS = {
+    "reasoning": ("text", "reasoning", "value"),
+    "thinking": ("text", "thinking", "value"),
+}
 # what makes two prompts the same question; ids and other keys of a data set's own do not
-_PROMPT_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "function_calls", "functions")
+_PROMPT_KEYS = (
+    "role",
+    "content",
+    "name",
+    "reasoning_content",
+    "tool_calls",
+    "function_calls",
+    "functions",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +45,13 @@ class Conversation:
     messages: tuple[dict[str, Any], ...]
     tools: list[dict[str, Any]] | None
     train: tuple[bool | None, ...]
-    """Per message: what its own `train` or `weight` says, None where it leaves that to the mask policy."""
+    """Per message: what its own `train` or `weight` says, None where it leaves that to the mask
+    policy."""
 
 
 def parse_conversation(record: dict[str, Any], *, where: str) -> Conversation:
-    """Return the conversation in `record`; `where` locates it, e.g. `chat.jsonl line 3 (row 2)`. Raises DataError."""
+    """Return the conversation in `record`; `where` locates it, e.g. `chat.jsonl line 3 (row 2)`.
+    Raises DataError."""
     messages = record.get("messages")
     if not isinstance(messages, list):
         raise DataError(_not_messages(record, where))
@@ -45,11 +61,18 @@ def parse_conversation(record: dict[str, Any], *, where: str) -> Conversation:
     train: list[bool | None] = []
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise DataError(f"{where}: messages[{index}] is {_show(message)}; expected an object with role and content")
+            raise DataError(
+                f"{where}: messages[{index}] is {_show(message)}; expected an object with role and"
+                " content"
+            )
         role = message.get("role")
         if role not in ROLES:
-            raise DataError(f"{where}: messages[{index}].role {_is(message, 'role')}; expected {_or(ROLES)}")
-        if len(message) == 2 and type(message.get("content")) is str:  # what nearly every message is
+            raise DataError(
+                f"{where}: messages[{index}].role {_is(message, 'role')}; expected {_or(ROLES)}"
+            )
+        if (
+            len(message) == 2 and type(message.get("content")) is str
+        ):  # what nearly every message is
             parsed.append({"role": role, "content": message["content"]})
             train.append(None)
             continue
@@ -61,10 +84,11 @@ def parse_conversation(record: dict[str, Any], *, where: str) -> Conversation:
 
 
 def prompt_hash(conversation: Conversation) -> bytes:
-    """Return 16 bytes that are equal for equal prompts, whatever the answers: the eval split goes by them.
+    """Return 16 bytes that are equal for equal prompts, whatever the answers: the eval split goes
+    by them.
 
-    A prompt is the messages before the first assistant turn that answers something; a conversation without one is
-    all prompt. Tools and unknown keys do not count.
+    A prompt is the messages before the first assistant turn that answers something; a conversation
+    without one is all prompt. Tools and unknown keys do not count.
     """
     asked = False
     prompt = []
@@ -77,12 +101,14 @@ def prompt_hash(conversation: Conversation) -> bytes:
 
 
 def content_hash(conversation: Conversation) -> bytes:
-    """Return 16 bytes that are equal for exactly equal conversations: messages, tools and train flags."""
+    """Return 16 bytes that are equal for exactly equal conversations: messages, tools and train
+    flags."""
     return _hash16([conversation.messages, conversation.tools, conversation.train])
 
 
 def calls_not_json(conversation: Conversation) -> int:
-    """Return how many tool calls have arguments that are text but not that of a JSON object: printed as they are."""
+    """Return how many tool calls have arguments that are text but not that of a JSON object:
+    printed as they are."""
     texts = [
         call["function"]["arguments"]
         for message in conversation.messages
@@ -100,7 +126,11 @@ def _is_json_object(text: str) -> bool:
 
 
 def _parse_message(message: dict[str, Any], at: str) -> dict[str, Any]:
-    parsed = {key: value for key, value in message.items() if value is not None and key not in ("train", "weight")}
+    parsed = {
+        key: value
+        for key, value in message.items()
+        if value is not None and key not in ("train", "weight")
+    }
     for key in _STRING_KEYS:
         if key in parsed and not isinstance(parsed[key], str):
             raise DataError(f"{at}.{key} is {_show(parsed[key])}; expected a string")
@@ -110,7 +140,10 @@ def _parse_message(message: dict[str, Any], at: str) -> dict[str, Any]:
     if "content" not in message and not calls and "function_calls" not in parsed:
         raise DataError(f"{at} has no content (null counts as none); it has {', '.join(message)}")
     parsed["content"], reasoning, called = _parse_content(parsed.get("content"), f"{at}.content")
-    for key, what, found in (("reasoning_content", "reasoning", reasoning), ("tool_calls", "tool calls", called)):
+    for key, what, found in (
+        ("reasoning_content", "reasoning", reasoning),
+        ("tool_calls", "tool calls", called),
+    ):
         if found and parsed.get(key):
             raise DataError(f"{at} has {what} both in content and in {key}; keep one of them")
         if found:
@@ -118,13 +151,16 @@ def _parse_message(message: dict[str, Any], at: str) -> dict[str, Any]:
     if parsed["role"] != "assistant":
         for key in ("tool_calls", "reasoning_content"):
             if parsed.get(key):
-                raise DataError(f"{at} has {key} but its role is {parsed['role']!r}; expected 'assistant'")
+                raise DataError(
+                    f"{at} has {key} but its role is {parsed['role']!r}; expected 'assistant'"
+                )
         parsed.pop("reasoning_content", None)
     return parsed
 
 
 def _parse_content(content: Any, at: str) -> tuple[str, str, list[dict[str, Any]]]:
-    """Return (text, reasoning, tool calls) of a message's content: a string, null, or a list of typed parts."""
+    """Return (text, reasoning, tool calls) of a message's content: a string, null, or a list of
+    typed parts."""
     if content is None:
         return "", "", []
     if isinstance(content, str):
@@ -147,7 +183,10 @@ def _join_parts(parts: list[Any], at: str) -> tuple[str, str, list[dict[str, Any
         if kind == "text":
             text.append(_part_string(part, ("text", "value"), f"{at}[{index}]"))
             if calls and text[-1].strip():
-                raise DataError(f"{at}[{index}] is text after a tool call; expected the calls of a message at its end")
+                raise DataError(
+                    f"{at}[{index}] is text after a tool call; expected the calls of a message at"
+                    " its end"
+                )
         elif isinstance(kind, str) and kind in _REASONING_PARTS:
             reasoning.append(_part_string(part, _REASONING_PARTS[kind], f"{at}[{index}]"))
         elif kind == "tool_call":
@@ -168,7 +207,8 @@ def _part_string(part: dict[str, Any], keys: tuple[str, ...], at: str) -> str:
 
 
 def _parse_tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
-    """Return calls in OpenAI's nested form. Arguments stay a string or an object, as they came; absent ones are {}."""
+    """Return calls in OpenAI's nested form. Arguments stay a string or an object, as they came;
+    absent ones are {}."""
     calls = _from_json_text(calls, at)
     if not isinstance(calls, list):
         raise DataError(f"{at} is {_show(calls)}; expected a list of calls")
@@ -181,16 +221,27 @@ def _parse_tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
         name, arguments = function.get("name"), function.get("arguments")
         if not isinstance(name, str) or not name:
             field = "function.name" if "function" in call else "name"
-            raise DataError(f"{at}[{index}].{field} {_is(function, 'name')}; expected the name of a function")
+            raise DataError(
+                f"{at}[{index}].{field} {_is(function, 'name')}; expected the name of a function"
+            )
         if arguments is None:
             arguments = {}
         if not isinstance(arguments, str | dict):
-            raise DataError(f"{at}[{index}] has arguments {_show(arguments)}; expected an object or a JSON string")
+            raise DataError(
+                f"{at}[{index}] has arguments {_show(arguments)}; expected an object or a JSON"
+                " string"
+            )
         if nested:
             parsed.append({**call, "function": {**function, "arguments": arguments}})
         else:
-            others = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
-            parsed.append({"type": "function", **others, "function": {"name": name, "arguments": arguments}})
+            others = {
+                key: value
+                for key, value in call.items()
+                if key not in ("name", "arguments", "function")
+            }
+            parsed.append(
+                {"type": "function", **others, "function": {"name": name, "arguments": arguments}}
+            )
     return parsed
 
 
@@ -199,7 +250,10 @@ def _parse_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     if not tools:
         return None
     if not isinstance(tools, list):
-        raise DataError(f"{where}: tools is {_show(tools)}; expected a list of tool descriptions or its JSON text")
+        raise DataError(
+            f"{where}: tools is {_show(tools)}; expected a list of tool descriptions or its JSON"
+            " text"
+        )
     for index, tool in enumerate(tools):
         if not isinstance(tool, dict):
             raise DataError(f"{where}: tools[{index}] is {_show(tool)}; expected an object")
@@ -215,7 +269,9 @@ def _train_flag(message: dict[str, Any], at: str) -> bool | None:
     if isinstance(weight, bool) or weight not in (0, 1):
         raise DataError(f"{at}.weight is {_show(weight)}; expected 0 or 1")
     if train is not None and train != bool(weight):
-        raise DataError(f"{at} says train = {str(train).lower()} and weight = {weight}; keep one of them")
+        raise DataError(
+            f"{at} says train = {str(train).lower()} and weight = {weight}; keep one of them"
+        )
     return bool(weight)
 
 

@@ -1,12 +1,13 @@
-"""A raw record -> messages and tools. A source has one format, stated or detected once; other rows are errors.
+"""A raw record -> messages and tools. A source has one format, stated or detected once; other rows
+are errors.
 
     messages            messages: [{role, content, ...}], tools                     OpenAI's
     sharegpt            conversations: [{from, value}], system, tools
     alpaca              instruction, input, output, system, history: [[user, assistant], ...], tools
     prompt_completion   prompt, completion: text or lists of messages, system, tools
 
-`columns` says under which names a data set has these: {messages = "dialog", role = "speaker"}. Text is never changed,
-except that Alpaca's input follows its instruction on a new line.
+`columns` says under which names a data set has these: {messages = "dialog", role = "speaker"}. Text
+is never changed, except that Alpaca's input follows its instruction on a new line.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,11 @@ from prep.conversations.conversation import Conversation, parse_conversation
 from prep.conversations.json_text import loads
 from shared.errors import DataError
 
-_LIST_COLUMNS = ("messages", "conversations", "conversation")  # where messages are looked for, in this order
+_LIST_COLUMNS = (
+    "messages",
+    "conversations",
+    "conversation",
+)  # where messages are looked for, in this order
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -39,7 +44,9 @@ class Conversion:
     """What the rows of one source look like."""
 
     format: Format = "messages"
-    columns: tuple[tuple[str, str], ...] = ()  # (name in FIELDS, name in the source), where they differ
+    columns: tuple[
+        tuple[str, str], ...
+    ] = ()  # (name in FIELDS, name in the source), where they differ
     split_by: str = ""  # the column that names the part a row belongs to
 
     def column(self, field: str) -> str:
@@ -55,7 +62,8 @@ PLAIN_MESSAGES = Conversion()
 
 
 def detect(records: Iterable[Any], columns: Mapping[str, str]) -> Conversion | None:
-    """Return the format of the first record that fits one, under the names of `columns`; None if none of 64 does."""
+    """Return the format of the first record that fits one, under the names of `columns`; None if
+    none of 64 does."""
     for record in islice(records, _ROWS_LOOKED_AT):
         if isinstance(record, dict):
             for name, fields in FIELDS.items():
@@ -65,8 +73,11 @@ def detect(records: Iterable[Any], columns: Mapping[str, str]) -> Conversion | N
     return None
 
 
-def read_conversation(record: dict[str, Any], conversion: Conversion, *, where: str) -> Conversation:
-    """Return the conversation in a record of a source. Raises DataError, which names the source's own field."""
+def read_conversation(
+    record: dict[str, Any], conversion: Conversion, *, where: str
+) -> Conversation:
+    """Return the conversation in a record of a source. Raises DataError, which names the source's
+    own field."""
     messages, tools = _CONVERTERS[conversion.format](record, conversion, where)
     if messages is None:
         return parse_conversation(record, where=where)
@@ -77,15 +88,16 @@ def read_conversation(record: dict[str, Any], conversion: Conversion, *, where: 
 
 
 def read_part(record: dict[str, Any], conversion: Conversion, *, where: str) -> str:
-    """Return which part of its source a record belongs to, "" where it does not say. Raises DataError."""
+    """Return which part of its source a record belongs to, "" where it does not say. Raises
+    DataError."""
     value = record.get(conversion.split_by, "") if conversion.split_by else ""
     if value is None:
         return ""
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not isinstance(text, str) or not text.isprintable() or len(text) > _LONGEST_PART:
         raise DataError(
-            f"{where}: {conversion.split_by} is {_show(value)}; expected a name of at most {_LONGEST_PART} printable "
-            "characters, for the source is split by it"
+            f"{where}: {conversion.split_by} is {_show(value)}; expected a name of at most"
+            f" {_LONGEST_PART} printable characters, for the source is split by it"
         )
     return text
 
@@ -115,7 +127,9 @@ def _fit_list(record: dict[str, Any], stated: Conversion) -> Conversion | None:
     return None
 
 
-_Converted = tuple[list[Any] | None, Any]  # messages, tools; None for a record that is as it should be
+_Converted = tuple[
+    list[Any] | None, Any
+]  # messages, tools; None for a record that is as it should be
 
 
 def _from_messages(record: dict[str, Any], conversion: Conversion, where: str) -> _Converted:
@@ -127,35 +141,59 @@ def _from_messages(record: dict[str, Any], conversion: Conversion, where: str) -
     if (role, content) != ("role", "content"):
         for index, message in enumerate(messages):
             if not isinstance(message, dict) or role not in message:
-                raise DataError(f"{where}: {column}[{index}] is {_show(message)}; expected an object with {role}")
+                raise DataError(
+                    f"{where}: {column}[{index}] is {_show(message)}; expected an object with"
+                    f" {role}"
+                )
         messages = [_renamed(message, role, content) for message in messages]
     return messages, record.get(conversion.column("tools"))
 
 
 def _renamed(message: dict[str, Any], role: str, content: str) -> dict[str, Any]:
-    others = {key: value for key, value in message.items() if key not in (role, content, "role", "content")}
+    others = {
+        key: value
+        for key, value in message.items()
+        if key not in (role, content, "role", "content")
+    }
     named = {"content": message[content]} if content in message else {}
     return {"role": message[role], **named, **others}
 
 
 def _from_sharegpt(record: dict[str, Any], conversion: Conversion, where: str) -> _Converted:
-    column, from_key, value_key = (conversion.column(name) for name in ("conversations", "from", "value"))
+    column, from_key, value_key = (
+        conversion.column(name) for name in ("conversations", "from", "value")
+    )
     turns = _list_of(record, column, where, conversion)
     messages = _system(record, conversion, where)
     for index, turn in enumerate(turns):
         at = f"{where}: {column}[{index}]"
         if not isinstance(turn, dict):
-            raise DataError(f"{at} is {_show(turn)}; expected an object with {from_key} and {value_key}")
+            raise DataError(
+                f"{at} is {_show(turn)}; expected an object with {from_key} and {value_key}"
+            )
         speaker, value = turn.get(from_key), turn.get(value_key)
         role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             seen = f"is {_show(speaker)}" if from_key in turn else "is missing"
             raise DataError(f"{at}.{from_key} {seen}; expected {', '.join(_SHAREGPT_ROLES)}")
         if role == "system" and messages:
-            raise DataError(f"{at}.{from_key} is 'system'; expected it at most once, before all others")
-        message = {key: item for key, item in turn.items() if key not in (from_key, value_key, "role", "content")}
+            raise DataError(
+                f"{at}.{from_key} is 'system'; expected it at most once, before all others"
+            )
+        message = {
+            key: item
+            for key, item in turn.items()
+            if key not in (from_key, value_key, "role", "content")
+        }
         if speaker == "function_call":
-            messages.append({**message, "role": role, "content": "", "tool_calls": _calls(value, f"{at}.{value_key}")})
+            messages.append(
+                {
+                    **message,
+                    "role": role,
+                    "content": "",
+                    "tool_calls": _calls(value, f"{at}.{value_key}"),
+                }
+            )
             continue
         if not isinstance(value, str):
             seen = f"is {_show(value)}" if value_key in turn else "is missing"
@@ -169,19 +207,35 @@ def _from_alpaca(record: dict[str, Any], conversion: Conversion, where: str) -> 
     column = conversion.column("history")
     history = record.get(column)
     if not isinstance(history, list | None):
-        raise DataError(f"{where}: {column} is {_show(history)}; expected a list of pairs of strings")
+        raise DataError(
+            f"{where}: {column} is {_show(history)}; expected a list of pairs of strings"
+        )
     for index, pair in enumerate(history or ()):
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise DataError(f"{where}: {column}[{index}] is {_show(pair)}; expected [what the user said, the answer]")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    instruction, output = (_text(record, name, where, conversion) for name in ("instruction", "output"))
+        if not (
+            isinstance(pair, list)
+            and len(pair) == 2
+            and all(isinstance(text, str) for text in pair)
+        ):
+            raise DataError(
+                f"{where}: {column}[{index}] is {_show(pair)}; expected [what the user said, the"
+                " answer]"
+            )
+        messages += [
+            {"role": "user", "content": pair[0]},
+            {"role": "assistant", "content": pair[1]},
+        ]
+    instruction, output = (
+        _text(record, name, where, conversion) for name in ("instruction", "output")
+    )
     context = _text(record, "input", where, conversion, default="")
     asked = "\n".join(text for text in (instruction, context) if text)
     messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
     return messages, _nested_tools(record, conversion, where)
 
 
-def _from_prompt_completion(record: dict[str, Any], conversion: Conversion, where: str) -> _Converted:
+def _from_prompt_completion(
+    record: dict[str, Any], conversion: Conversion, where: str
+) -> _Converted:
     messages = _system(record, conversion, where)
     for field, role in (("prompt", "user"), ("completion", "assistant")):
         column = conversion.column(field)
@@ -194,7 +248,8 @@ def _from_prompt_completion(record: dict[str, Any], conversion: Conversion, wher
         for index, message in enumerate(value):
             if not isinstance(message, dict) or "role" not in message:
                 raise DataError(
-                    f"{where}: {column}[{index}] is {_show(message)}; expected an object with role, content"
+                    f"{where}: {column}[{index}] is {_show(message)}; expected an object with role,"
+                    " content"
                 )
             own = message.get("train") is not None or message.get("weight") is not None
             if field == "prompt" and message["role"] == "assistant" and not own:
@@ -216,7 +271,14 @@ def _system(record: dict[str, Any], conversion: Conversion, where: str) -> list[
     return [{"role": "system", "content": text}] if text else []
 
 
-def _text(record: dict[str, Any], field: str, where: str, conversion: Conversion, *, default: str | None = None) -> str:
+def _text(
+    record: dict[str, Any],
+    field: str,
+    where: str,
+    conversion: Conversion,
+    *,
+    default: str | None = None,
+) -> str:
     column = conversion.column(field)
     value = record.get(column)
     if value is None and default is not None:
@@ -233,22 +295,34 @@ def _list_of(record: dict[str, Any], column: str, where: str, conversion: Conver
     return value
 
 
-def _other_shape(record: dict[str, Any], column: str, where: str, conversion: Conversion, expected: str) -> DataError:
+def _other_shape(
+    record: dict[str, Any], column: str, where: str, conversion: Conversion, expected: str
+) -> DataError:
     if column in record:
         seen = f"{column} is {_show(record[column])}"
     else:
         seen = f"no {column}; the row has {', '.join(map(str, record)) or 'no columns'}"
-    return DataError(f"{where}: {seen}; expected {expected}, for the format of this source is {conversion}")
+    return DataError(
+        f"{where}: {seen}; expected {expected}, for the format of this source is {conversion}"
+    )
 
 
 def _calls(value: Any, at: str) -> list[Any]:
-    """Return the calls of a function_call turn: an object or a list of them, mostly as JSON text."""
+    """Return the calls of a function_call turn: an object or a list of them, mostly as JSON
+    text."""
     calls = value
     if isinstance(value, str):
         calls = loads(value, at)
     calls = [calls] if isinstance(calls, dict) else calls
-    if not isinstance(calls, list) or not calls or not all(isinstance(c, dict) and _is_named(c) for c in calls):
-        raise DataError(f'{at} is {_show(value)}; expected {{"name": ..., "arguments": ...}} or a list of such calls')
+    if (
+        not isinstance(calls, list)
+        or not calls
+        or not all(isinstance(c, dict) and _is_named(c) for c in calls)
+    ):
+        raise DataError(
+            f'{at} is {_show(value)}; expected {{"name": ..., "arguments": ...}} or a list of such'
+            " calls"
+        )
     return calls
 
 
@@ -271,7 +345,10 @@ def _nested_tools(record: dict[str, Any], conversion: Conversion, where: str) ->
 def _nested_tool(tool: dict[str, Any]) -> dict[str, Any]:
     if "function" in tool or "name" not in tool:
         return tool
-    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+    return {
+        "type": "function",
+        "function": {key: value for key, value in tool.items() if key != "type"},
+    }
 
 
 def _show(value: Any) -> str:

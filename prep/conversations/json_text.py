@@ -1,11 +1,13 @@
-"""JSON text of a row -> values, strictly: what a parser would lose or choke on is an error that says so.
+"""JSON text of a row -> values, strictly: what a parser would lose or choke on is an error that
+says so.
 
     duplicate keys   orjson keeps the last value without a word; here the row is refused, and the key is named
     integers         of more than 64 bits stay exact (orjson makes them floats), what no double can hold is refused
     depth            at most MAX_DEPTH arrays and objects within each other, whatever walks, hashes or dumps them
 
-Looking for duplicates costs next to nothing where as many keys were parsed as the text can hold: a key is a string
-before a colon, so a count of colons behind a quote is never too small. Only where it is too large are keys listed.
+Looking for duplicates costs next to nothing where as many keys were parsed as the text can hold: a
+key is a string before a colon, so a count of colons behind a quote is never too small. Only where
+it is too large are keys listed.
 """
 
 import json
@@ -31,13 +33,18 @@ def loads(text: str, at: str) -> Any:
     try:
         data = text.encode("utf-8")
         (keys,) = most_keys(data, np.array([0, len(data)]))
-        return parse(data, at, most_keys=keys, exact_integers=has_long_integers(data), within_row=True)
+        return parse(
+            data, at, most_keys=keys, exact_integers=has_long_integers(data), within_row=True
+        )
     except UnicodeEncodeError as exc:
         raise DataError(f"{at} is text but not Unicode: {exc}") from exc
 
 
-def parse(data: bytes, at: str, *, most_keys: int, exact_integers: bool, within_row: bool = False) -> Any:
-    """Return the value of a JSON text that holds at most `most_keys` keys, and perhaps long integers.
+def parse(
+    data: bytes, at: str, *, most_keys: int, exact_integers: bool, within_row: bool = False
+) -> Any:
+    """Return the value of a JSON text that holds at most `most_keys` keys, and perhaps long
+    integers.
 
     It is a row, or a text `within_row`. Raises DataError, which begins with `at`.
     """
@@ -49,7 +56,11 @@ def parse(data: bytes, at: str, *, most_keys: int, exact_integers: bool, within_
         if "depth limit" in exc.msg or "recursion limit" in exc.msg:
             raise DataError(_too_deep(at, "it")) from exc
         bad_utf8 = exc.msg.startswith("str is not valid UTF-8")
-        what = "not valid UTF-8" if bad_utf8 else f"not valid JSON at character {exc.pos + 1}: {exc.msg}"
+        what = (
+            "not valid UTF-8"
+            if bad_utf8
+            else f"not valid JSON at character {exc.pos + 1}: {exc.msg}"
+        )
         inner = f"{at} is text but not JSON: {exc.msg} at character {exc.pos + 1}"
         raise DataError(inner if within_row else f"{at}: {what}; correct the row") from exc
     if most_keys != _keys_of_a_chat(value) and most_keys != num_keys(value):
@@ -59,7 +70,8 @@ def parse(data: bytes, at: str, *, most_keys: int, exact_integers: bool, within_
 
 
 def most_keys(data: bytes, bounds: npt.NDArray[np.int64]) -> list[int]:
-    """Return for each piece of `data` between two of `bounds` a number of keys that it cannot exceed."""
+    """Return for each piece of `data` between two of `bounds` a number of keys that it cannot
+    exceed."""
     found = np.frombuffer(data, np.uint8)
     colons = np.flatnonzero(found == ord(":"))
     before = found[np.maximum(colons - 1, 0)]
@@ -74,7 +86,8 @@ def has_long_integers(data: bytes) -> bool:
 
 
 def check_depth(value: Any, at: str, *, brackets: int = MAX_DEPTH + 1) -> None:
-    """Raise DataError for a value that is nested too deep; fewer brackets than that need no look."""
+    """Raise DataError for a value that is nested too deep; fewer brackets than that need no
+    look."""
     if brackets <= MAX_DEPTH:
         return
     level = _containers([[value]])
@@ -86,7 +99,8 @@ def check_depth(value: Any, at: str, *, brackets: int = MAX_DEPTH + 1) -> None:
 
 
 def without_nulls(value: Any) -> Any:
-    """Return `value` without the keys that are null: a Parquet file has them wherever a row has not the key at all."""
+    """Return `value` without the keys that are null: a Parquet file has them wherever a row has not
+    the key at all."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -112,7 +126,8 @@ def _containers(level: list[Any]) -> list[Any]:
 
 
 def _keys_of_a_chat(value: Any) -> int:
-    """Return the keys of a row whose only objects are its messages, which most rows are; -1 where it cannot be one."""
+    """Return the keys of a row whose only objects are its messages, which most rows are; -1 where
+    it cannot be one."""
     messages = value.get("messages") if type(value) is dict else None
     if type(messages) is not list or set(map(type, messages)) != {dict}:
         return -1
@@ -137,7 +152,9 @@ def _refuse_duplicates(data: bytes, value: Any, at: str) -> None:
         seen = set()
         for key, _ in pairs:
             if key in seen:
-                raise DataError(f"{at}: the key {_short(key)} stands twice in one object; keep one of them")
+                raise DataError(
+                    f"{at}: the key {_short(key)} stands twice in one object; keep one of them"
+                )
             seen.add(key)
 
     try:
@@ -147,11 +164,14 @@ def _refuse_duplicates(data: bytes, value: Any, at: str) -> None:
 
 
 def _too_deep(at: str, what: str) -> str:
-    return f"{at}: {what} is nested more than {MAX_DEPTH} levels deep; expected at most that, or text"
+    return (
+        f"{at}: {what} is nested more than {MAX_DEPTH} levels deep; expected at most that, or text"
+    )
 
 
 def _path_to_depth(value: Any) -> str:
-    """Return where a value is nested too deep, by its first steps: messages[1].tool_calls[0].function."""
+    """Return where a value is nested too deep, by its first steps:
+    messages[1].tool_calls[0].function."""
     path: list[tuple[Any, str]] = [(value, "")]
     stack = [iter(_children(value))]
     while len(stack) <= MAX_DEPTH:

@@ -1,9 +1,11 @@
-"""Write the files of the demo mixture: conversations per skill, held-out questions, a small tokenizer.
+"""Write the files of the demo mixture: conversations per skill, held-out questions, a small
+tokenizer.
 
     python prep/demo/generate.py        writes into this folder the files that ship
 
-Everything follows from one seed, and tests/test_prep_demo.py generates it all again and compares. What a held-out
-question asks about (`Exercise.key`) occurs in no training question of its skill.
+Everything follows from one seed, and tests/prep/demo/test_generate.py generates it all again and
+compares. What a held-out question asks about (`Exercise.key`) occurs in no training question of its
+skill.
 """
 
 import gzip
@@ -33,7 +35,8 @@ _MANNERS = (("Answer in a sentence.", "The answer is {}."), ("Shout.", "{}!"))
 _MANNERS_SHARE = 0.25
 # words with the space before them, digits one by one: the pattern of the Qwen tokenizers
 _PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -41,7 +44,10 @@ def generate() -> dict[str, bytes]:
     """Return the content of every file, by its path in this folder."""
     train = {skill: _train_rows(skill) for skill in SKILLS}
     held_out = [row for skill in SKILLS for row in _held_out(skill).values()]
-    files = {f"{skill}.jsonl.gz": gzip.compress(_json_lines(rows), mtime=0) for skill, rows in train.items()}
+    files = {
+        f"{skill}.jsonl.gz": gzip.compress(_json_lines(rows), mtime=0)
+        for skill, rows in train.items()
+    }
     files["heldout.jsonl"] = _json_lines(held_out)
     tokenizer = train_tokenizer(row for rows in train.values() for row in rows)
     files["tokenizer/tokenizer.json"] = canonical_json(json.loads(tokenizer.to_str()))
@@ -66,14 +72,19 @@ def train_tokenizer(rows: Iterable[Row]) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    control = [AddedToken(text, special=True, normalized=False) for text in (END_OF_TEXT, TURN_START, TURN_END)]
+    control = [
+        AddedToken(text, special=True, normalized=False)
+        for text in (END_OF_TEXT, TURN_START, TURN_END)
+    ]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_LIMIT,
         special_tokens=control,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (f"{message['role']}\n{message['content']}" for row in rows for message in row["messages"])
+    texts = (
+        f"{message['role']}\n{message['content']}" for row in rows for message in row["messages"]
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -89,7 +100,8 @@ def _held_out(skill: str) -> dict[str, Row]:
 
 
 def _train_rows(skill: str) -> list[Row]:
-    """Return training rows without repeats, none of which asks about what a held-out row asks about."""
+    """Return training rows without repeats, none of which asks about what a held-out row asks
+    about."""
     held_out_keys = _held_out(skill).keys()
     rng = random.Random(seed_from("demo", _SEED, skill, "train"))
     rows: dict[str, Row] = {}

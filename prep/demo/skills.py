@@ -1,8 +1,9 @@
-"""The skills of the demo mixture: questions whose answers a model of a million parameters can learn to work out.
+"""The skills of the demo mixture: questions whose answers a model of a million parameters can learn
+to work out.
 
-A skill draws an `Exercise`: a first question, and perhaps follow-ups that refer to the answer before them. Its `key`
-names what is asked about, whatever the wording: a split by key keeps the digits of a held-out question out of the
-training questions of that skill under every wording.
+A skill draws an `Exercise`: a first question, and perhaps follow-ups that refer to the answer
+before them. Its `key` names what is asked about, whatever the wording: a split by key keeps the
+digits of a held-out question out of the training questions of that skill under every wording.
 """
 
 import random
@@ -58,17 +59,26 @@ def pick(rng: random.Random) -> Exercise:
 
 
 def add(rng: random.Random) -> Exercise:
-    """Add two numbers below 100 with the working: ones, tens, the carry where there is one, the sum."""
+    """Add two numbers below 100 with the working: ones, tens, the carry where there is one, the
+    sum."""
     a, b = rng.randint(10, 99), rng.randint(10, 99)
     ones, tens = a % 10 + b % 10, a // 10 + b // 10
     steps = [f"{a % 10}+{b % 10}={ones}", f"{a // 10}+{b // 10}={tens}"]
     if ones > 9:
         steps.append(f"{tens}+1={tens + 1}")
     wording = rng.choice(("What is {}+{}?", "Add {} and {}."))
-    return Exercise(f"{min(a, b)} {max(a, b)}", ((wording.format(a, b), f"{', '.join(steps)}: {a + b}"),))
+    return Exercise(
+        f"{min(a, b)} {max(a, b)}", ((wording.format(a, b), f"{', '.join(steps)}: {a + b}"),)
+    )
 
 
-SKILLS: dict[str, Skill] = {"add": add, "pick": pick, "reverse": reverse, "shift": shift, "sort": sort_digits}
+SKILLS: dict[str, Skill] = {
+    "add": add,
+    "pick": pick,
+    "reverse": reverse,
+    "shift": shift,
+    "sort": sort_digits,
+}
 
 _PICKS: dict[str, Callable[[str], str]] = {
     "first": lambda digits: digits[0],

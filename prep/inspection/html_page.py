@@ -1,10 +1,11 @@
-"""Packs as one HTML page: every token's text, who wrote it, whether it is trained, which row it came from.
+"""Packs as one HTML page: every token's text, who wrote it, whether it is trained, which row it
+came from.
 
     header    set, fingerprint, density          legend   kinds with counts, the filter
     pack 3    a map of the pack, to scale        cards    its sequences side by side: row, lengths, notes, tokens
 
-The page needs no network and may hold anyone's text: all of it is escaped, and its own style and script are the only
-ones that its content security policy lets run.
+The page needs no network and may hold anyone's text: all of it is escaped, and its own style and
+script are the only ones that its content security policy lets run.
 """
 
 import base64
@@ -29,9 +30,15 @@ _COLORED = frozenset(kind.name.lower() for kind in Kind)  # page.css has a colou
 
 
 def write_page(
-    shard_set: ShardSet, out: Path, *, pack: int | None = None, row: str | None = None, sample: int | None = None
+    shard_set: ShardSet,
+    out: Path,
+    *,
+    pack: int | None = None,
+    row: str | None = None,
+    sample: int | None = None,
 ) -> str:
-    """Write the page that `page_of` returns to `out`, in one piece; return a line that says what is in it.
+    """Write the page that `page_of` returns to `out`, in one piece; return a line that says what is
+    in it.
 
     Raises what `page_of` raises, and ArtifactError where `out` cannot be written.
     """
@@ -39,14 +46,24 @@ def write_page(
     try:
         atomic.write_bytes(out, page)
     except OSError as exc:
-        raise ArtifactError(f"cannot write {out}: {exc.strerror}; give --html another file") from exc
+        raise ArtifactError(
+            f"cannot write {out}: {exc.strerror}; give --html another file"
+        ) from exc
     return f"{out}: {len(page):,} bytes, open it in a browser"
 
 
-def page_of(shard_set: ShardSet, *, pack: int | None = None, row: str | None = None, sample: int | None = None) -> str:
-    """Return the HTML that shows one pack, the sequences of a row (`SOURCE:ROW`), or `sample` packs over the set.
+def page_of(
+    shard_set: ShardSet,
+    *,
+    pack: int | None = None,
+    row: str | None = None,
+    sample: int | None = None,
+) -> str:
+    """Return the HTML that shows one pack, the sequences of a row (`SOURCE:ROW`), or `sample` packs
+    over the set.
 
-    Raises ConfigError for a pack or row that the set does not have, ArtifactError for an unreadable tokenizer.
+    Raises ConfigError for a pack or row that the set does not have, ArtifactError for an unreadable
+    tokenizer.
     """
     shown: dict[int, set[int | None]] = {}
     for pack_id, sequence in choose(shard_set, pack=pack, row=row, sample=sample):
@@ -60,13 +77,19 @@ class _Page:
     def __init__(self, shard_set: ShardSet, shown: dict[int, set[int | None]]) -> None:
         self._set = shard_set
         self._html = TokenHtml(TokenText(shard_set.tokenizer_dir / "tokenizer.json"))
-        self._names = {number: printable(name.encode()) for name, number in shard_set.manifest.kinds.items()}
+        self._names = {
+            number: printable(name.encode()) for name, number in shard_set.manifest.kinds.items()
+        }
         self._packs = {pack_id: list(sequences_of(shard_set, pack_id)) for pack_id in shown}
         self._cards = {
-            pack_id: [sequence for sequence in self._packs[pack_id] if only & {None, sequence.index}]
+            pack_id: [
+                sequence for sequence in self._packs[pack_id] if only & {None, sequence.index}
+            ]
             for pack_id, only in shown.items()
         }
-        self._notes = notes_on(shard_set, [sequence for cards in self._cards.values() for sequence in cards])
+        self._notes = notes_on(
+            shard_set, [sequence for cards in self._cards.values() for sequence in cards]
+        )
         self._classes = [self._class_of(byte) for byte in range(256)]
 
     def parts(self) -> Iterator[str]:
@@ -75,17 +98,22 @@ class _Page:
         policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
         yield (
             '<!doctype html>\n<html lang="en" dir="ltr">\n<head>\n<meta charset="utf-8">\n'
-            f"<meta http-equiv=\"Content-Security-Policy\" content=\"{policy}; base-uri 'none'; form-action 'none'\">\n"
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}; base-uri \'none\';'
+            " form-action 'none'\">\n"
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             '<meta name="referrer" content="no-referrer">\n'
-            f"<title>{name}: {_escape(self._which())}</title>\n<style>{style}</style>\n</head>\n<body>\n"
+            f"<title>{name}:"
+            f" {_escape(self._which())}</title>\n<style>{style}</style>\n</head>\n<body>\n"
         )
         yield from self._header(name)
         yield from self._legend()
         yield "<main>\n"
         for pack_id in self._packs:
             yield from self._pack(pack_id)
-        yield f'</main>\n<div id="tip" role="status" hidden></div>\n<script>{script}</script>\n</body>\n</html>\n'
+        yield (
+            '</main>\n<div id="tip" role="status"'
+            f" hidden></div>\n<script>{script}</script>\n</body>\n</html>\n"
+        )
 
     def _which(self) -> str:
         return f"{'pack' if len(self._packs) == 1 else 'packs'} {', '.join(map(str, self._packs))}"
@@ -97,7 +125,10 @@ class _Page:
             "fingerprint": f"<code>{_escape(manifest.fingerprint)}</code>",
             "shown": f"{_escape(self._which())} of {totals.packs:,}",
             "density": f"{totals.density:.2%} of {manifest.max_seq_len:,} tokens a pack",
-            "whole set": f"{totals.sequences:,} sequences, {totals.tokens:,} tokens, {totals.loss_tokens:,} trained",
+            "whole set": (
+                f"{totals.sequences:,} sequences, {totals.tokens:,} tokens, {totals.loss_tokens:,}"
+                " trained"
+            ),
             "tokenizer": _escape(manifest.tokenizer.name),
             "template": _escape(manifest.chat_template.name),
         }
@@ -109,13 +140,18 @@ class _Page:
         """Yield the kinds with their counts over all that is shown, the marks, and the filter."""
         cards = [sequence for cards in self._cards.values() for sequence in cards]
         kinds = np.concatenate([np.zeros(0, np.uint8), *(sequence.kinds for sequence in cards)])
-        mask = np.concatenate([np.zeros(0, np.uint8), *(sequence.loss_mask for sequence in cards)]) == 1
+        mask = (
+            np.concatenate([np.zeros(0, np.uint8), *(sequence.loss_mask for sequence in cards)])
+            == 1
+        )
         tokens = np.bincount(kinds & KIND_MASK, minlength=256)
         trained = np.bincount(kinds[mask] & KIND_MASK, minlength=256)
         yield '<div class="bar"><div>\n<ul>\n'
         for number in np.flatnonzero(tokens).tolist():
             share = (
-                ("all" if trained[number] == tokens[number] else f"{trained[number]:,}") if trained[number] else "none"
+                ("all" if trained[number] == tokens[number] else f"{trained[number]:,}")
+                if trained[number]
+                else "none"
             )
             classes = self._classes[number] + (" on" if trained[number] else "")
             name = _escape(self._kind_name(number).replace("_", " "))
@@ -125,20 +161,29 @@ class _Page:
         yield _legend_entry("other", "not trained", f"{int((~mask).sum()):,}")
         astride = int(((kinds & STRADDLES) != 0).sum())
         if astride:
-            yield _legend_entry("other astride", "straddles", f"{astride:,}, also cover bytes outside their text")
+            yield _legend_entry(
+                "other astride", "straddles", f"{astride:,}, also cover bytes outside their text"
+            )
         yield '</ul>\n<label><input type="checkbox" id="only"> only trained <kbd>t</kbd></label>\n'
-        yield "<small><kbd>Tab</kbd> to a sequence, <kbd>\u2190</kbd> <kbd>\u2192</kbd> through its tokens</small>\n"
+        yield (
+            "<small><kbd>Tab</kbd> to a sequence, <kbd>\u2190</kbd> <kbd>\u2192</kbd> through its"
+            " tokens</small>\n"
+        )
         yield "</div></div>\n"
 
     def _pack(self, pack_id: int) -> Iterator[str]:
         sequences, cards = self._packs[pack_id], self._cards[pack_id]
-        tokens, size = sum(len(sequence.tokens) for sequence in sequences), self._set.manifest.max_seq_len
+        tokens, size = (
+            sum(len(sequence.tokens) for sequence in sequences),
+            self._set.manifest.max_seq_len,
+        )
         trained = sum(sequence.num_loss_tokens for sequence in sequences)
         some = "" if len(cards) == len(sequences) else f" ({len(cards)} shown)"
         yield (
-            f'<section>\n<h2>Pack {pack_id:,}</h2>\n<p class="meta">{_count(len(sequences), "sequence")}{some}, '
-            f"{tokens:,} of {size:,} tokens ({tokens / size:.1%} full), "
-            f"{trained:,} trained ({trained / tokens:.1%})</p>\n"
+            f"<section>\n<h2>Pack {pack_id:,}</h2>\n<p"
+            f' class="meta">{_count(len(sequences), "sequence")}{some}, {tokens:,} of {size:,}'
+            f" tokens ({tokens / size:.1%} full), {trained:,} trained"
+            f" ({trained / tokens:.1%})</p>\n"
         )
         yield from self._map(pack_id)
         yield '<div class="cards">\n'
@@ -147,19 +192,29 @@ class _Page:
         yield "</div>\n</section>\n"
 
     def _map(self, pack_id: int) -> Iterator[str]:
-        """Yield the pack to scale: a bar for each run of tokens that are alike, a line where a sequence begins."""
+        """Yield the pack to scale: a bar for each run of tokens that are alike, a line where a
+        sequence begins."""
         size, at = self._set.manifest.max_seq_len, 0
         shown = {sequence.index for sequence in self._cards[pack_id]}
         shape = f'viewBox="0 0 {size} 10" preserveAspectRatio="none"'
-        yield f'<svg class="map" {shape} role="group" aria-label="map of pack {pack_id}, to scale">\n'
+        yield (
+            f'<svg class="map" {shape} role="group" aria-label="map of pack {pack_id}, to scale">\n'
+        )
         for sequence in self._packs[pack_id]:
             where = f' href="#{_place(pack_id, sequence)}"' if sequence.index in shown else ""
             yield f"<a{where}><title>{_describe(sequence)}, {_counts(sequence)}</title>"
-            codes = sequence.kinds.astype(np.int32) & KIND_MASK | (sequence.loss_mask.astype(np.int32) << 8)
+            codes = sequence.kinds.astype(np.int32) & KIND_MASK | (
+                sequence.loss_mask.astype(np.int32) << 8
+            )
             bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
             for start, stop in pairwise(bounds):
-                kind = self._classes[codes[start] & KIND_MASK] + (" on" if codes[start] >> 8 else "")
-                yield f'<rect class="{kind}" x="{at + start}" y="0" width="{stop - start}" height="10"/>'
+                kind = self._classes[codes[start] & KIND_MASK] + (
+                    " on" if codes[start] >> 8 else ""
+                )
+                yield (
+                    f'<rect class="{kind}" x="{at + start}" y="0" width="{stop - start}"'
+                    ' height="10"/>'
+                )
             at += len(codes)
             yield f'<path d="M{at} 0V10"/></a>\n'
         yield "</svg>\n"
@@ -167,14 +222,18 @@ class _Page:
     def _card(self, pack_id: int, sequence: ShownSequence) -> Iterator[str]:
         trained = sequence.num_loss_tokens
         yield (
-            f'<article class="seq{"" if trained else " untrained"}" id="{_place(pack_id, sequence)}">\n<header>'
-            f"<h3>{sequence.index}: <bdi>{html.escape(sequence.source)}</bdi> row {sequence.row}</h3>"
-            f'<p class="meta">{_counts(sequence)} ({trained / len(sequence.tokens):.1%})</p>'
+            f'<article class="seq{"" if trained else " untrained"}"'
+            f' id="{_place(pack_id, sequence)}">\n<header><h3>{sequence.index}:'
+            f" <bdi>{html.escape(sequence.source)}</bdi> row {sequence.row}</h3><p"
+            f' class="meta">{_counts(sequence)} ({trained / len(sequence.tokens):.1%})</p>'
         )
         note = self._notes.get((sequence.source_index, sequence.row, sequence.start))
         if note:
             yield f'<p class="note">{html.escape(note)}</p>'
-        yield f'</header>\n<div class="text" tabindex="0" role="group" aria-label="tokens of {_describe(sequence)}">'
+        yield (
+            '</header>\n<div class="text" tabindex="0" role="group" aria-label="tokens of'
+            f' {_describe(sequence)}">'
+        )
         codes = zip(sequence.kinds.tolist(), sequence.loss_mask.tolist(), strict=True)
         classes = [self._classes[kind] + (" on" if target else "") for kind, target in codes]
         yield from self._html.spans(sequence.tokens.tolist(), classes)
@@ -219,4 +278,6 @@ def _asset(name: str) -> str:
 
 def _hash(text: str) -> str:
     """Return what a content security policy calls an inline style or script."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode(
+        "ascii"
+    )

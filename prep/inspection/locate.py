@@ -1,6 +1,8 @@
-"""Which packs and sequences a person asked to see, and what the set says of each: its row, its place in the row.
+"""Which packs and sequences a person asked to see, and what the set says of each: its row, its
+place in the row.
 
-SOURCE:ROW  ->  [(pack, sequence within the pack), ...]      --pack N  ->  [(N, None)]: the whole pack
+SOURCE:ROW  ->  [(pack, sequence within the pack), ...]      --pack N  ->  [(N, None)]: the whole
+pack
 """
 
 import json
@@ -37,11 +39,17 @@ class ShownSequence:
 
 
 def choose(
-    shard_set: ShardSet, *, pack: int | None = None, row: str | None = None, sample: int | None = None
+    shard_set: ShardSet,
+    *,
+    pack: int | None = None,
+    row: str | None = None,
+    sample: int | None = None,
 ) -> Chosen:
-    """Return (pack, sequence) pairs of one pack, of a row (`SOURCE:ROW`), or of `sample` packs spread over the set.
+    """Return (pack, sequence) pairs of one pack, of a row (`SOURCE:ROW`), or of `sample` packs
+    spread over the set.
 
-    None in place of a sequence means the whole pack. Raises ConfigError for a pack or row that the set does not have.
+    None in place of a sequence means the whole pack. Raises ConfigError for a pack or row that the
+    set does not have.
     """
     if sum(choice is not None for choice in (pack, row, sample)) > 1:
         raise ConfigError("--pack, --row and --sample are given together; give one of them")
@@ -61,15 +69,22 @@ def sequences_of(shard_set: ShardSet, pack_id: int) -> Iterator[ShownSequence]:
     for index, (source, row, start) in enumerate(pack.seq_origin.tolist()):
         part = slice(pack.seq_offsets[index], pack.seq_offsets[index + 1])
         name = printable(shard_set.manifest.sources[source].name.encode())
-        yield ShownSequence(index, source, name, row, start, pack.tokens[part], kinds[part], pack.loss_mask[part])
+        yield ShownSequence(
+            index, source, name, row, start, pack.tokens[part], kinds[part], pack.loss_mask[part]
+        )
 
 
-def notes_on(shard_set: ShardSet, sequences: list[ShownSequence]) -> dict[tuple[int, int, int], str]:
-    """Return what became of the samples that are not whole, by (source index, row, start): cut, or split into which."""
+def notes_on(
+    shard_set: ShardSet, sequences: list[ShownSequence]
+) -> dict[tuple[int, int, int], str]:
+    """Return what became of the samples that are not whole, by (source index, row, start): cut, or
+    split into which."""
     wanted = {(sequence.source_index, sequence.row) for sequence in sequences}
     names = [source.name for source in shard_set.manifest.sources]
     said = {
-        (names.index(event["source"]), event["row"]): printable(f"{event['reason']}: {event['detail']}".encode())
+        (names.index(event["source"]), event["row"]): printable(
+            f"{event['reason']}: {event['detail']}".encode()
+        )
         for event in left_out_events(shard_set)
         if event["source"] in names and (names.index(event["source"]), event["row"]) in wanted
     }
@@ -89,7 +104,8 @@ def notes_on(shard_set: ShardSet, sequences: list[ShownSequence]) -> dict[tuple[
 
 
 def left_out_events(shard_set: ShardSet) -> Iterator[dict[str, str | int]]:
-    """Yield what the build listed of rows that it left out or cut: nothing where the list is not there."""
+    """Yield what the build listed of rows that it left out or cut: nothing where the list is not
+    there."""
     import zstandard
 
     try:
@@ -101,8 +117,11 @@ def left_out_events(shard_set: ShardSet) -> Iterator[dict[str, str | int]]:
             yield json.loads(line)
 
 
-def _fragment_starts(shard_set: ShardSet, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
-    """Return where the fragments of each wanted row begin, in order; a whole sample has the one start 0."""
+def _fragment_starts(
+    shard_set: ShardSet, wanted: set[tuple[int, int]]
+) -> dict[tuple[int, int], list[int]]:
+    """Return where the fragments of each wanted row begin, in order; a whole sample has the one
+    start 0."""
     starts: dict[tuple[int, int], set[int]] = {origin: set() for origin in wanted}
     rows = np.array(sorted({row for _, row in wanted}), np.int64)
     for columns in shard_set.shards:
@@ -118,7 +137,9 @@ def _find_row(shard_set: ShardSet, row: str) -> Chosen:
     name, separator, number = row.rpartition(":")
     names = [source.name for source in shard_set.manifest.sources]
     if not separator or not number.isdecimal() or name not in names:
-        raise ConfigError(f"--row {row!r}: expected SOURCE:ROW with a source among {', '.join(names)}")
+        raise ConfigError(
+            f"--row {row!r}: expected SOURCE:ROW with a source among {', '.join(names)}"
+        )
     found = _sequences_of(shard_set, names.index(name), int(number))
     if not found:
         why = _why_left_out(shard_set, name, int(number))
@@ -138,17 +159,24 @@ def _sequences_of(shard_set: ShardSet, source: int, row: int) -> Chosen:
 
 
 def _why_left_out(shard_set: ShardSet, name: str, row: int) -> str:
-    """Return what the build's list of left-out rows says of a row, or which other part of its source has it."""
+    """Return what the build's list of left-out rows says of a row, or which other part of its
+    source has it."""
     sources = shard_set.manifest.sources
     whole = next(source.details.get("part_of") for source in sources if source.name == name)
-    parts = {source.name: i for i, source in enumerate(sources) if whole and source.details.get("part_of") == whole}
+    parts = {
+        source.name: i
+        for i, source in enumerate(sources)
+        if whole and source.details.get("part_of") == whole
+    }
     events: dict[str | int, dict[str, str | int]] = {}
     for event in left_out_events(shard_set):
         if event["row"] == row:
             events.setdefault(event["source"], event)
     for part, index in parts.items():
         if part != name and (part in events or _sequences_of(shard_set, index, row)):
-            return printable(f"it is in {part}, another part of {whole}: --row {part}:{row}".encode())
+            return printable(
+                f"it is in {part}, another part of {whole}: --row {part}:{row}".encode()
+            )
     if name in events:
         return printable(f"{events[name]['reason']}: {events[name]['detail']}".encode())
     rows = next(source.rows_read for source in sources if source.name == name)

@@ -1,4 +1,5 @@
-"""Numbers of a shard set: what it holds, where it comes from, what carries loss. Reads no tokens."""
+"""Numbers of a shard set: what it holds, where it comes from, what carries loss. Reads no
+tokens."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +19,12 @@ _BLOCK_TOKENS = 1 << 24
 def stats(shard_set: ShardSet) -> dict[str, Any]:
     """Return the numbers of `shard_set`, ready for JSON."""
     manifest = shard_set.manifest
-    lengths = np.concatenate([np.diff(shard["seq_offsets"]) for shard in shard_set.shards] or [np.zeros(0, np.int64)])
-    per_pack = np.concatenate([np.diff(shard["pack_offsets"]) for shard in shard_set.shards] or [np.zeros(0, np.int64)])
+    lengths = np.concatenate(
+        [np.diff(shard["seq_offsets"]) for shard in shard_set.shards] or [np.zeros(0, np.int64)]
+    )
+    per_pack = np.concatenate(
+        [np.diff(shard["pack_offsets"]) for shard in shard_set.shards] or [np.zeros(0, np.int64)]
+    )
     files = [entry.bytes for shard in manifest.shards for entry in shard.files.values()]
     totals = manifest.totals
     held_out = read_manifest(shard_set.path / EVAL_DIR) if num_held_out(manifest) else None
@@ -52,7 +57,9 @@ def stats(shard_set: ShardSet) -> dict[str, Any]:
                 "rows_used": source.rows_used,
                 "rows_rejected": source.rows_rejected,
                 "rows_uncarried": source.rows_uncarried,
-                "rows_dropped": {key: rows for key, rows in source.rows_dropped.items() if key != OTHER_PARTS},
+                "rows_dropped": {
+                    key: rows for key, rows in source.rows_dropped.items() if key != OTHER_PARTS
+                },
                 "rows_truncated": source.rows_truncated,
                 "rows_without_terminator": source.rows_without_terminator,
                 "tokens": source.tokens,
@@ -69,11 +76,18 @@ def stats_lines(shard_set: ShardSet) -> list[str]:
     """Return the numbers as plain text tables."""
     found = stats(shard_set)
     lines = [
-        f"{found['name']}  {found['fingerprint'][:16]}  tokenizer {found['tokenizer']}, template {found['template']}",
-        f"{found['packs']:,} packs of {found['max_seq_len']:,} in {found['shards']} shards, "
-        f"{found['bytes'] / 2**20:,.1f} MiB, density {found['density']:.2%}",
-        f"{found['tokens']:,} tokens, {found['loss_tokens']:,} of them trained ({found['loss_share']:.1%}), "
-        f"in {found['sequences']:,} sequences",
+        (
+            f"{found['name']}  {found['fingerprint'][:16]}  tokenizer {found['tokenizer']},"
+            f" template {found['template']}"
+        ),
+        (
+            f"{found['packs']:,} packs of {found['max_seq_len']:,} in {found['shards']} shards, "
+            f"{found['bytes'] / 2**20:,.1f} MiB, density {found['density']:.2%}"
+        ),
+        (
+            f"{found['tokens']:,} tokens, {found['loss_tokens']:,} of them trained"
+            f" ({found['loss_share']:.1%}), in {found['sequences']:,} sequences"
+        ),
         "",
     ]
     if found["split_markers"]:
@@ -82,8 +96,11 @@ def stats_lines(shard_set: ShardSet) -> list[str]:
     if found["held_out"]:
         held = found["held_out"]
         lines[-1:] = [
-            f"held out in {EVAL_DIR}/: {held['packs']:,} packs, {held['tokens']:,} tokens, {held['loss_tokens']:,} of "
-            f"them with loss, in {held['sequences']:,} sequences; sft-prep stats {shard_set.path / EVAL_DIR}",
+            (
+                f"held out in {EVAL_DIR}/: {held['packs']:,} packs, {held['tokens']:,} tokens,"
+                f" {held['loss_tokens']:,} of them with loss, in {held['sequences']:,} sequences;"
+                f" sft-prep stats {shard_set.path / EVAL_DIR}"
+            ),
             "",
         ]
     lines += _table(
@@ -124,7 +141,9 @@ def _held_out(manifest: Manifest) -> dict[str, Any]:
 
 
 def _source_cells(source: dict[str, Any]) -> list[str]:
-    lost = [sum(source[key].values()) for key in ("rows_rejected", "rows_uncarried", "rows_dropped")]
+    lost = [
+        sum(source[key].values()) for key in ("rows_rejected", "rows_uncarried", "rows_dropped")
+    ]
     numbers = [source["rows_read"], source["rows_used"], *lost, source["rows_truncated"]]
     return [
         source["name"],
@@ -138,7 +157,11 @@ def _reason_lines(sources: list[dict[str, Any]]) -> Iterator[str]:
     for source in sources:
         if source["epochs_used"] > 1:
             yield f"{source['name']}: used {source['epochs_used']:g} times"
-        for key, word in (("rows_rejected", "rejected"), ("rows_uncarried", "uncarried"), ("rows_dropped", "left out")):
+        for key, word in (
+            ("rows_rejected", "rejected"),
+            ("rows_uncarried", "uncarried"),
+            ("rows_dropped", "left out"),
+        ):
             for reason, count in source[key].items():
                 yield f"{source['name']}: {count:,} {word}: {reason}"
 
@@ -148,11 +171,18 @@ def _spread(values: npt.NDArray[np.int64]) -> dict[str, float]:
         return {}
     percentiles = np.percentile(values, _PERCENTILES, method="inverted_cdf")
     named = {f"p{p}": int(value) for p, value in zip(_PERCENTILES, percentiles, strict=True)}
-    return {"mean": float(values.mean()), "min": int(values.min()), **named, "max": int(values.max())}
+    return {
+        "mean": float(values.mean()),
+        "min": int(values.min()),
+        **named,
+        "max": int(values.max()),
+    }
 
 
 def _spread_cells(spread: dict[str, float]) -> list[str]:
-    return [f"{value:,.1f}" if name == "mean" else f"{value:,.0f}" for name, value in spread.items()]
+    return [
+        f"{value:,.1f}" if name == "mean" else f"{value:,.0f}" for name, value in spread.items()
+    ]
 
 
 def _kinds(shard_set: ShardSet) -> dict[str, dict[str, int]]:
@@ -162,7 +192,9 @@ def _kinds(shard_set: ShardSet) -> dict[str, dict[str, int]]:
         for start in range(0, len(shard["kind"]), _BLOCK_TOKENS):
             kind = shard["kind"][start : start + _BLOCK_TOKENS] & KIND_MASK
             tokens += np.bincount(kind, minlength=256)
-            trained += np.bincount(kind[shard["loss_mask"][start : start + _BLOCK_TOKENS] == 1], minlength=256)
+            trained += np.bincount(
+                kind[shard["loss_mask"][start : start + _BLOCK_TOKENS] == 1], minlength=256
+            )
     return {
         name: {"tokens": int(tokens[number]), "loss_tokens": int(trained[number])}
         for name, number in shard_set.manifest.kinds.items()

@@ -1,4 +1,5 @@
-"""The numbers of a shard set as a picture: how long sequences are, how full packs are, what each source weighs.
+"""The numbers of a shard set as a picture: how long sequences are, how full packs are, what each
+source weighs.
 
 sequence length, log scale, with percentiles   |  pack fill
 source by source: share of the tokens, share of the loss tokens
@@ -42,23 +43,29 @@ _PERCENTILES = ("p5", "p50", "p95", "p99")
 def plot_stats(shard_set: ShardSet, out: Path) -> None:
     """Draw the PNG `out`, in one piece.
 
-    Raises PrerequisiteError where matplotlib is missing, ArtifactError where `out` cannot be written.
+    Raises PrerequisiteError where matplotlib is missing, ArtifactError where `out` cannot be
+    written.
     """
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError as exc:
         raise PrerequisiteError(
-            f"--plot needs matplotlib, which cannot be imported ({exc}); pip install 'matplotlib>=3.9'"
+            f"--plot needs matplotlib, which cannot be imported ({exc}); pip install"
+            " 'matplotlib>=3.9'"
         ) from exc
     found = stats(shard_set)
     sources = _bars(found["sources"])
     image = io.BytesIO()
     with mpl.rc_context(_STYLE):
         height = 3.6 + 0.55 + 0.34 * max(len(sources), 2)
-        figure = Figure(figsize=(11, height), layout="constrained", dpi=130)  # no pyplot: no display, no global state
+        figure = Figure(
+            figsize=(11, height), layout="constrained", dpi=130
+        )  # no pyplot: no display, no global state
         panels: dict[str, Any] = figure.subplot_mosaic(
-            [["lengths", "fill"], ["sources", "sources"]], width_ratios=[2.1, 1], height_ratios=[3.6, height - 3.6]
+            [["lengths", "fill"], ["sources", "sources"]],
+            width_ratios=[2.1, 1],
+            height_ratios=[3.6, height - 3.6],
         )
         figure.suptitle(_headline(found), x=0.01, ha="left", fontsize=11)
         _draw_lengths(panels["lengths"], _lengths(shard_set), found)
@@ -68,15 +75,17 @@ def plot_stats(shard_set: ShardSet, out: Path) -> None:
     try:
         atomic.write_bytes(out, image.getvalue())
     except OSError as exc:
-        raise ArtifactError(f"cannot write {out}: {exc.strerror}; give --plot another file") from exc
+        raise ArtifactError(
+            f"cannot write {out}: {exc.strerror}; give --plot another file"
+        ) from exc
 
 
 def _headline(found: dict[str, Any]) -> str:
     name = _short(found["name"])
     return (
-        f"{name}   {found['fingerprint'][:16]}\n{found['sequences']:,} sequences, {found['tokens']:,} tokens, "
-        f"{found['loss_tokens']:,} trained ({found['loss_share']:.1%}), in {found['packs']:,} packs "
-        f"of {found['max_seq_len']:,}"
+        f"{name}   {found['fingerprint'][:16]}\n{found['sequences']:,} sequences,"
+        f" {found['tokens']:,} tokens, {found['loss_tokens']:,} trained"
+        f" ({found['loss_share']:.1%}), in {found['packs']:,} packs of {found['max_seq_len']:,}"
     )
 
 
@@ -87,7 +96,8 @@ def _draw_lengths(axes: Any, lengths: npt.NDArray[np.int64], found: dict[str, An
     if not len(lengths):
         return
     low, high = int(lengths.min()), int(lengths.max())
-    # bounds half-way between whole numbers: no bin of a log scale is empty only because no length falls in it
+    # bounds half-way between whole numbers: no bin of a log scale is empty only because no length
+    # falls in it
     bounds = np.unique(np.round(np.geomspace(low, high + 1, 61))) - 0.5
     axes.hist(lengths, bins=bounds if len(bounds) > 1 else [low - 0.5, low + 0.5], color=_TOKENS)
     axes.set_xscale("log", base=2)
@@ -99,7 +109,9 @@ def _draw_lengths(axes: Any, lengths: npt.NDArray[np.int64], found: dict[str, An
     axes.set_title(f"length of sequences: {low:,} to {high:,}, mean {spread['mean']:,.1f}")
     top = axes.get_ylim()[1] * 1.3
     axes.set_ylim(0, top)
-    for number, name in enumerate(_PERCENTILES):  # each label on a line of its own: two may stand at one length
+    for number, name in enumerate(
+        _PERCENTILES
+    ):  # each label on a line of its own: two may stand at one length
         axes.axvline(spread[name], color=_INK, linewidth=0.9, linestyle=(0, (3, 2)))
         axes.annotate(
             f"{'median' if name == 'p50' else name} {spread[name]:,}", (spread[name], top * (0.98 - 0.055 * number)),
@@ -125,14 +137,26 @@ def _draw_fill(axes: Any, fill: npt.NDArray[np.float64], found: dict[str, Any]) 
 def _draw_sources(axes: Any, sources: list[dict[str, Any]]) -> None:
     places = np.arange(len(sources))
     axes.barh(
-        places - 0.19, [100 * s["token_share"] for s in sources], 0.36, color=_TOKENS, label="share of the tokens"
+        places - 0.19,
+        [100 * s["token_share"] for s in sources],
+        0.36,
+        color=_TOKENS,
+        label="share of the tokens",
     )
     axes.barh(
-        places + 0.19, [100 * s["loss_share"] for s in sources], 0.36, color=_LOSS, label="share of the loss tokens"
+        places + 0.19,
+        [100 * s["loss_share"] for s in sources],
+        0.36,
+        color=_LOSS,
+        label="share of the loss tokens",
     )
     axes.set_yticks(places, [_short(source["name"]) for source in sources])
     axes.set_ylim(max(len(sources), 2) - 0.5, -0.5)  # the first source on top
-    axes.set_xlim(0, max((100 * max(s["token_share"], s["loss_share"]) for s in sources), default=1.0) * 1.3 or 1.0)
+    axes.set_xlim(
+        0,
+        max((100 * max(s["token_share"], s["loss_share"]) for s in sources), default=1.0) * 1.3
+        or 1.0,
+    )
     axes.set_xlabel("%")
     axes.set_title("sources")
     axes.tick_params(axis="y", length=0)
@@ -141,7 +165,10 @@ def _draw_sources(axes: Any, sources: list[dict[str, Any]]) -> None:
     for place, source in zip(places, sources, strict=True):
         end = 100 * max(source["token_share"], source["loss_share"])
         trained = source["loss_tokens"] / source["tokens"] if source["tokens"] else 0.0
-        text = f"  {_million(source['tokens'])} tokens, {_million(source['loss_tokens'])} trained ({trained:.0%})"
+        text = (
+            f"  {_million(source['tokens'])} tokens, {_million(source['loss_tokens'])} trained"
+            f" ({trained:.0%})"
+        )
         axes.text(end, place, text, va="center", color=_SOFT, fontsize=8)
 
 
@@ -152,12 +179,17 @@ def _bars(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
     by_size = sorted(range(len(sources)), key=lambda index: (-sources[index]["tokens"], index))
     kept = sorted(by_size[: _MOST_SOURCES - 1])
     rest = [sources[index] for index in by_size[_MOST_SOURCES - 1 :]]
-    sums = {key: sum(source[key] for source in rest) for key in ("tokens", "loss_tokens", "token_share", "loss_share")}
+    sums = {
+        key: sum(source[key] for source in rest)
+        for key in ("tokens", "loss_tokens", "token_share", "loss_share")
+    }
     return [*(sources[index] for index in kept), {"name": f"{len(rest)} smaller sources", **sums}]
 
 
 def _lengths(shard_set: ShardSet) -> npt.NDArray[np.int64]:
-    return np.concatenate([np.zeros(0, np.int64), *(np.diff(shard["seq_offsets"]) for shard in shard_set.shards)])
+    return np.concatenate(
+        [np.zeros(0, np.int64), *(np.diff(shard["seq_offsets"]) for shard in shard_set.shards)]
+    )
 
 
 def _fill(shard_set: ShardSet) -> npt.NDArray[np.float64]:
@@ -167,7 +199,8 @@ def _fill(shard_set: ShardSet) -> npt.NDArray[np.float64]:
 
 
 def _short(name: str) -> str:
-    """Return a name that fits beside its bar: the end is what tells files apart, so the middle goes."""
+    """Return a name that fits beside its bar: the end is what tells files apart, so the middle
+    goes."""
     shown = printable(name.encode("utf-8", "surrogatepass"))
     if len(shown) <= _LONGEST_NAME:
         return shown

@@ -1,4 +1,5 @@
-"""Show packs in a terminal: every token's text, who wrote it, whether it is trained, which row it came from.
+"""Show packs in a terminal: every token's text, who wrote it, whether it is trained, which row it
+came from.
 
     -- sequence 0: gsm8k row 17, 24 tokens, 7 trained
        template   | <|user|>\\n
@@ -45,9 +46,11 @@ def inspect_lines(
     color: bool = False,
     ids: bool = False,
 ) -> Iterator[str]:
-    """Yield the lines that show one pack, the sequences of a row (`SOURCE:ROW`), or `sample` packs spread over the set.
+    """Yield the lines that show one pack, the sequences of a row (`SOURCE:ROW`), or `sample` packs
+    spread over the set.
 
-    Raises ConfigError for a pack or row that the set does not have, ArtifactError for an unreadable tokenizer.
+    Raises ConfigError for a pack or row that the set does not have, ArtifactError for an unreadable
+    tokenizer.
     """
     chosen = choose(shard_set, pack=pack, row=row, sample=sample)
     printer = _Printer(shard_set, color=color, ids=ids)
@@ -68,15 +71,20 @@ class _Printer:
         self._ids = ids
 
     def legend(self) -> str:
-        kinds = " ".join(self._paint(name, name, trained=False) for _, name in sorted(self._names.items()))
-        return f"+ trained   ~ also covers bytes outside the text that its kind names   kinds: {kinds}"
+        kinds = " ".join(
+            self._paint(name, name, trained=False) for _, name in sorted(self._names.items())
+        )
+        return (
+            f"+ trained   ~ also covers bytes outside the text that its kind names   kinds: {kinds}"
+        )
 
     def pack(self, pack_id: int, *, only: int | None = None) -> Iterator[str]:
         sequences = list(sequences_of(self._set, pack_id))
         yield (
-            f"== pack {pack_id} of {self._set.num_packs}: {len(sequences)} sequences, "
-            f"{sum(len(sequence.tokens) for sequence in sequences)} of {self._set.manifest.max_seq_len} tokens, "
-            f"{sum(sequence.num_loss_tokens for sequence in sequences)} trained"
+            f"== pack {pack_id} of {self._set.num_packs}: {len(sequences)} sequences,"
+            f" {sum(len(sequence.tokens) for sequence in sequences)} of"
+            f" {self._set.manifest.max_seq_len} tokens,"
+            f" {sum(sequence.num_loss_tokens for sequence in sequences)} trained"
         )
         for sequence in sequences:
             if only is None or sequence.index == only:
@@ -87,7 +95,10 @@ class _Printer:
                 yield from self._sequence(sequence.tokens, sequence.kinds, sequence.loss_mask)
 
     def _sequence(
-        self, tokens: npt.NDArray[np.int32], kinds: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8]
+        self,
+        tokens: npt.NDArray[np.int32],
+        kinds: npt.NDArray[np.uint8],
+        mask: npt.NDArray[np.uint8],
     ) -> Iterator[str]:
         """Yield a line for each line of text of each run of tokens that are alike."""
         changes = (np.diff(kinds) != 0) | (np.diff(mask) != 0)
@@ -102,7 +113,10 @@ class _Printer:
                 yield f"{marks} {label:<{self._width}} | {self._paint(line, name, trained=trained)}"
             if self._ids:
                 for first in range(0, len(run), _IDS_PER_LINE):
-                    shown = (f"{token} '{self._text.text_of([token])}'" for token in run[first : first + _IDS_PER_LINE])
+                    shown = (
+                        f"{token} '{self._text.text_of([token])}'"
+                        for token in run[first : first + _IDS_PER_LINE]
+                    )
                     yield f"   {'ids':>{self._width}} : {'  '.join(shown)}"
 
     def _paint(self, text: str, kind: str, *, trained: bool) -> str:

@@ -1,11 +1,13 @@
-"""Token ids -> HTML that shows every byte and can do nothing: text escaped, whitespace and control characters visible.
+"""Token ids -> HTML that shows every byte and can do nothing: text escaped, whitespace and control
+characters visible.
 
     <span class="user" title="id 9906, bytes 48 69">Hi</span>      a token; the text in it is the text it stands for
     <i> </i>  <i class="n"></i>\\n  <i class="t">\\t</i>             white space, marked by the style sheet
     <u>\\x1b</u>                                                   a character that has no shape of its own
     <u class="part">e4 bd</u>                                     bytes of a character that goes on in another token
 
-A character that several tokens share stands in the one that completes it, behind that token's own bytes.
+A character that several tokens share stands in the one that completes it, behind that token's own
+bytes.
 """
 
 import codecs
@@ -18,12 +20,21 @@ from itertools import accumulate
 
 from prep.inspection.token_text import TokenText, printable
 
-# printable to Python, invisible on a screen: fillers, joiners, and the variation selectors, in which text can hide
+# printable to Python, invisible on a screen: fillers, joiners, and the variation selectors, in
+# which text can hide
 _INVISIBLE = frozenset(
-    [*"\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0", *map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10)))]
+    [
+        *"\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0",
+        *map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10))),
+    ]
     + [chr(code) for code in range(0xE0100, 0xE01F0)]
 )
-_SPACES = {" ": "<i> </i>", "\u3000": "<i>\u3000</i>", "\n": '<i class="n"></i>\n', "\t": '<i class="t">\t</i>'}
+_SPACES = {
+    " ": "<i> </i>",
+    "\u3000": "<i>\u3000</i>",
+    "\n": '<i class="n"></i>\n',
+    "\t": '<i class="t">\t</i>',
+}
 
 
 class TokenHtml:
@@ -43,7 +54,9 @@ class TokenHtml:
                 index += 1
                 continue
             group = self._shared_characters(tokens, index)
-            for token, data, (parts_of, body) in zip(tokens[index:], group, _cut(group), strict=False):
+            for token, data, (parts_of, body) in zip(
+                tokens[index:], group, _cut(group), strict=False
+            ):
                 yield f'<span class="{classes[index]}" {_title(token, data, parts_of)}{body}</span>'
                 index += 1
 
@@ -58,7 +71,8 @@ class TokenHtml:
         return self._whole[token]
 
     def _shared_characters(self, tokens: Sequence[int], start: int) -> list[bytes]:
-        """Return the bytes of the tokens from `start` on, up to the first that ends on a character bound."""
+        """Return the bytes of the tokens from `start` on, up to the first that ends on a character
+        bound."""
         decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         group = []
         for token in tokens[start:]:
@@ -84,7 +98,8 @@ def _text(text: str) -> str:
 
 @cache
 def _character(character: str) -> str:
-    """Return the HTML of one character, or of a byte that belongs to none (as surrogateescape has it)."""
+    """Return the HTML of one character, or of a byte that belongs to none (as surrogateescape has
+    it)."""
     if character in _SPACES:
         return _SPACES[character]
     if "\udc80" <= character <= "\udcff":
@@ -99,13 +114,18 @@ def _cut(group: list[bytes]) -> Iterator[tuple[list[str], str]]:
     """Yield for each token the characters that it shares with others, and its HTML."""
     data = b"".join(group)
     characters = data.decode("utf-8", "surrogateescape")
-    starts = [0, *accumulate(len(character.encode("utf-8", "surrogateescape")) for character in characters)]
+    starts = [
+        0,
+        *accumulate(len(character.encode("utf-8", "surrogateescape")) for character in characters),
+    ]
     end = 0
     for part in group:
         start, end = end, end + len(part)
         shared, body = [], ""
         first = bisect_right(starts, start) - 1
-        for character, at, to in zip(characters[first:], starts[first:], starts[first + 1 :], strict=False):
+        for character, at, to in zip(
+            characters[first:], starts[first:], starts[first + 1 :], strict=False
+        ):
             if at >= end:
                 break
             if at < start or to > end:

@@ -1,6 +1,8 @@
-"""Token ids -> the bytes they stand for, and bytes -> text that is safe to print: no control character, no lost byte.
+"""Token ids -> the bytes they stand for, and bytes -> text that is safe to print: no control
+character, no lost byte.
 
-A character that two tokens share is whole when their bytes are put together, and shown as \\xe4\\xbd where not.
+A character that two tokens share is whole when their bytes are put together, and shown as
+\\xe4\\xbd where not.
 """
 
 import json
@@ -28,7 +30,10 @@ class TokenText:
         names = _type_names(parts["decoder"]) | _type_names(parts["pre_tokenizer"])
         self._is_byte_level = "ByteLevel" in names
         self._is_word_piece = "WordPiece" in names
-        self._added = {number: token.content for number, token in self._tokenizer.get_added_tokens_decoder().items()}
+        self._added = {
+            number: token.content
+            for number, token in self._tokenizer.get_added_tokens_decoder().items()
+        }
 
     def bytes_of(self, token_id: int) -> bytes:
         """Return the bytes of one token, or a word for an id that the tokenizer does not know."""
@@ -52,7 +57,8 @@ class TokenText:
 
 
 def printable(data: bytes) -> str:
-    """Return text with all but spaces and visible characters escaped: it cannot command a terminal."""
+    """Return text with all but spaces and visible characters escaped: it cannot command a
+    terminal."""
     text = data.decode("utf-8", "backslashreplace")
     if text.isprintable():
         return text
@@ -75,7 +81,8 @@ def _type_names(part: object) -> set[str]:
 
 @cache
 def _byte_level_table() -> dict[str, bytes]:
-    """Return the alphabet of byte-level vocabularies: visible bytes stand for themselves, others for U+0100 and on."""
+    """Return the alphabet of byte-level vocabularies: visible bytes stand for themselves, others
+    for U+0100 and on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     table = {chr(byte): bytes([byte]) for byte in visible}

@@ -1,8 +1,9 @@
-"""Does a rendering hold all that its conversation says? A template that drops a message or a field says nothing of it.
+"""Does a rendering hold all that its conversation says? A template that drops a message or a field
+says nothing of it.
 
-Whitespace that a template strips is not a loss. Nor is the reasoning of an earlier turn, where the template is one
-that prints the reasoning of the last turn: models of that family are meant to forget it. What the last message reasons
-must be there.
+Whitespace that a template strips is not a loss. Nor is the reasoning of an earlier turn, where the
+template is one that prints the reasoning of the last turn: models of that family are meant to
+forget it. What the last message reasons must be there.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -17,14 +18,17 @@ _TEXT = ("content", "reasoning_content", "function_calls", "functions")
 
 
 def uncarried(text: Traced, conversation: Conversation, rules: SpanRules) -> tuple[int, str] | None:
-    """Return (message index, reason) of the first message or field that the rendering lacks, or None.
+    """Return (message index, reason) of the first message or field that the rendering lacks, or
+    None.
 
     A reason is "ROLE message" for a message that is absent altogether, "ROLE.FIELD" for a field.
     """
     return next(all_uncarried(text, conversation, rules), None)
 
 
-def all_uncarried(text: Traced, conversation: Conversation, rules: SpanRules) -> Iterator[tuple[int, str]]:
+def all_uncarried(
+    text: Traced, conversation: Conversation, rules: SpanRules
+) -> Iterator[tuple[int, str]]:
     """Yield the same for every message that the rendering lacks or that lacks a field."""
     own: dict[int, list[Mark]] = {}
     for mark in text.marks:
@@ -37,7 +41,9 @@ def all_uncarried(text: Traced, conversation: Conversation, rules: SpanRules) ->
                 continue  # an empty system message says nothing
             yield index, f"{role} message"
             continue
-        for field in _missing_fields(message, marks, rules, is_last=index == len(conversation.messages) - 1):
+        for field in _missing_fields(
+            message, marks, rules, is_last=index == len(conversation.messages) - 1
+        ):
             yield index, f"{role}.{field}"
             break
 
@@ -52,7 +58,9 @@ def without_messages(conversation: Conversation, indices: Collection[int]) -> Co
     )
 
 
-def _missing_fields(message: Mapping[str, Any], marks: list[Mark], rules: SpanRules, *, is_last: bool) -> Iterator[str]:
+def _missing_fields(
+    message: Mapping[str, Any], marks: list[Mark], rules: SpanRules, *, is_last: bool
+) -> Iterator[str]:
     for field in _TEXT:
         value = reasoning_of(message) if field == "reasoning_content" else message.get(field)
         if not isinstance(value, str) or not value.strip():
@@ -76,18 +84,23 @@ def _missing_fields(message: Mapping[str, Any], marks: list[Mark], rules: SpanRu
 
 
 def _answer_of(value: str, *, is_last: bool) -> str:
-    """Return `value` with blanks for what a template that knows reasoning may print in its own way, or forget."""
+    """Return `value` with blanks for what a template that knows reasoning may print in its own way,
+    or forget."""
     end = value.index("</think>")
     if not is_last:
         return " " * (end + len("</think>")) + value[end + len("</think>") :]
-    return value.replace("<think>", " " * len("<think>"), 1).replace("</think>", " " * len("</think>"))
+    return value.replace("<think>", " " * len("<think>"), 1).replace(
+        "</think>", " " * len("</think>")
+    )
 
 
 def _text_is_there(value: str, pieces: list[Mark]) -> bool:
     if any(mark.source_start < 0 for mark in pieces):
         return True  # printed whole, as JSON
     position = 0
-    for start, end in sorted((mark.source_start, mark.source_start + mark.end - mark.start) for mark in pieces):
+    for start, end in sorted(
+        (mark.source_start, mark.source_start + mark.end - mark.start) for mark in pieces
+    ):
         if start > position and value[position:start].strip():
             return False
         position = max(position, end)
@@ -96,5 +109,6 @@ def _text_is_there(value: str, pieces: list[Mark]) -> bool:
 
 def _path_is_there(path: str, marks: list[Mark]) -> bool:
     return any(
-        mark.field == path or path.startswith(mark.field + "/") or mark.field.startswith(path + "/") for mark in marks
+        mark.field == path or path.startswith(mark.field + "/") or mark.field.startswith(path + "/")
+        for mark in marks
     )

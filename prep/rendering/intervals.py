@@ -1,4 +1,5 @@
-"""Stretches of a text, found by their place: a long conversation has thousands of them, so no loop may ask them all."""
+"""Stretches of a text, found by their place: a long conversation has thousands of them, so no loop
+may ask them all."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
@@ -10,10 +11,13 @@ class Intervals:
     def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
         ordered = sorted(ranges)
         self._starts = [start for start, _ in ordered]
-        self._ends = sorted(end for _, end in ordered)  # in step with the starts only where the ranges are disjoint
+        self._ends = sorted(
+            end for _, end in ordered
+        )  # in step with the starts only where the ranges are disjoint
 
     def touch(self, first: int, last: int) -> bool:
-        """Say whether the characters [first, last) share one with a range; the ranges must be disjoint."""
+        """Say whether the characters [first, last) share one with a range; the ranges must be
+        disjoint."""
         return bisect_right(self._ends, first) < bisect_left(self._starts, last)
 
     def starting_in(self, first: int, last: int) -> slice:

@@ -1,7 +1,8 @@
-"""The mask of a row a second time, by a method that shares nothing with the first: an audit of one row in so many.
+"""The mask of a row a second time, by a method that shares nothing with the first: an audit of one
+row in so many.
 
-The first way follows marks through one render and counts the bytes of tokens. This one compares plain renders, and
-takes the tokens from the character offsets of the Hugging Face tokenizer:
+The first way follows marks through one render and counts the bytes of tokens. This one compares
+plain renders, and takes the tokens from the character offsets of the Hugging Face tokenizer:
 
     text           <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nYo.<|im_end|>\\n
     answer crossed out                                                  ###
@@ -22,10 +23,13 @@ from prep.rendering.template import BLOCK_BRACKETS, REASONING_NAMES, ChatTemplat
 from prep.rendering.turns import SpanRules
 from shared.errors import TemplateError
 
-MAX_TURNS = 16  # of a longer conversation, the first and the last turns: each costs renders of the whole
+MAX_TURNS = (
+    16  # of a longer conversation, the first and the last turns: each costs renders of the whole
+)
 _TEXTS = ("content", "function_calls", *REASONING_NAMES)
-# what is crossed out of a text, one after the other until the template prints the same length: all but blanks within;
-# tags of reasoning kept, which it may look for; the blanks at the ends kept, which it may trim; both kept
+# what is crossed out of a text, one after the other until the template prints the same length: all
+# but blanks within; tags of reasoning kept, which it may look for; the blanks at the ends kept,
+# which it may trim; both kept
 _CROSSED_OUT = (
     re.compile(r"(?!)()|\A\s+|\s+\Z|\S"),
     re.compile(r"(</?think>)|\A\s+|\s+\Z|\S"),
@@ -38,7 +42,8 @@ _STRANGER = "\u2603"  # stands for every character of an answer
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Characters [start, end) of a text, of which [turn_start, turn_end) and no others are trained."""
+    """Characters [start, end) of a text, of which [turn_start, turn_end) and no others are
+    trained."""
 
     start: int
     end: int
@@ -46,18 +51,28 @@ class Window:
 
 
 class NotComparableError(Exception):
-    """The template prints something else than the same text where an answer's characters are others."""
+    """The template prints something else than the same text where an answer's characters are
+    others."""
 
 
-def windows(template: ChatTemplate, conversation: Conversation, text: str, rules: SpanRules) -> Iterator[Window]:
-    """Yield what is trained of `text`, the plain render of a conversation, around each of its assistant's turns.
+def windows(
+    template: ChatTemplate, conversation: Conversation, text: str, rules: SpanRules
+) -> Iterator[Window]:
+    """Yield what is trained of `text`, the plain render of a conversation, around each of its
+    assistant's turns.
 
     Raises NotComparableError where this method cannot say.
     """
     if any(char in text for char in _STRANGER + BLOCK_BRACKETS):
         raise NotComparableError
-    turns = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-    chosen = turns if len(turns) <= MAX_TURNS else turns[: MAX_TURNS // 2] + turns[-MAX_TURNS // 2 :]
+    turns = [
+        index
+        for index, message in enumerate(conversation.messages)
+        if message["role"] == "assistant"
+    ]
+    chosen = (
+        turns if len(turns) <= MAX_TURNS else turns[: MAX_TURNS // 2] + turns[-MAX_TURNS // 2 :]
+    )
     blocks = template.generation_blocks(conversation) if rules.has_generation_marks else None
     before, end_before = -1, 0
     for index in chosen:
@@ -69,10 +84,14 @@ def windows(template: ChatTemplate, conversation: Conversation, text: str, rules
         before, end_before = turns.index(index), ranges[-1][1]
 
 
-def first_difference(found: list[Window], trained: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64]) -> int | None:
-    """Return the first token, if any, of which `trained`, bool [N], says something else than the windows.
+def first_difference(
+    found: list[Window], trained: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64]
+) -> int | None:
+    """Return the first token, if any, of which `trained`, bool [N], says something else than the
+    windows.
 
-    `offsets` are the characters of every token, int64 [N, 2]. The first token is never a target and not compared.
+    `offsets` are the characters of every token, int64 [N, 2]. The first token is never a target and
+    not compared.
     """
     for window in found:
         inside = (offsets[:, 0] >= window.start) & (offsets[:, 1] <= window.end)
@@ -93,7 +112,8 @@ def _turn(
     rules: SpanRules,
     blocks: list[tuple[int, int]] | None,
 ) -> list[tuple[int, int]]:
-    """Return the trained characters of one assistant message: one range, or one in each of its generation blocks."""
+    """Return the trained characters of one assistant message: one range, or one in each of its
+    generation blocks."""
     # where no generation prompt says where turns begin, they begin with their text
     before = ""
     if index and rules.generation_prompt:
@@ -105,7 +125,10 @@ def _turn(
         own = [(start, end) for start, end in _joined(blocks) if start <= last and first <= end]
         if not own:
             raise NotComparableError
-        starts = [_behind_prompt(text, own[0][0], first, rules, own[0][0]), *(start for start, _ in own[1:])]
+        starts = [
+            _behind_prompt(text, own[0][0], first, rules, own[0][0]),
+            *(start for start, _ in own[1:]),
+        ]
         ends = [_end(text, min(last, end), end, end, rules, has_calls) for _, end in own]
         return list(zip(starts, ends, strict=True))
     if 0 < prompted <= first:
@@ -117,7 +140,9 @@ def _turn(
     limit = len(text)
     if index + 1 < len(conversation.messages):
         limit, _ = _where_it_stands(template, conversation, index + 1, text, len(text))
-    if has_calls and not any(found[0] in rules.closing for found in rules.control.finditer(text, last, limit)):
+    if has_calls and not any(
+        found[0] in rules.closing for found in rules.control.finditer(text, last, limit)
+    ):
         raise NotComparableError  # nor has what closes a call
     return [(start, _end(text, last, limit, last, rules, has_calls))]
 
@@ -133,7 +158,9 @@ def _where_it_stands(
         }
         messages = (*conversation.messages[:index], crossed, *conversation.messages[index + 1 :])
         other = _plain(template, Conversation(messages, conversation.tools, conversation.train))
-        if len(other) == len(text) and all(a in (_STRANGER, b) for a, b in zip(other, text, strict=True)):
+        if len(other) == len(text) and all(
+            a in (_STRANGER, b) for a, b in zip(other, text, strict=True)
+        ):
             break
     else:
         raise NotComparableError
@@ -146,11 +173,14 @@ def _where_it_stands(
 
 
 def _crossed_out(value: Any, pattern: re.Pattern[str], key: str = "") -> Any:
-    """Return texts with a stranger for what `pattern` finds outside its group; in calls, for their letters alone."""
+    """Return texts with a stranger for what `pattern` finds outside its group; in calls, for their
+    letters alone."""
     if isinstance(value, str):
         if key in ("type", "id"):
             return value
-        return (_LETTERS if key else pattern).sub(lambda found: found[1] or _STRANGER * len(found[0]), value)
+        return (_LETTERS if key else pattern).sub(
+            lambda found: found[1] or _STRANGER * len(found[0]), value
+        )
     if isinstance(value, dict):
         return {name: _crossed_out(item, pattern, name) for name, item in value.items()}
     if isinstance(value, list):
@@ -164,11 +194,19 @@ def _behind_prompt(text: str, floor: int, first: int, rules: SpanRules, otherwis
     if found >= 0:
         return found + len(rules.generation_prompt)
     markers = rules.control.findall(rules.generation_prompt) if otherwise < first else []
-    return max([otherwise, *(text.rfind(m, floor, first) + len(m) for m in markers if m in text[floor:first])])
+    return max(
+        [
+            otherwise,
+            *(text.rfind(m, floor, first) + len(m) for m in markers if m in text[floor:first]),
+        ]
+    )
 
 
-def _end(text: str, last: int, limit: int, otherwise: int, rules: SpanRules, has_calls: bool) -> int:
-    """Return where a turn ends whose text ends at `last`: behind its terminators, or before another control token.
+def _end(
+    text: str, last: int, limit: int, otherwise: int, rules: SpanRules, has_calls: bool
+) -> int:
+    """Return where a turn ends whose text ends at `last`: behind its terminators, or before another
+    control token.
 
     Behind calls come tokens that close these; the turn goes on to the one that ends it.
     """
@@ -194,10 +232,14 @@ def _joined(blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _first(conversation: Conversation, count: int) -> Conversation:
-    return Conversation(conversation.messages[:count], conversation.tools, conversation.train[:count])
+    return Conversation(
+        conversation.messages[:count], conversation.tools, conversation.train[:count]
+    )
 
 
-def _plain(template: ChatTemplate, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
+def _plain(
+    template: ChatTemplate, conversation: Conversation, *, add_generation_prompt: bool = False
+) -> str:
     try:
         return template.render_plain(conversation, add_generation_prompt=add_generation_prompt)
     except TemplateError as exc:

@@ -1,7 +1,9 @@
-"""Chat templates: find one, compile it in a sandbox, render a conversation once with the origin of every character.
+"""Chat templates: find one, compile it in a sandbox, render a conversation once with the origin of
+every character.
 
-The text is the one that `apply_chat_template` of transformers gives: same sandbox settings, filters and globals. Only
-the day that `strftime_now` prints is that of `template.date`, or the shards would depend on when they are built.
+The text is the one that `apply_chat_template` of transformers gives: same sandbox settings, filters
+and globals. Only the day that `strftime_now` prints is that of `template.date`, or the shards would
+depend on when they are built.
 """
 
 import datetime
@@ -59,7 +61,9 @@ def shipped_templates() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.jinja"))}
 
 
-def load_template(config: TemplateConfig, base: Path, tokenizer_template: str | None) -> TemplateText:
+def load_template(
+    config: TemplateConfig, base: Path, tokenizer_template: str | None
+) -> TemplateText:
     """Return the text of the configured template, BOS included where `add_bos` asks for it.
 
     Raises ConfigError for an unknown name, or where the tokenizer has no template of its own.
@@ -81,10 +85,13 @@ def load_template(config: TemplateConfig, base: Path, tokenizer_template: str | 
             raise ConfigError(f"template.name = {config.name!r}: {exc}") from exc
     else:
         raise ConfigError(
-            f'template.name = {config.name!r}; expected one of {", ".join(shipped)}, "tokenizer" or a .jinja file'
+            f'template.name = {config.name!r}; expected one of {", ".join(shipped)}, "tokenizer" or'
+            " a .jinja file"
         )
     name = Path(config.name).stem if config.name.endswith(".jinja") else config.name
-    return TemplateText(name, "{{ bos_token }}" + text if config.add_bos else text, config.name in shipped)
+    return TemplateText(
+        name, "{{ bos_token }}" + text if config.add_bos else text, config.name in shipped
+    )
 
 
 def today() -> str:
@@ -93,35 +100,54 @@ def today() -> str:
 
 
 class ChatTemplate:
-    """A compiled template. `render` gives traced text; `render_plain` gives the same characters without tracing."""
+    """A compiled template. `render` gives traced text; `render_plain` gives the same characters
+    without tracing."""
 
-    def __init__(self, template: TemplateText, special_tokens: Mapping[str, str], date: str = "") -> None:
+    def __init__(
+        self, template: TemplateText, special_tokens: Mapping[str, str], date: str = ""
+    ) -> None:
         self.name = template.name
         self._text = template.text
         self._date = date
         self._variables = dict(special_tokens)
         try:
             self._traced = _environment(TracingEnvironment, date).from_string(template.text)
-            self._plain = _environment(ImmutableSandboxedEnvironment, date).from_string(template.text)
+            self._plain = _environment(ImmutableSandboxedEnvironment, date).from_string(
+                template.text
+            )
         except jinja2.TemplateSyntaxError as exc:
-            raise ConfigError(f"template {template.name!r}, line {exc.lineno}: {exc.message}") from exc
-        self.has_generation_marks = "generation" in template.text and _has_generation_block(template.text)
+            raise ConfigError(
+                f"template {template.name!r}, line {exc.lineno}: {exc.message}"
+            ) from exc
+        self.has_generation_marks = "generation" in template.text and _has_generation_block(
+            template.text
+        )
 
     def render(self, conversation: Conversation) -> Traced:
-        """Render once, every character of the conversation traced. Raises TemplateError where the template refuses."""
-        messages = [_traced_message(message, index) for index, message in enumerate(conversation.messages)]
+        """Render once, every character of the conversation traced. Raises TemplateError where the
+        template refuses."""
+        messages = [
+            _traced_message(message, index) for index, message in enumerate(conversation.messages)
+        ]
         tools = None if conversation.tools is None else traced(conversation.tools, -1, "tools")
         text = self._render(self._traced, messages, tools, add_generation_prompt=False)
         return text if isinstance(text, Traced) else Traced(text)
 
-    def render_plain(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
+    def render_plain(
+        self, conversation: Conversation, *, add_generation_prompt: bool = False
+    ) -> str:
         """Render as transformers does."""
         messages = [_with_reasoning_names(message) for message in conversation.messages]
-        return self._render(self._plain, messages, conversation.tools, add_generation_prompt=add_generation_prompt)
+        return self._render(
+            self._plain, messages, conversation.tools, add_generation_prompt=add_generation_prompt
+        )
 
     def generation_blocks(self, conversation: Conversation) -> list[tuple[int, int]]:
-        """Return the characters that generation blocks print, in order, found without tracing. Raises TemplateError."""
-        template = _environment(ImmutableSandboxedEnvironment, self._date, _BracketedBlocks).from_string(self._text)
+        """Return the characters that generation blocks print, in order, found without tracing.
+        Raises TemplateError."""
+        template = _environment(
+            ImmutableSandboxedEnvironment, self._date, _BracketedBlocks
+        ).from_string(self._text)
         messages = [_with_reasoning_names(message) for message in conversation.messages]
         text = self._render(template, messages, conversation.tools, add_generation_prompt=False)
         blocks, starts, position = [], [], 0
@@ -134,16 +160,26 @@ class ChatTemplate:
                 position += len(piece)
         return sorted(blocks)
 
-    def render_messages(self, messages: list[dict[str, Any]], environment: type["TracingEnvironment"]) -> str:
-        """Render messages that carry marks of their own, in an environment of that class. Raises TemplateError."""
+    def render_messages(
+        self, messages: list[dict[str, Any]], environment: type["TracingEnvironment"]
+    ) -> str:
+        """Render messages that carry marks of their own, in an environment of that class. Raises
+        TemplateError."""
         template = _environment(environment, self._date).from_string(self._text)
         return self._render(template, messages, None, add_generation_prompt=False)
 
     def own_strings(self) -> list[str]:
-        """Return the strings that the template itself is written with, those of its variables included."""
+        """Return the strings that the template itself is written with, those of its variables
+        included."""
         tree = _environment(ImmutableSandboxedEnvironment, self._date).parse(self._text)
-        constants = [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
-        return [*constants, *(n.data for n in tree.find_all(jinja2.nodes.TemplateData)), *self._variables.values()]
+        constants = [
+            node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)
+        ]
+        return [
+            *constants,
+            *(n.data for n in tree.find_all(jinja2.nodes.TemplateData)),
+            *self._variables.values(),
+        ]
 
     def generation_prompt(self) -> str:
         """Return what the template prints to open an assistant turn, "" where it prints nothing."""
@@ -162,7 +198,12 @@ class ChatTemplate:
             return ""
 
     def _render(
-        self, template: jinja2.Template, messages: list[dict[str, Any]], tools: Any, *, add_generation_prompt: bool
+        self,
+        template: jinja2.Template,
+        messages: list[dict[str, Any]],
+        tools: Any,
+        *,
+        add_generation_prompt: bool,
     ) -> str:
         try:
             return template.render(
@@ -180,7 +221,11 @@ class ChatTemplate:
 
 def _traced_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {
-        key: value if key == "role" else traced(value, index, "reasoning_content" if key in REASONING_NAMES else key)
+        key: (
+            value
+            if key == "role"
+            else traced(value, index, "reasoning_content" if key in REASONING_NAMES else key)
+        )
         for key, value in _with_reasoning_names(message).items()
     }
 
@@ -221,7 +266,11 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
         return self.joined("", parts)
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(function, BuiltinMethodType) and function.__name__ == "join" and type(function.__self__) is str:
+        if (
+            isinstance(function, BuiltinMethodType)
+            and function.__name__ == "join"
+            and type(function.__self__) is str
+        ):
             return self.joined(function.__self__, *args, **kwargs)
         return super().call(context, function, *args, **kwargs)
 
@@ -253,9 +302,16 @@ class _BracketedBlocks(_GenerationBlocks):
 
 
 def _environment(
-    cls: type[ImmutableSandboxedEnvironment], date: str, blocks: type[_GenerationBlocks] = _GenerationBlocks
+    cls: type[ImmutableSandboxedEnvironment],
+    date: str,
+    blocks: type[_GenerationBlocks] = _GenerationBlocks,
 ) -> ImmutableSandboxedEnvironment:
-    environment = cls(trim_blocks=True, lstrip_blocks=True, extensions=[blocks, jinja2.ext.loopcontrols], cache_size=0)
+    environment = cls(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[blocks, jinja2.ext.loopcontrols],
+        cache_size=0,
+    )
     environment.filters["tojson"] = _to_json
     if isinstance(environment, TracingEnvironment):
         environment.replace_filters()
@@ -266,7 +322,8 @@ def _environment(
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without underscore names, which could reach Python's internals: the rule of transformers."""
+    """Jinja's namespace without underscore names, which could reach Python's internals: the rule of
+    transformers."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         for name in dict(*args[1:], **kwargs):
@@ -280,7 +337,9 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _check_plain_name(name: str) -> None:
     if name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace cannot have the attribute {name!r}; rename it")
+        raise jinja2.exceptions.SecurityError(
+            f"a namespace cannot have the attribute {name!r}; rename it"
+        )
 
 
 def _to_json(
@@ -290,12 +349,16 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
     return json_marked(text, value)
 
 
 @jinja2.pass_environment
-def _join_filter(environment: TracingEnvironment, value: Any, d: str = "", attribute: str | int | None = None) -> str:
+def _join_filter(
+    environment: TracingEnvironment, value: Any, d: str = "", attribute: str | int | None = None
+) -> str:
     if attribute is not None:
         value = map(jinja2.filters.make_attrgetter(environment, attribute), value)
     return environment.joined(str(d), map(str, value))
@@ -308,7 +371,9 @@ def _raise_exception(message: str) -> None:
 def _strftime(date: str) -> Callable[[str], str]:
     def strftime_now(form: str) -> str:
         if not date:
-            raise jinja2.TemplateError('it prints today\'s date; set template.date = "YYYY-MM-DD" to fix the day')
+            raise jinja2.TemplateError(
+                'it prints today\'s date; set template.date = "YYYY-MM-DD" to fix the day'
+            )
         return datetime.datetime.fromisoformat(date).strftime(form)
 
     return strftime_now

@@ -1,8 +1,10 @@
-"""Strings that remember where their characters came from, so that a chat template's own output says who wrote what.
+"""Strings that remember where their characters came from, so that a chat template's own output says
+who wrote what.
 
-A `Traced` is a `str` with marks. Everything that a conversation brings into a template is traced; what templates do
-to text (`+`, `~`, slices, strip, split, replace, trim, tojson ...) carries the marks along, and the characters are the
-same as without tracing. Text of unknown origin has no mark: the row then counts as uncarried, it is never guessed.
+A `Traced` is a `str` with marks. Everything that a conversation brings into a template is traced;
+what templates do to text (`+`, `~`, slices, strip, split, replace, trim, tojson ...) carries the
+marks along, and the characters are the same as without tracing. Text of unknown origin has no mark:
+the row then counts as uncarried, it is never guessed.
 
     template   '<|user|>\\n' + message.content.strip() + '\\n'        content = ' Hi '
     rendered    <|user|>\\nHi\\n
@@ -13,7 +15,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, SupportsIndex
 
 _LONGEST_STEP = 64  # of a path: all that is within an object repeats its key
-GENERATION = -2  # the message index of a mark made by a {% generation %} block; no row can bring one
+GENERATION = (
+    -2
+)  # the message index of a mark made by a {% generation %} block; no row can bring one
 
 
 class Mark(NamedTuple):
@@ -23,7 +27,9 @@ class Mark(NamedTuple):
     end: int
     message: int  # index in the conversation; -1 for what belongs to no message (tools)
     field: str  # path of the field: "content", "tool_calls/0/function/arguments", ...
-    source_start: int  # where in the field's text; -1 where the text was transformed on the way (JSON)
+    source_start: (
+        int  # where in the field's text; -1 where the text was transformed on the way (JSON)
+    )
 
 
 class Traced(str):
@@ -108,11 +114,16 @@ class Traced(str):
         kept = []
         for mark in self.marks:
             first, last = max(mark.start, start), min(mark.end, end)
-            # an empty piece of a message is still that message's: an all-blank answer has a place too
+            # an empty piece of a message is still that message's: an all-blank answer has a place
+            # too
             if first < last or (first == last and (mark.start == mark.end or start == end)):
                 skipped = 0 if mark.source_start < 0 else first - mark.start
                 kept.append(
-                    mark._replace(start=first - start, end=last - start, source_start=mark.source_start + skipped)
+                    mark._replace(
+                        start=first - start,
+                        end=last - start,
+                        source_start=mark.source_start + skipped,
+                    )
                 )
         return Traced(str.__getitem__(self, slice(start, end)), tuple(kept))
 
@@ -121,7 +132,9 @@ class Traced(str):
 
     def _located(self, pieces: list[str], gap: int) -> list[str]:
         found, position = [], 0
-        for piece in pieces:  # in order and verbatim, so the next occurrence after the separator is the piece
+        for piece in (
+            pieces
+        ):  # in order and verbatim, so the next occurrence after the separator is the piece
             position = self.index(piece, position)
             found.append(self._cut(position, position + len(piece)))
             position += len(piece) + gap
@@ -129,12 +142,18 @@ class Traced(str):
 
 
 class TracedDict(dict[str, Any]):
-    """A dict from a conversation (a tool, a tool call, its arguments), keys too; its JSON is marked as a whole."""
+    """A dict from a conversation (a tool, a tool call, its arguments), keys too; its JSON is marked
+    as a whole."""
 
     def __init__(self, value: dict[str, Any], message: int, field: str) -> None:
         paths = ((f"{field}/{key[:_LONGEST_STEP]}", key, item) for key, item in value.items())
-        super().__init__({traced(key, message, path): traced(item, message, path) for path, key, item in paths})
-        self._traced_origin = (message, field)  # a public name would hide a key of that name from the template
+        super().__init__(
+            {traced(key, message, path): traced(item, message, path) for path, key, item in paths}
+        )
+        self._traced_origin = (
+            message,
+            field,
+        )  # a public name would hide a key of that name from the template
 
     def __str__(self) -> str:
         return json_marked(repr(self), self)
@@ -144,8 +163,13 @@ class TracedList(list[Any]):
     """A list from a conversation, likewise."""
 
     def __init__(self, value: list[Any], message: int, field: str) -> None:
-        super().__init__(traced(item, message, f"{field}/{index}") for index, item in enumerate(value))
-        self._traced_origin = (message, field)  # a public name would hide a key of that name from the template
+        super().__init__(
+            traced(item, message, f"{field}/{index}") for index, item in enumerate(value)
+        )
+        self._traced_origin = (
+            message,
+            field,
+        )  # a public name would hide a key of that name from the template
 
     def __str__(self) -> str:
         return json_marked(repr(self), self)
@@ -181,14 +205,20 @@ def join(separator: str, parts: Iterable[str]) -> str:
 def json_marked(text: str, value: Any) -> str:
     """Return `text`, the JSON (or repr) of `value`, marked with the origins found in `value`."""
     origins = dict.fromkeys(_origins(value))
-    return Traced(text, tuple(Mark(0, len(text), *origin, -1) for origin in origins)) if origins else text
+    return (
+        Traced(text, tuple(Mark(0, len(text), *origin, -1) for origin in origins))
+        if origins
+        else text
+    )
 
 
 def _origins(value: Any) -> Iterator[tuple[int, str]]:
     if isinstance(value, TracedDict | TracedList):
         yield value._traced_origin
     elif isinstance(value, Traced):
-        yield from ((mark.message, mark.field) for mark in value.marks if mark.message != GENERATION)
+        yield from (
+            (mark.message, mark.field) for mark in value.marks if mark.message != GENERATION
+        )
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from _origins(key)

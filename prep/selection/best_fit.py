@@ -1,13 +1,15 @@
-"""Best-fit-decreasing packing over the length histogram: which samples share a pack, from integers alone.
+"""Best-fit-decreasing packing over the length histogram: which samples share a pack, from integers
+alone.
 
     lengths      5 3 3 2 2 1   capacity 8
     pack 0     [ a a a a a b b b ]    longest first; each sample goes to the pack with the least room that holds it
     pack 1     [ c c c d d e e f ]
     order        a b c d e f          pack_offsets 0 2 6
 
-Samples of one length are interchangeable to the algorithm, so it places counts, not samples: packs that have the same
-room left are one bucket, and a length class moves whole runs of packs from bucket to bucket. Only rooms that some pack
-has are kept: memory follows the lengths that exist, whatever the capacity.
+Samples of one length are interchangeable to the algorithm, so it places counts, not samples: packs
+that have the same room left are one bucket, and a length class moves whole runs of packs from
+bucket to bucket. Only rooms that some pack has are kept: memory follows the lengths that exist,
+whatever the capacity.
 """
 
 from bisect import bisect_left, insort
@@ -19,30 +21,45 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 
 
-def pack_best_fit(lengths: Ints, *, capacity: int, tie: npt.NDArray[np.uint64]) -> tuple[Ints, Ints]:
-    """Return `order` int64 [N] (sample indices, pack after pack) and `pack_offsets` int64 [P+1] (bounds in `order`).
+def pack_best_fit(
+    lengths: Ints, *, capacity: int, tie: npt.NDArray[np.uint64]
+) -> tuple[Ints, Ints]:
+    """Return `order` int64 [N] (sample indices, pack after pack) and `pack_offsets` int64 [P+1]
+    (bounds in `order`).
 
-    Samples of equal length are dealt out in the order of `tie` uint64 [N], then of index. Packs come in the order of
-    the tie of their longest sample: with hashed ties that is a shuffle, so that no shard holds only long samples.
-    Inside a pack the longest sample comes first. The result depends on (length, tie) pairs alone, not on input order,
-    as long as no two samples agree in both. Raises ValueError for a length below 1 or above `capacity`.
+    Samples of equal length are dealt out in the order of `tie` uint64 [N], then of index. Packs
+    come in the order of the tie of their longest sample: with hashed ties that is a shuffle, so
+    that no shard holds only long samples. Inside a pack the longest sample comes first. The result
+    depends on (length, tie) pairs alone, not on input order, as long as no two samples agree in
+    both. Raises ValueError for a length below 1 or above `capacity`.
     """
     if lengths.shape != tie.shape or lengths.ndim != 1:
-        raise ValueError(f"lengths {lengths.shape} and tie {tie.shape} must be one-dimensional and equally long")
+        raise ValueError(
+            f"lengths {lengths.shape} and tie {tie.shape} must be one-dimensional and equally long"
+        )
     if not len(lengths):
         return np.zeros(0, np.int64), np.zeros(1, np.int64)
     if int(lengths.min()) < 1 or int(lengths.max()) > capacity:
-        raise ValueError(f"lengths span {lengths.min()} to {lengths.max()}; expected 1 to the capacity {capacity}")
+        raise ValueError(
+            f"lengths span {lengths.min()} to {lengths.max()}; expected 1 to the capacity"
+            f" {capacity}"
+        )
     by_tie = np.argsort(tie, kind="stable")  # int64 [N]
     longest_first = by_tie[
         _stable_order(int(lengths.max()) - lengths[by_tie])
     ]  # int64 [N], by falling length, then tie, index
     pack_of, num_packs = _place(lengths[longest_first], capacity)
 
-    first_of_pack = np.full(num_packs, -1, np.int64)  # [P] position in longest_first of the pack's longest sample
-    first_of_pack[pack_of[::-1]] = np.arange(len(lengths) - 1, -1, -1)  # the last write wins: the smallest position
+    first_of_pack = np.full(
+        num_packs, -1, np.int64
+    )  # [P] position in longest_first of the pack's longest sample
+    first_of_pack[pack_of[::-1]] = np.arange(
+        len(lengths) - 1, -1, -1
+    )  # the last write wins: the smallest position
     rank_of_pack = np.empty(num_packs, np.int64)  # [P]
-    rank_of_pack[np.argsort(tie[longest_first[first_of_pack]], kind="stable")] = np.arange(num_packs)
+    rank_of_pack[np.argsort(tie[longest_first[first_of_pack]], kind="stable")] = np.arange(
+        num_packs
+    )
 
     pack_of = rank_of_pack[pack_of]
     order = longest_first[_stable_order(pack_of)]
@@ -52,13 +69,16 @@ def pack_best_fit(lengths: Ints, *, capacity: int, tie: npt.NDArray[np.uint64]) 
 
 
 def _place(falling: Ints, capacity: int) -> tuple[Ints, int]:
-    """Return the pack of every sample, given their lengths from long to short, int64 [N], and the number of packs.
+    """Return the pack of every sample, given their lengths from long to short, int64 [N], and the
+    number of packs.
 
-    A move (first_pack, num_packs, per_pack) puts `per_pack` samples into each of `num_packs` consecutive packs. A pack
-    that took one sample of the class has less room than before, so it stays the best fit until the class no longer
-    fits: it takes room // length at once.
+    A move (first_pack, num_packs, per_pack) puts `per_pack` samples into each of `num_packs`
+    consecutive packs. A pack that took one sample of the class has less room than before, so it
+    stays the best fit until the class no longer fits: it takes room // length at once.
     """
-    buckets: dict[int, deque[tuple[int, int]]] = {}  # by room left, none empty: runs (start, stop) of packs
+    buckets: dict[
+        int, deque[tuple[int, int]]
+    ] = {}  # by room left, none empty: runs (start, stop) of packs
     rooms: list[int] = []  # the keys of `buckets`, ascending
     moves: list[tuple[int, int, int]] = []
     num_packs = 0
@@ -103,12 +123,15 @@ def _expand(moves: list[tuple[int, int, int]]) -> Ints:
     """Return the pack of every sample: each move spelled out, in order."""
     starts, counts, per_pack = np.array(moves, np.int64).T  # [M] each
     ends = np.cumsum(counts)
-    packs = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)  # one entry per (move, pack)
+    packs = np.arange(ends[-1]) + np.repeat(
+        starts - (ends - counts), counts
+    )  # one entry per (move, pack)
     return np.repeat(packs, np.repeat(per_pack, counts))
 
 
 def _stable_order(keys: Ints) -> Ints:
-    """Return the stable ascending order of small non-negative keys, by 16-bit digits: numpy sorts those in O(N)."""
+    """Return the stable ascending order of small non-negative keys, by 16-bit digits: numpy sorts
+    those in O(N)."""
     order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable")
     shift = 16
     while int(keys.max()) >> shift:

@@ -1,9 +1,10 @@
-"""Rows that share a passage with questions that must not be trained on: found in the raw text, without a tokenizer.
+"""Rows that share a passage with questions that must not be trained on: found in the raw text,
+without a tokenizer.
 
-Their numbers are kept in the store beside the samples, under a key of their own: adding, changing or dropping the
-questions never touches a sample.
+Their numbers are kept in the store beside the samples, under a key of their own: adding, changing
+or dropping the questions never touches a sample.
 
-    STORE/overlap-KEY.json     {"rows": [[row, number of shared grams, the words of the first], ...]}
+STORE/overlap-KEY.json     {"rows": [[row, number of shared grams, the words of the first], ...]}
 """
 
 import contextlib
@@ -45,29 +46,44 @@ class Questions:
     grams: GramSet
 
 
-def read_questions(sources: Sequence[tuple[ResolvedSource, Conversion]], config: DecontaminateConfig) -> Questions:
-    """Return the grams of all questions. Raises DataError for a row without one, and where there is nothing to find."""
+def read_questions(
+    sources: Sequence[tuple[ResolvedSource, Conversion]], config: DecontaminateConfig
+) -> Questions:
+    """Return the grams of all questions. Raises DataError for a row without one, and where there is
+    nothing to find."""
     num_texts = 0
     hashes = [np.zeros(0, np.uint64)]
     for source, conversion in sources:
         for chunk in iter_chunks(source, source_index=0, conversion=conversion):
             texts = [
-                text for _, where, record in parse_chunk(chunk) for text in _questions(record, chunk, config, where)
+                text
+                for _, where, record in parse_chunk(chunk)
+                for text in _questions(record, chunk, config, where)
             ]
             num_texts += len(texts)
             hashes.append(np.unique(word_grams(texts, config.ngram).hashes))
     grams = GramSet(np.concatenate(hashes))
-    logger.info("decontaminate: %s questions, %s n-grams of %s words", num_texts, len(grams.sorted), config.ngram)
+    logger.info(
+        "decontaminate: %s questions, %s n-grams of %s words",
+        num_texts,
+        len(grams.sorted),
+        config.ngram,
+    )
     if not len(grams.sorted):
         raise DataError(
-            f"decontaminate: {num_texts} questions in {', '.join(source.name for source, _ in sources)}, none of "
-            f"{config.ngram // 2} words or more; give other files or fields, or a smaller ngram"
+            f"decontaminate: {num_texts} questions in"
+            f" {', '.join(source.name for source, _ in sources)}, none of {config.ngram // 2} words"
+            " or more; give other files or fields, or a smaller ngram"
         )
     return Questions(config.ngram, grams)
 
 
 def find_overlaps(
-    sources: Sequence[tuple[ResolvedSource, Conversion]], questions: Questions, *, store: Path, workers: int
+    sources: Sequence[tuple[ResolvedSource, Conversion]],
+    questions: Questions,
+    *,
+    store: Path,
+    workers: int,
 ) -> list[list[Overlap]]:
     """Return, for each source, the rows that share a gram with a question, in order."""
     content = sha256_bytes(questions.grams.sorted.astype("<u8").tobytes())
@@ -88,7 +104,8 @@ def find_overlaps(
 
 
 def overlaps_of(chunk: Chunk, questions: Questions) -> list[Overlap]:
-    """Return the rows of one chunk that share a gram with a question; a malformed row shares none."""
+    """Return the rows of one chunk that share a gram with a question; a malformed row shares
+    none."""
     rows: list[int] = []
     texts: list[str] = []
     for row, where, record in parse_chunk(chunk):
@@ -111,22 +128,34 @@ def overlaps_of(chunk: Chunk, questions: Questions) -> list[Overlap]:
 
 def _texts(conversation: Conversation) -> list[str]:
     fields = ("content", "reasoning_content")
-    return [message[field] for message in conversation.messages for field in fields if message.get(field)]
+    return [
+        message[field]
+        for message in conversation.messages
+        for field in fields
+        if message.get(field)
+    ]
 
 
-def _questions(record: dict[str, Any] | DataError, chunk: Chunk, config: DecontaminateConfig, where: str) -> list[str]:
+def _questions(
+    record: dict[str, Any] | DataError, chunk: Chunk, config: DecontaminateConfig, where: str
+) -> list[str]:
     if isinstance(record, DataError):
         raise record
     if config.fields:
         texts = [record[field] for field in config.fields if record.get(field) is not None]
         if not texts or not all(isinstance(text, str) for text in texts):
             names = ", ".join(config.fields)
-            raise DataError(f"{where}: no text under {names}; it has {', '.join(record)}; correct decontaminate.fields")
+            raise DataError(
+                f"{where}: no text under {names}; it has {', '.join(record)}; correct"
+                " decontaminate.fields"
+            )
         return texts
     try:
         conversation = read_conversation(record, chunk.conversion, where=where)
     except DataError as exc:
-        raise DataError(f"{exc}. If it is no conversation, name its columns in decontaminate.fields") from exc
+        raise DataError(
+            f"{exc}. If it is no conversation, name its columns in decontaminate.fields"
+        ) from exc
     return [message["content"] for message in conversation.messages if message["role"] == "user"]
 
 
@@ -168,20 +197,28 @@ def _result(future: "Future[list[Overlap]]") -> list[Overlap]:
         return future.result()
     except BrokenProcessPool as exc:
         raise PrerequisiteError(
-            "a worker process died (killed, or out of memory); run the same command again, with fewer --workers if "
-            "memory was short"
+            "a worker process died (killed, or out of memory); run the same command again, with"
+            " fewer --workers if memory was short"
         ) from exc
 
 
-def _stored(path: Path, source: ResolvedSource, conversion: Conversion, comparers: _Comparers) -> list[Overlap]:
+def _stored(
+    path: Path, source: ResolvedSource, conversion: Conversion, comparers: _Comparers
+) -> list[Overlap]:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return [(row, count, words) for row, count, words in json.loads(path.read_bytes())["rows"]]
     overlaps: list[Overlap] = []
     read = 0
-    with progress(f"comparing {source.name}", sum(file.stamp.size for file in source.files), "bytes") as advance:
-        for chunk, found in comparers.compare(iter_chunks(source, source_index=0, conversion=conversion)):
+    with progress(
+        f"comparing {source.name}", sum(file.stamp.size for file in source.files), "bytes"
+    ) as advance:
+        for chunk, found in comparers.compare(
+            iter_chunks(source, source_index=0, conversion=conversion)
+        ):
             overlaps += found
-            advance(max(0, chunk.source_bytes_read - read), f"{len(overlaps):,} rows share a passage")
+            advance(
+                max(0, chunk.source_bytes_read - read), f"{len(overlaps):,} rows share a passage"
+            )
             read = max(read, chunk.source_bytes_read)
     atomic.write_json(path, {"rows": overlaps})
     return overlaps

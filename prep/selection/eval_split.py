@@ -1,9 +1,10 @@
-"""The rows that are held out of training: all rows of some prompts, so that no question is on both sides.
+"""The rows that are held out of training: all rows of some prompts, so that no question is on both
+sides.
 
     side of a row = hash(seed, its prompt) < fraction
 
-Nothing else of the mixture decides: another mix, length, mask, template or order of the sources moves no prompt to the
-other side, and what a smaller fraction holds out, a larger one does too.
+Nothing else of the mixture decides: another mix, length, mask, template or order of the sources
+moves no prompt to the other side, and what a smaller fraction holds out, a larger one does too.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,8 @@ class HeldOut:
 def mark_held_out(
     usables: Sequence[Usable], stores: Sequence[SampleStore], *, fraction: float, seed: int
 ) -> tuple[HeldOut, HeldOut]:
-    """Set `held_out` of the rows of every source. Return how many different prompts it is true of, and rows."""
+    """Set `held_out` of the rows of every source. Return how many different prompts it is true of,
+    and rows."""
     all_prompts, held_rows, num_rows = [np.zeros(0, np.uint64)], 0, 0
     for usable, store in zip(usables, stores, strict=True):
         prompts = hashes_of(usable, store, "prompt_hash")[:, 0]
@@ -65,7 +67,9 @@ def hold_out(usables: Sequence[Usable]) -> tuple[list[Usable], list[Usable]]:
     return kept, held
 
 
-def is_held_out(prompts: npt.NDArray[np.uint64], *, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+def is_held_out(
+    prompts: npt.NDArray[np.uint64], *, fraction: float, seed: int
+) -> npt.NDArray[np.bool_]:
     """Return for each prompt hash, uint64 [S], whether it is held out, bool [S]."""
     drawn = mix(prompts ^ np.uint64(seed_from(seed, "held out")))
     return drawn < np.uint64(int(fraction * 2**64))

@@ -1,4 +1,5 @@
-"""Rows that leave although nothing is wrong with them: too little loss, a passage of a question, said before."""
+"""Rows that leave although nothing is wrong with them: too little loss, a passage of a question,
+said before."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -19,7 +20,9 @@ def without_little_loss(usable: Usable, min_loss_tokens: int | None) -> Usable:
         return usable
     _, row_of = np.unique(usable.rows["row"], return_inverse=True)
     carried = np.bincount(row_of, usable.rows["loss_tokens"])[row_of].astype(np.int64)
-    return usable.without(carried < min_loss_tokens, "under_min_loss_tokens", lambda at: f"{carried[at]} loss tokens")
+    return usable.without(
+        carried < min_loss_tokens, "under_min_loss_tokens", lambda at: f"{carried[at]} loss tokens"
+    )
 
 
 def without_overlaps(usable: Usable, overlaps: Sequence[Overlap], ngram: int) -> Usable:
@@ -34,22 +37,31 @@ def without_overlaps(usable: Usable, overlaps: Sequence[Overlap], ngram: int) ->
     return usable.without(which, "contaminated", detail)
 
 
-def without_duplicates(usables: Sequence[Usable], stores: Sequence[SampleStore], names: Sequence[str]) -> list[Usable]:
+def without_duplicates(
+    usables: Sequence[Usable], stores: Sequence[SampleStore], names: Sequence[str]
+) -> list[Usable]:
     """Keep the first of rows with equal content, in the order of sources and rows."""
     counts = [len(usable.rows) for usable in usables]
     source = np.repeat(np.arange(len(usables)), counts)
     row = np.concatenate([usable.rows["row"] for usable in usables])
     content = np.concatenate(
-        [hashes_of(usable, store, "content_hash") for usable, store in zip(usables, stores, strict=True)]
+        [
+            hashes_of(usable, store, "content_hash")
+            for usable, store in zip(usables, stores, strict=True)
+        ]
     )
     order = np.lexsort((row, source, content[:, 1], content[:, 0]))
     ordered = content[order]
     is_new = np.append(True, (ordered[1:] != ordered[:-1]).any(axis=1))[: len(order)]
     first = np.empty(len(order), np.int64)  # of each sequence: the first with the same content
     first[order] = order[np.flatnonzero(is_new)][np.cumsum(is_new) - 1]
-    again = (source[first] != source) | (row[first] != row)  # fragments of one row are no repeats of it
+    again = (source[first] != source) | (
+        row[first] != row
+    )  # fragments of one row are no repeats of it
     kept = []
-    for index, (usable, start) in enumerate(zip(usables, np.cumsum([0, *counts[:-1]]).tolist(), strict=True)):
+    for index, (usable, start) in enumerate(
+        zip(usables, np.cumsum([0, *counts[:-1]]).tolist(), strict=True)
+    ):
 
         def detail(at: int, start: int = start) -> str:
             original = first[start + at]
@@ -66,6 +78,8 @@ def hashes_of(
     found = np.zeros((len(usable.rows), 2), np.uint64)
     for index in np.unique(usable.rows["chunk"]).tolist():
         mine = usable.rows["chunk"] == index
-        hashes = np.ascontiguousarray(store.chunks[index].column(column)).view("<u8")  # [samples, 2]
+        hashes = np.ascontiguousarray(store.chunks[index].column(column)).view(
+            "<u8"
+        )  # [samples, 2]
         found[mine] = hashes[usable.rows["sample"][mine]]
     return found

@@ -1,4 +1,5 @@
-"""Mask policy: kinds and messages -> which tokens are trained. Pure numpy over many samples at once."""
+"""Mask policy: kinds and messages -> which tokens are trained. Pure numpy over many samples at
+once."""
 
 from dataclasses import dataclass
 
@@ -12,7 +13,9 @@ Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 TRAIN_NO, TRAIN_YES, TRAIN_UNSET = 0, 1, 2  # the message_train column
-ROLE_ASSISTANT = 3  # the message_role column holds Kind values: an assistant's message is Kind.ASSISTANT
+ROLE_ASSISTANT = (
+    3  # the message_role column holds Kind values: an assistant's message is Kind.ASSISTANT
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +31,13 @@ class Samples:
 
 
 def loss_mask_of(samples: Samples, policy: MaskConfig) -> Bytes:
-    """Return the loss mask of whole samples, uint8 [N]; the first token of a sample is never trained.
+    """Return the loss mask of whole samples, uint8 [N]; the first token of a sample is never
+    trained.
 
-    "assistant": what assistants wrote and the terminators. "last_assistant": of that, the last assistant message only.
-    "all": every token. A message with `train: false` is left out under each of them. Reasoning, tool calls and
-    terminators of assistants can be left out by kind; a token that covers text of two kinds has the kind of one.
+    "assistant": what assistants wrote and the terminators. "last_assistant": of that, the last
+    assistant message only. "all": every token. A message with `train: false` is left out under each
+    of them. Reasoning, tool calls and terminators of assistants can be left out by kind; a token
+    that covers text of two kinds has the kind of one.
     """
     mask = _trained_by_kind(policy)[samples.kind]
     untrained = samples.message_train == TRAIN_NO
@@ -44,10 +49,14 @@ def loss_mask_of(samples: Samples, policy: MaskConfig) -> Bytes:
         mask[ending[~_is_last_assistant(samples)[owner]]] = 0
     ends = message_ends(samples)
     if untrained.any():
-        inside = np.zeros(len(mask) + 1, np.int8)  # +1 where an untrained message begins, -1 where it ends
+        inside = np.zeros(
+            len(mask) + 1, np.int8
+        )  # +1 where an untrained message begins, -1 where it ends
         np.add.at(inside, samples.message_offsets[untrained], 1)
         np.add.at(inside, ends[untrained], -1)
-        mask &= (np.cumsum(inside[:-1], dtype=np.int8) <= 0).view(np.uint8)  # they do not overlap: 0 or 1
+        mask &= (np.cumsum(inside[:-1], dtype=np.int8) <= 0).view(
+            np.uint8
+        )  # they do not overlap: 0 or 1
     starts = samples.sample_offsets[:-1]
     mask[starts[np.diff(samples.sample_offsets) > 0]] = 0
     return mask
@@ -63,7 +72,9 @@ def _trained_by_kind(policy: MaskConfig) -> Bytes:
         Kind.TOOL_CALL: not policy.tool_calls,
         Kind.TERMINATOR: policy.terminator == "none",
     }
-    trained = np.isin(values & KIND_MASK, [kind for kind in ASSISTANT_KINDS if not left_out.get(kind)])
+    trained = np.isin(
+        values & KIND_MASK, [kind for kind in ASSISTANT_KINDS if not left_out.get(kind)]
+    )
     if policy.boundary == "inside":
         trained &= (values & STRADDLES) == 0
     return trained.astype(np.uint8)

@@ -1,8 +1,9 @@
-"""What each source gives to the shard set: filters, then duplicates over all sources, then how much of what is left.
+"""What each source gives to the shard set: filters, then duplicates over all sources, then how much
+of what is left.
 
-Filters come first, so that the copy that stays is one that can be used; choosing comes last, so that `rows = N`
-means N. Rows are held out before that: the eval set is the same for every mix. Split sources become their parts in
-between: nothing before it depends on them.
+Filters come first, so that the copy that stays is one that can be used; choosing comes last, so
+that `rows = N` means N. Rows are held out before that: the eval set is the same for every mix.
+Split sources become their parts in between: nothing before it depends on them.
 """
 
 import logging
@@ -44,15 +45,21 @@ class Selections:
 
 
 def select_all(
-    inputs: Inputs, stores: Sequence[SampleStore], overlaps: Sequence[Sequence[Overlap]], sources: SplitSources
+    inputs: Inputs,
+    stores: Sequence[SampleStore],
+    overlaps: Sequence[Sequence[Overlap]],
+    sources: SplitSources,
 ) -> Selections:
-    """Return what every one of `sources` gives, the sources of the set; the others are those of the mixture.
+    """Return what every one of `sources` gives, the sources of the set; the others are those of the
+    mixture.
 
     Raises DataError where one cannot give the rows that are asked of it.
     """
     mixture = inputs.mixture
     usables = []
-    for source, entry, store, shared in zip(inputs.sources, mixture.sources, stores, overlaps, strict=True):
+    for source, entry, store, shared in zip(
+        inputs.sources, mixture.sources, stores, overlaps, strict=True
+    ):
         usable = usable_rows(
             store,
             entry,
@@ -68,7 +75,9 @@ def select_all(
         usables = without_duplicates(usables, stores, [source.name for source in inputs.sources])
     prompts = rows = HeldOut(0, 0)
     if mixture.eval.fraction:
-        prompts, rows = mark_held_out(usables, stores, fraction=mixture.eval.fraction, seed=mixture.seed)
+        prompts, rows = mark_held_out(
+            usables, stores, fraction=mixture.eval.fraction, seed=mixture.seed
+        )
     train, held_out = hold_out(sources.split(usables))
     return Selections(
         _choose_all(train, _entries(sources.inputs, train), sources.inputs),
@@ -79,7 +88,8 @@ def select_all(
 
 
 def _entries(inputs: Inputs, usables: Sequence[Usable]) -> list[SourceConfig]:
-    """Return the sources with the epochs that the temperature of the mixture gives them, if it has one."""
+    """Return the sources with the epochs that the temperature of the mixture gives them, if it has
+    one."""
     mixture = inputs.mixture
     entries = list(mixture.sources)
     if mixture.mixing.temperature is not None:
@@ -87,30 +97,40 @@ def _entries(inputs: Inputs, usables: Sequence[Usable]) -> list[SourceConfig]:
         epochs = epochs_at(mixture.mixing.temperature, tokens)
         for index, (source, times) in enumerate(zip(inputs.sources, epochs, strict=True)):
             if mixture.mixing.max_epochs is None and times > _MANY_EPOCHS:
-                logger.warning("%s is used %.1f times; mixing.max_epochs sets a limit", source.name, times)
+                logger.warning(
+                    "%s is used %.1f times; mixing.max_epochs sets a limit", source.name, times
+                )
             times = min(times, mixture.mixing.max_epochs or math.inf)
             entries[index] = replace(entries[index], epochs=times or None)
     return entries
 
 
-def _choose_all(usables: Sequence[Usable], entries: Sequence[SourceConfig], inputs: Inputs) -> list[Selection]:
+def _choose_all(
+    usables: Sequence[Usable], entries: Sequence[SourceConfig], inputs: Inputs
+) -> list[Selection]:
     chosen = []
     for usable, entry, source in zip(usables, entries, inputs.sources, strict=True):
         chosen.append(choose(usable, entry, source.name, seed=inputs.mixture.seed))
         if len(usable.rows) and not len(chosen[-1].sequences) and entry.epochs != 0:
-            logger.warning("%s: not one of its %d usable sequences is chosen", source.name, len(usable.rows))
+            logger.warning(
+                "%s: not one of its %d usable sequences is chosen", source.name, len(usable.rows)
+            )
     return chosen
 
 
 def epochs_at(temperature: float, tokens: Sequence[int]) -> list[float]:
-    """Return how often each source is used, so that its share grows with tokens^(1/temperature), the total unchanged.
+    """Return how often each source is used, so that its share grows with tokens^(1/temperature),
+    the total unchanged.
 
-        share_i = tokens_i^(1/T) / sum_j tokens_j^(1/T)        epochs_i = share_i * sum_j tokens_j / tokens_i
+    share_i = tokens_i^(1/T) / sum_j tokens_j^(1/T)        epochs_i = share_i * sum_j tokens_j /
+    tokens_i
 
     Temperature 1 gives 1 everywhere, a high one equal shares. An empty source gets 0.
     """
     most = max(tokens, default=0)
-    weights = [(count / most) ** (1 / temperature) if count else 0.0 for count in tokens]  # at most 1: no overflow
+    weights = [
+        (count / most) ** (1 / temperature) if count else 0.0 for count in tokens
+    ]  # at most 1: no overflow
     whole, total = math.fsum(weights), sum(tokens)
     return [
         max(round(weight / whole * total / count, _DIGITS), 10**-_DIGITS) if count else 0.0

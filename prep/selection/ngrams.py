@@ -1,11 +1,12 @@
 """Texts -> 64-bit hashes of their word n-grams. What decides whether two texts share a passage.
 
-A word is a run of letters, marks and digits, in lower case; everything else only separates words. A Chinese or
-Japanese character is a word of its own, since nothing separates words there. A text of fewer than n words is one gram,
-whole: it is found where a whole text consists of the same words, never inside a longer one. One of fewer than n // 2
-words has no gram: "Go on, please." is nobody's question.
+A word is a run of letters, marks and digits, in lower case; everything else only separates words. A
+Chinese or Japanese character is a word of its own, since nothing separates words there. A text of
+fewer than n words is one gram, whole: it is found where a whole text consists of the same words,
+never inside a longer one. One of fewer than n // 2 words has no gram: "Go on, please." is nobody's
+question.
 
-    "Don't stop, 2 x 3!"  ->  don t stop 2 x 3  ->  n = 4: "don t stop 2", "t stop 2 x", "stop 2 x 3"
+"Don't stop, 2 x 3!"  ->  don t stop 2 x 3  ->  n = 4: "don t stop 2", "t stop 2 x", "stop 2 x 3"
 
 Equal grams have equal hashes; different ones have equal hashes with a chance of 2^-64 a pair.
 """
@@ -73,7 +74,9 @@ class GramSet:
         found: npt.NDArray[np.bool_] = self._maybe[hashes & self._mask]
         candidates = np.flatnonzero(found)
         place = np.searchsorted(self.sorted, hashes[candidates])
-        found[candidates] = self.sorted[np.minimum(place, len(self.sorted) - 1)] == hashes[candidates]
+        found[candidates] = (
+            self.sorted[np.minimum(place, len(self.sorted) - 1)] == hashes[candidates]
+        )
         return found
 
 
@@ -90,7 +93,9 @@ def _word_hashes(texts: Sequence[str]) -> tuple[Hashes, Ints]:
         starts, ends = _bounds(_classes()[points])
         hashes.append(_mix(_range_hashes(_mix(points.astype(np.uint64)), starts, ends)))
         piece_ends = np.cumsum([len(piece) + 1 for piece in block])
-        text_of.append(np.asarray(owners, np.int64)[np.searchsorted(piece_ends, starts, side="right")])
+        text_of.append(
+            np.asarray(owners, np.int64)[np.searchsorted(piece_ends, starts, side="right")]
+        )
 
     for index, text in enumerate(texts):
         for piece in _pieces(text.lower()):
@@ -127,9 +132,11 @@ def _bounds(classes: npt.NDArray[np.uint8]) -> tuple[Ints, Ints]:
 
 
 def _range_hashes(values: Hashes, starts: Ints, ends: Ints) -> Hashes:
-    """Return sum(values[start + k] * FACTOR^k) modulo 2^64 of every range: equal for equal ranges, wherever they lie.
+    """Return sum(values[start + k] * FACTOR^k) modulo 2^64 of every range: equal for equal ranges,
+    wherever they lie.
 
-    Of prefix sums of values[i] * FACTOR^i the difference is that sum times FACTOR^start, and FACTOR has an inverse.
+    Of prefix sums of values[i] * FACTOR^i the difference is that sum times FACTOR^start, and FACTOR
+    has an inverse.
     """
     powers = _powers(_FACTOR, len(values))
     inverse = _powers(pow(_FACTOR, -1, 1 << 64), len(values))

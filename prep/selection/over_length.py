@@ -1,10 +1,10 @@
 """Over-length policies: which stretch of tokens of a sample becomes a sequence.
 
-truncate        [ a a a a|a a . . .                the first max_seq_len tokens; no terminator is added at the cut
-truncate_turns  [ a a a]                           to the end of the last assistant message that fits whole
-drop            nothing of a sample that is too long
-split           [ a a a a][a a a a][a a .          consecutive fragments of max_seq_len tokens
-error           the first sample that is too long ends the build
+truncate        [ a a a a|a a . . .                the first max_seq_len tokens; no terminator is
+added at the cut truncate_turns  [ a a a]                           to the end of the last assistant
+message that fits whole drop            nothing of a sample that is too long split           [ a a a
+a][a a a a][a a .          consecutive fragments of max_seq_len tokens error           the first
+sample that is too long ends the build
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ OverLength = Literal["truncate", "truncate_turns", "drop", "split", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Stretches:
-    """F stretches of S samples, in the order of the samples; length 0 where nothing of a sample is left."""
+    """F stretches of S samples, in the order of the samples; length 0 where nothing of a sample is
+    left."""
 
     sample: Ints  # [F]
     first: Ints  # [F] first token within the sample
@@ -29,7 +30,8 @@ class Stretches:
 
 
 def cut(samples: Samples, over_length: OverLength, max_seq_len: int) -> Stretches:
-    """Return what the policy leaves of each sample; "drop" and "error" samples keep length 0 if they are too long."""
+    """Return what the policy leaves of each sample; "drop" and "error" samples keep length 0 if
+    they are too long."""
     full = np.diff(samples.sample_offsets)
     if over_length == "split":
         fragments = np.maximum(-(-full // max_seq_len), 1)
@@ -47,7 +49,8 @@ def cut(samples: Samples, over_length: OverLength, max_seq_len: int) -> Stretche
 
 
 def _whole_turns(samples: Samples, max_seq_len: int) -> Ints:
-    """Return where the last assistant message that fits into `max_seq_len` ends, 0 where none does, int64 [S]."""
+    """Return where the last assistant message that fits into `max_seq_len` ends, 0 where none does,
+    int64 [S]."""
     ends = message_ends(samples)
     sample_of = np.searchsorted(samples.sample_messages, np.arange(len(ends)), side="right") - 1
     end_in_sample = ends - samples.sample_offsets[sample_of]

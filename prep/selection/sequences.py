@@ -1,6 +1,8 @@
-"""From sample stores to the sequences of a shard set: cut, filter, choose, repeat. Integers only, no tokens copied.
+"""From sample stores to the sequences of a shard set: cut, filter, choose, repeat. Integers only,
+no tokens copied.
 
-Every random choice is a hash of (seed, source name, row), so it does not depend on order, workers or interruptions.
+Every random choice is a hash of (seed, source name, row), so it does not depend on order, workers
+or interruptions.
 """
 
 from collections import Counter
@@ -20,7 +22,9 @@ from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, Kind
 
 Ints = npt.NDArray[np.int64]
 
-_WRITTEN = np.isin(np.arange(256) & KIND_MASK, ASSISTANT_KINDS).astype(np.uint8)  # [256] by the kind column
+_WRITTEN = np.isin(np.arange(256) & KIND_MASK, ASSISTANT_KINDS).astype(
+    np.uint8
+)  # [256] by the kind column
 
 SEQUENCE = np.dtype(
     [
@@ -51,19 +55,25 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Usable:
-    """The rows of one source that pass every policy but the choice of how many: what the choice is made from."""
+    """The rows of one source that pass every policy but the choice of how many: what the choice is
+    made from."""
 
     rows: npt.NDArray[np.void]  # SEQUENCE [S], by row
     dropped: Counter[str] = field(default_factory=Counter)
     listed: list[tuple[int, str, str]] = field(default_factory=list)
 
-    def without(self, which: npt.NDArray[np.bool_], reason: str, detail: Callable[[int], str]) -> "Usable":
-        """Return what is left without the rows that `which` marks, bool [S]; `detail` is told an index into `rows`."""
+    def without(
+        self, which: npt.NDArray[np.bool_], reason: str, detail: Callable[[int], str]
+    ) -> "Usable":
+        """Return what is left without the rows that `which` marks, bool [S]; `detail` is told an
+        index into `rows`."""
         gone, first = np.unique(self.rows["row"][which], return_index=True)
         if not len(gone):
             return self
         where = np.flatnonzero(which)[first]
-        listed = [(int(row), reason, detail(at)) for row, at in zip(gone, where.tolist(), strict=True)]
+        listed = [
+            (int(row), reason, detail(at)) for row, at in zip(gone, where.tolist(), strict=True)
+        ]
         dropped = Counter(self.dropped)
         dropped[reason] += len(gone)
         return Usable(self.rows[~np.isin(self.rows["row"], gone)], dropped, self.listed + listed)
@@ -73,8 +83,11 @@ def select(
     store: SampleStore, source: SourceConfig, name: str, *, lengths: LengthsConfig, mask: MaskConfig,
     max_seq_len: int, seed: int,
 ) -> Selection:  # fmt: skip
-    """Return the sequences of a source. Raises DataError where the source cannot give the rows that are asked for."""
-    usable = usable_rows(store, source, name, lengths=lengths, mask=mask, max_seq_len=max_seq_len, seed=seed)
+    """Return the sequences of a source. Raises DataError where the source cannot give the rows that
+    are asked for."""
+    usable = usable_rows(
+        store, source, name, lengths=lengths, mask=mask, max_seq_len=max_seq_len, seed=seed
+    )
     return choose(usable, source, name, seed=seed)
 
 
@@ -83,22 +96,34 @@ def usable_rows(
     max_seq_len: int, seed: int,
 ) -> Usable:  # fmt: skip
     """Return the sequences of all rows that fit, render to something and carry enough loss."""
-    parts = [_measure(index, chunk, mask, lengths.over_length, max_seq_len) for index, chunk in enumerate(store.chunks)]
+    parts = [
+        _measure(index, chunk, mask, lengths.over_length, max_seq_len)
+        for index, chunk in enumerate(store.chunks)
+    ]
     usable = _by_length(Usable(np.concatenate([*parts, np.zeros(0, SEQUENCE)])), source)
     rows, dropped, listed = usable.rows, usable.dropped, usable.listed
-    too_long = (rows["length"] == 0) & (rows["full_length"] > max_seq_len)  # of these the policy leaves nothing
+    too_long = (rows["length"] == 0) & (
+        rows["full_length"] > max_seq_len
+    )  # of these the policy leaves nothing
     if lengths.over_length == "error" and too_long.any():
         row, _, full = _row_and_lengths(rows[too_long])[0]
         raise SampleTooLongError(
-            f"source {name!r} row {row} has {full} tokens, more than max_seq_len = {max_seq_len}; raise it, or set "
-            'lengths.over_length to "truncate", "truncate_turns", "drop" or "split"'
+            f"source {name!r} row {row} has {full} tokens, more than max_seq_len = {max_seq_len};"
+            ' raise it, or set lengths.over_length to "truncate", "truncate_turns", "drop" or'
+            ' "split"'
         )
     what = "no answer ends within" if lengths.over_length == "truncate_turns" else "over"
-    rows = _leave_out(rows, too_long, "over_length", f"{what} {max_seq_len} tokens", dropped, listed)
+    rows = _leave_out(
+        rows, too_long, "over_length", f"{what} {max_seq_len} tokens", dropped, listed
+    )
     rows = _leave_out(rows, rows["length"] == 0, "empty", "renders to nothing", dropped, listed)
     few = rows["loss_tokens"] < lengths.min_loss_tokens
-    reason = "fragments_with_few_loss_tokens" if lengths.over_length == "split" else "few_loss_tokens"
-    rows = _leave_out(rows, few, reason, f"under {lengths.min_loss_tokens} loss tokens", dropped, listed)
+    reason = (
+        "fragments_with_few_loss_tokens" if lengths.over_length == "split" else "few_loss_tokens"
+    )
+    rows = _leave_out(
+        rows, few, reason, f"under {lengths.min_loss_tokens} loss tokens", dropped, listed
+    )
     rows["tie"] = mix(rows["row"].astype(np.uint64) ^ np.uint64(seed_from(seed, "order", name)))
     first = rows["first"].astype(np.uint64)
     rows["tie"] = np.where(first > 0, mix(rows["tie"] ^ first), rows["tie"])
@@ -106,7 +131,8 @@ def usable_rows(
 
 
 def choose(usable: Usable, source: SourceConfig, name: str, *, seed: int) -> Selection:
-    """Return as many of the usable rows as `source` asks for. Raises DataError where there are too few."""
+    """Return as many of the usable rows as `source` asks for. Raises DataError where there are too
+    few."""
     dropped, listed = Counter(usable.dropped), list(usable.listed)
     chosen = _choose(usable.rows, source, name, seed)
     rows, fragments = np.unique(usable.rows["row"], return_counts=True)
@@ -116,14 +142,23 @@ def choose(usable: Usable, source: SourceConfig, name: str, *, seed: int) -> Sel
         dropped["not_chosen"] = len(rows) - len(used)
     cut_short = chosen[chosen["length"] < chosen["full_length"]]
     if (chosen["first"] > 0).any():
-        listed += [(row, "split", f"{full} tokens in fragments") for row, _, full in _row_and_lengths(cut_short)]
+        listed += [
+            (row, "split", f"{full} tokens in fragments")
+            for row, _, full in _row_and_lengths(cut_short)
+        ]
     else:
-        listed += [(row, "truncated", f"{full} tokens cut to {n}") for row, n, full in _row_and_lengths(cut_short)]
-    return Selection(chosen, source.epochs, float(times.sum() / max(len(rows), 1)), dropped, sorted(listed))
+        listed += [
+            (row, "truncated", f"{full} tokens cut to {n}")
+            for row, n, full in _row_and_lengths(cut_short)
+        ]
+    return Selection(
+        chosen, source.epochs, float(times.sum() / max(len(rows), 1)), dropped, sorted(listed)
+    )
 
 
 def _by_length(usable: Usable, source: SourceConfig) -> Usable:
-    """Leave out the rows that are too short or too long for their own source, before any policy for all of them."""
+    """Leave out the rows that are too short or too long for their own source, before any policy for
+    all of them."""
 
     def detail(index: int) -> str:
         return f"{full[index]} tokens"
@@ -149,11 +184,17 @@ def _measure(
     begin = samples.sample_offsets[pieces.sample] + pieces.first  # [F] in tokens of the chunk
     end = begin + pieces.length
     some = np.flatnonzero(pieces.length > 0)
-    mask[begin[some]] = 0  # the first token of a sequence cannot be predicted, that of a later fragment neither
+    mask[begin[some]] = (
+        0  # the first token of a sequence cannot be predicted, that of a later fragment neither
+    )
     running = np.concatenate(([0], np.cumsum(mask, dtype=np.int64)))  # [N+1]
     written = np.flatnonzero(mask & _WRITTEN[samples.kind])  # what assistants were to say
     last = np.searchsorted(written, end) - 1  # of each piece's last one, an index into `written`
-    ended = (last >= 0) & (written[np.maximum(last, 0)] >= begin) if len(written) else np.zeros(len(last), np.bool_)
+    ended = (
+        (last >= 0) & (written[np.maximum(last, 0)] >= begin)
+        if len(written)
+        else np.zeros(len(last), np.bool_)
+    )
     result["chunk"] = index
     result["sample"] = pieces.sample
     result["row"] = chunk.column("sample_row")[pieces.sample]
@@ -161,7 +202,9 @@ def _measure(
     result["length"] = pieces.length
     result["full_length"] = np.diff(samples.sample_offsets)[pieces.sample]
     result["loss_tokens"] = running[end] - running[begin]
-    result["terminated"][ended] = (samples.kind[written[last[ended]]] & KIND_MASK) == Kind.TERMINATOR
+    result["terminated"][ended] = (
+        samples.kind[written[last[ended]]] & KIND_MASK
+    ) == Kind.TERMINATOR
     return result
 
 
@@ -175,7 +218,9 @@ def _leave_out(
     return rows[~which]
 
 
-def _choose(sequences: npt.NDArray[np.void], source: SourceConfig, name: str, seed: int) -> npt.NDArray[np.void]:
+def _choose(
+    sequences: npt.NDArray[np.void], source: SourceConfig, name: str, seed: int
+) -> npt.NDArray[np.void]:
     """Choose whole rows; a row's fragments stay together, its repeats follow one another."""
     rows, row_of = np.unique(sequences["row"], return_inverse=True)
     times = _times(rows, source, name, seed)[row_of]
@@ -188,13 +233,15 @@ def _choose(sequences: npt.NDArray[np.void], source: SourceConfig, name: str, se
 
 def _times(rows: Ints, source: SourceConfig, name: str, seed: int) -> Ints:
     """Return how often each row is used, int64 [rows]."""
-    draw = np.argsort(mix(rows.astype(np.uint64) ^ np.uint64(seed_from(seed, "choose", name))), kind="stable")
+    draw = np.argsort(
+        mix(rows.astype(np.uint64) ^ np.uint64(seed_from(seed, "choose", name))), kind="stable"
+    )
     total, whole, extra = len(rows), 0, len(rows)
     if source.rows is not None:
         if source.rows > total:
             raise DataError(
-                f"source {name!r}: rows = {source.rows}, but only {total} rows can be used; ask for fewer, "
-                "or set epochs to repeat them"
+                f"source {name!r}: rows = {source.rows}, but only {total} rows can be used; ask for"
+                " fewer, or set epochs to repeat them"
             )
         extra = source.rows
     elif source.fraction is not None:
@@ -210,11 +257,14 @@ def _times(rows: Ints, source: SourceConfig, name: str, seed: int) -> Ints:
 def _row_and_lengths(sequences: npt.NDArray[np.void]) -> list[tuple[int, int, int]]:
     """Return (row, tokens used, tokens of the whole sample) of each row once."""
     _, first = np.unique(sequences["row"], return_index=True)
-    return [(int(row["row"]), int(row["length"]), int(row["full_length"])) for row in sequences[first]]
+    return [
+        (int(row["row"]), int(row["length"]), int(row["full_length"])) for row in sequences[first]
+    ]
 
 
 def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Hash 64-bit integers: the finaliser of splitmix64 (Steele, Lea and Flood 2014), a bijection."""
+    """Hash 64-bit integers: the finaliser of splitmix64 (Steele, Lea and Flood 2014), a
+    bijection."""
     with np.errstate(over="ignore"):
         x = values + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

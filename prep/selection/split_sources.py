@@ -1,11 +1,12 @@
-"""A source that is split by a column: each value is a source of its own in the set, with the rows of the whole.
+"""A source that is split by a column: each value is a source of its own in the set, with the rows
+of the whole.
 
     source        rows       a a b a c b          one store, tokenised and filtered once
     in the set    a  0 1 3     b  2 5     c  4    row numbers count over the whole source
 
-A row that names no part belongs to the part that is called as its source is. What a part leaves to the others is
-counted among its dropped rows, so that every source of a set accounts for all rows that were read. A ClassLabel of
-`datasets` is a number in the rows, and so in the names.
+A row that names no part belongs to the part that is called as its source is. What a part leaves to
+the others is counted among its dropped rows, so that every source of a set accounts for all rows
+that were read. A ClassLabel of `datasets` is a number in the rows, and so in the names.
 """
 
 import logging
@@ -51,7 +52,8 @@ class SplitSources:
     parts: list[Parts | None]  # of each source of the mixture; None: it is not split
 
     def split(self, usables: Sequence[Usable]) -> list[Usable]:
-        """Return what can be used of every source of the set, given what can be used of every source of the mixture."""
+        """Return what can be used of every source of the set, given what can be used of every
+        source of the mixture."""
         return [
             one
             for usable, parts in zip(usables, self.parts, strict=True)
@@ -59,12 +61,17 @@ class SplitSources:
         ]
 
 
-def split_sources(inputs: Inputs, stores: Sequence[SampleStore], tallies: Sequence[Tally]) -> SplitSources:
-    """Return the sources of the set. Raises DataError where `split_by` or `part_epochs` do not fit the rows."""
+def split_sources(
+    inputs: Inputs, stores: Sequence[SampleStore], tallies: Sequence[Tally]
+) -> SplitSources:
+    """Return the sources of the set. Raises DataError where `split_by` or `part_epochs` do not fit
+    the rows."""
     mixture = inputs.mixture
     found: list[tuple[ResolvedSource, SourceConfig, SampleStore, Tally]] = []
     all_parts: list[Parts | None] = []
-    for source, entry, store, tally in zip(inputs.sources, mixture.sources, stores, tallies, strict=True):
+    for source, entry, store, tally in zip(
+        inputs.sources, mixture.sources, stores, tallies, strict=True
+    ):
         parts = _parts_of(store, tally) if entry.split_by else None
         all_parts.append(parts)
         if parts is None:
@@ -76,24 +83,30 @@ def split_sources(inputs: Inputs, stores: Sequence[SampleStore], tallies: Sequen
             found.append((part, _entry_of(entry, value), store, own))
     mixture = replace(mixture, sources=tuple(entry for _, entry, _, _ in found))
     whole = replace(inputs, mixture=mixture, sources=tuple(source for source, *_ in found))
-    return SplitSources(whole, [store for _, _, store, _ in found], [tally for *_, tally in found], all_parts)
+    return SplitSources(
+        whole, [store for _, _, store, _ in found], [tally for *_, tally in found], all_parts
+    )
 
 
 def check_parts(inputs: Inputs, tallies: Sequence[Tally]) -> None:
-    """Look at the parts that are known so far. Raises DataError where there are too many or two have one name."""
+    """Look at the parts that are known so far. Raises DataError where there are too many or two
+    have one name."""
     names = []
     for source, entry, tally in zip(inputs.sources, inputs.mixture.sources, tallies, strict=True):
-        names += [_name(source, entry, value) for value in (tally.parts if entry.split_by else ("",))]
+        names += [
+            _name(source, entry, value) for value in (tally.parts if entry.split_by else ("",))
+        ]
         if len(tally.parts - {""}) > MAX_PARTS:
             raise DataError(
-                f"source {source.name!r}: the column {entry.split_by!r} has more than {MAX_PARTS:,} values in its "
-                f"first {tally.rows:,} rows; expected one that names parts: correct split_by, or remove it"
+                f"source {source.name!r}: the column {entry.split_by!r} has more than {MAX_PARTS:,}"
+                f" values in its first {tally.rows:,} rows; expected one that names parts: correct"
+                " split_by, or remove it"
             )
     if len(set(names)) < len(names):
         twice = next(name for name in sorted(names) if names.count(name) > 1)
         raise DataError(
-            f"two sources of the set are called {twice!r}, as split_by finds them; set `name` of a source that is "
-            "split: its parts are called NAME/VALUE then"
+            f"two sources of the set are called {twice!r}, as split_by finds them; set `name` of a"
+            " source that is split: its parts are called NAME/VALUE then"
         )
 
 
@@ -111,14 +124,14 @@ def warn_of_no_parts(source: ResolvedSource, entry: SourceConfig, tally: Tally) 
 def _check_values(source: ResolvedSource, entry: SourceConfig, tally: Tally) -> None:
     if tally.parts == {""} and tally.rows > len(tally.rejects):
         raise DataError(
-            f"source {source.name!r}: none of its {tally.rows:,} rows has a value in the column {entry.split_by!r}; "
-            "correct split_by, or remove it"
+            f"source {source.name!r}: none of its {tally.rows:,} rows has a value in the column"
+            f" {entry.split_by!r}; correct split_by, or remove it"
         )
     unknown = sorted(set(entry.part_epochs) - tally.parts)
     if unknown:
         raise DataError(
-            f"source {source.name!r}: part_epochs names {unknown[0]!r}, which no row has in the column "
-            f"{entry.split_by!r}; it has {', '.join(map(repr, sorted(tally.parts)))}"
+            f"source {source.name!r}: part_epochs names {unknown[0]!r}, which no row has in the"
+            f" column {entry.split_by!r}; it has {', '.join(map(repr, sorted(tally.parts)))}"
         )
 
 
@@ -146,9 +159,13 @@ def _parts_of(store: SampleStore, tally: Tally) -> Parts:
 
 
 def _tallies_of(whole: Tally, parts: Parts) -> list[Tally]:
-    """Return the tally of every part: its own rejects, and what is only counted of the whole source."""
+    """Return the tally of every part: its own rejects, and what is only counted of the whole
+    source."""
     rejects, uncarried = _by_part(whole.rejects, parts), _by_part(whole.uncarried, parts)
-    return [replace(whole, rejects=one, uncarried=other) for one, other in zip(rejects, uncarried, strict=True)]
+    return [
+        replace(whole, rejects=one, uncarried=other)
+        for one, other in zip(rejects, uncarried, strict=True)
+    ]
 
 
 def _by_part(events: Sequence[Event], parts: Parts) -> list[list[Event]]:

@@ -1,4 +1,5 @@
-"""The README.md of a pushed set: what it is, where it comes from, how to get it. Nothing but what its manifest says."""
+"""The README.md of a pushed set: what it is, where it comes from, how to get it. Nothing but what
+its manifest says."""
 
 import json
 
@@ -14,18 +15,30 @@ def render_set_card(contents: Contents) -> bytes:
     manifest, totals = contents.manifest, contents.manifest.totals
     evaluation = []
     if EVAL_MANIFEST in contents.sets:
-        evaluation = [f"An evaluation set lies in `eval/`, fingerprint `{contents.sets[EVAL_MANIFEST].fingerprint}`.\n"]
+        evaluation = [
+            "An evaluation set lies in `eval/`, fingerprint"
+            f" `{contents.sets[EVAL_MANIFEST].fingerprint}`.\n"
+        ]
     text = "\n".join(
         [
             _front_matter(manifest),
             f"# {table_cell(manifest.name)}\n",
-            "Conversations, tokenised once, masked and packed: a shard set for supervised fine-tuning.\n",
+            (
+                "Conversations, tokenised once, masked and packed: a shard set for supervised"
+                " fine-tuning.\n"
+            ),
             "| | |\n|---|---|",
             f"| fingerprint | `{manifest.fingerprint}` |",
-            f"| packs | {totals.packs:,} of at most {manifest.max_seq_len:,} tokens, density {totals.density:.2%} |",
+            (
+                f"| packs | {totals.packs:,} of at most {manifest.max_seq_len:,} tokens, density"
+                f" {totals.density:.2%} |"
+            ),
             f"| sequences | {totals.sequences:,} |",
             f"| tokens | {totals.tokens:,}, of which {totals.loss_tokens:,} carry loss |",
-            f"| tokenizer | {table_cell(manifest.tokenizer.name)}{_revision(manifest.tokenizer.revision)} |",
+            (
+                "| tokenizer |"
+                f" {table_cell(manifest.tokenizer.name)}{_revision(manifest.tokenizer.revision)} |"
+            ),
             f"| chat template | {table_cell(manifest.chat_template.name)} |\n",
             *evaluation,
             "## Sources\n",

@@ -1,7 +1,9 @@
-"""A data set of the hub as a Place, through `huggingface_hub`: large files by LFS or Xet, one commit per call.
+"""A data set of the hub as a Place, through `huggingface_hub`: large files by LFS or Xet, one
+commit per call.
 
-A file is known to be there by what the hub lists: the sha256 of a large file, the git hash of a small one. A push
-names the commit that it builds on, so two at once can't mix. All errors of the client become one line here.
+A file is known to be there by what the hub lists: the sha256 of a large file, the git hash of a
+small one. A push names the commit that it builds on, so two at once can't mix. All errors of the
+client become one line here.
 """
 
 import contextlib
@@ -27,7 +29,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from shared.errors import ArtifactError, ConfigError, IncompleteArtifactError, PrerequisiteError, SftError
+from shared.errors import (
+    ArtifactError,
+    ConfigError,
+    IncompleteArtifactError,
+    PrerequisiteError,
+    SftError,
+)
 from shared.shard_format import FileEntry
 
 T = TypeVar("T")
@@ -48,7 +56,9 @@ class Visibility(StrEnum):
 class HubPlace:
     """One revision of a data set of the hub. It need not exist before `begin`."""
 
-    def __init__(self, hub_id: str, *, revision: str | None, visibility: Visibility, workers: int) -> None:
+    def __init__(
+        self, hub_id: str, *, revision: str | None, visibility: Visibility, workers: int
+    ) -> None:
         self.label = f"the hub data set {hub_id}" + (f" at {revision}" if revision else "")
         self._id = hub_id
         self._revision = revision or _MAIN
@@ -68,7 +78,10 @@ class HubPlace:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Look at what is there, if there is anything; keep the scratch of a push."""
-        with self._errors("read"), contextlib.suppress(RevisionNotFoundError, RepositoryNotFoundError):
+        with (
+            self._errors("read"),
+            contextlib.suppress(RevisionNotFoundError, RepositoryNotFoundError),
+        ):
             self._look()
         try:
             with tempfile.TemporaryDirectory(prefix="sft-prep-push-") as scratch:
@@ -114,18 +127,28 @@ class HubPlace:
         with self._errors("create"):
             if self._head is None:
                 private = self._visibility is Visibility.PRIVATE
-                self._retrying(lambda: self._api.create_repo(self._id, repo_type=_KIND, private=private, exist_ok=True))
+                self._retrying(
+                    lambda: self._api.create_repo(
+                        self._id, repo_type=_KIND, private=private, exist_ok=True
+                    )
+                )
                 if self._revision != _MAIN:
                     self._retrying(
-                        lambda: self._api.create_branch(self._id, branch=self._revision, repo_type=_KIND, exist_ok=True)
+                        lambda: self._api.create_branch(
+                            self._id, branch=self._revision, repo_type=_KIND, exist_ok=True
+                        )
                     )
             self._look()
         if self._visibility is Visibility.PRIVATE and self._is_private is False:
-            raise ConfigError(f"{self.label} is public; say --public to push to it, or give another")
+            raise ConfigError(
+                f"{self.label} is public; say --public to push to it, or give another"
+            )
         if self._visibility is Visibility.PUBLIC and self._is_private:
             logger.warning("%s is private and stays so: change that on the hub", self.label)
 
-    def commit(self, files: Mapping[str, Path | bytes], *, remove: Sequence[str], message: str) -> None:
+    def commit(
+        self, files: Mapping[str, Path | bytes], *, remove: Sequence[str], message: str
+    ) -> None:
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationDelete(path, is_folder=False) for path in remove
         ]
@@ -145,7 +168,9 @@ class HubPlace:
     def _look(self) -> None:
         info = self._retrying(lambda: self._api.dataset_info(self._id, revision=self._revision))
         self._head, self._is_private = info.sha, info.private
-        listed = self._api.list_repo_tree(self._id, recursive=True, revision=self._head, repo_type=_KIND)
+        listed = self._api.list_repo_tree(
+            self._id, recursive=True, revision=self._head, repo_type=_KIND
+        )
         self._files = {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
 
     def _retrying(self, call: Callable[[], T]) -> T:
@@ -155,7 +180,9 @@ class HubPlace:
             except HfHubHTTPError as exc:
                 if exc.response.status_code not in _BUSY:
                     raise
-                logger.warning("%s answered %d; again in %.0f s", self.label, exc.response.status_code, seconds)
+                logger.warning(
+                    "%s answered %d; again in %.0f s", self.label, exc.response.status_code, seconds
+                )
                 time.sleep(seconds)
         return call()
 
@@ -173,13 +200,19 @@ class HubPlace:
     def _explained(self, exc: BaseException, what: str) -> SftError:
         """Return what a user can do about an error of the client."""
         while isinstance(exc, RuntimeError | LocalEntryNotFoundError) and exc.__cause__ is not None:
-            exc = exc.__cause__  # it wraps the error of an upload, and that of a first look at a file
+            exc = (
+                exc.__cause__
+            )  # it wraps the error of an upload, and that of a first look at a file
         if isinstance(exc, OfflineModeIsEnabled):
-            return PrerequisiteError(f"{what}: offline mode is on; unset HF_HUB_OFFLINE, or give a directory")
+            return PrerequisiteError(
+                f"{what}: offline mode is on; unset HF_HUB_OFFLINE, or give a directory"
+            )
         if isinstance(exc, HfHubHTTPError):
             return _explained_answer(exc, what)
         if isinstance(exc, _TRANSPORT_ERROR):
-            return PrerequisiteError(f"{what}: {_one_line(exc)}; look at your network, the same command goes on")
+            return PrerequisiteError(
+                f"{what}: {_one_line(exc)}; look at your network, the same command goes on"
+            )
         if isinstance(exc, OSError) and exc.errno is not None:
             kept = ", free some space" if exc.errno == errno.ENOSPC else ""
             return ArtifactError(f"{what}: {exc.strerror}{kept}; the same command goes on")
@@ -201,21 +234,25 @@ def _explained_answer(exc: HfHubHTTPError, what: str) -> SftError:
     answer = f"{what}: the hub answered {status}"
     if isinstance(exc, GatedRepoError) or status in (401, 403):
         return PrerequisiteError(
-            f"{answer}: it is not yours to use, or (401) not there; log in with `hf auth login`, with a token that may"
+            f"{answer}: it is not yours to use, or (401) not there; log in with `hf auth login`,"
+            " with a token that may"
         )
     if isinstance(exc, RepositoryNotFoundError):
         return ArtifactError(f"{answer}: there is no such data set, or your token does not see it")
     if isinstance(exc, RevisionNotFoundError):
         return ArtifactError(f"{answer}: it has no such revision; give another --revision")
     if status in (409, 412):
-        return ArtifactError(f"{answer}: someone else pushed to it at the same time; look at it, then push again")
+        return ArtifactError(
+            f"{answer}: someone else pushed to it at the same time; look at it, then push again"
+        )
     if status in _BUSY:
         return PrerequisiteError(f"{answer}; try later, the same command goes on")
     return ArtifactError(f"{answer}: {_one_line(exc)}")
 
 
 def _git_hash(path: Path) -> str:
-    """Return the git blob id of a file, as the hub gives it for small ones; they may be read whole."""
+    """Return the git blob id of a file, as the hub gives it for small ones; they may be read
+    whole."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 

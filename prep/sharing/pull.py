@@ -1,8 +1,10 @@
-"""`sft-prep pull`: a pushed set back from a hub data set or a directory, every digest checked, whole or not at all.
+"""`sft-prep pull`: a pushed set back from a hub data set or a directory, every digest checked,
+whole or not at all.
 
     transfer.json, manifest.json -> columns into `.tmp-NAME-pull` -> verify -> rename
 
-What lies there from a pull that was stopped, or in a damaged set that is pulled again, is kept where it is valid.
+What lies there from a pull that was stopped, or in a damaged set that is pulled again, is kept
+where it is valid.
 """
 
 import logging
@@ -30,7 +32,13 @@ from prep.sharing.wire_format import (
 )
 from prep.writing import replaceable_set
 from shared import atomic
-from shared.errors import ArtifactError, ChecksumError, ConfigError, FingerprintMismatchError, IncompleteArtifactError
+from shared.errors import (
+    ArtifactError,
+    ChecksumError,
+    ConfigError,
+    FingerprintMismatchError,
+    IncompleteArtifactError,
+)
 from shared.hashing import sha256_bytes
 from shared.shard_format import MANIFEST_NAME
 from shared.shard_reader import check_hashes
@@ -59,10 +67,11 @@ class _Pushed:
 
 
 def pull(repo: str, out: Path | None, options: PullOptions) -> list[str]:
-    """Pull a set to `out` (by default `data_cache/` and the last part of `repo`) and return what to say.
+    """Pull a set to `out` (by default `data_cache/` and the last part of `repo`) and return what to
+    say.
 
-    Raises ChecksumError for bytes that are not the ones pushed, FingerprintMismatchError where another set is in the
-    way, IncompleteArtifactError where the push was not finished.
+    Raises ChecksumError for bytes that are not the ones pushed, FingerprintMismatchError where
+    another set is in the way, IncompleteArtifactError where the push was not finished.
     """
     place = _open_place(repo, options)
     pushed = _described(place)
@@ -77,12 +86,16 @@ def pull(repo: str, out: Path | None, options: PullOptions) -> list[str]:
             bytes_fetched = _pull(pushed, out.resolve(), workers=options.workers)
     except OSError as exc:
         raise ArtifactError(
-            f"cannot pull to {out}: {exc.strerror or exc}; what has arrived is kept beside it, the same command goes on"
+            f"cannot pull to {out}: {exc.strerror or exc}; what has arrived is kept beside it, the"
+            " same command goes on"
         ) from exc
     size = sum(entry.bytes for entry in pushed.contents.columns.values())
     return [
-        f"{out} is pulled from {place.label}: {len(pushed.contents.columns)} columns, {size / 2**20:,.1f} MiB, "
-        f"of which {bytes_fetched / 2**20:,.1f} MiB compressed were fetched now",
+        (
+            f"{out} is pulled from {place.label}: {len(pushed.contents.columns)} columns,"
+            f" {size / 2**20:,.1f} MiB, of which {bytes_fetched / 2**20:,.1f} MiB compressed were"
+            " fetched now"
+        ),
         fingerprint,
     ]
 
@@ -95,7 +108,9 @@ def _open_place(repo: str, options: PullOptions) -> Place:
         return DirectoryPlace(target)
     from prep.sharing.hub_repo import HubPlace, Visibility
 
-    hub = HubPlace(target, revision=options.revision, visibility=Visibility.PRIVATE, workers=options.workers)
+    hub = HubPlace(
+        target, revision=options.revision, visibility=Visibility.PRIVATE, workers=options.workers
+    )
     hub.look()
     return hub
 
@@ -109,24 +124,28 @@ def _described(place: Place) -> _Pushed:
     """Return what the place says it holds, proved to agree with itself."""
     paths = place.paths()
     if TRANSFER_NAME not in paths:
-        raise ArtifactError(f"{place.label} holds no set that sft-prep push put there: it has no {TRANSFER_NAME}")
+        raise ArtifactError(
+            f"{place.label} holds no set that sft-prep push put there: it has no {TRANSFER_NAME}"
+        )
     if MANIFEST_NAME not in paths:
         raise IncompleteArtifactError(
-            f"{place.label} holds an unfinished push: it has no {MANIFEST_NAME}; push the set again, it goes on"
+            f"{place.label} holds an unfinished push: it has no {MANIFEST_NAME}; push the set"
+            " again, it goes on"
         )
     transfer = transfer_from_json(place.read(TRANSFER_NAME), f"{place.label}: {TRANSFER_NAME}")
     manifests = {path: place.read(path) for path in transfer.sets}
     for path, entry in transfer.sets.items():
         if sha256_bytes(manifests[path]) != entry.sha256:
             raise ChecksumError(
-                f"{place.label}: {path} has sha256 {sha256_bytes(manifests[path])[:16]}..., {TRANSFER_NAME} says "
-                f"{entry.sha256[:16]}...; push the set again"
+                f"{place.label}: {path} has sha256 {sha256_bytes(manifests[path])[:16]}...,"
+                f" {TRANSFER_NAME} says {entry.sha256[:16]}...; push the set again"
             )
     contents = contents_of(manifests, place.label)
     for path, raw in contents.columns.items():
         if path not in transfer.columns or transfer.columns[path].raw != raw:
             raise ChecksumError(
-                f"{place.label}: {TRANSFER_NAME} and the manifest differ in {path}; push the set again with --replace"
+                f"{place.label}: {TRANSFER_NAME} and the manifest differ in {path}; push the set"
+                " again with --replace"
             )
     return _Pushed(place, transfer, manifests, contents)
 
@@ -136,7 +155,9 @@ def _is_there(out: Path, pushed: _Pushed, options: PullOptions) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if (out / TRANSFER_NAME).exists() or not (out / MANIFEST_NAME).is_file():
-        raise ArtifactError(f"{out} is there and is no shard set; give another place, or move it away")
+        raise ArtifactError(
+            f"{out} is there and is no shard set; give another place, or move it away"
+        )
     try:
         there = contents_of_set(out)
     except ArtifactError:
@@ -147,8 +168,9 @@ def _is_there(out: Path, pushed: _Pushed, options: PullOptions) -> bool:
         if options.replace:
             return False
         raise FingerprintMismatchError(
-            f"{out} is the set with fingerprint {fingerprints(there.sets)}, {pushed.place.label} holds "
-            f"{fingerprints(pushed.contents.sets)}; give another place, or --replace to put that one there"
+            f"{out} is the set with fingerprint {fingerprints(there.sets)}, {pushed.place.label}"
+            f" holds {fingerprints(pushed.contents.sets)}; give another place, or --replace to put"
+            " that one there"
         )
     try:
         for path in there.sets:

@@ -1,8 +1,11 @@
-"""`sft-prep push`: a whole, verified set to a hub data set or a directory. Sends nothing that is there already.
+"""`sft-prep push`: a whole, verified set to a hub data set or a directory. Sends nothing that is
+there already.
 
-    verify -> for each shard: compress what is missing, commit it with transfer.json -> commit the manifest last
+verify -> for each shard: compress what is missing, commit it with transfer.json -> commit the
+manifest last
 
-So a place without manifest.json is an unfinished push, and transfer.json in it says whose, and what has arrived.
+So a place without manifest.json is an unfinished push, and transfer.json in it says whose, and what
+has arrived.
 """
 
 import contextlib
@@ -50,7 +53,8 @@ class PushOptions:
 def push(shards: Path, repo: str, options: PushOptions) -> list[str]:
     """Push the set at `shards` and return what to say.
 
-    Raises what `verify` raises before anything is sent; FingerprintMismatchError where another set is in the way.
+    Raises what `verify` raises before anything is sent; FingerprintMismatchError where another set
+    is in the way.
     """
     contents = contents_of_set(shards)
     with _open_place(repo, options) as place:
@@ -65,8 +69,11 @@ def push(shards: Path, repo: str, options: PushOptions) -> list[str]:
         place.finish()
     size = sum(entry.bytes for entry in contents.columns.values())
     return [
-        f"{shards} is pushed to {place.label}: {len(contents.columns)} columns, {size / 2**20:,.1f} MiB, "
-        f"of which {bytes_sent / 2**20:,.1f} MiB compressed were sent now",
+        (
+            f"{shards} is pushed to {place.label}: {len(contents.columns)} columns,"
+            f" {size / 2**20:,.1f} MiB, of which {bytes_sent / 2**20:,.1f} MiB compressed were"
+            " sent now"
+        ),
         f"fingerprint {fingerprints(contents.sets)}",
     ]
 
@@ -84,7 +91,9 @@ def _open_place(repo: str, options: PushOptions) -> Iterator[Place]:
     from prep.sharing.hub_repo import HubPlace, Visibility
 
     visibility = Visibility.PUBLIC if options.public else Visibility.PRIVATE
-    hub = HubPlace(target, revision=options.revision, visibility=visibility, workers=options.workers)
+    hub = HubPlace(
+        target, revision=options.revision, visibility=visibility, workers=options.workers
+    )
     with hub.writing():
         yield hub
 
@@ -95,7 +104,8 @@ def _held(place: Place, *, damaged_is_none: bool) -> Transfer | None:
     if TRANSFER_NAME not in paths:
         if MANIFEST_NAME in paths:
             raise ArtifactError(
-                f"{place.label} has a {MANIFEST_NAME} that no push put there: no {TRANSFER_NAME}; give another place"
+                f"{place.label} has a {MANIFEST_NAME} that no push put there: no {TRANSFER_NAME};"
+                " give another place"
             )
         return None
     try:
@@ -107,7 +117,8 @@ def _held(place: Place, *, damaged_is_none: bool) -> Transfer | None:
 
 
 def _is_whole(place: Place, shards: Path, contents: Contents, held: Transfer) -> bool:
-    """Say whether every file of the set is in its place, as far as can be told without moving it."""
+    """Say whether every file of the set is in its place, as far as can be told without moving
+    it."""
     if held.sets != contents.sets:
         return False
     small = contents.tokenizers | {path: entry.file for path, entry in contents.sets.items()}
@@ -141,13 +152,17 @@ def _send(place: Place, shards: Path, contents: Contents, *, workers: int) -> in
     }
     found = _make_room(place, contents, columns, held)
     bytes_sent = 0
-    with progress("push", sum(entry.bytes for entry in contents.columns.values()), "bytes") as advance:
+    with progress(
+        "push", sum(entry.bytes for entry in contents.columns.values()), "bytes"
+    ) as advance:
         for folder, paths in groupby(contents.columns, key=lambda path: path.rpartition("/")[0]):
             chosen = list(paths)
             bytes_sent += _send_shard(place, shards, contents, columns, chosen, workers=workers)
             advance(sum(contents.columns[path].bytes for path in chosen), folder)
     files: dict[str, Path | bytes] = {TRANSFER_NAME: _transfer_bytes(contents, columns)}
-    if not {CARD_NAME, MANIFEST_NAME} <= found:  # a card beside a finished push may have been edited
+    if (
+        not {CARD_NAME, MANIFEST_NAME} <= found
+    ):  # a card beside a finished push may have been edited
         files[CARD_NAME] = render_set_card(contents)
     for path, entry in contents.tokenizers.items():
         if not place.holds(path, entry, shards / path):
@@ -155,12 +170,19 @@ def _send(place: Place, shards: Path, contents: Contents, *, workers: int) -> in
     files |= {path: shards / path for path in contents.sets}
     wanted = {path + SUFFIX for path in columns} | contents.tokenizers.keys() | contents.sets.keys()
     stale = sorted(path for path in found - wanted if is_of_the_set(path))
-    place.commit(files, remove=stale, message=f"Add the manifest of {contents.manifest.name}: the set is whole")
+    place.commit(
+        files,
+        remove=stale,
+        message=f"Add the manifest of {contents.manifest.name}: the set is whole",
+    )
     return bytes_sent
 
 
-def _make_room(place: Place, contents: Contents, columns: dict[str, ColumnEntry], held: Transfer | None) -> set[str]:
-    """Take the manifests of another set away first: its columns are about to go. Return the paths that are left."""
+def _make_room(
+    place: Place, contents: Contents, columns: dict[str, ColumnEntry], held: Transfer | None
+) -> set[str]:
+    """Take the manifests of another set away first: its columns are about to go. Return the paths
+    that are left."""
     found = place.paths()
     old = found & {MANIFEST_NAME, EVAL_MANIFEST}
     if not old or (held is not None and fingerprints(held.sets) == fingerprints(contents.sets)):
@@ -179,7 +201,8 @@ def _send_shard(
     *,
     workers: int,
 ) -> int:
-    """Compress and commit the columns of one shard that are missing; note all of them in `columns`."""
+    """Compress and commit the columns of one shard that are missing; note all of them in
+    `columns`."""
 
     def packed(path: str) -> FileEntry:
         return compress(shards / path, place.scratch / path, contents.columns[path])

@@ -3,8 +3,8 @@
     ./NAME, ../NAME, /..., ~/..., or any directory that exists     a directory
     hf://user/name, hf://datasets/user/name, user/name             a data set of the hub (hub_place.py)
 
-A directory target is made in `.tmp-NAME-push` beside it and renamed when it is whole. A killed push is taken up there.
-It takes the place of what an earlier push put there, and of nothing else.
+A directory target is made in `.tmp-NAME-push` beside it and renamed when it is whole. A killed push
+is taken up there. It takes the place of what an earlier push put there, and of nothing else.
 """
 
 import contextlib
@@ -39,15 +39,19 @@ class Place(Protocol):
         """Return a small file. Raises IncompleteArtifactError if it is not there."""
 
     def holds(self, path: str, entry: FileEntry, local: Path | None = None) -> bool:
-        """Say whether the file at `path` is `entry`, without moving it; `local` is a copy to compare with."""
+        """Say whether the file at `path` is `entry`, without moving it; `local` is a copy to
+        compare with."""
 
     def fetched(self, path: str, scratch: Path) -> AbstractContextManager[Path]:
         """Give the local path of a file for the length of the block."""
 
     def begin(self) -> None:
-        """Make ready for `commit`, or raise ArtifactError. What was there may be out of sight from here on."""
+        """Make ready for `commit`, or raise ArtifactError. What was there may be out of sight from
+        here on."""
 
-    def commit(self, files: Mapping[str, Path | bytes], *, remove: Sequence[str], message: str) -> None:
+    def commit(
+        self, files: Mapping[str, Path | bytes], *, remove: Sequence[str], message: str
+    ) -> None:
         """Add files and remove others, all of them or none."""
 
     def finish(self) -> None:
@@ -64,14 +68,15 @@ def parse_repo(repo: str) -> str | Path:
         hub_id = repo
     if not _HUB_ID.fullmatch(hub_id):
         raise ConfigError(
-            f"{repo!r} is neither a hub data set (user/name or hf://user/name) nor a directory that exists; "
-            f"write ./{hub_id} for a new directory"
+            f"{repo!r} is neither a hub data set (user/name or hf://user/name) nor a directory that"
+            f" exists; write ./{hub_id} for a new directory"
         )
     return hub_id
 
 
 class DirectoryPlace:
-    """A pushed set in a directory: shown as it is until `begin`, then as the staged one that will take its place."""
+    """A pushed set in a directory: shown as it is until `begin`, then as the staged one that will
+    take its place."""
 
     def __init__(self, path: Path) -> None:
         self.label = str(path)
@@ -80,24 +85,32 @@ class DirectoryPlace:
         self._root = self._final
         self.scratch = self._staging / ".scratch"
         if path.exists() and not path.is_dir():
-            raise ArtifactError(f"{path} is a file; expected a directory that a set was pushed to, or a new one")
-        if path.is_dir() and any(path.iterdir()) and not (path / TRANSFER_NAME).is_file():
-            what = "a shard set" if (path / MANIFEST_NAME).is_file() else "a directory of other files"
             raise ArtifactError(
-                f"{path} is {what}, not a place that a set was pushed to (it has no {TRANSFER_NAME}); give another"
+                f"{path} is a file; expected a directory that a set was pushed to, or a new one"
+            )
+        if path.is_dir() and any(path.iterdir()) and not (path / TRANSFER_NAME).is_file():
+            what = (
+                "a shard set" if (path / MANIFEST_NAME).is_file() else "a directory of other files"
+            )
+            raise ArtifactError(
+                f"{path} is {what}, not a place that a set was pushed to (it has no"
+                f" {TRANSFER_NAME}); give another"
             )
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Guard a push: one at a time, and a full disk is left as it was found."""
         try:
-            with atomic.exclusive_lock(self._final.with_name(f".{self._final.name}.lock"), f"writing {self.label}"):
+            with atomic.exclusive_lock(
+                self._final.with_name(f".{self._final.name}.lock"), f"writing {self.label}"
+            ):
                 yield
         except OSError as exc:
             if self._root == self._staging:
                 shutil.rmtree(self._staging, ignore_errors=True)
             raise ArtifactError(
-                f"cannot push to {self.label}: {exc.strerror or exc}; what was written is removed again"
+                f"cannot push to {self.label}: {exc.strerror or exc}; what was written is removed"
+                " again"
             ) from exc
 
     def paths(self) -> set[str]:
@@ -108,7 +121,9 @@ class DirectoryPlace:
         try:
             return (self._root / path).read_bytes()
         except FileNotFoundError as exc:
-            raise IncompleteArtifactError(f"{self.label} has no {path}; push the set again") from exc
+            raise IncompleteArtifactError(
+                f"{self.label} has no {path}; push the set again"
+            ) from exc
 
     def holds(self, path: str, entry: FileEntry, local: Path | None = None) -> bool:
         return is_file_of(self._root / path, entry)
@@ -127,7 +142,9 @@ class DirectoryPlace:
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir(parents=True)
 
-    def commit(self, files: Mapping[str, Path | bytes], *, remove: Sequence[str], message: str) -> None:
+    def commit(
+        self, files: Mapping[str, Path | bytes], *, remove: Sequence[str], message: str
+    ) -> None:
         for path, content in files.items():
             target = self._staging / path
             target.parent.mkdir(parents=True, exist_ok=True)

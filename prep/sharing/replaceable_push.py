@@ -1,4 +1,5 @@
-"""What a push may take the place of in a directory: what an earlier push put there. Nothing else is ever deleted."""
+"""What a push may take the place of in a directory: what an earlier push put there. Nothing else is
+ever deleted."""
 
 import re
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from shared.shard_format import COLUMNS, EVAL_DIR, MANIFEST_NAME, SHARDS_DIR, TO
 
 _COLUMN = rf"{SHARDS_DIR}/\d{{5,}}/(?:{'|'.join(COLUMNS)})\.npy"
 _TOKENIZER = rf"{TOKENIZER_DIR}/(?:{'|'.join(map(re.escape, FILE_NAMES))})"
-_OF_THE_SET = re.compile(rf"(?:{EVAL_DIR}/)?(?:{_COLUMN}{re.escape(SUFFIX)}|{_TOKENIZER}|{re.escape(MANIFEST_NAME)})")
+_OF_THE_SET = re.compile(
+    rf"(?:{EVAL_DIR}/)?(?:{_COLUMN}{re.escape(SUFFIX)}|{_TOKENIZER}|{re.escape(MANIFEST_NAME)})"
+)
 _BESIDE = {TRANSFER_NAME, CARD_NAME}
 _UNFINISHED = re.compile(
     rf"\.scratch/(?:{EVAL_DIR}/)?(?:{_COLUMN}|(?:{SHARDS_DIR}/(?:\d{{5,}}/)?)?)"
@@ -22,7 +25,8 @@ _UNFINISHED = re.compile(
 
 
 def is_of_the_set(name: str) -> bool:
-    """Say whether a push puts a file of the set itself at the path `name`: neither transfer.json nor the card."""
+    """Say whether a push puts a file of the set itself at the path `name`: neither transfer.json
+    nor the card."""
     return _OF_THE_SET.fullmatch(name) is not None
 
 
@@ -37,23 +41,34 @@ def check_replaceable(path: Path) -> None:
 
 
 def check_staging(path: Path) -> None:
-    """Raise ArtifactError if the directory at `path` is there and is not what a push that was stopped left."""
+    """Raise ArtifactError if the directory at `path` is there and is not what a push that was
+    stopped left."""
     is_odd = path.is_symlink() or (path.exists() and not path.is_dir())
-    if is_odd or sort_out(path, lambda name: is_of_the_set(name) or _UNFINISHED.fullmatch(name) is not None)[1]:
+    if (
+        is_odd
+        or sort_out(
+            path, lambda name: is_of_the_set(name) or _UNFINISHED.fullmatch(name) is not None
+        )[1]
+    ):
         raise ArtifactError(f"{path} is in the way and was made by no push; move it away")
 
 
 def remove(path: Path) -> bool:
-    """Remove what a push put at `path`; return whether all is gone. Files of others stay, and all with them."""
+    """Remove what a push put at `path`; return whether all is gone. Files of others stay, and all
+    with them."""
     return remove_own(path, _own_names(path), last={TRANSFER_NAME})
 
 
 def _own_names(path: Path) -> Callable[[str], bool]:
     try:
         manifests = {
-            name: (path / name).read_bytes() for name in (MANIFEST_NAME, EVAL_MANIFEST) if (path / name).exists()
+            name: (path / name).read_bytes()
+            for name in (MANIFEST_NAME, EVAL_MANIFEST)
+            if (path / name).exists()
         }
-        is_own_card = (path / CARD_NAME).read_bytes() == render_set_card(contents_of(manifests, str(path)))
+        is_own_card = (path / CARD_NAME).read_bytes() == render_set_card(
+            contents_of(manifests, str(path))
+        )
     except (OSError, ArtifactError, KeyError):
         is_own_card = False  # nobody can say what a push would have written
     beside = _BESIDE if is_own_card else {TRANSFER_NAME}

@@ -1,10 +1,12 @@
-"""What travels when a set is pushed or pulled, and transfer.json, which says how each column looks on the way.
+"""What travels when a set is pushed or pulled, and transfer.json, which says how each column looks
+on the way.
 
     shards/00000/tokens.npy  --zstd-->  shards/00000/tokens.npy.zst      likewise below eval/
     manifest.json, tokenizer/*          as they are
     transfer.json                       sha256 and size of each column, before and after; of each manifest
 
-What is no part of the content (build_info.json, rejects.jsonl.zst) stays where it was made: it has paths and rows.
+What is no part of the content (build_info.json, rejects.jsonl.zst) stays where it was made: it has
+paths and rows.
 """
 
 import hashlib
@@ -18,7 +20,14 @@ import zstandard
 from shared import config
 from shared.errors import ArtifactError, ChecksumError, ConfigError
 from shared.hashing import sha256_bytes, sha256_file
-from shared.shard_format import EVAL_DIR, MANIFEST_NAME, TOKENIZER_DIR, FileEntry, Manifest, manifest_from_json
+from shared.shard_format import (
+    EVAL_DIR,
+    MANIFEST_NAME,
+    TOKENIZER_DIR,
+    FileEntry,
+    Manifest,
+    manifest_from_json,
+)
 from shared.shard_reader import read_manifest
 
 TRANSFER_NAME = "transfer.json"
@@ -59,11 +68,13 @@ class ColumnEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transfer:
-    """The contents of transfer.json. While a push is unfinished it lists the columns that have arrived."""
+    """The contents of transfer.json. While a push is unfinished it lists the columns that have
+    arrived."""
 
     transfer_version: int
     sets: dict[str, SetEntry]
-    """Path of a manifest -> that manifest: the set's own and, where there is one, that of its eval set."""
+    """Path of a manifest -> that manifest: the set's own and, where there is one, that of its eval
+    set."""
     columns: dict[str, ColumnEntry]
     """Path of a column in the set -> that column."""
 
@@ -79,14 +90,22 @@ class Contents:
 
 
 def contents_of(manifests: dict[str, bytes], where: str) -> Contents:
-    """Return what the manifests (path -> bytes) list. Raises ArtifactError if one cannot be used."""
+    """Return what the manifests (path -> bytes) list. Raises ArtifactError if one cannot be
+    used."""
     sets, columns, tokenizers, parsed = {}, {}, {}, {}
     for path, data in manifests.items():
         parsed[path] = manifest = _parse_manifest(data, f"{where}: {path}")
         folder = path.removesuffix(MANIFEST_NAME)
-        sets[path] = SetEntry(bytes=len(data), sha256=sha256_bytes(data), fingerprint=manifest.fingerprint)
+        sets[path] = SetEntry(
+            bytes=len(data), sha256=sha256_bytes(data), fingerprint=manifest.fingerprint
+        )
         for shard in manifest.shards:
-            columns.update({f"{folder}{shard.path}/{name}": entry for name, entry in sorted(shard.files.items())})
+            columns.update(
+                {
+                    f"{folder}{shard.path}/{name}": entry
+                    for name, entry in sorted(shard.files.items())
+                }
+            )
         for name, entry in sorted(manifest.tokenizer.files.items()):
             tokenizers[f"{folder}{TOKENIZER_DIR}/{name}"] = entry
     return Contents(parsed[MANIFEST_NAME], sets, columns, tokenizers)
@@ -103,13 +122,15 @@ def contents_of_set(path: Path) -> Contents:
 
 
 def transfer_from_json(data: bytes, where: str) -> Transfer:
-    """Return the Transfer in `data`. Raises ArtifactError if it is damaged or of another version."""
+    """Return the Transfer in `data`. Raises ArtifactError if it is damaged or of another
+    version."""
     advice = "push the set again with --replace"
     tables = _parse_json(data, where, advice)
     version = tables.get("transfer_version") if isinstance(tables, dict) else None
     if version != TRANSFER_VERSION:
         raise ArtifactError(
-            f"{where}: transfer_version is {version!r}, this program reads {TRANSFER_VERSION}; {advice}"
+            f"{where}: transfer_version is {version!r}, this program reads {TRANSFER_VERSION};"
+            f" {advice}"
         )
     try:
         transfer = config.build(Transfer, tables, where)
@@ -127,7 +148,8 @@ def fingerprints(sets: dict[str, SetEntry]) -> str:
 
 
 def compress(source: Path, target: Path, expected: FileEntry) -> FileEntry:
-    """Write the column `source` to `target` as one zstd frame: the same bytes every time (for one release of zstd).
+    """Write the column `source` to `target` as one zstd frame: the same bytes every time (for one
+    release of zstd).
 
     Raises ChecksumError if what is read is not `expected`: it changed since it was verified.
     """
@@ -156,7 +178,8 @@ def compress(source: Path, target: Path, expected: FileEntry) -> FileEntry:
 def decompress(stored: Path, target: Path, entry: ColumnEntry, *, where: str) -> None:
     """Write the column that `stored` carries to `target`: whole and as `entry` says, or not at all.
 
-    Raises ChecksumError. Never writes more than `entry.bytes`: what arrives may come from a stranger.
+    Raises ChecksumError. Never writes more than `entry.bytes`: what arrives may come from a
+    stranger.
     """
     check_file(stored, entry.zstd, where=where)
     state, size = hashlib.sha256(), 0
@@ -168,24 +191,30 @@ def decompress(stored: Path, target: Path, entry: ColumnEntry, *, where: str) ->
             part.open("wb") as sink,
             zstandard.ZstdDecompressor().stream_reader(opened) as reader,
         ):
-            while size <= entry.bytes and (block := reader.read(min(_BLOCK_BYTES, entry.bytes + 1 - size))):
+            while size <= entry.bytes and (
+                block := reader.read(min(_BLOCK_BYTES, entry.bytes + 1 - size))
+            ):
                 state.update(block)
                 size += len(block)
                 sink.write(block)
     except zstandard.ZstdError as exc:
         part.unlink()
-        raise ChecksumError(f"{where} is no zstd frame ({exc}); push the set again with --replace") from exc
+        raise ChecksumError(
+            f"{where} is no zstd frame ({exc}); push the set again with --replace"
+        ) from exc
     if size != entry.bytes or state.hexdigest() != entry.sha256:
         part.unlink()
         raise ChecksumError(
-            f"{where} holds {size} bytes or more with sha256 {state.hexdigest()[:16]}..., the manifest says "
-            f"{entry.bytes} with {entry.sha256[:16]}...; push the set again with --replace"
+            f"{where} holds {size} bytes or more with sha256 {state.hexdigest()[:16]}..., the"
+            f" manifest says {entry.bytes} with {entry.sha256[:16]}...; push the set again with"
+            " --replace"
         )
     part.rename(target)
 
 
 def check_file(path: Path, expected: FileEntry, *, where: str) -> None:
-    """Raise ChecksumError unless the file at `path` is `expected`; `where` says what was asked for."""
+    """Raise ChecksumError unless the file at `path` is `expected`; `where` says what was asked
+    for."""
     size = path.stat().st_size
     found = sha256_file(path) if size == expected.bytes else ""
     if found != expected.sha256:
@@ -199,7 +228,11 @@ def check_file(path: Path, expected: FileEntry, *, where: str) -> None:
 
 def is_file_of(path: Path, expected: FileEntry) -> bool:
     """Say whether the file at `path` is there and is `expected`."""
-    return path.is_file() and path.stat().st_size == expected.bytes and sha256_file(path) == expected.sha256
+    return (
+        path.is_file()
+        and path.stat().st_size == expected.bytes
+        and sha256_file(path) == expected.sha256
+    )
 
 
 def _parse_manifest(data: bytes, where: str) -> Manifest:

@@ -1,6 +1,8 @@
-"""Which format the rows of a source have: as stated, or as its first rows show, which the store remembers.
+"""Which format the rows of a source have: as stated, or as its first rows show, which the store
+remembers.
 
-One source has one format. It is settled before any row is read for good, so that it can be part of the store's key.
+One source has one format. It is settled before any row is read for good, so that it can be part of
+the store's key.
 """
 
 import contextlib
@@ -24,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 def conversion_of(source: ResolvedSource, entry: SourceConfig, store: Path) -> Conversion:
-    """Return what the rows of `source` look like. Raises DataError where stated columns fit none of its first rows."""
+    """Return what the rows of `source` look like. Raises DataError where stated columns fit none of
+    its first rows."""
     if entry.format != "auto":
         return Conversion(entry.format, tuple(sorted(entry.columns.items())), entry.split_by)
     return replace(_detected(source, entry, store), split_by=entry.split_by)
@@ -48,8 +51,11 @@ def _look(source: ResolvedSource, entry: SourceConfig) -> Conversion:
         logger.info("%s: its first rows are %s", source.name, found)
         return found
     if entry.columns and first:
-        named = ", ".join(f"{field} = {column!r}" for field, column in sorted(entry.columns.items()))
+        named = ", ".join(
+            f"{field} = {column!r}" for field, column in sorted(entry.columns.items())
+        )
         raise DataError(
-            f"source {source.name!r}: none of its first rows fits columns {named}; correct them, or state the format"
+            f"source {source.name!r}: none of its first rows fits columns {named}; correct them, or"
+            " state the format"
         )
     return PLAIN_MESSAGES  # then each row says what it lacks

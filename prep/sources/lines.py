@@ -28,8 +28,11 @@ class LineGroup:
     """Lines that are not blank."""
 
 
-def decompressed_blocks(file: IO[bytes], *, name: str, compression: Literal["", "gz", "zst"]) -> Iterator[bytes]:
-    """Yield the content of `file` block by block. Raises DataError, naming the file, if it is damaged or cut off."""
+def decompressed_blocks(
+    file: IO[bytes], *, name: str, compression: Literal["", "gz", "zst"]
+) -> Iterator[bytes]:
+    """Yield the content of `file` block by block. Raises DataError, naming the file, if it is
+    damaged or cut off."""
     blocks = {"": _plain_blocks, "gz": _gzip_blocks, "zst": _zstd_blocks}[compression](file)
     remedy = "fetch or write the file again"
     try:
@@ -41,9 +44,11 @@ def decompressed_blocks(file: IO[bytes], *, name: str, compression: Literal["", 
 
 
 def line_groups(blocks: Iterator[bytes]) -> Iterator[LineGroup]:
-    """Yield groups of at most MAX_LINES whole lines and MAX_BYTES bytes; a longer line is a group of its own.
+    """Yield groups of at most MAX_LINES whole lines and MAX_BYTES bytes; a longer line is a group
+    of its own.
 
-    A byte order mark at the start of the file is dropped. The groups do not depend on the size of the blocks.
+    A byte order mark at the start of the file is dropped. The groups do not depend on the size of
+    the blocks.
     """
     pending = bytearray()
     at_start = True
@@ -67,7 +72,8 @@ def line_groups(blocks: Iterator[bytes]) -> Iterator[LineGroup]:
 
 
 def array_groups(blocks: Iterator[bytes], *, name: str) -> Iterator[LineGroup]:
-    """Yield the elements of a JSON array as lines. The whole text is held in memory: lines scale, arrays do not."""
+    """Yield the elements of a JSON array as lines. The whole text is held in memory: lines scale,
+    arrays do not."""
     try:
         text = b"".join(blocks).decode("utf-8-sig")
     except UnicodeDecodeError as exc:
@@ -75,7 +81,9 @@ def array_groups(blocks: Iterator[bytes], *, name: str) -> Iterator[LineGroup]:
     lines: list[bytes] = []
     num_bytes = 0
     for element in _array_elements(text, name):
-        line = element.encode().replace(b"\n", b" ")  # in valid JSON a raw newline stands between tokens only
+        line = element.encode().replace(
+            b"\n", b" "
+        )  # in valid JSON a raw newline stands between tokens only
         if lines and (len(lines) == MAX_LINES or num_bytes + len(line) >= MAX_BYTES):
             yield LineGroup(b"\n".join(lines), len(lines), len(lines))
             lines, num_bytes = [], 0
@@ -156,14 +164,18 @@ def _array_elements(text: str, name: str) -> Iterator[str]:
     position = skip(0)
     if text[position : position + 1] != "[":
         seen = f"begins with {text[position]!r}" if position < len(text) else "is empty"
-        raise DataError(f"{name} {seen}; expected a JSON array of rows (a file of JSON lines is named .jsonl)")
+        raise DataError(
+            f"{name} {seen}; expected a JSON array of rows (a file of JSON lines is named .jsonl)"
+        )
     position = skip(position + 1)
     closed = text[position : position + 1] == "]"
     while not closed:
         try:
             _, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as exc:
-            raise DataError(f"{name} is not valid JSON: {exc}; the rows after this place cannot be found") from exc
+            raise DataError(
+                f"{name} is not valid JSON: {exc}; the rows after this place cannot be found"
+            ) from exc
         yield text[position:end]
         position = skip(end)
         closed = text[position : position + 1] == "]"
@@ -171,7 +183,10 @@ def _array_elements(text: str, name: str) -> Iterator[str]:
             _expect_comma(text, position, name)
             position = skip(position + 1)
     if skip(position + 1) < len(text):
-        raise DataError(f"{name} goes on after its array, at character {position + 2}; expected one array of rows")
+        raise DataError(
+            f"{name} goes on after its array, at character {position + 2}; expected one array of"
+            " rows"
+        )
 
 
 def _expect_comma(text: str, position: int, name: str) -> None:

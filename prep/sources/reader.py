@@ -1,7 +1,8 @@
-"""A resolved source -> its chunks, in order. Decompresses and cuts, parses nothing: workers do that.
+"""A resolved source -> its chunks, in order. Decompresses and cuts, parses nothing: workers do
+that.
 
-No chunk leaves here unless the file it came from is still the one that was hashed, so that nothing read from a
-changed file can be stored under the old hash.
+No chunk leaves here unless the file it came from is still the one that was hashed, so that nothing
+read from a changed file can be stored under the old hash.
 """
 
 import os
@@ -11,9 +12,10 @@ from itertools import accumulate
 from typing import IO, Any, Literal
 
 from prep.conversations.formats import PLAIN_MESSAGES, Conversion
+from prep.sources import hub_dataset
 from prep.sources.chunk import Chunk
 from prep.sources.lines import MAX_BYTES, MAX_LINES, array_groups, decompressed_blocks, line_groups
-from prep.sources.resolve import FileStamp, ResolvedSource, SourceFile, hub_dataset
+from prep.sources.resolve import FileStamp, ResolvedSource, SourceFile
 from shared.errors import DataError
 
 _SLICE_ROWS = 256  # the step in which Arrow rows are added to a chunk
@@ -32,9 +34,12 @@ class _Piece:
 def iter_chunks(
     source: ResolvedSource, *, source_index: int, conversion: Conversion = PLAIN_MESSAGES
 ) -> Iterator[Chunk]:
-    """Yield the chunks of `source`. Raises DataError for a file that is damaged, cut off or being written to."""
+    """Yield the chunks of `source`. Raises DataError for a file that is damaged, cut off or being
+    written to."""
     first_row = 0
-    size_before = {file.name: before for file, before in zip(source.files, _sizes_before(source), strict=True)}
+    size_before = {
+        file.name: before for file, before in zip(source.files, _sizes_before(source), strict=True)
+    }
     for index, piece in enumerate(_pieces(source)):
         yield Chunk(
             source=source_index,
@@ -53,7 +58,11 @@ def iter_chunks(
 
 def _sizes_before(source: ResolvedSource) -> Iterator[int]:
     """Yield for every file the bytes of the files before it."""
-    return accumulate((file.stamp.size for file in source.files[:-1]), initial=0) if source.files else iter(())
+    return (
+        accumulate((file.stamp.size for file in source.files[:-1]), initial=0)
+        if source.files
+        else iter(())
+    )
 
 
 def _pieces(source: ResolvedSource) -> Iterator[_Piece]:
@@ -73,7 +82,11 @@ def _file_pieces(file: SourceFile) -> Iterator[_Piece]:
         raise DataError(f"{file.name} cannot be read: {exc}") from exc
     with stream:
         _check_unchanged(file, os.fstat(stream.fileno()))
-        for piece in _parquet_pieces(file, stream) if file.format == "parquet" else _line_pieces(file, stream):
+        for piece in (
+            _parquet_pieces(file, stream)
+            if file.format == "parquet"
+            else _line_pieces(file, stream)
+        ):
             _check_unchanged(file, os.fstat(stream.fileno()))
             yield piece
 
@@ -87,7 +100,9 @@ def _line_pieces(file: SourceFile, stream: IO[bytes]) -> Iterator[_Piece]:
     first_line = 1
     for group in line_groups(blocks):
         if group.num_rows:
-            yield _Piece(file.name, first_line, group.num_rows, "lines", group.payload, stream.tell())
+            yield _Piece(
+                file.name, first_line, group.num_rows, "lines", group.payload, stream.tell()
+            )
         first_line += group.num_lines
 
 
@@ -99,11 +114,15 @@ def _parquet_pieces(file: SourceFile, stream: IO[bytes]) -> Iterator[_Piece]:
         batches = pq.ParquetFile(stream).iter_batches(batch_size=MAX_LINES)
         yield from _arrow_pieces(file.name, batches)
     except (pa.ArrowException, OSError) as exc:
-        raise DataError(f"{file.name} cannot be read as Parquet: {exc}; fetch or write the file again") from exc
+        raise DataError(
+            f"{file.name} cannot be read as Parquet: {exc}; fetch or write the file again"
+        ) from exc
 
 
 def _table_pieces(source: ResolvedSource, location: str) -> Iterator[_Piece]:
-    tables = hub_dataset.iter_tables(location, split=source.split, revision=source.revision, batch_rows=MAX_LINES)
+    tables = hub_dataset.iter_tables(
+        location, split=source.split, revision=source.revision, batch_rows=MAX_LINES
+    )
     batches = (batch for table in tables for batch in table.to_batches())
     for piece in _arrow_pieces(source.name, batches):
         for file in source.files:
@@ -117,7 +136,9 @@ def _arrow_pieces(name: str, batches: Iterable[Any]) -> Iterator[_Piece]:
     num_rows = num_bytes = 0
     for batch in batches:
         for part in _slices(batch):
-            if rows and (num_rows + part.num_rows > MAX_LINES or num_bytes + part.nbytes > MAX_BYTES):
+            if rows and (
+                num_rows + part.num_rows > MAX_LINES or num_bytes + part.nbytes > MAX_BYTES
+            ):
                 yield _Piece(name, None, num_rows, "arrow", _ipc_stream(rows))
                 rows, num_rows, num_bytes = [], 0, 0
             rows.append(part)
@@ -128,7 +149,8 @@ def _arrow_pieces(name: str, batches: Iterable[Any]) -> Iterator[_Piece]:
 
 
 def _slices(batch: Any) -> Iterator[Any]:
-    """Yield a batch in slices; rows that are large together are taken apart, so that a huge one is alone."""
+    """Yield a batch in slices; rows that are large together are taken apart, so that a huge one is
+    alone."""
     for start in range(0, batch.num_rows, _SLICE_ROWS):
         waiting = [batch.slice(start, _SLICE_ROWS)]
         while waiting:
@@ -152,4 +174,6 @@ def _ipc_stream(batches: list[Any]) -> bytes:
 
 def _check_unchanged(file: SourceFile, status: os.stat_result) -> None:
     if not FileStamp.of(status).same_content(file.stamp):
-        raise DataError(f"{file.path} changed while it was being read; build again when nothing writes to it")
+        raise DataError(
+            f"{file.path} changed while it was being read; build again when nothing writes to it"
+        )

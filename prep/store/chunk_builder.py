@@ -1,7 +1,8 @@
-"""One chunk of raw rows -> columns of the sample store. Runs in a worker process; knows no other chunk.
+"""One chunk of raw rows -> columns of the sample store. Runs in a worker process; knows no other
+chunk.
 
-What a row can become: a sample; a reject (malformed, or its spans cannot be proved); an uncarried row (the template
-would drop a part of it). Each is counted and listed with its reason.
+What a row can become: a sample; a reject (malformed, or its spans cannot be proved); an uncarried
+row (the template would drop a part of it). Each is counted and listed with its reason.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ from prep.tokenization.encoder import Encoded, Encoder, EncoderSpec
 from shared.errors import DataError, TemplateError
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK
 
-REFEREE_EVERY = 128  # one row in so many, by content hash, is encoded again by the Hugging Face tokenizer
+REFEREE_EVERY = (
+    128  # one row in so many, by content hash, is encoded again by the Hugging Face tokenizer
+)
 AUDIT_EVERY = 128  # its mask is made again (and that of one row of every chunk)
 AUDIT_CHARACTERS = 1 << 18  # unless it is longer
 PLAIN_EVERY = 32  # and one in so many is rendered again without tracing
@@ -89,7 +92,8 @@ class ChunkBuilder:
         self._drop_messages = spec.drop_messages
 
     def build(self, chunk: Chunk) -> ChunkResult:
-        """Turn the rows of a chunk into columns. Raises DataError only where the tokenizer backends disagree."""
+        """Turn the rows of a chunk into columns. Raises DataError only where the tokenizer backends
+        disagree."""
         rejects: list[tuple[int, str, str]] = []  # row, reason, detail
         missing: list[tuple[int, str]] = []
         kept: list[_Kept] = []
@@ -135,7 +139,8 @@ class ChunkBuilder:
         return ChunkResult(columns, facts)
 
     def _render(self, conversation: Conversation) -> tuple[Conversation, Rendered | None, str, int]:
-        """Render until the template carries everything. Returns no rendering, and why, where it cannot."""
+        """Render until the template carries everything. Returns no rendering, and why, where it
+        cannot."""
         compiled = self._compiled.render(conversation)
         if compiled is not None:
             return conversation, compiled, "", 0
@@ -156,8 +161,13 @@ class ChunkBuilder:
         return conversation, rendered, "", dropped
 
     def _check(self, conversation: Conversation, rendered: Rendered, digest: bytes) -> None:
-        if digest[0] % PLAIN_EVERY == 0 and self._template.render_plain(conversation) != rendered.text:
-            raise TemplateError(f"the template {self._template.name!r} prints another text when it is not traced")
+        if (
+            digest[0] % PLAIN_EVERY == 0
+            and self._template.render_plain(conversation) != rendered.text
+        ):
+            raise TemplateError(
+                f"the template {self._template.name!r} prints another text when it is not traced"
+            )
 
     def _columns(
         self, kept: list[_Kept], rejects: list[tuple[int, str, str]]
@@ -167,9 +177,15 @@ class ChunkBuilder:
         except DataError:  # some row cannot be encoded safely: find out which, leave it out, go on
             kept = [row for row in kept if not self._cannot_encode(row, rejects)]
             encoded = self._encoder.encode([row.rendered for row in kept])
-        others = [kept[i] for i in self._encoder.rows_with_other_control(encoded, [row.rendered for row in kept])]
+        others = [
+            kept[i]
+            for i in self._encoder.rows_with_other_control(encoded, [row.rendered for row in kept])
+        ]
         if others := [row for row in others if not self._control_is_its_own(row)]:
-            reason = "the tokenizer makes other control tokens of it than of the same conversation with inert contents"
+            reason = (
+                "the tokenizer makes other control tokens of it than of the same conversation with"
+                " inert contents"
+            )
             rejects += [(row.number, "unverifiable", f"{row.where}: {reason}") for row in others]
             return self._columns([row for row in kept if row not in others], rejects)
         rows = [row.rendered for row in kept]
@@ -197,15 +213,23 @@ class ChunkBuilder:
             for name, (dtype, tail) in COLUMNS.items()
             if name in columns
         }
-        return typed, {"rows_by_hand": encoded.rows_by_hand, "rows_refereed": refereed, "rows_audited": audited}
+        return typed, {
+            "rows_by_hand": encoded.rows_by_hand,
+            "rows_refereed": refereed,
+            "rows_audited": audited,
+        }
 
     def _control_is_its_own(self, row: _Kept) -> bool:
-        """Ask the tokenizer itself: what a template prints can lie in its vocabulary otherwise than it is written."""
+        """Ask the tokenizer itself: what a template prints can lie in its vocabulary otherwise than
+        it is written."""
         inert = self._template.render_plain(self._control.inert(row.conversation))
         expected, ids = (
-            np.asarray(found) for found in (self._encoder.ids_of(inert), self._encoder.encode([row.rendered]).tokens)
+            np.asarray(found)
+            for found in (self._encoder.ids_of(inert), self._encoder.encode([row.rendered]).tokens)
         )
-        return np.array_equal(*(found[self._encoder.is_control[found]] for found in (expected, ids)))
+        return np.array_equal(
+            *(found[self._encoder.is_control[found]] for found in (expected, ids))
+        )
 
     def _cannot_encode(self, row: _Kept, rejects: list[tuple[int, str, str]]) -> bool:
         try:
@@ -224,27 +248,33 @@ class ChunkBuilder:
             ids = encoded.tokens[encoded.row_offsets[index] : encoded.row_offsets[index + 1]]
             if not self._encoder.agrees_with_reference(row.rendered, ids):
                 raise DataError(
-                    f"{row.where}: gigatoken and the Hugging Face tokenizer give different ids for this row; "
-                    'set tokenizer.backend = "transformers" and report the row'
+                    f"{row.where}: gigatoken and the Hugging Face tokenizer give different ids for"
+                    ' this row; set tokenizer.backend = "transformers" and report the row'
                 )
             checked += 1
         return checked
 
     def _audit(self, encoded: Encoded, aligned: Aligned, kept: list[_Kept]) -> int:
-        """Make the mask of a sample of rows a second time: prep/rendering/mask_audit.py. Raises DataError where they differ.
+        """Make the mask of a sample of rows a second time: prep/rendering/mask_audit.py. Raises
+        DataError where they differ.
 
-        Returns how many of the rows drawn by hash were compared. The one row more of every chunk is not counted: a
-        manifest says nothing of chunks.
+        Returns how many of the rows drawn by hash were compared. The one row more of every chunk is
+        not counted: a manifest says nothing of chunks.
         """
         drawn = {i for i, row in enumerate(kept) if row.content_hash[0] % AUDIT_EVERY == 0}
-        chosen = drawn | ({min(range(len(kept)), key=lambda i: kept[i].content_hash)} if kept else set())
-        # a text of many megabytes costs renders by the second, and the Hugging Face tokenizer memory by the gigabyte
+        chosen = drawn | (
+            {min(range(len(kept)), key=lambda i: kept[i].content_hash)} if kept else set()
+        )
+        # a text of many megabytes costs renders by the second, and the Hugging Face tokenizer
+        # memory by the gigabyte
         chosen = {i for i in chosen if len(kept[i].rendered.text) <= AUDIT_CHARACTERS}
         checked = 0
         for index in sorted(chosen):
             row, tokens = kept[index], slice(*encoded.row_offsets[index : index + 2])
             try:
-                found = list(windows(self._template, row.conversation, row.rendered.text, self._rules))
+                found = list(
+                    windows(self._template, row.conversation, row.rendered.text, self._rules)
+                )
             except NotComparableError:
                 continue
             ids, offsets = self._encoder.reference(row.rendered)
@@ -257,19 +287,23 @@ class ChunkBuilder:
         return checked
 
 
-def _audit_message(row: _Kept, token: int, offsets: npt.NDArray[np.int64], trained: npt.NDArray[np.bool_]) -> str:
+def _audit_message(
+    row: _Kept, token: int, offsets: npt.NDArray[np.int64], trained: npt.NDArray[np.bool_]
+) -> str:
     first, last = offsets[token].tolist()
     text = row.rendered.text
     return (
-        f"{row.where}: two ways to find what is trained disagree at token {token}, {text[first:last]!r} "
-        f"(behind {text[max(first - 30, 0) : first]!r}): by the marks of one render it is "
-        f"{'trained' if trained[token] else 'not trained'}, by comparing renders it is not so. Report the row and its "
-        'template; rows.on_error = "skip" does not help, a mask must be certain'
+        f"{row.where}: two ways to find what is trained disagree at token {token},"
+        f" {text[first:last]!r} (behind {text[max(first - 30, 0) : first]!r}): by the marks of one"
+        f" render it is {'trained' if trained[token] else 'not trained'}, by comparing renders it"
+        ' is not so. Report the row and its template; rows.on_error = "skip" does not help, a'
+        " mask must be certain"
     )
 
 
 def _named(parts: list[str]) -> tuple[list[str], npt.NDArray[np.int32]]:
-    """Return the different parts in order, and of every row which of them it belongs to, int32 [R]."""
+    """Return the different parts in order, and of every row which of them it belongs to, int32
+    [R]."""
     names = sorted(set(parts))
     index = {name: number for number, name in enumerate(names)}
     return names, np.asarray([index[part] for part in parts], np.dtype("<i4"))

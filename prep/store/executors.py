@@ -1,6 +1,8 @@
-"""Who turns chunks into committed columns: this process, local processes, or a Dask cluster on a shared file system.
+"""Who turns chunks into committed columns: this process, local processes, or a Dask cluster on a
+shared file system.
 
-All three run the same function of (spec, chunk, target directory), so who runs it never shows in the bytes.
+All three run the same function of (spec, chunk, target directory), so who runs it never shows in
+the bytes.
 """
 
 import contextlib
@@ -36,7 +38,8 @@ class ChunkWorkers:
 
 @contextlib.contextmanager
 def chunk_workers(spec: ChunkSpec, *, workers: int, scheduler: str = "") -> Iterator[ChunkWorkers]:
-    """Yield workers; `scheduler` is the address of a Dask scheduler, "" for `workers` local processes.
+    """Yield workers; `scheduler` is the address of a Dask scheduler, "" for `workers` local
+    processes.
 
     Raises PrerequisiteError where Dask is not installed or nothing answers at the address.
     """
@@ -48,7 +51,9 @@ def chunk_workers(spec: ChunkSpec, *, workers: int, scheduler: str = "") -> Iter
     else:
         with WorkerPool(workers, _prepare, 0, spec) as pool:
             yield ChunkWorkers(
-                lambda chunk, target: pool.submit(_work, 0, None, chunk, target), 2 * workers, (BrokenExecutor,)
+                lambda chunk, target: pool.submit(_work, 0, None, chunk, target),
+                2 * workers,
+                (BrokenExecutor,),
             )
 
 
@@ -57,15 +62,21 @@ def _cluster(spec: ChunkSpec, scheduler: str) -> Iterator[ChunkWorkers]:
     try:
         import distributed
     except ImportError as exc:
-        raise PrerequisiteError("--scheduler needs Dask: pip install 'sft-shards[cluster]'") from exc
+        raise PrerequisiteError(
+            "--scheduler needs Dask: pip install 'sft-shards[cluster]'"
+        ) from exc
     try:
         client = distributed.Client(scheduler, timeout=_CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as exc:
-        raise PrerequisiteError(f"--scheduler {scheduler}: no Dask scheduler answers there: {exc}") from exc
+        raise PrerequisiteError(
+            f"--scheduler {scheduler}: no Dask scheduler answers there: {exc}"
+        ) from exc
     with client:
         threads = sum(client.nthreads().values())
         if not threads:
-            raise PrerequisiteError(f"--scheduler {scheduler}: the cluster has no workers; start some")
+            raise PrerequisiteError(
+                f"--scheduler {scheduler}: the cluster has no workers; start some"
+            )
         executor: Executor = client.get_executor()
         sent = client.scatter(spec, broadcast=True)  # once to each worker, not once for each chunk
         key = sent.key
@@ -88,7 +99,9 @@ _builders: dict[object, tuple[ChunkSpec | None, ChunkBuilder | SftError]] = {}
 
 
 def _prepare(key: object, spec: ChunkSpec) -> None:
-    gc.set_threshold(50_000, 20, 50)  # rows make many objects and few cycles: 15-25 % of the time went into looking
+    gc.set_threshold(
+        50_000, 20, 50
+    )  # rows make many objects and few cycles: 15-25 % of the time went into looking
     try:
         _builders[key] = (spec, ChunkBuilder(spec))
     except SftError as exc:  # an initializer that raises breaks the pool without a reason
@@ -111,11 +124,17 @@ def _commit(builder: ChunkBuilder, chunk: Chunk, target: Path) -> None:
     try:
         with atomic.staged_dir(target, durable=False) as aside:
             for name, column in result.columns.items():
-                with (aside / f"{name}.npy").open("xb") as file:  # np.save forgets why a write failed
+                with (aside / f"{name}.npy").open(
+                    "xb"
+                ) as file:  # np.save forgets why a write failed
                     file.write(npy_header(column.dtype.str, column.shape))
                     file.write(column.data)
             sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-            (aside / FACTS_NAME).write_bytes(canonical_json({**result.facts, "column_bytes": sizes}))
+            (aside / FACTS_NAME).write_bytes(
+                canonical_json({**result.facts, "column_bytes": sizes})
+            )
     except (OSError, ArtifactError):
-        if not target.is_dir():  # else another process committed the same chunk first: the same bytes
+        if (
+            not target.is_dir()
+        ):  # else another process committed the same chunk first: the same bytes
             raise

@@ -1,7 +1,9 @@
-"""Worker processes that end with this one, however it ends; an interrupt is the parent's business alone.
+"""Worker processes that end with this one, however it ends; an interrupt is the parent's business
+alone.
 
-A pool of the standard library outlives a parent that is killed: its workers hold both ends of their queue and wait for
-ever, with a tokenizer each. Here every worker watches a pipe of which only the parent holds the other end.
+A pool of the standard library outlives a parent that is killed: its workers hold both ends of their
+queue and wait for ever, with a tokenizer each. Here every worker watches a pipe of which only the
+parent holds the other end.
 """
 
 import contextlib
@@ -21,21 +23,28 @@ Result = TypeVar("Result")
 
 
 class WorkerPool:
-    """`workers` fresh interpreters, each prepared by `prepare(*arguments)`, started as work comes in."""
+    """`workers` fresh interpreters, each prepared by `prepare(*arguments)`, started as work comes
+    in."""
 
     def __init__(self, workers: int, prepare: Callable[..., None], *arguments: Any) -> None:
         # a fork would inherit the threads and locks of the tokenizer libraries
         context = multiprocessing.get_context("spawn")
         self._watched, self._leash = context.Pipe(duplex=False)
         self._pool = ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_start, initargs=(self._watched, prepare, arguments)
+            workers,
+            mp_context=context,
+            initializer=_start,
+            initargs=(self._watched, prepare, arguments),
         )
 
     def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if kind is not None and not issubclass(kind, Exception):
             self._leash.close()  # an interrupt does not wait for the work under way
@@ -46,8 +55,11 @@ class WorkerPool:
         self._watched.close()
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> "Future[Result]":
-        """Call `function` in a worker. A worker that died shows as BrokenExecutor in the future, never here."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))  # inherited by a process that this starts
+        """Call `function` in a worker. A worker that died shows as BrokenExecutor in the future,
+        never here."""
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, (signal.SIGINT,)
+        )  # inherited by a process that this starts
         try:
             return self._pool.submit(function, *arguments)
         except BrokenExecutor as exc:
@@ -59,14 +71,19 @@ class WorkerPool:
 
 
 def _unblock(pool: ProcessPoolExecutor) -> None:
-    """Let go of our end of the queue of tasks: with its workers dead, a write to it would wait for us to read.
+    """Let go of our end of the queue of tasks: with its workers dead, a write to it would wait for
+    us to read.
 
-    Python before 3.11.5 hangs at shutdown then (cpython issue 94777); later ones close it themselves. A thread of the
-    pool closes the descriptor at the same time, so it is not closed here but pointed at nothing.
+    Python before 3.11.5 hangs at shutdown then (cpython issue 94777); later ones close it
+    themselves. A thread of the pool closes the descriptor at the same time, so it is not closed
+    here but pointed at nothing.
     """
     queue = pool._call_queue  # type: ignore[attr-defined]
     if sys.version_info < (3, 11, 5) and queue is not None:
-        with Path(os.devnull).open("rb") as nothing, contextlib.suppress(OSError):  # it may be closed already
+        with (
+            Path(os.devnull).open("rb") as nothing,
+            contextlib.suppress(OSError),
+        ):  # it may be closed already
             os.dup2(nothing.fileno(), queue._reader.fileno())
 
 

@@ -1,11 +1,12 @@
-"""The sample store: every conversation of a source, tokenised once, untruncated, unmixed, content-addressed.
+"""The sample store: every conversation of a source, tokenised once, untruncated, unmixed,
+content-addressed.
 
     STORE/KEY/chunk-00000/{tokens,kind,...}.npy, facts.json      committed one by one, by rename
     STORE/KEY/inputs.json                                        what KEY is the hash of
     STORE/KEY/complete.json                                      written last: the source was read to its end
 
-KEY is a hash of all that decides the samples. Mixture ratio, max_seq_len, mask and length policy do not: changing them
-costs no tokenizer call. A killed build loses the chunks in flight and no more.
+KEY is a hash of all that decides the samples. Mixture ratio, max_seq_len, mask and length policy do
+not: changing them costs no tokenizer call. A killed build loses the chunks in flight and no more.
 """
 
 import contextlib
@@ -46,7 +47,9 @@ class StoredChunk:
         try:
             return dict(json.loads((self.path / FACTS_NAME).read_bytes()))
         except (OSError, ValueError) as exc:
-            raise ArtifactError(f"{self.path} is damaged ({exc}); remove it and build again") from exc
+            raise ArtifactError(
+                f"{self.path} is damaged ({exc}); remove it and build again"
+            ) from exc
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """Return one column, read-only."""
@@ -55,9 +58,13 @@ class StoredChunk:
         try:
             array: npt.NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as exc:
-            raise ArtifactError(f"{file} is damaged ({exc}); remove {self.path} and build again") from exc
+            raise ArtifactError(
+                f"{file} is damaged ({exc}); remove {self.path} and build again"
+            ) from exc
         if array.dtype != np.dtype(dtype) or array.shape[1:] != tail:
-            raise ArtifactError(f"{file} holds {array.dtype.str} {array.shape}; remove {self.path} and build again")
+            raise ArtifactError(
+                f"{file} holds {array.dtype.str} {array.shape}; remove {self.path} and build again"
+            )
         return array.view(np.ndarray)
 
     def samples(self) -> Samples:
@@ -105,18 +112,23 @@ def known_inputs(store: Path) -> dict[Path, dict[str, Any]]:
     """Return what each of the stores below `store` was made from."""
     found = {}
     for file in sorted(store.glob(f"*/{_INPUTS}")):
-        with contextlib.suppress(OSError, ValueError):  # one being written or removed is none to compare with
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # one being written or removed is none to compare with
             found[file.parent] = dict(json.loads(file.read_bytes()))
     return found
 
 
 def ensure_stores(
-    requests: Sequence[StoreRequest], workers: ChunkWorkers, on_chunk: Callable[[int, StoredChunk], None]
+    requests: Sequence[StoreRequest],
+    workers: ChunkWorkers,
+    on_chunk: Callable[[int, StoredChunk], None],
 ) -> list[SampleStore]:
-    """Return the store of every request, making what it lacks; the workers go on from one source to the next.
+    """Return the store of every request, making what it lacks; the workers go on from one source to
+    the next.
 
-    `on_chunk` is told (index of the request, chunk) for each chunk, in order. Raises whatever a chunk or `on_chunk`
-    raises; what was committed stays.
+    `on_chunk` is told (index of the request, chunk) for each chunk, in order. Raises whatever a
+    chunk or `on_chunk` raises; what was committed stays.
     """
     owner: dict[Path, int] = {}
     for index, request in enumerate(requests):
@@ -127,7 +139,9 @@ def ensure_stores(
             if not is_complete(path):  # a complete store is only read, by any number of builds
                 lock = path.parent / f"{path.name}.lock"
                 locks.enter_context(atomic.exclusive_lock(lock, "tokenising the same source"))
-        for index, chunk in _make_chunks([(index, requests[index]) for index in owner.values()], workers):
+        for index, chunk in _make_chunks(
+            [(index, requests[index]) for index in owner.values()], workers
+        ):
             on_chunk(index, chunk)
             made[index].append(chunk)
     for index, request in enumerate(requests):
@@ -137,13 +151,18 @@ def ensure_stores(
     return [SampleStore(request.path, tuple(made[owner[request.path]])) for request in requests]
 
 
-def _make_chunks(requests: list[tuple[int, StoreRequest]], workers: ChunkWorkers) -> Iterator[tuple[int, StoredChunk]]:
+def _make_chunks(
+    requests: list[tuple[int, StoreRequest]], workers: ChunkWorkers
+) -> Iterator[tuple[int, StoredChunk]]:
     """Yield every chunk of every request in order, making the missing ones."""
     queue: deque[tuple[_Task, Future[None] | None]] = deque()
     made = Counter[int]()
     for task in _tasks(requests):
         queue.append((task, workers.submit(task.chunk, task.target) if task.chunk else None))
-        while len(running := [f for _, f in queue if f is not None and not f.done()]) >= workers.max_waiting:
+        while (
+            len(running := [f for _, f in queue if f is not None and not f.done()])
+            >= workers.max_waiting
+        ):
             wait(running, return_when=FIRST_COMPLETED)
         while queue and (queue[0][1] is None or queue[0][1].done()):
             yield from _finished(*queue.popleft(), made, workers)
@@ -193,18 +212,21 @@ def _finished(
             future.result()
         except workers.worker_died as exc:
             raise PrerequisiteError(
-                "a worker process died (killed, or out of memory); run the same command again to go on, "
-                "with fewer --workers if memory was short"
+                "a worker process died (killed, or out of memory); run the same command again to go"
+                " on, with fewer --workers if memory was short"
             ) from exc
     made[task.request] += 1
     yield task.request, StoredChunk(task.target)
 
 
 def _is_whole(target: Path) -> bool:
-    """Say whether a chunk of an unfinished store has all its bytes: a power cut may have come before the disk."""
+    """Say whether a chunk of an unfinished store has all its bytes: a power cut may have come
+    before the disk."""
     try:
         sizes = json.loads((target / FACTS_NAME).read_bytes())["column_bytes"]
-        return bool(sizes) and all((target / name).stat().st_size == size for name, size in sizes.items())
+        return bool(sizes) and all(
+            (target / name).stat().st_size == size for name, size in sizes.items()
+        )
     except (OSError, ValueError, KeyError):
         return False
 

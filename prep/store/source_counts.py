@@ -21,7 +21,9 @@ class Tally:
     calls_not_json: int = 0  # tool calls whose arguments are text but no JSON object
     rejects: list[tuple[int, str, str]] = field(default_factory=list)  # row, reason, detail
     uncarried: list[tuple[int, str]] = field(default_factory=list)  # row, reason
-    parts: set[str] = field(default_factory=set)  # of a source that is split: the values of its column
+    parts: set[str] = field(
+        default_factory=set
+    )  # of a source that is split: the values of its column
 
     def add(self, facts: dict[str, Any]) -> None:
         """Add the facts of one chunk."""

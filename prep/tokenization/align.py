@@ -1,8 +1,8 @@
 """Spans of text -> kinds of tokens: who wrote each token, and where each message begins.
 
-bytes    <|assistant|>\\n\\n\\nHello<|endoftext|>        the answer is "\\n\\nHello"
-tokens   < | assistant | >\\n\\n\\n Hello <eos>
-kind     0 0     0     0    A|S      A    T           A|S: it also covers bytes of the header (STRADDLES)
+bytes    <|assistant|>\\n\\n\\nHello<|endoftext|>        the answer is "\\n\\nHello" tokens   < |
+assistant | >\\n\\n\\n Hello <eos> kind     0 0     0     0    A|S      A    T           A|S: it
+also covers bytes of the header (STRADDLES)
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,8 @@ from prep.tokenization.byte_offsets import in_bytes
 from prep.tokenization.encoder import Encoded, Ints, Places
 from shared.shard_format import STRADDLES, Kind
 
-# where one token covers text of two kinds, the later in this list names it: what the model must produce wins
+# where one token covers text of two kinds, the later in this list names it: what the model must
+# produce wins
 _PRIORITY = (
     Kind.TEMPLATE, Kind.SYSTEM, Kind.USER, Kind.TOOL, Kind.TERMINATOR, Kind.REASONING, Kind.TOOL_CALL, Kind.ASSISTANT,
 )  # fmt: skip
@@ -58,14 +59,19 @@ def align(encoded: Encoded, rows: Sequence[Rendered]) -> Aligned:
 
 
 def _blocks(first: Ints, last: Ints) -> Iterator[tuple[slice, Ints, Ints]]:
-    """Yield spans in order, with the tokens [begin, end) of each: not many more than _BLOCK_TOKENS at a time."""
+    """Yield spans in order, with the tokens [begin, end) of each: not many more than _BLOCK_TOKENS
+    at a time."""
     counts = np.maximum(last - first, 0)
     ends = np.cumsum(counts)
     start = 0
     while start < len(counts):
         before = int(ends[start] - counts[start])
         stop = max(start + 1, int(np.searchsorted(ends, before + _BLOCK_TOKENS, side="right")))
-        block, begin, end = slice(start, stop), first[start:stop], first[start:stop] + counts[start:stop]
+        block, begin, end = (
+            slice(start, stop),
+            first[start:stop],
+            first[start:stop] + counts[start:stop],
+        )
         if stop > start + 1 or counts[start] <= _BLOCK_TOKENS:
             yield block, begin, end
         else:  # one long span
@@ -87,22 +93,32 @@ def _span_table(rows: Sequence[Rendered], byte_offsets: Ints) -> npt.NDArray[np.
     places = in_bytes(rows, byte_offsets, counts, flat[:, [0, 1, 4, 5]])
     first_message = np.cumsum([0, *(len(row.messages) for row in rows)])[:-1]
     names = ("start", "end", "kind", "message", "region_start", "region_end")
-    table = np.zeros(len(flat), [(name, np.uint8 if name == "kind" else np.int64) for name in names])
+    table = np.zeros(
+        len(flat), [(name, np.uint8 if name == "kind" else np.int64) for name in names]
+    )
     table["start"], table["end"], table["region_start"], table["region_end"] = places.T
     table["kind"] = flat[:, 2]
     table["message"] = np.where(flat[:, 3] < 0, -1, flat[:, 3] + np.repeat(first_message, counts))
     return table
 
 
-def _message_starts(encoded: Encoded, rows: Sequence[Rendered], message: npt.NDArray[np.int32]) -> tuple[Ints, Ints]:
-    """A message begins with the first token behind the message before it; a shared token belongs to its painter."""
+def _message_starts(
+    encoded: Encoded, rows: Sequence[Rendered], message: npt.NDArray[np.int32]
+) -> tuple[Ints, Ints]:
+    """A message begins with the first token behind the message before it; a shared token belongs to
+    its painter."""
     counts = np.fromiter((len(row.messages) for row in rows), np.int64, len(rows))
     row_messages = np.concatenate(([0], np.cumsum(counts)))
-    begins = np.fromiter((m.start for row in rows for m in row.messages), np.int64, int(counts.sum()))
+    begins = np.fromiter(
+        (m.start for row in rows for m in row.messages), np.int64, int(counts.sum())
+    )
     bounds = in_bytes(rows, encoded.byte_offsets, counts, begins[:, None])[:, 0]
     starts = _search(encoded.token_end, bounds, "right")
     shared = np.flatnonzero(starts < len(message))
     shared = shared[encoded.token_start[starts[shared]] < bounds[shared]]
     starts[shared] += message[starts[shared]] < shared
     row_of = np.searchsorted(row_messages, np.arange(len(starts)), side="right") - 1
-    return np.clip(starts, encoded.row_offsets[row_of], encoded.row_offsets[row_of + 1]), row_messages
+    return (
+        np.clip(starts, encoded.row_offsets[row_of], encoded.row_offsets[row_of + 1]),
+        row_messages,
+    )

@@ -1,7 +1,9 @@
-"""tokenizer.model or vocabulary files without a tokenizer.json: transformers converts them, once, and it is said.
+"""tokenizer.model or vocabulary files without a tokenizer.json: transformers converts them, once,
+and it is said.
 
-The inputs of a build hold the hash of what came out: the same files and a release of transformers that converts them
-otherwise are other inputs. What hash a conversion gave is remembered, so that a later look needs no transformers.
+The inputs of a build hold the hash of what came out: the same files and a release of transformers
+that converts them otherwise are other inputs. What hash a conversion gave is remembered, so that a
+later look needs no transformers.
 """
 
 import logging
@@ -19,8 +21,11 @@ _LIBRARIES = ("tokenizers", "transformers")
 logger = logging.getLogger(__name__)
 
 
-def converted_sha256(directory: Path, files: dict[str, str], known: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what the conversion of `files` (name -> hash) hangs on, and the hash of its outcome."""
+def converted_sha256(
+    directory: Path, files: dict[str, str], known: Mapping[str, Any]
+) -> tuple[str, str]:
+    """Return what the conversion of `files` (name -> hash) hangs on, and the hash of its
+    outcome."""
     versions = {name: metadata.version(name) for name in _LIBRARIES}
     key = f"tokenizer-converted:{digest({'files': files, 'versions': versions})}"
     remembered = known.get(key)
@@ -31,16 +36,23 @@ def converted_sha256(directory: Path, files: dict[str, str], known: Mapping[str,
 
 @cache
 def converted_json(directory: Path) -> str:
-    """Return the tokenizer.json that transformers makes of other files. Raises DataError, PrerequisiteError."""
+    """Return the tokenizer.json that transformers makes of other files. Raises DataError,
+    PrerequisiteError."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), trust_remote_code=False, local_files_only=True
+        )
     except Exception as exc:  # of any library that has a hand in it
-        raise DataError(f"{directory} has no tokenizer.json, and transformers cannot make one: {exc}") from exc
+        raise DataError(
+            f"{directory} has no tokenizer.json, and transformers cannot make one: {exc}"
+        ) from exc
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise PrerequisiteError(f"{directory}: not a fast tokenizer; save it with transformers as tokenizer.json first")
+        raise PrerequisiteError(
+            f"{directory}: not a fast tokenizer; save it with transformers as tokenizer.json first"
+        )
     logger.info(
         "%s has no tokenizer.json: converted from its other files by transformers %s",
         directory.name,

@@ -1,11 +1,13 @@
-"""Text -> token ids with the byte range of every token; a control token can only come from the template.
+"""Text -> token ids with the byte range of every token; a control token can only come from the
+template.
 
-gigatoken encodes where it can: it is byte-identical to the Hugging Face tokenizer and far faster. The Hugging Face
-tokenizer (`tokenizers`) is its referee, and does what gigatoken cannot: text that the tokenizer normalizes, tokenizers
-that are not byte-level, and rows in which somebody typed a control token.
+gigatoken encodes where it can: it is byte-identical to the Hugging Face tokenizer and far faster.
+The Hugging Face tokenizer (`tokenizers`) is its referee, and does what gigatoken cannot: text that
+the tokenizer normalizes, tokenizers that are not byte-level, and rows in which somebody typed a
+control token.
 
-For a byte-level BPE the bytes of each id are known, so all byte ranges are one cumulative sum; elsewhere they come
-from the tokenizer's offsets.
+For a byte-level BPE the bytes of each id are known, so all byte ranges are one cumulative sum;
+elsewhere they come from the tokenizer's offsets.
 """
 
 import json
@@ -27,7 +29,9 @@ from shared.errors import DataError
 from shared.shard_format import Kind
 
 Ints = npt.NDArray[np.int64]
-Places = npt.NDArray[np.int32] | npt.NDArray[np.int64]  # of bytes in a chunk: 32 bits unless it is larger
+Places = (
+    npt.NDArray[np.int32] | npt.NDArray[np.int64]
+)  # of bytes in a chunk: 32 bits unless it is larger
 
 _BLOCK_TOKENS = 1 << 18
 
@@ -44,7 +48,8 @@ class EncoderSpec:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Rows of a chunk, end to end. N tokens, R rows; bytes count from the start of the chunk's text."""
+    """Rows of a chunk, end to end. N tokens, R rows; bytes count from the start of the chunk's
+    text."""
 
     tokens: npt.NDArray[np.int32]  # [N]
     token_start: Places  # [N] first byte
@@ -55,12 +60,18 @@ class Encoded:
 
 
 def encoder_spec(
-    tokenizer_json: str, control_tokens: Sequence[str], backend: str, plain_kinds: tuple[Kind, ...] = ()
+    tokenizer_json: str,
+    control_tokens: Sequence[str],
+    backend: str,
+    plain_kinds: tuple[Kind, ...] = (),
 ) -> EncoderSpec:
-    """Return the spec for a tokenizer.json: nothing may be added to, cut from or padded around a template's text."""
+    """Return the spec for a tokenizer.json: nothing may be added to, cut from or padded around a
+    template's text."""
     data = json.loads(tokenizer_json)
     data.update(truncation=None, padding=None, post_processor=None)
-    return EncoderSpec(json.dumps(data, ensure_ascii=False), tuple(control_tokens), backend, plain_kinds)
+    return EncoderSpec(
+        json.dumps(data, ensure_ascii=False), tuple(control_tokens), backend, plain_kinds
+    )
 
 
 class Encoder:
@@ -82,9 +93,11 @@ class Encoder:
             "NFKD",
         )
         self.vocab_size = 1 + max(
-            max(self._json["model"]["vocab"].values(), default=0)
-            if isinstance(self._json["model"]["vocab"], dict)
-            else len(self._json["model"]["vocab"]) - 1,
+            (
+                max(self._json["model"]["vocab"].values(), default=0)
+                if isinstance(self._json["model"]["vocab"], dict)
+                else len(self._json["model"]["vocab"]) - 1
+            ),
             max((token["id"] for token in self._json["added_tokens"]), default=0),
         )
         added = (token["content"] for token in self._json["added_tokens"])
@@ -98,15 +111,20 @@ class Encoder:
         self.is_control[[self._guarded_ids[token] for token in spec.control_tokens]] = True
         self.is_added = np.zeros(self.vocab_size, np.bool_)
         self.is_added[[token["id"] for token in self._json["added_tokens"]]] = True
-        self._is_markup = np.zeros(self.vocab_size, np.bool_)  # not control, and plain text in texts of plain_kinds
+        self._is_markup = np.zeros(
+            self.vocab_size, np.bool_
+        )  # not control, and plain text in texts of plain_kinds
         self._is_markup[[self._guarded_ids[token] for token in markup]] = True
         self._is_markup &= ~self.is_control
         self._control_arrays: dict[tuple[str, ...], npt.NDArray[np.int32]] = {}
 
     def encode(self, rows: Sequence[Rendered]) -> Encoded:
-        """Encode rendered rows. Raises DataError where a control token would come from the text of a message."""
+        """Encode rendered rows. Raises DataError where a control token would come from the text of
+        a message."""
         texts = [row.text.encode("utf-8") for row in rows]
-        byte_offsets = np.concatenate(([0], np.cumsum([len(text) for text in texts], dtype=np.int64)))
+        byte_offsets = np.concatenate(
+            ([0], np.cumsum([len(text) for text in texts], dtype=np.int64))
+        )
         if self._has_byte_lengths:
             ids, row_offsets = self._encode_batch(texts)
             start, end, exact = self._byte_ranges(ids, row_offsets, byte_offsets, rows)
@@ -121,24 +139,37 @@ class Encoder:
             by_hand = np.ones(len(rows), np.bool_)
         if len(rows) and not by_hand.any():
             return Encoded(ids, start, end, row_offsets, byte_offsets, 0)
-        pieces: list[tuple[Any, Any, Any]] = [(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))]
+        pieces: list[tuple[Any, Any, Any]] = [
+            (np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
+        ]
         for index, row in enumerate(rows):
             if by_hand[index]:
                 row_ids, row_start, row_end = self._encode_by_hand(row)
-                pieces.append((row_ids, row_start + byte_offsets[index], row_end + byte_offsets[index]))
+                pieces.append(
+                    (row_ids, row_start + byte_offsets[index], row_end + byte_offsets[index])
+                )
             else:
                 part = slice(row_offsets[index], row_offsets[index + 1])
                 pieces.append((ids[part], start[part], end[part]))
         lengths = [len(piece[0]) for piece in pieces]
         tokens, starts, ends = (np.concatenate(column) for column in zip(*pieces, strict=True))
-        return Encoded(tokens, starts, ends, np.cumsum(lengths, dtype=np.int64), byte_offsets, int(by_hand.sum()))
+        return Encoded(
+            tokens,
+            starts,
+            ends,
+            np.cumsum(lengths, dtype=np.int64),
+            byte_offsets,
+            int(by_hand.sum()),
+        )
 
     def agrees_with_reference(self, row: Rendered, ids: npt.NDArray[np.int32]) -> bool:
-        """Say whether `ids` are what the Hugging Face tokenizer makes of the row, message text kept plain."""
+        """Say whether `ids` are what the Hugging Face tokenizer makes of the row, message text kept
+        plain."""
         return np.array_equal(ids, self._encode_by_hand(row)[0])
 
     def rows_with_other_control(self, encoded: Encoded, rows: Sequence[Rendered]) -> Ints:
-        """Return the rows whose control tokens are not, one by one, those that the template prints, int64 [K]."""
+        """Return the rows whose control tokens are not, one by one, those that the template prints,
+        int64 [K]."""
         places = np.flatnonzero(_looked_up(self.is_control, encoded.tokens))
         expected = [self.control_ids(row.control) for row in rows]
         counts = np.fromiter(map(len, expected), np.int64, len(rows))
@@ -153,7 +184,9 @@ class Encoder:
     def control_ids(self, names: tuple[str, ...]) -> npt.NDArray[np.int32]:
         """Return the ids of control tokens, int32 [len(names)]."""
         if names not in self._control_arrays:
-            self._control_arrays[names] = np.asarray([self._guarded_ids[name] for name in names], np.int32)
+            self._control_arrays[names] = np.asarray(
+                [self._guarded_ids[name] for name in names], np.int32
+            )
         return self._control_arrays[names]
 
     def batch_ids(self, text: str) -> list[int]:
@@ -170,14 +203,17 @@ class Encoder:
             offsets = np.asarray(layout.offsets.data, dtype=np.int64)
             ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(np.int32)
             return ids, offsets - offsets[0]
-        found = self._hf.encode_batch_fast([text.decode("utf-8") for text in texts], add_special_tokens=False)
+        found = self._hf.encode_batch_fast(
+            [text.decode("utf-8") for text in texts], add_special_tokens=False
+        )
         rows = [np.asarray(row.ids, np.int32) for row in found]
         offsets = np.concatenate(([0], np.cumsum([len(row) for row in rows], dtype=np.int64)))
         return np.concatenate([*rows, np.zeros(0, np.int32)]), offsets
 
     @cached_property
     def _plain(self) -> Any:
-        """The Hugging Face tokenizer to which guarded tokens are plain text, and their stand-ins the tokens."""
+        """The Hugging Face tokenizer to which guarded tokens are plain text, and their stand-ins
+        the tokens."""
         import tokenizers
 
         data = json.loads(self.spec.tokenizer_json)
@@ -186,7 +222,11 @@ class Encoder:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
         flags = {token["content"]: token for token in data["added_tokens"]}
         for token, stand_in in self._stand_ins.items():
-            sides = {side: flags[token][side] for side in ("lstrip", "rstrip")} if token in flags else {}
+            sides = (
+                {side: flags[token][side] for side in ("lstrip", "rstrip")}
+                if token in flags
+                else {}
+            )
             tokenizer.add_tokens([tokenizers.AddedToken(stand_in, normalized=False, **sides)])
         tokenizer.encode_special_tokens = True  # "special" added tokens are plain text to this one
         return tokenizer
@@ -208,22 +248,35 @@ class Encoder:
         return lengths
 
     def _byte_ranges(
-        self, ids: npt.NDArray[np.int32], row_offsets: Ints, byte_offsets: Ints, rows: Sequence[Rendered]
+        self,
+        ids: npt.NDArray[np.int32],
+        row_offsets: Ints,
+        byte_offsets: Ints,
+        rows: Sequence[Rendered],
     ) -> tuple[Places, Places, npt.NDArray[np.bool_]]:
-        """Return first and last byte of every token, and for each row whether they are proved by its byte count."""
+        """Return first and last byte of every token, and for each row whether they are proved by
+        its byte count."""
         if not self._has_byte_lengths:
             zeros = np.zeros(len(ids), np.int64)
             return zeros, zeros, np.zeros(len(rows), np.bool_)
         lengths = _looked_up(self.token_num_bytes, ids)
         total = max(int(lengths.sum(dtype=np.int64)), int(byte_offsets[-1]))
         ends: Any = np.cumsum(lengths, dtype=np.int32 if total < 1 << 31 else np.int64)
-        bounds = np.where(row_offsets > 0, ends[np.maximum(row_offsets, 1) - 1], 0) if len(ends) else row_offsets * 0
+        bounds = (
+            np.where(row_offsets > 0, ends[np.maximum(row_offsets, 1) - 1], 0)
+            if len(ends)
+            else row_offsets * 0
+        )
         exact = np.diff(bounds) == np.diff(byte_offsets)
         if self._normal_form is not None:
             form: Any = self._normal_form
-            exact &= np.fromiter((unicodedata.is_normalized(form, row.text) for row in rows), np.bool_, len(rows))
+            exact &= np.fromiter(
+                (unicodedata.is_normalized(form, row.text) for row in rows), np.bool_, len(rows)
+            )
         if not exact.all():  # later rows are shifted by what an inexact row has too many or too few
-            ends += np.repeat(byte_offsets[:-1] - bounds[:-1], np.diff(row_offsets)).astype(ends.dtype)
+            ends += np.repeat(byte_offsets[:-1] - bounds[:-1], np.diff(row_offsets)).astype(
+                ends.dtype
+            )
         same_type = lengths.dtype == ends.dtype
         return np.subtract(ends, lengths, out=lengths if same_type else None), ends, exact
 
@@ -234,23 +287,32 @@ class Encoder:
         return ids, byte_at[offsets[:, 0]], byte_at[offsets[:, 1]]
 
     def reference(self, row: Rendered) -> tuple[npt.NDArray[np.int32], Ints]:
-        """Return what the Hugging Face tokenizer makes of a row: ids, int32 [N], and their characters, int64 [N, 2]."""
+        """Return what the Hugging Face tokenizer makes of a row: ids, int32 [N], and their
+        characters, int64 [N, 2]."""
         encoding = self._hf.encode(row.text, add_special_tokens=False)
         ids = np.asarray(encoding.ids, np.int32)
-        offsets = self._without_blanks(row.text, ids, np.asarray(encoding.offsets, np.int64).reshape(-1, 2))
+        offsets = self._without_blanks(
+            row.text, ids, np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        )
         texts = _texts(row)
         plain = _texts(row, self.spec.plain_kinds)
         if self._typed(texts, plain, ids, offsets).any():
-            ids, offsets = self._encode_with_stand_ins(row, self._allowed(row, texts, plain, ids, offsets))
+            ids, offsets = self._encode_with_stand_ins(
+                row, self._allowed(row, texts, plain, ids, offsets)
+            )
             for token in ids[self._typed(texts, plain, ids, offsets)].tolist():
                 name = self._hf.id_to_token(token)
-                raise DataError(f"the tokenizer makes the token {name!r} from plain text of a message")
+                raise DataError(
+                    f"the tokenizer makes the token {name!r} from plain text of a message"
+                )
         return ids, offsets
 
     def _without_blanks(self, text: str, ids: npt.NDArray[np.int32], offsets: Ints) -> Ints:
-        """Return the offsets, guarded tokens without the blanks that `lstrip` and `rstrip` make them swallow.
+        """Return the offsets, guarded tokens without the blanks that `lstrip` and `rstrip` make
+        them swallow.
 
-        The blanks at the beginning of an answer must not make a trained token of the marker before it.
+        The blanks at the beginning of an answer must not make a trained token of the marker before
+        it.
         """
         for token in np.flatnonzero(self.is_control[ids] | self._is_markup[ids]).tolist():
             first, last = offsets[token].tolist()
@@ -263,13 +325,17 @@ class Encoder:
     def _encode_with_stand_ins(
         self, row: Rendered, allowed: list[tuple[int, int]]
     ) -> tuple[npt.NDArray[np.int32], Ints]:
-        """Return ids and character offsets, where no guarded token but those in `allowed` places is made.
+        """Return ids and character offsets, where no guarded token but those in `allowed` places is
+        made.
 
-        text        a <|im_end|> b<|im_end|>        somebody typed the first
-        encoded     a <|im_end|> b#                 # is the stand-in; to this tokenizer <|im_end|> is plain text
+        text        a <|im_end|> b<|im_end|>        somebody typed the first encoded     a
+        <|im_end|> b#                 # is the stand-in; to this tokenizer <|im_end|> is plain text
         """
         if any(stand_in in row.text for stand_in in self._stand_ins.values()):
-            raise DataError("a typed control token together with private-use characters of plane 16 cannot be encoded")
+            raise DataError(
+                "a typed control token together with private-use characters of plane 16 cannot be"
+                " encoded"
+            )
         pieces: list[str] = []
         places: list[Ints] = []  # character of the text at every character of what is encoded
         cursor = 0
@@ -297,11 +363,17 @@ class Encoder:
         return typed
 
     def _allowed(
-        self, row: Rendered, texts: Intervals, plain: Intervals, ids: npt.NDArray[np.int32], offsets: Ints
+        self,
+        row: Rendered,
+        texts: Intervals,
+        plain: Intervals,
+        ids: npt.NDArray[np.int32],
+        offsets: Ints,
     ) -> list[tuple[int, int]]:
         """Return the character ranges of the guarded tokens that stay such, in order.
 
-        These are the control tokens that the template printed, and other markup outside the plain texts.
+        These are the control tokens that the template printed, and other markup outside the plain
+        texts.
         """
         found = []
         position = 0
@@ -322,12 +394,16 @@ class Encoder:
     def _control_pattern(self) -> Any:
         import re
 
-        return re.compile("|".join(map(re.escape, sorted(self.spec.control_tokens, key=lambda t: (-len(t), t)))))
+        return re.compile(
+            "|".join(map(re.escape, sorted(self.spec.control_tokens, key=lambda t: (-len(t), t))))
+        )
 
 
 def _texts(row: Rendered, kinds: Sequence[Kind] | None = None) -> Intervals:
     """Return where text that the conversation brought stands, of some kinds or of all."""
-    return Intervals((s.start, s.end) for s in row.spans if s.is_text and (kinds is None or s.kind in kinds))
+    return Intervals(
+        (s.start, s.end) for s in row.spans if s.is_text and (kinds is None or s.kind in kinds)
+    )
 
 
 def _looked_up(table: npt.NDArray[Any], ids: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
@@ -342,19 +418,28 @@ def _looked_up(table: npt.NDArray[Any], ids: npt.NDArray[np.int32]) -> npt.NDArr
 def _known_id(tokenizer: Any, token: str) -> int:
     index = tokenizer.token_to_id(token)
     if index is None:
-        raise DataError(f"the tokenizer names {token!r} as a special token but has no id for it; correct its files")
+        raise DataError(
+            f"the tokenizer names {token!r} as a special token but has no id for it; correct its"
+            " files"
+        )
     return int(index)
 
 
 def _text_bounds(
     rows: Sequence[Rendered], byte_offsets: Ints, kinds: Sequence[Kind] | None = None
 ) -> tuple[Ints, Ints]:
-    """Return first and last byte of every text that a conversation brought into the chunk, in order.
+    """Return first and last byte of every text that a conversation brought into the chunk, in
+    order.
 
     Texts of some kinds only, or of all.
     """
     texts = [
-        [bound for s in row.spans if s.is_text and (kinds is None or s.kind in kinds) for bound in s[:2]]
+        [
+            bound
+            for s in row.spans
+            if s.is_text and (kinds is None or s.kind in kinds)
+            for bound in s[:2]
+        ]
         for row in rows
     ]
     counts = np.fromiter(map(len, texts), np.int64, len(rows)) // 2
@@ -364,12 +449,16 @@ def _text_bounds(
 
 
 def _touch(start: Places, end: Places, text_start: Ints, text_end: Ints) -> npt.NDArray[np.bool_]:
-    """Say for every byte range whether it shares a byte with one of the texts, which are ordered and disjoint."""
-    return np.searchsorted(text_end, start, side="right") < np.searchsorted(text_start, end, side="left")
+    """Say for every byte range whether it shares a byte with one of the texts, which are ordered
+    and disjoint."""
+    return np.searchsorted(text_end, start, side="right") < np.searchsorted(
+        text_start, end, side="left"
+    )
 
 
 def _is_byte_level(data: dict[str, Any]) -> bool:
-    """Whether every token of the model spells bytes, one character each, and the text is split without loss."""
+    """Whether every token of the model spells bytes, one character each, and the text is split
+    without loss."""
     pre = data.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", [pre])
     byte_level = [step for step in steps if step.get("type") == "ByteLevel"]

@@ -1,4 +1,5 @@
-"""What a tokenizer's directory says beside tokenizer.json: names of special tokens, further tokens, longest input.
+"""What a tokenizer's directory says beside tokenizer.json: names of special tokens, further tokens,
+longest input.
 
 Read as JSON, with the precedence of transformers, so that it is known without importing anything.
 """
@@ -10,7 +11,15 @@ from typing import Any
 
 from shared.errors import DataError
 
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+)
 UNLIMITED = 1 << 62  # what `model_max_length` is where the files state none
 _PLAIN_KEYS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -22,7 +31,8 @@ class TokenizerNames:
     further: tuple[str, ...]
     """Contents of special tokens without one of these names, sorted."""
     declared: tuple[str, ...]
-    """Contents that transformers would add to tokenizer.json if they were not in it; they decide nothing here."""
+    """Contents that transformers would add to tokenizer.json if they were not in it; they decide
+    nothing here."""
     model_max_length: int
 
     def plain(self) -> dict[str, Any]:
@@ -35,7 +45,8 @@ class TokenizerNames:
 
 
 def read_names(directory: Path) -> TokenizerNames:
-    """Read tokenizer_config.json, special_tokens_map.json and added_tokens.json. Raises DataError for broken ones."""
+    """Read tokenizer_config.json, special_tokens_map.json and added_tokens.json. Raises DataError
+    for broken ones."""
     config, token_map, added = (read_json(directory / name) for name in _PLAIN_KEYS)
     if "added_tokens_decoder" in config:
         declared = [_content(token) for token in _values(config["added_tokens_decoder"])]
@@ -44,7 +55,9 @@ def read_names(directory: Path) -> TokenizerNames:
         declared = list(added)
     special = {name: content for name in NAMED_TOKENS if (content := _content(config.get(name)))}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
-    own = [value for key, value in config.items() if key.endswith("_token") and key not in NAMED_TOKENS]
+    own = [
+        value for key, value in config.items() if key.endswith("_token") and key not in NAMED_TOKENS
+    ]
     further = {content for value in [*_values(extra), *own] if (content := _content(value))}
     return TokenizerNames(
         special=special,
@@ -55,7 +68,8 @@ def read_names(directory: Path) -> TokenizerNames:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file, {} where there is no file. Raises DataError for anything else."""
+    """Return the object in a file, {} where there is no file. Raises DataError for anything
+    else."""
     if not path.is_file():
         return {}
     try:
@@ -68,7 +82,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _limit(value: Any) -> int:
-    """Return a length that the files state, UNLIMITED for none and for what cannot be one, such as 1e30."""
+    """Return a length that the files state, UNLIMITED for none and for what cannot be one, such as
+    1e30."""
     is_length = isinstance(value, int | float) and 1 <= value < UNLIMITED
     return int(value) if is_length else UNLIMITED
 
@@ -80,7 +95,8 @@ def _values(tokens: Any) -> list[Any]:
 
 
 def _content(token: Any) -> str:
-    """Return the text of a token that is given as a string or as an object; "" for anything else."""
+    """Return the text of a token that is given as a string or as an object; "" for anything
+    else."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else ""

@@ -1,9 +1,11 @@
-"""Find a tokenizer, say what identifies it, load it, and write the copy that travels with the shards.
+"""Find a tokenizer, say what identifies it, load it, and write the copy that travels with the
+shards.
 
-tokenizer.json alone says which ids a text has: model, normalizer, pre-tokenizer, added tokens. Loaded through
-transformers it need not: a class named in tokenizer_config.json may put its own pre-tokenizer in the place of the
-file's. Names of special tokens come from the files beside it. Identity is the hash of tokenizer.json and these names,
-known without importing anything: an up-to-date build must say so at once.
+tokenizer.json alone says which ids a text has: model, normalizer, pre-tokenizer, added tokens.
+Loaded through transformers it need not: a class named in tokenizer_config.json may put its own
+pre-tokenizer in the place of the file's. Names of special tokens come from the files beside it.
+Identity is the hash of tokenizer.json and these names, known without importing anything: an
+up-to-date build must say so at once.
 """
 
 import contextlib
@@ -47,7 +49,9 @@ class TokenizerFiles:
     name: str  # hub id, or the name of the directory
     revision: str | None  # resolved commit of a hub tokenizer
     directory: Path
-    json_sha256: str  # of tokenizer.json; of what transformers makes of the other files where there is none
+    json_sha256: (
+        str  # of tokenizer.json; of what transformers makes of the other files where there is none
+    )
     names: TokenizerNames
     converted_key: str = ""  # what the conversion hangs on, "" where there is a tokenizer.json
 
@@ -56,7 +60,8 @@ class TokenizerFiles:
         return {"revision": self.revision, "json": self.json_sha256, **self.names.plain()}
 
     def chat_template(self) -> str | None:
-        """Return the tokenizer's own chat template, None where it has none. Raises DataError for unreadable JSON."""
+        """Return the tokenizer's own chat template, None where it has none. Raises DataError for
+        unreadable JSON."""
         separate = self.directory / "chat_template.jinja"
         if separate.is_file():
             return separate.read_text(encoding="utf-8")
@@ -73,14 +78,21 @@ class LoadedTokenizer:
     tokenizer_json: str
     special_tokens: dict[str, str]  # bos_token, eos_token, ... as chat templates see them
     special_ids: dict[str, int]
-    control_tokens: tuple[str, ...]  # contents of the added tokens with `special: true`, and of those with a name
-    added_tokens: dict[str, bool]  # content of every added token -> its `special`, in order of content
+    control_tokens: tuple[
+        str, ...
+    ]  # contents of the added tokens with `special: true`, and of those with a name
+    added_tokens: dict[
+        str, bool
+    ]  # content of every added token -> its `special`, in order of content
     new_ids: tuple[int, ...]  # of the tokens that tokenizer.add_tokens put behind the vocabulary
     model_max_length: int
 
 
-def resolve_tokenizer(config: TokenizerConfig, base: Path, known: Mapping[str, Any]) -> TokenizerFiles:
-    """Return the files of a tokenizer directory (relative to `base`) or hub id; `known` as in `resolve_source`."""
+def resolve_tokenizer(
+    config: TokenizerConfig, base: Path, known: Mapping[str, Any]
+) -> TokenizerFiles:
+    """Return the files of a tokenizer directory (relative to `base`) or hub id; `known` as in
+    `resolve_source`."""
     local = (base / Path(config.name).expanduser()).resolve()
     if local.is_dir():
         return _files(local.name, None, local, known)
@@ -91,22 +103,30 @@ def resolve_tokenizer(config: TokenizerConfig, base: Path, known: Mapping[str, A
 
 
 def remember_tokenizer(config: TokenizerConfig, files: TokenizerFiles) -> dict[str, Any]:
-    """Return the memory that keeps a moving hub revision where it was, and the hash of what was converted.
+    """Return the memory that keeps a moving hub revision where it was, and the hash of what was
+    converted.
 
     It may hold paths: never hash it.
     """
     converted = {files.converted_key: files.json_sha256} if files.converted_key else {}
-    moving = {} if files.revision is None else {_key(config): [files.revision, str(files.directory)]}
+    moving = (
+        {} if files.revision is None else {_key(config): [files.revision, str(files.directory)]}
+    )
     return {**converted, **moving}
 
 
 def load_tokenizer(files: TokenizerFiles, add_tokens: Sequence[str] = ()) -> LoadedTokenizer:
-    """Load tokenizer.json, with `add_tokens` behind its vocabulary. Raises DataError, ConfigError."""
+    """Load tokenizer.json, with `add_tokens` behind its vocabulary. Raises DataError,
+    ConfigError."""
     import tokenizers
 
     file = files.directory / "tokenizer.json"
     try:
-        text = converted_json(files.directory) if files.converted_key else file.read_text(encoding="utf-8")
+        text = (
+            converted_json(files.directory)
+            if files.converted_key
+            else file.read_text(encoding="utf-8")
+        )
     except (OSError, UnicodeDecodeError) as exc:
         raise DataError(f"{file} cannot be read: {exc}") from exc
     try:
@@ -118,12 +138,20 @@ def load_tokenizer(files: TokenizerFiles, add_tokens: Sequence[str] = ()) -> Loa
     _warn_of_tokens_left_out(tokenizer, files, add_tokens)
     new_ids = _add_new(tokenizer, files.name, add_tokens)
     special = _known_names(tokenizer, files)
-    # what has a name is matched whole, as transformers does, also where the file holds it in the vocabulary only
+    # what has a name is matched whole, as transformers does, also where the file holds it in the
+    # vocabulary only
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     whole = [c for c in dict.fromkeys([*special.values(), *files.names.further]) if c not in added]
-    _add_special(tokenizer, [content for content in whole if tokenizer.token_to_id(content) is not None])
-    flags = {token.content: bool(token.special) for token in tokenizer.get_added_tokens_decoder().values()}
-    control = {content for content, is_special in flags.items() if is_special} | set(special.values())
+    _add_special(
+        tokenizer, [content for content in whole if tokenizer.token_to_id(content) is not None]
+    )
+    flags = {
+        token.content: bool(token.special)
+        for token in tokenizer.get_added_tokens_decoder().values()
+    }
+    control = {content for content, is_special in flags.items() if is_special} | set(
+        special.values()
+    )
     return LoadedTokenizer(
         tokenizer=tokenizer,
         tokenizer_json=tokenizer.to_str(),
@@ -139,11 +167,13 @@ def load_tokenizer(files: TokenizerFiles, add_tokens: Sequence[str] = ()) -> Loa
 def write_tokenizer(
     out: Path, loaded: LoadedTokenizer, encoder_json: str, template: TemplateText
 ) -> dict[str, FileEntry]:
-    """Write the tokenizer that was used, with the template that was used, as transformers loads them.
+    """Write the tokenizer that was used, with the template that was used, as transformers loads
+    them.
 
-    It adds nothing of its own: BOS is in the ids only where the template printed it, so no post-processor is kept.
-    The class is the one that takes tokenizer.json as it is, also beside the config.json of a model; only for a few
-    model types (qwen2, qwen3_5) does transformers put their own pre-tokenizer in its place whatever the class.
+    It adds nothing of its own: BOS is in the ids only where the template printed it, so no
+    post-processor is kept. The class is the one that takes tokenizer.json as it is, also beside the
+    config.json of a model; only for a few model types (qwen2, qwen3_5) does transformers put their
+    own pre-tokenizer in its place whatever the class.
     """
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -157,24 +187,35 @@ def write_tokenizer(
     (out / "tokenizer.json").write_bytes(encoder_json.encode("utf-8"))
     (out / "tokenizer_config.json").write_bytes(canonical_json(config))
     (out / "chat_template.jinja").write_bytes(template.text.encode("utf-8"))
-    return {path.name: FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path)) for path in sorted(out.iterdir())}
+    return {
+        path.name: FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
+        for path in sorted(out.iterdir())
+    }
 
 
-def _files(name: str, revision: str | None, directory: Path, known: Mapping[str, Any]) -> TokenizerFiles:
+def _files(
+    name: str, revision: str | None, directory: Path, known: Mapping[str, Any]
+) -> TokenizerFiles:
     names = read_names(directory)
     file = directory / "tokenizer.json"
     if file.is_file():
         return TokenizerFiles(name, revision, directory, sha256_file(file), names)
-    found = {name: sha256_file(directory / name) for name in FILE_NAMES if (directory / name).is_file()}
+    found = {
+        name: sha256_file(directory / name) for name in FILE_NAMES if (directory / name).is_file()
+    }
     if not found.keys() & {"tokenizer.model", "vocab.json"}:
-        raise ConfigError(f"tokenizer.name: {directory} holds no tokenizer.json, tokenizer.model or vocab.json")
+        raise ConfigError(
+            f"tokenizer.name: {directory} holds no tokenizer.json, tokenizer.model or vocab.json"
+        )
     key, sha256 = converted_sha256(directory, found, known)
     return TokenizerFiles(name, revision, directory, sha256, names, key)
 
 
 def _known_names(tokenizer: Any, files: TokenizerFiles) -> dict[str, str]:
     """Return the named tokens that have an id. Raises DataError where BOS or EOS has none."""
-    special = {name: c for name, c in files.names.special.items() if tokenizer.token_to_id(c) is not None}
+    special = {
+        name: c for name, c in files.names.special.items() if tokenizer.token_to_id(c) is not None
+    }
     for name, content in files.names.special.items():
         if name in special:
             continue
@@ -186,13 +227,15 @@ def _known_names(tokenizer: Any, files: TokenizerFiles) -> dict[str, str]:
 
 
 def _add_new(tokenizer: Any, name: str, wanted: Sequence[str]) -> tuple[int, ...]:
-    """Put tokens behind the vocabulary and return their ids. Raises ConfigError for one of the vocabulary itself."""
+    """Put tokens behind the vocabulary and return their ids. Raises ConfigError for one of the
+    vocabulary itself."""
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for content in wanted:
         if content not in added and tokenizer.token_to_id(content) is not None:
             raise ConfigError(
-                f"tokenizer.add_tokens: {content!r} is an ordinary entry of the vocabulary of {name} (id "
-                f"{tokenizer.token_to_id(content)}): every text with it would get other ids; add another token"
+                f"tokenizer.add_tokens: {content!r} is an ordinary entry of the vocabulary of"
+                f" {name} (id {tokenizer.token_to_id(content)}): every text with it would get other"
+                " ids; add another token"
             )
     if there := [content for content in wanted if content in added]:
         logger.info("tokenizer.add_tokens: %s has %s already", name, _listed(there))
@@ -202,8 +245,8 @@ def _add_new(tokenizer: Any, name: str, wanted: Sequence[str]) -> tuple[int, ...
     ids = tuple(_id_of(tokenizer, content) for content in new)
     if ids != tuple(range(first, first + len(new))):
         raise ConfigError(
-            f"tokenizer.add_tokens: the vocabulary of {name} has gaps, so that new tokens get the ids {list(ids)} "
-            f"instead of {first} and up; add them to its tokenizer.json by hand"
+            f"tokenizer.add_tokens: the vocabulary of {name} has gaps, so that new tokens get the"
+            f" ids {list(ids)} instead of {first} and up; add them to its tokenizer.json by hand"
         )
     return ids
 
@@ -218,13 +261,20 @@ def _add_special(tokenizer: Any, contents: Sequence[str]) -> None:
     tokenizer.add_special_tokens([AddedToken(content, normalized=False) for content in contents])
 
 
-def _warn_of_tokens_left_out(tokenizer: Any, files: TokenizerFiles, add_tokens: Sequence[str]) -> None:
+def _warn_of_tokens_left_out(
+    tokenizer: Any, files: TokenizerFiles, add_tokens: Sequence[str]
+) -> None:
     asked = {*add_tokens, *files.names.special.values()}
     listed = dict.fromkeys([*files.names.declared, *files.names.further])
-    if absent := [content for content in listed if content not in asked and tokenizer.token_to_id(content) is None]:
+    if absent := [
+        content
+        for content in listed
+        if content not in asked and tokenizer.token_to_id(content) is None
+    ]:
         logger.warning(
-            "the files beside tokenizer.json of %s list %d tokens that it does not have (%s): transformers would add "
-            "them when it loads the tokenizer, a build does not; name those that you need in tokenizer.add_tokens",
+            "the files beside tokenizer.json of %s list %d tokens that it does not have (%s):"
+            " transformers would add them when it loads the tokenizer, a build does not; name those"
+            " that you need in tokenizer.add_tokens",
             files.name,
             len(absent),
             _listed(absent),
@@ -244,11 +294,14 @@ def _download(config: TokenizerConfig, known: Mapping[str, Any]) -> tuple[str, P
 
     commit = resolve_tokenizer_commit(config.name, config.revision)
     with _hub_errors(config.name, config.revision):
-        return commit, Path(snapshot_download(config.name, revision=commit, allow_patterns=list(FILE_NAMES)))
+        return commit, Path(
+            snapshot_download(config.name, revision=commit, allow_patterns=list(FILE_NAMES))
+        )
 
 
 def resolve_tokenizer_commit(name: str, revision: str) -> str:
-    """Return the commit that `revision` of a hub model names now. Raises DataError if the hub does not say."""
+    """Return the commit that `revision` of a hub model names now. Raises DataError if the hub does
+    not say."""
     from huggingface_hub import HfApi
 
     with _hub_errors(name, revision):
@@ -266,7 +319,8 @@ def _hub_errors(name: str, revision: str) -> Iterator[None]:
         yield
     except (no_answer, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as exc:
         raise DataError(
-            f"tokenizer.name = {name!r}: no such directory, and the hub does not give revision {revision!r}: {exc}"
+            f"tokenizer.name = {name!r}: no such directory, and the hub does not give revision"
+            f" {revision!r}: {exc}"
         ) from exc
 
 
@@ -277,5 +331,7 @@ def _key(config: TokenizerConfig) -> str:
 def _default_template(value: Any) -> str | None:
     if isinstance(value, list):  # several named templates
         entries = [entry for entry in value if isinstance(entry, dict)]
-        value = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
+        value = next(
+            (entry.get("template") for entry in entries if entry.get("name") == "default"), None
+        )
     return value if isinstance(value, str) else None

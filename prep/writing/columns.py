@@ -1,6 +1,8 @@
-"""Packed sequences -> the column files of shards: copy tokens out of the sample stores in pack order.
+"""Packed sequences -> the column files of shards: copy tokens out of the sample stores in pack
+order.
 
-Packs are dealt to shards in order, a shard closing before it would exceed `shard_tokens`; a pack never crosses shards.
+Packs are dealt to shards in order, a shard closing before it would exceed `shard_tokens`; a pack
+never crosses shards.
 """
 
 from collections import Counter
@@ -62,7 +64,9 @@ def assemble(
         columns = _gather(source, sequences[part], source_of[part], on_sequences)
         columns["pack_offsets"] = pack_offsets[first_pack : last_pack + 1] - begin
         per_sequence = sequences["loss_tokens"][part].astype(np.int64)
-        columns["pack_loss_tokens"] = np.add.reduceat(per_sequence, columns["pack_offsets"][:-1]).astype(np.int32)
+        columns["pack_loss_tokens"] = np.add.reduceat(
+            per_sequence, columns["pack_offsets"][:-1]
+        ).astype(np.int32)
         np.add.at(loss_tokens, source_of[part], per_sequence)
         shards.append(write_shard(out, len(shards), columns))
         max_token_id = max(max_token_id, int(columns["tokens"].max()))
@@ -78,19 +82,30 @@ class _Columns:
         self._stores = stores
         self._policy = policy
         first = {store.path: index for index, store in reversed(list(enumerate(stores)))}
-        self.store_of = np.asarray([first[store.path] for store in stores], np.int64)  # by source: parts share theirs
+        self.store_of = np.asarray(
+            [first[store.path] for store in stores], np.int64
+        )  # by source: parts share theirs
 
     def of(self, store: int, chunk: int) -> tuple[npt.NDArray[Any], ...]:
         """Return (tokens, kind, loss_mask, sample_offsets) of a chunk."""
         stored = self._stores[store].chunks[chunk]
         samples = stored.samples()
-        return stored.column("tokens"), samples.kind, loss_mask_of(samples, self._policy), samples.sample_offsets
+        return (
+            stored.column("tokens"),
+            samples.kind,
+            loss_mask_of(samples, self._policy),
+            samples.sample_offsets,
+        )
 
 
 def _gather(
-    columns: _Columns, sequences: npt.NDArray[np.void], source_of: Ints, on_sequences: Callable[[int], None]
+    columns: _Columns,
+    sequences: npt.NDArray[np.void],
+    source_of: Ints,
+    on_sequences: Callable[[int], None],
 ) -> dict[str, npt.NDArray[Any]]:
-    """Copy sequences into new columns, chunk by chunk: each chunk is mapped and masked once per shard."""
+    """Copy sequences into new columns, chunk by chunk: each chunk is mapped and masked once per
+    shard."""
     offsets = np.concatenate(([0], np.cumsum(sequences["length"], dtype=np.int64)))
     tokens = np.empty(offsets[-1], np.int32)
     kind = np.empty(offsets[-1], np.uint8)
@@ -106,7 +121,10 @@ def _gather(
         )
         starts = from_offsets[sequences["sample"][members]] + sequences["first"][members]
         for start, length, at in zip(
-            starts.tolist(), sequences["length"][members].tolist(), offsets[members].tolist(), strict=True
+            starts.tolist(),
+            sequences["length"][members].tolist(),
+            offsets[members].tolist(),
+            strict=True,
         ):
             tokens[at : at + length] = from_tokens[start : start + length]
             kind[at : at + length] = from_kind[start : start + length]
@@ -117,14 +135,24 @@ def _gather(
     origin[:, 0] = source_of
     origin[:, 1] = sequences["row"]
     origin[:, 2] = sequences["first"]
-    return {"tokens": tokens, "kind": kind, "loss_mask": mask, "seq_offsets": offsets, "seq_origin": origin}
+    return {
+        "tokens": tokens,
+        "kind": kind,
+        "loss_mask": mask,
+        "seq_offsets": offsets,
+        "seq_origin": origin,
+    }
 
 
-def count_terminators(columns: Mapping[str, npt.NDArray[Any]], is_added: npt.NDArray[np.bool_]) -> Counter[int]:
+def count_terminators(
+    columns: Mapping[str, npt.NDArray[Any]], is_added: npt.NDArray[np.bool_]
+) -> Counter[int]:
     """Count the added tokens that trained turns end with; in blocks, for the sake of memory."""
     counts = Counter[int]()
     for start in range(0, len(columns["tokens"]), _BLOCK_TOKENS):
-        around = slice(start, start + _BLOCK_TOKENS + 1)  # one token more, to see whether a run goes on
+        around = slice(
+            start, start + _BLOCK_TOKENS + 1
+        )  # one token more, to see whether a run goes on
         kind, mask, tokens = (columns[name][around] for name in ("kind", "loss_mask", "tokens"))
         ends = np.append(((kind & KIND_MASK) == Kind.TERMINATOR) & (mask == 1), False)
         last = (ends[:-1] & ~ends[1:])[:_BLOCK_TOKENS]

@@ -41,70 +41,102 @@ logger = logging.getLogger(__name__)
 
 
 def check_budgets(inputs: Inputs, tallies: list[Tally]) -> None:
-    """Raise DataError, with reasons and examples, where more rows are lost than the mixture allows."""
+    """Raise DataError, with reasons and examples, where more rows are lost than the mixture
+    allows."""
     rows = sum(tally.rows for tally in tallies)
     policy = inputs.mixture.rows
-    rejects = [(s.name, *r) for s, tally in zip(inputs.sources, tallies, strict=True) for r in tally.rejects]
+    rejects = [
+        (s.name, *r)
+        for s, tally in zip(inputs.sources, tallies, strict=True)
+        for r in tally.rejects
+    ]
     if len(rejects) > policy.reject_budget * rows:
         reasons = Counter(f"{name}: {reason}" for name, _, reason, _ in rejects)
         raise DataError(
-            f"{len(rejects):,} of {rows:,} rows are malformed or unverifiable, more than rows.reject_budget = "
-            f"{policy.reject_budget} allows. {_table(reasons)}. "
-            f"For example: {'; '.join(detail for *_, detail in rejects[:_EXAMPLES])}"
+            f"{len(rejects):,} of {rows:,} rows are malformed or unverifiable, more than"
+            f" rows.reject_budget = {policy.reject_budget} allows. {_table(reasons)}. For example:"
+            f" {'; '.join(detail for *_, detail in rejects[:_EXAMPLES])}"
         )
-    lost = [(s.name, *u) for s, tally in zip(inputs.sources, tallies, strict=True) for u in tally.uncarried]
+    lost = [
+        (s.name, *u)
+        for s, tally in zip(inputs.sources, tallies, strict=True)
+        for u in tally.uncarried
+    ]
     if len(lost) > policy.max_uncarried * rows:
         reasons = Counter(f"{name}: {reason}" for name, _, reason in lost)
         raise DataError(
-            f"{len(lost):,} of {rows:,} rows hold something that the template {inputs.template.name!r} would drop, "
-            f"more than rows.max_uncarried = {policy.max_uncarried} allows. {_table(reasons)}. "
-            "Use a template that carries them"
+            f"{len(lost):,} of {rows:,} rows hold something that the template"
+            f" {inputs.template.name!r} would drop, more than rows.max_uncarried ="
+            f" {policy.max_uncarried} allows. {_table(reasons)}. Use a template that carries them"
         )
 
 
 def check_selections(inputs: Inputs, selections: Selections, tallies: list[Tally]) -> None:
-    """Raise DataError where nothing is left to train on; warn where nothing is held out although it is asked for."""
-    fraction, names = inputs.mixture.eval.fraction, ", ".join(source.name for source in inputs.sources)
+    """Raise DataError where nothing is left to train on; warn where nothing is held out although it
+    is asked for."""
+    fraction, names = (
+        inputs.mixture.eval.fraction,
+        ", ".join(source.name for source in inputs.sources),
+    )
     if not any(len(selection.sequences) for selection in selections.train):
         if selections.num_held_out:
             raise DataError(
-                f"every prompt of {names} is held out by eval.fraction = {fraction}; give a smaller fraction"
+                f"every prompt of {names} is held out by eval.fraction = {fraction}; give a smaller"
+                " fraction"
             )
-        reasons = Counter(reason for tally in tallies for _, reason, *_ in [*tally.rejects, *tally.uncarried])
+        reasons = Counter(
+            reason for tally in tallies for _, reason, *_ in [*tally.rejects, *tally.uncarried]
+        )
         for selection in selections.train:
             reasons += selection.dropped
         del reasons[OTHER_PARTS]
-        why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common()) or "there is none"
-        first = next((f"; the first: {detail}" for tally in tallies for *_, detail in tally.rejects), "")
+        why = (
+            ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+            or "there is none"
+        )
+        first = next(
+            (f"; the first: {detail}" for tally in tallies for *_, detail in tally.rejects), ""
+        )
         raise DataError(
-            f"no row of {names} can be used ({why}{first}); look at the rows, at max_seq_len, at the template and at "
-            "lengths.min_loss_tokens"
+            f"no row of {names} can be used ({why}{first}); look at the rows, at max_seq_len, at"
+            " the template and at lengths.min_loss_tokens"
         )
     if selections.num_held_out:
         _say_held_out(fraction, selections)
     if fraction and not selections.num_held_out:
         logger.warning(
-            "eval.fraction = %s holds none of the prompts of %s out: there are too few; there is no eval set",
+            "eval.fraction = %s holds none of the prompts of %s out: there are too few; there is no"
+            " eval set",
             fraction,
             names,
         )
 
 
 def _say_held_out(fraction: float, selections: Selections) -> None:
-    """Say how many prompts are held out; warn where prompts or their rows are far from the share that is asked for."""
+    """Say how many prompts are held out; warn where prompts or their rows are far from the share
+    that is asked for."""
     prompts, rows = selections.prompts, selections.rows
     text = f"eval.fraction = {fraction} holds out {prompts.held_out:,} of {prompts.total:,} prompts"
-    text += f" ({prompts.share:.1%}) with {rows.held_out:,} of {rows.total:,} rows ({rows.share:.1%})"
+    text += (
+        f" ({prompts.share:.1%}) with {rows.held_out:,} of {rows.total:,} rows ({rows.share:.1%})"
+    )
     if abs(prompts.share - fraction) > fraction * _FAR:
-        logger.warning("%s: prompts are drawn by hash, and of so few the share varies; another seed draws others", text)
+        logger.warning(
+            "%s: prompts are drawn by hash, and of so few the share varies; another seed draws"
+            " others",
+            text,
+        )
     elif abs(rows.share - fraction) > fraction * _FAR:
         logger.warning("%s: a prompt is held out with all its rows, and some have many", text)
     else:
         logger.info("%s", text)
 
 
-def write_rejects(out: Path, inputs: Inputs, tallies: list[Tally], selections: list[Selection]) -> None:
-    """List every row that was left out or cut: one JSON object a line, by source and row, zstd-compressed."""
+def write_rejects(
+    out: Path, inputs: Inputs, tallies: list[Tally], selections: list[Selection]
+) -> None:
+    """List every row that was left out or cut: one JSON object a line, by source and row,
+    zstd-compressed."""
     import zstandard
 
     lines = []
@@ -156,7 +188,9 @@ def make_manifest(
             bos_token_id=loaded.special_ids.get("bos_token"),
             eos_token_id=loaded.special_ids.get("eos_token"),
             pad_token_id=loaded.special_ids.get("pad_token"),
-            terminator_ids=tuple(sorted(assembled.terminators, key=lambda i: (-assembled.terminators[i], i))),
+            terminator_ids=tuple(
+                sorted(assembled.terminators, key=lambda i: (-assembled.terminators[i], i))
+            ),
             canary_ids=tuple(encoder.ids_of(CANARY_TEXT)),
             new_ids=loaded.new_ids,
         ),
@@ -176,52 +210,78 @@ def make_manifest(
 
 
 def summary_lines(manifest: Manifest, out: Path) -> list[str]:
-    """Return what a build says at its end: the set, then a line for each source, nothing left out unsaid.
+    """Return what a build says at its end: the set, then a line for each source, nothing left out
+    unsaid.
 
     What is held out of the set follows in the same way.
     """
     held_out: list[str] = []
     if num_held_out(manifest):
         evaluation = read_manifest(out / EVAL_DIR)
-        held_out = [_held_out_line(manifest, evaluation), *summary_lines(evaluation, out / EVAL_DIR)]
+        held_out = [
+            _held_out_line(manifest, evaluation),
+            *summary_lines(evaluation, out / EVAL_DIR),
+        ]
     totals = manifest.totals
     lines = [
-        f"{out}: {totals.packs:,} packs of {manifest.max_seq_len:,}, {totals.sequences:,} sequences, "
-        f"{totals.tokens:,} tokens, {totals.loss_tokens:,} loss tokens, density {totals.density:.2%}",
+        (
+            f"{out}: {totals.packs:,} packs of {manifest.max_seq_len:,}, {totals.sequences:,}"
+            f" sequences, {totals.tokens:,} tokens, {totals.loss_tokens:,} loss tokens, density"
+            f" {totals.density:.2%}"
+        ),
         f"fingerprint {manifest.fingerprint}",
     ]
     for source in manifest.sources:
         left_out = {f"rejected ({k})": v for k, v in source.rows_rejected.items()}
         left_out |= {f"uncarried ({k})": v for k, v in source.rows_uncarried.items()}
-        left_out |= {f"left out ({k})": v for k, v in source.rows_dropped.items() if k != OTHER_PARTS}
+        left_out |= {
+            f"left out ({k})": v for k, v in source.rows_dropped.items() if k != OTHER_PARTS
+        }
         left_out |= {"truncated": source.rows_truncated} if source.rows_truncated else {}
-        left_out |= {"without terminator": source.rows_without_terminator} if source.rows_without_terminator else {}
+        left_out |= (
+            {"without terminator": source.rows_without_terminator}
+            if source.rows_without_terminator
+            else {}
+        )
         notes = "".join(f"; {what} {count:,}" for what, count in left_out.items())
         calls = source.details.get("calls_not_json", 0)
-        notes += f"; arguments that are no JSON object, printed as they are: {calls:,} tool calls" if calls else ""
-        form, epochs = source.details.get("format", "messages"), source.details.get("epochs_used", 1.0)
+        notes += (
+            f"; arguments that are no JSON object, printed as they are: {calls:,} tool calls"
+            if calls
+            else ""
+        )
+        form, epochs = (
+            source.details.get("format", "messages"),
+            source.details.get("epochs_used", 1.0),
+        )
         notes += f"; used {epochs:g} times" if epochs > 1 else ""
         notes += f"; format {form}" if form != "messages" else ""
         lines.append(
-            f"  {source.name}: {source.rows_used:,} of {source.own_rows:,} rows, {source.tokens:,} tokens, "
-            f"{source.loss_tokens:,} loss tokens{notes}"
+            f"  {source.name}: {source.rows_used:,} of {source.own_rows:,} rows, {source.tokens:,}"
+            f" tokens, {source.loss_tokens:,} loss tokens{notes}"
         )
     return lines + held_out
 
 
 def _held_out_line(manifest: Manifest, evaluation: Manifest) -> str:
-    """Return what share is held out: the fraction asked is one of prompts, each with all its rows."""
+    """Return what share is held out: the fraction asked is one of prompts, each with all its
+    rows."""
     fraction = manifest.config["eval"]["fraction"]
     rows = sum(source.rows_used for source in evaluation.sources)
-    kept = sum(source.rows_used + source.rows_dropped.get("not_chosen", 0) for source in manifest.sources)
+    kept = sum(
+        source.rows_used + source.rows_dropped.get("not_chosen", 0) for source in manifest.sources
+    )
     tokens = evaluation.totals.tokens
     return (
-        f"held out by eval.fraction = {fraction} of the prompts: {rows:,} of {rows + kept:,} usable rows "
-        f"({rows / (rows + kept):.1%}), {tokens / (tokens + manifest.totals.tokens):.1%} of the tokens"
+        f"held out by eval.fraction = {fraction} of the prompts: {rows:,} of {rows + kept:,} usable"
+        f" rows ({rows / (rows + kept):.1%}), {tokens / (tokens + manifest.totals.tokens):.1%} of"
+        " the tokens"
     )
 
 
-def _source_entry(inputs: Inputs, index: int, tally: Tally, selection: Selection, loss_tokens: int) -> SourceEntry:
+def _source_entry(
+    inputs: Inputs, index: int, tally: Tally, selection: Selection, loss_tokens: int
+) -> SourceEntry:
     source, asked = inputs.sources[index], inputs.mixture.sources[index]
     used = selection.sequences
     _, first = np.unique(used["row"], return_index=True)  # a repeated row counts once
@@ -265,7 +325,9 @@ def _source_entry(inputs: Inputs, index: int, tally: Tally, selection: Selection
 def _last_of_each_row(sequences: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
     """Return of each row the sequence that holds its end, or the latest there is."""
     ordered = sequences[np.lexsort((sequences["first"], sequences["row"]))]
-    last: npt.NDArray[np.void] = ordered[np.append(np.diff(ordered["row"]) > 0, True)[: len(ordered)]]
+    last: npt.NDArray[np.void] = ordered[
+        np.append(np.diff(ordered["row"]) > 0, True)[: len(ordered)]
+    ]
     return last
 
 

@@ -1,4 +1,5 @@
-"""Telling files of ours in a directory from anybody else's, and removing ours alone, file by file."""
+"""Telling files of ours in a directory from anybody else's, and removing ours alone, file by
+file."""
 
 import logging
 import os
@@ -20,9 +21,11 @@ def shown(names: Collection[str]) -> str:
 
 
 def sort_out(path: Path, is_own: Callable[[str], bool]) -> tuple[list[str], list[str]]:
-    """Return the files below `path` that are ours, and what is not; `is_own` takes a path relative to `path`.
+    """Return the files below `path` that are ours, and what is not; `is_own` takes a path relative
+    to `path`.
 
-    A link is never ours. An empty directory is where a set has it, or where `is_own` says so of `NAME/`.
+    A link is never ours. An empty directory is where a set has it, or where `is_own` says so of
+    `NAME/`.
     """
     own: list[str] = []
     foreign: list[str] = []
@@ -48,7 +51,9 @@ def remove_own(path: Path, is_own: Callable[[str], bool], *, last: Collection[st
         return False
     own, foreign = sort_out(path, is_own)
     if foreign:
-        logger.warning("%s is left where it is: it holds %s, which is not ours", path, shown(foreign))
+        logger.warning(
+            "%s is left where it is: it holds %s, which is not ours", path, shown(foreign)
+        )
         return False
     for name in sorted(own, key=lambda name: (Path(name).name in last, -name.count("/"), name)):
         (path / name).unlink(missing_ok=True)

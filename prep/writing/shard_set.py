@@ -48,13 +48,18 @@ def pack(inputs: Inputs, selections: Sequence[Selection]) -> Packed:
     counts = [len(selection.sequences) for selection in selections]
     source_of = np.repeat(np.arange(len(selections)), counts)
     order, pack_offsets = pack_best_fit(
-        sequences["length"].astype(np.int64), capacity=inputs.mixture.max_seq_len, tie=sequences["tie"]
+        sequences["length"].astype(np.int64),
+        capacity=inputs.mixture.max_seq_len,
+        tie=sequences["tie"],
     )
     return Packed(sequences[order], source_of[order], pack_offsets)
 
 
-def write_set(out: Path, inputs: Inputs, material: Material, selections: list[Selection], packed: Packed) -> Manifest:
-    """Write columns and tokenizer into the directory `out` and return the manifest that is to be written last."""
+def write_set(
+    out: Path, inputs: Inputs, material: Material, selections: list[Selection], packed: Packed
+) -> Manifest:
+    """Write columns and tokenizer into the directory `out` and return the manifest that is to be
+    written last."""
     with progress(f"writing {inputs.mixture.name}", len(packed.sequences), "sequences") as advance:
         assembled = assemble(
             out,

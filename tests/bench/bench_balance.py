@@ -1,9 +1,11 @@
-"""How unevenly the ranks work in a step, before and after `deal`, on the lengths of real conversations.
+"""How unevenly the ranks work in a step, before and after `deal`, on the lengths of real
+conversations.
 
-Cost is that of train/data/balance.py: per sequence its length squared plus 32,768 per token. Ranks wait for one another at
-every micro-batch under ZeRO-3 (the first figures: sum over micro-batches of the dearest rank / sum of the mean rank),
-and at the end of the step under ZeRO-1 and 2 (then: dearest rank / mean rank). 1.000 is no waiting. The last figure is
-what no division goes below: the dearest pack or conversation cannot be divided.
+Cost is that of train/data/balance.py: per sequence its length squared plus 32,768 per token. Ranks
+wait for one another at every micro-batch under ZeRO-3 (the first figures: sum over micro-batches of
+the dearest rank / sum of the mean rank), and at the end of the step under ZeRO-1 and 2 (then:
+dearest rank / mean rank). 1.000 is no waiting. The last figure is what no division goes below: the
+dearest pack or conversation cannot be divided.
 
     packs          before: in the order of the plan, dealt round-robin
     conversations  before: unpacked, one per micro-batch, dealt round-robin, as trainers without packing do
@@ -37,7 +39,10 @@ def build_set(conversations: str, tokenizer: str, folder: Path) -> Path:
     pattern = Path(conversations)
     files = sorted(pattern.parent.glob(pattern.name))
     if not files:
-        sys.exit(f"no conversations at {conversations}: give --conversations and --tokenizer, or --shards")
+        sys.exit(
+            f"no conversations at {conversations}: give --conversations and --tokenizer, or"
+            " --shards"
+        )
     tables = {
         "name": "real",
         "max_seq_len": 4096,
@@ -73,11 +78,14 @@ def before(plan: StepPlan, world_size: int) -> Costs:
 
 def after(plan: StepPlan) -> Costs:
     costs = costs_of(plan.lengths)
-    return np.array([[costs[positions].sum() for positions in rank] for rank in plan.ranks], np.float64).T
+    return np.array(
+        [[costs[positions].sum() for positions in rank] for rank in plan.ranks], np.float64
+    ).T
 
 
 def imbalance(steps: list[Costs]) -> tuple[float, float]:
-    """Return dearest / mean rank, waiting at every micro-batch and at the end of a step, over all steps."""
+    """Return dearest / mean rank, waiting at every micro-batch and at the end of a step, over all
+    steps."""
     mean = sum(costs.mean(axis=1).sum() for costs in steps)
     at_micro_batches = sum(costs.max(axis=1).sum() for costs in steps)
     at_steps = sum(costs.sum(axis=0).max() for costs in steps)
@@ -88,19 +96,29 @@ def least(plans: list[StepPlan], world_size: int) -> float:
     """Return dearest unit / mean rank where that is more than 1, over all steps."""
     costs = [costs_of(plan.lengths) for plan in plans]
     means = [cost.sum() / world_size for cost in costs]
-    return float(sum(max(cost.max(), mean) for cost, mean in zip(costs, means, strict=True)) / sum(means))
+    return float(
+        sum(max(cost.max(), mean) for cost, mean in zip(costs, means, strict=True)) / sum(means)
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shards", type=Path)
     parser.add_argument("--conversations", default=str(DATA / "conversations" / "*.jsonl.gz"))
     parser.add_argument("--tokenizer", default=str(DATA / "tokenizers" / "olmo2-dolma2"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        shard_set = open_shard_set(options.shards or build_set(options.conversations, options.tokenizer, Path(name)))
+        shard_set = open_shard_set(
+            options.shards or build_set(options.conversations, options.tokenizer, Path(name))
+        )
         totals = shard_set.manifest.totals
-        print(f"{totals.sequences:,} conversations, {totals.tokens:,} tokens, {totals.packs:,} packs of ", end="")
+        print(
+            f"{totals.sequences:,} conversations, {totals.tokens:,} tokens, {totals.packs:,}"
+            " packs of ",
+            end="",
+        )
         print(f"{shard_set.manifest.max_seq_len:,}\n")
         figures = "waiting at each, before | after | waiting at the end, before | after | least"
         print(f"| step | ranks | micro-batches | {figures} |")
@@ -114,8 +132,9 @@ def main() -> None:
             (old_each, old_end), (new_each, new_end) = imbalance(old), imbalance(new)
             counts = [sum(map(len, costs)) / len(costs) for costs in (old, new)]
             print(
-                f"| {per_step} {unit}s | {world_size} | {counts[0]:.1f} -> {counts[1]:.1f} | {old_each:.3f} | "
-                f"{new_each:.3f} | {old_end:.3f} | {new_end:.3f} | {least(plans, world_size):.3f} |"
+                f"| {per_step} {unit}s | {world_size} | {counts[0]:.1f} -> {counts[1]:.1f} |"
+                f" {old_each:.3f} | {new_each:.3f} | {old_end:.3f} | {new_end:.3f} |"
+                f" {least(plans, world_size):.3f} |"
             )
 
 

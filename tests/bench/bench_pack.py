@@ -1,4 +1,5 @@
-"""Time the packer on a million lengths: `python tests/bench/bench_pack.py`. Prints seconds and density per capacity."""
+"""Time the packer on a million lengths: `python tests/bench/bench_pack.py`. Prints seconds and
+density per capacity."""
 
 import time
 
@@ -9,7 +10,8 @@ from prep.selection.best_fit import pack_best_fit
 
 
 def chat_lengths(number: int, *, seed: int = 0) -> npt.NDArray[np.int64]:
-    """Return lengths with the shape of real chat data: median 168, mean 320, a tail to 28,000 tokens."""
+    """Return lengths with the shape of real chat data: median 168, mean 320, a tail to 28,000
+    tokens."""
     drawn = np.random.default_rng(seed).lognormal(np.log(168), 1.13, number)
     return np.clip(drawn, 8, 28_561).astype(np.int64)
 
@@ -25,7 +27,10 @@ def main(number: int = 1_000_000) -> None:
         _, pack_offsets = pack_best_fit(cut, capacity=capacity, tie=tie)
         seconds = time.perf_counter() - start
         packs = len(pack_offsets) - 1
-        print(f"{capacity:>8} {seconds:>8.2f} {packs:>8} {100 * cut.sum() / (packs * capacity):>10.3f}")
+        print(
+            f"{capacity:>8} {seconds:>8.2f} {packs:>8}"
+            f" {100 * cut.sum() / (packs * capacity):>10.3f}"
+        )
 
 
 if __name__ == "__main__":

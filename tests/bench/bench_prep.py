@@ -1,14 +1,15 @@
-"""sft-prep against what its users have today, on the same rows and machine, in one run: tokens per second and ratios.
+"""sft-prep against what its users have today, on the same rows and machine, in one run: tokens per
+second and ratios.
 
     R1   a render of the prefix for each turn, the Hugging Face tokenizer with offsets, `datasets.map`, 2 processes
     R2   TRL's own preparation: SFTTrainer with assistant_only_loss and packing, 2 processes (needs `pip install trl`)
     ours `sft-prep build` with 2 workers, all of it: read, render, tokenise, mask, verify, pack, hash, write
 
-Rows are those of the given files that the template carries, so that all three see the same text. Ours is measured on
-`--repeat` copies of them (as separate sources), because one copy is done before the processes have started; the
-references are measured on one copy, their start-up left out.
+Rows are those of the given files that the template carries, so that all three see the same text.
+Ours is measured on `--repeat` copies of them (as separate sources), because one copy is done before
+the processes have started; the references are measured on one copy, their start-up left out.
 
-    python tests/bench/bench_prep.py [--conversations GLOB] [--tokenizer DIR] [--repeat 40] [--skip-trl]
+python tests/bench/bench_prep.py [--conversations GLOB] [--tokenizer DIR] [--repeat 40] [--skip-trl]
 """
 
 import argparse
@@ -60,15 +61,22 @@ def reference_rows(tokenizer_dir: str, template: str, rows: list[Row]) -> tuple[
         spans = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+                before = tokenizer.apply_chat_template(
+                    messages[:index], tokenize=False, add_generation_prompt=True
+                )
                 through = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
                 spans.append((len(before), len(through)))
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        mask = [int(any(a < end and b > start for start, end in spans)) for a, b in encoded["offset_mapping"]]
+        mask = [
+            int(any(a < end and b > start for start, end in spans))
+            for a, b in encoded["offset_mapping"]
+        ]
         return {"input_ids": encoded["input_ids"], "loss_mask": mask}
 
     dataset = Dataset.from_list(rows)
-    dataset.select(range(4)).map(encode, num_proc=2)  # processes and imports are not what is measured
+    dataset.select(range(4)).map(
+        encode, num_proc=2
+    )  # processes and imports are not what is measured
     began = time.perf_counter()
     encoded = dataset.map(encode, num_proc=2, remove_columns=dataset.column_names)
     seconds = time.perf_counter() - began
@@ -76,7 +84,8 @@ def reference_rows(tokenizer_dir: str, template: str, rows: list[Row]) -> tuple[
 
 
 def trl_rows(tokenizer_dir: str, template: str, rows: list[Row], folder: Path) -> tuple[int, float]:
-    """R2: return tokens made and seconds taken by SFTTrainer's constructor, that of a few rows taken off."""
+    """R2: return tokens made and seconds taken by SFTTrainer's constructor, that of a few rows
+    taken off."""
     from datasets import Dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -85,7 +94,11 @@ def trl_rows(tokenizer_dir: str, template: str, rows: list[Row], folder: Path) -
     tokenizer.chat_template = template
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
         )
     )
 
@@ -96,7 +109,9 @@ def trl_rows(tokenizer_dir: str, template: str, rows: list[Row], folder: Path) -
         )  # fmt: skip
         dataset = Dataset.from_list(part)
         began = time.perf_counter()
-        trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+        trainer = SFTTrainer(
+            model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer
+        )
         return trainer.train_dataset, time.perf_counter() - began
 
     _, overhead = prepare(rows[:8])
@@ -118,19 +133,30 @@ def mixture(name: str, tokenizer: str, sources: list[Path]) -> MixtureConfig:
     )
 
 
-def own_build(name: str, tokenizer: str, rows: list[Row], repeat: int, folder: Path) -> tuple[int, float, int]:
+def own_build(
+    name: str, tokenizer: str, rows: list[Row], repeat: int, folder: Path
+) -> tuple[int, float, int]:
     """Return tokens, seconds and bytes of source of one whole build with two workers."""
     folder = folder / name
     folder.mkdir()
     source = folder / "rows.jsonl"
-    source.write_bytes(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
-    copies = [Path(shutil.copy(source, folder / f"copy-{number:03d}.jsonl")) for number in range(repeat)]
-    for number, copy in enumerate(copies):  # each copy is a source of its own: other bytes, another sample store
+    source.write_bytes(
+        b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    )
+    copies = [
+        Path(shutil.copy(source, folder / f"copy-{number:03d}.jsonl")) for number in range(repeat)
+    ]
+    for number, copy in enumerate(
+        copies
+    ):  # each copy is a source of its own: other bytes, another sample store
         with copy.open("ab") as file:
             file.write(b"\n" * number)
     began = time.perf_counter()
     made = build(
-        BuildPlan(mixture(name, tokenizer, copies), folder, folder / "set", folder / "store", 2, False), rebuild=False
+        BuildPlan(
+            mixture(name, tokenizer, copies), folder, folder / "set", folder / "store", 2, False
+        ),
+        rebuild=False,
     )
     seconds = time.perf_counter() - began
     return made.totals.tokens, seconds, sum(copy.stat().st_size for copy in copies)
@@ -139,7 +165,9 @@ def own_build(name: str, tokenizer: str, rows: list[Row], repeat: int, folder: P
 def own_stages(tokenizer: str, rows: list[Row], folder: Path) -> list[tuple[str, int, float, int]]:
     """Return (stage, tokens, seconds, bytes) in one process, without its start."""
     source = folder / "stages.jsonl"
-    source.write_bytes(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+    source.write_bytes(
+        b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    )
     inputs = resolve_inputs(mixture("stages", tokenizer, [source]), folder, {})
     loaded = load_tokenizer(inputs.tokenizer)
     spec = encoder_spec(loaded.tokenizer_json, loaded.control_tokens, "gigatoken")
@@ -147,7 +175,9 @@ def own_stages(tokenizer: str, rows: list[Row], folder: Path) -> list[tuple[str,
     began = time.perf_counter()
     chunks = list(iter_chunks(inputs.sources[0], source_index=0))
     cut = time.perf_counter()
-    builder.build(chunks[0])  # the tokenizer's word cache and the template's shapes are warm, as in a long build
+    builder.build(
+        chunks[0]
+    )  # the tokenizer's word cache and the template's shapes are warm, as in a long build
     warm = time.perf_counter()
     tokens = sum(builder.build(chunk).facts["tokens"] for chunk in chunks)
     done = time.perf_counter()
@@ -159,7 +189,9 @@ def own_stages(tokenizer: str, rows: list[Row], folder: Path) -> list[tuple[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--conversations", default=str(DATA / "conversations" / "*.jsonl.gz"))
     parser.add_argument("--tokenizer", default=str(DATA / "tokenizers" / "olmo2-dolma2"))
     parser.add_argument("--repeat", type=int, default=40)
@@ -168,13 +200,17 @@ def main() -> None:
     pattern = Path(options.conversations)
     files = sorted(pattern.parent.glob(pattern.name))
     if not files:
-        sys.exit(f"no conversations at {options.conversations}: give --conversations and --tokenizer")
+        sys.exit(
+            f"no conversations at {options.conversations}: give --conversations and --tokenizer"
+        )
     template = "{{ bos_token }}" + shipped_templates()["tulu"].read_text().removesuffix("\n")
     every: list[Row] = []
     multi: list[Row] = []
     for file in files:
         with gzip.open(file, "rb") as stream:
-            rows = carried([json.loads(line) for line in stream.read().split(b"\n") if line.strip()])
+            rows = carried(
+                [json.loads(line) for line in stream.read().split(b"\n") if line.strip()]
+            )
         every += rows
         if rows and sum(len(row["messages"]) > 2 for row in rows) > len(rows) / 4:
             multi += rows
@@ -191,15 +227,27 @@ def main() -> None:
             lines.append((f"R2, all ({len(every):,} rows)", tokens, seconds, 0, "1.0x R2"))
         for stage, tokens, seconds, size in own_stages(options.tokenizer, multi * 4, folder):
             lines.append((stage, tokens, seconds, size, f"{tokens / seconds / r1:,.0f}x R1"))
-        tokens, seconds, size = own_build("multi", options.tokenizer, multi, 4 * options.repeat, folder)
-        lines.append(("sft-prep build, multi-turn", tokens, seconds, size, f"{tokens / seconds / r1:,.0f}x R1"))
+        tokens, seconds, size = own_build(
+            "multi", options.tokenizer, multi, 4 * options.repeat, folder
+        )
+        lines.append(
+            (
+                "sft-prep build, multi-turn",
+                tokens,
+                seconds,
+                size,
+                f"{tokens / seconds / r1:,.0f}x R1",
+            )
+        )
         tokens, seconds, size = own_build("all", options.tokenizer, every, options.repeat, folder)
         ratio = f"{tokens / seconds / r2:,.1f}x R2" if r2 else "-"
         lines.append(("sft-prep build, all", tokens, seconds, size, ratio))
     print(f"{'stage':<36} {'tokens':>12} {'seconds':>9} {'tokens/s':>12} {'MB/s':>7}  ratio")
     for stage, tokens, seconds, size, ratio in lines:
         speed = f"{size / seconds / 1e6:7.1f}" if size else f"{'-':>7}"
-        print(f"{stage:<36} {tokens:>12,} {seconds:>9.2f} {tokens / seconds:>12,.0f} {speed}  {ratio}")
+        print(
+            f"{stage:<36} {tokens:>12,} {seconds:>9.2f} {tokens / seconds:>12,.0f} {speed}  {ratio}"
+        )
 
 
 if __name__ == "__main__":

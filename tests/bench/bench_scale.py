@@ -1,11 +1,14 @@
-"""A mixture of Tulu 3's size: 939,343 rows in 19 sources, about 490 tokens a row, made from real conversations.
+"""A mixture of Tulu 3's size: 939,343 rows in 19 sources, about 490 tokens a row, made from real
+conversations.
 
-Each row strings together turns of random conversations up to a length drawn from a log-normal distribution, so that no
-row is a copy. Prints the seconds of a cold build, of a second one, and of re-packings that need no tokenizer, with the
-peak memory of the largest process; then of a cold build of the same rows as one source, split by a column, and of one
-that uses another share of a part.
+Each row strings together turns of random conversations up to a length drawn from a log-normal
+distribution, so that no row is a copy. Prints the seconds of a cold build, of a second one, and of
+re-packings that need no tokenizer, with the peak memory of the largest process; then of a cold
+build of the same rows as one source, split by a column, and of one that uses another share of a
+part.
 
-    python tests/bench/bench_scale.py [--rows 939343] [--conversations GLOB] [--tokenizer DIR] [--keep DIR]
+python tests/bench/bench_scale.py [--rows 939343] [--conversations GLOB] [--tokenizer DIR] [--keep
+DIR]
 """
 
 import argparse
@@ -22,7 +25,11 @@ from pathlib import Path
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SOURCES = 19
-MEAN_TOKENS, SIGMA, BYTES_PER_TOKEN = 330, 1.0, 4.2  # whole turns overshoot: rows come out at about 490 tokens
+MEAN_TOKENS, SIGMA, BYTES_PER_TOKEN = (
+    330,
+    1.0,
+    4.2,
+)  # whole turns overshoot: rows come out at about 490 tokens
 SFT_PREP = Path(sys.executable).parent / "sft-prep"
 
 
@@ -34,8 +41,13 @@ def turns_of(pattern: Path) -> list[tuple[bytes, bytes, int]]:
             for line in stream.read().split(b"\n"):
                 messages = json.loads(line)["messages"] if line.strip() else []
                 for first, second in pairwise(messages):
-                    if (first["role"], second["role"]) == ("user", "assistant") and not second.get("tool_calls"):
-                        pair = [json.dumps(m["content"], ensure_ascii=False).encode() for m in (first, second)]
+                    if (first["role"], second["role"]) == ("user", "assistant") and not second.get(
+                        "tool_calls"
+                    ):
+                        pair = [
+                            json.dumps(m["content"], ensure_ascii=False).encode()
+                            for m in (first, second)
+                        ]
                         found.append((pair[0], pair[1], sum(map(len, pair))))
     return found
 
@@ -51,9 +63,14 @@ def write_sources(folder: Path, turns: list[tuple[bytes, bytes, int]], rows: int
                 parts: list[bytes] = []
                 while wanted > 0 or not parts:
                     user, assistant, size = turns[draw.randrange(len(turns))]
-                    parts.append(b'{"role":"user","content":%s},{"role":"assistant","content":%s}' % (user, assistant))
+                    parts.append(
+                        b'{"role":"user","content":%s},{"role":"assistant","content":%s}'
+                        % (user, assistant)
+                    )
                     wanted -= size
-                stream.write(b'{"source":"part-%02d","messages":[%s]}\n' % (number, b",".join(parts)))
+                stream.write(
+                    b'{"source":"part-%02d","messages":[%s]}\n' % (number, b",".join(parts))
+                )
     return files
 
 
@@ -68,7 +85,9 @@ def write_mixture(folder: Path, name: str, tokenizer: str, sources: list[str]) -
 
 def timed(title: str, *arguments: object) -> None:
     began = time.perf_counter()
-    done = subprocess.run([SFT_PREP, "build", *map(str, arguments)], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [SFT_PREP, "build", *map(str, arguments)], check=True, capture_output=True, text=True
+    )
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"{title:<44} {seconds:>8.1f} s   largest process so far {peak:,.0f} MiB", flush=True)
@@ -77,7 +96,9 @@ def timed(title: str, *arguments: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=939_343)
     parser.add_argument("--conversations", default=str(DATA / "conversations" / "*.jsonl.gz"))
     parser.add_argument("--tokenizer", default=str(DATA / "tokenizers" / "olmo2-dolma2"))
@@ -85,26 +106,54 @@ def main() -> None:
     options = parser.parse_args()
     turns = turns_of(Path(options.conversations))
     if not turns:
-        sys.exit(f"no conversations at {options.conversations}: give --conversations and --tokenizer")
+        sys.exit(
+            f"no conversations at {options.conversations}: give --conversations and --tokenizer"
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = options.keep or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         files = write_sources(folder, turns, options.rows)
-        mixture = write_mixture(folder, "scale", options.tokenizer, [f'path = "{file}"' for file in files])
+        mixture = write_mixture(
+            folder, "scale", options.tokenizer, [f'path = "{file}"' for file in files]
+        )
         one = f'path = "{folder}/source-*.jsonl"\nsplit_by = "source"'
         split = write_mixture(folder, "split", options.tokenizer, [one])
-        thin = write_mixture(folder, "thin", options.tokenizer, [f"{one}\npart_epochs = {{ part-00 = 0.5 }}"])
+        thin = write_mixture(
+            folder, "thin", options.tokenizer, [f"{one}\npart_epochs = {{ part-00 = 0.5 }}"]
+        )
         print(
-            f"{options.rows:,} rows, {sum(file.stat().st_size for file in files) / 1e6:,.0f} MB of JSON lines",
+            f"{options.rows:,} rows, {sum(file.stat().st_size for file in files) / 1e6:,.0f} MB of"
+            " JSON lines",
             flush=True,
         )
         common = ("--mixture", mixture, "--store", folder / "store", "--workers", 2)
         timed("cold build, 2 workers", *common, "--out", folder / "set")
         timed("the same again", *common, "--out", folder / "set")
         timed("max_seq_len = 2048", *common, "--out", folder / "a", "--set", "max_seq_len=2048")
-        timed("train_on = last_assistant", *common, "--out", folder / "b", "--set", "mask.train_on=last_assistant")
-        timed("over_length = drop", *common, "--out", folder / "c", "--set", "lengths.over_length=drop")
-        timed("half of the first source", *common, "--out", folder / "d", "--set", "sources.0.fraction=0.5")
+        timed(
+            "train_on = last_assistant",
+            *common,
+            "--out",
+            folder / "b",
+            "--set",
+            "mask.train_on=last_assistant",
+        )
+        timed(
+            "over_length = drop",
+            *common,
+            "--out",
+            folder / "c",
+            "--set",
+            "lengths.over_length=drop",
+        )
+        timed(
+            "half of the first source",
+            *common,
+            "--out",
+            folder / "d",
+            "--set",
+            "sources.0.fraction=0.5",
+        )
         common = ("--store", folder / "store", "--workers", 2)
         timed("cold build, split by a column", "--mixture", split, *common, "--out", folder / "e")
         timed("half of the first part", "--mixture", thin, *common, "--out", folder / "f")

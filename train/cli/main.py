@@ -1,13 +1,14 @@
-"""The command `sft-train`: options and one call; its other commands are in before_a_run.py and after_a_run.py."""
+"""The command `sft-train`: options and one call; its other commands are in before_a_run.py and
+after_a_run.py."""
 
 import sys
 from pathlib import Path
 
 import click
 
+from train.cli import after_a_run, before_a_run
 from train.cli.after_a_run import push_all
 from train.cli.common_options import PATH, reporting, train_request, verbosity_of
-from train.cli.main import after_a_run, before_a_run
 
 
 @click.group(
@@ -17,18 +18,50 @@ from train.cli.main import after_a_run, before_a_run
 )
 @click.version_option(package_name="sft-shards")
 @click.option("--shards", type=PATH, help="Directory of a shard set, made by sft-prep build.")
-@click.option("--recipe", metavar="NAME|FILE", help="How to train; default: what the shard set names.")
+@click.option(
+    "--recipe", metavar="NAME|FILE", help="How to train; default: what the shard set names."
+)
 @click.option("--model", metavar="NAME|DIR", help="Hugging Face causal LM; default: the recipe's.")
 @click.option("--output", type=PATH, help="Run directory; default: runs/RECIPE-SHARDS.")
-@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Change a key of the recipe.")
-@click.option("--max-steps", type=click.IntRange(min=1), help="Total number of steps; the schedule ends there.")
-@click.option("--stop-after", type=click.IntRange(min=1), help="Save and stop after so many steps of this call.")
-@click.option("--nproc-per-node", type=click.IntRange(min=1), help="Ranks to start here; default: GPUs, or 1.")
-@click.option("--resume", metavar="auto|never|DIR", default="auto", show_default=True, help="Where to go on from.")
-@click.option("--push-to-hub", metavar="USER/NAME", help="Push the model to the hub when it is trained.")
-@click.option("--push-checkpoints", metavar="USER/NAME", help="Push checkpoints to the hub as training goes on.")
-@click.option("--trust-checkpoint", is_flag=True, help="Let --resume DIR read what another run wrote: it can run code.")
-@click.option("--eval-shards", type=PATH, help="Evaluation set; default: what was held out of the shard set.")
+@click.option(
+    "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Change a key of the recipe."
+)
+@click.option(
+    "--max-steps",
+    type=click.IntRange(min=1),
+    help="Total number of steps; the schedule ends there.",
+)
+@click.option(
+    "--stop-after",
+    type=click.IntRange(min=1),
+    help="Save and stop after so many steps of this call.",
+)
+@click.option(
+    "--nproc-per-node", type=click.IntRange(min=1), help="Ranks to start here; default: GPUs, or 1."
+)
+@click.option(
+    "--resume",
+    metavar="auto|never|DIR",
+    default="auto",
+    show_default=True,
+    help="Where to go on from.",
+)
+@click.option(
+    "--push-to-hub", metavar="USER/NAME", help="Push the model to the hub when it is trained."
+)
+@click.option(
+    "--push-checkpoints",
+    metavar="USER/NAME",
+    help="Push checkpoints to the hub as training goes on.",
+)
+@click.option(
+    "--trust-checkpoint",
+    is_flag=True,
+    help="Let --resume DIR read what another run wrote: it can run code.",
+)
+@click.option(
+    "--eval-shards", type=PATH, help="Evaluation set; default: what was held out of the shard set."
+)
 @click.option("--under-launcher", is_flag=True, hidden=True)
 @click.option("-v", "--verbose", count=True, help="More on stderr, and tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Warnings and errors only.")
@@ -52,7 +85,8 @@ def cli(
     verbose: int,
     quiet: bool,
 ) -> None:
-    """Train a Hugging Face causal LM on a shard set; run the same command again to go on after any stop."""
+    """Train a Hugging Face causal LM on a shard set; run the same command again to go on after any
+    stop."""
     if context.invoked_subcommand is not None:
         return
     if shards is None:
@@ -101,10 +135,13 @@ def _check_shared() -> None:
     """`shared` is a common name: stop if another package of that name was found first."""
     import shared
 
-    here, found = Path(__file__).resolve().parent.parent, [Path(place).resolve().parent for place in shared.__path__]
+    here, found = (
+        Path(__file__).resolve().parents[2],
+        [Path(place).resolve().parent for place in shared.__path__],
+    )
     if found != [here]:
         sys.stderr.write(
-            f"error: the package `shared` was imported from {found[0] if found else 'nowhere'}, expected {here}; "
-            "run the console script sft-train, without PYTHONPATH\n"
+            f"error: the package `shared` was imported from {found[0] if found else 'nowhere'},"
+            f" expected {here}; run the console script sft-train, without PYTHONPATH\n"
         )
         raise SystemExit(6)

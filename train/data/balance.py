@@ -1,8 +1,9 @@
-"""Which rank runs what of a step, in which micro-batch: a step that is already fixed is divided, never changed.
+"""Which rank runs what of a step, in which micro-batch: a step that is already fixed is divided,
+never changed.
 
-Units (packs, or conversations) are put together into micro-batches of similar cost, as few as their sizes allow, the
-same number for each rank. Ranks wait for one another at every micro-batch, so those that run at the same time are
-neighbours in cost.
+Units (packs, or conversations) are put together into micro-batches of similar cost, as few as their
+sizes allow, the same number for each rank. Ranks wait for one another at every micro-batch, so
+those that run at the same time are neighbours in cost.
 
     units          9 7 4 4 3 2 1            costs, at most two units each
     micro-batches  [9] [7] [4 1] [4] ...    put together, dearest first
@@ -20,26 +21,31 @@ import numpy.typing as npt
 Positions = npt.NDArray[np.int64]  # places in the order of the step
 
 PAIRS_PER_TOKEN = 32768
-"""What a token costs besides attention, in pairs of tokens that attend: 12 x the hidden size, here of 2,700."""
+"""What a token costs besides attention, in pairs of tokens that attend: 12 x the hidden size, here
+of 2,700."""
 
 
 def costs_of(lengths: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
     """Return the cost of each unit, int64 [n], from the lengths of its sequences.
 
-    In a layer of hidden size D, causal attention over l tokens takes l^2 D multiply-adds and everything else about
-    12 D^2 per token. Packs hold nearly equal numbers of tokens, so between them attention decides; between
-    conversations the tokens do. Balance depends on the constant, a gradient never.
+    In a layer of hidden size D, causal attention over l tokens takes l^2 D multiply-adds and
+    everything else about 12 D^2 per token. Packs hold nearly equal numbers of tokens, so between
+    them attention decides; between conversations the tokens do. Balance depends on the constant, a
+    gradient never.
     """
-    return np.array([np.dot(length, length) + PAIRS_PER_TOKEN * length.sum() for length in lengths], np.int64)
+    return np.array(
+        [np.dot(length, length) + PAIRS_PER_TOKEN * length.sum() for length in lengths], np.int64
+    )
 
 
 def deal(
     sizes: npt.NDArray[np.int64], costs: npt.NDArray[np.int64], *, capacity: int, world_size: int
 ) -> list[list[Positions]]:
-    """Return the positions of the units of every micro-batch of every rank, [world_size][num_micro_batches].
+    """Return the positions of the units of every micro-batch of every rank,
+    [world_size][num_micro_batches].
 
-    `sizes` of a micro-batch add up to at most `capacity`, which no single size exceeds. Every rank gets the same number
-    of micro-batches; where there are too few units some of them are empty.
+    `sizes` of a micro-batch add up to at most `capacity`, which no single size exceeds. Every rank
+    gets the same number of micro-batches; where there are too few units some of them are empty.
     """
     fewest = _best_fit(sizes, capacity)
     num_bins = -(-len(fewest) // world_size) * world_size
@@ -51,7 +57,9 @@ def deal(
     totals = [0] * world_size
     for start in range(0, num_bins, world_size):
         idlest_first = sorted(range(world_size), key=lambda rank: (totals[rank], rank))
-        for rank, number in zip(idlest_first, dearest_first[start : start + world_size], strict=True):
+        for rank, number in zip(
+            idlest_first, dearest_first[start : start + world_size], strict=True
+        ):
             ranks[rank].append(np.array(sorted(bins[number]), np.int64))
             totals[rank] += loads[number]
     return ranks
@@ -77,7 +85,8 @@ def _best_fit(sizes: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
 def _balanced(
     sizes: npt.NDArray[np.int64], costs: npt.NDArray[np.int64], *, capacity: int, num_bins: int
 ) -> list[list[int]] | None:
-    """Each unit, dearest first, goes to the cheapest of `num_bins` bins that has room; None where none has."""
+    """Each unit, dearest first, goes to the cheapest of `num_bins` bins that has room; None where
+    none has."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     rooms = np.full(num_bins, capacity, np.int64)
     loads = np.zeros(num_bins, np.int64)

@@ -1,4 +1,5 @@
-"""The micro-batches of this rank, step after step, prepared by one thread while the device works on the step before."""
+"""The micro-batches of this rank, step after step, prepared by one thread while the device works on
+the step before."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,8 @@ from train.model.loss import sample_weights, uniform_weight
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBatch:
-    """What one step needs of this rank, and the counts of the whole step, the same on every rank."""
+    """What one step needs of this rank, and the counts of the whole step, the same on every
+    rank."""
 
     step: int
     unit: Unit
@@ -36,7 +38,8 @@ class StepBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feed:
-    """Makes the batches of one rank. Needs no message from other ranks: all counts come from the shard set."""
+    """Makes the batches of one rank. Needs no message from other ranks: all counts come from the
+    shard set."""
 
     shard_set: ShardSet
     order: StepOrder
@@ -54,7 +57,9 @@ class Feed:
             for step in range(start, self.order.total_steps):
                 assert ahead is not None
                 batch = ahead.result()
-                ahead = pool.submit(self.make, step + 1) if step + 1 < self.order.total_steps else None
+                ahead = (
+                    pool.submit(self.make, step + 1) if step + 1 < self.order.total_steps else None
+                )
                 yield batch
 
     def plan(self, step: int) -> StepPlan:
@@ -70,8 +75,8 @@ class Feed:
     def make(self, step: int) -> StepBatch:
         """Return the batch of step `step`.
 
-        Raises ArtifactError for a shard that was changed under the run, ChecksumError for a pack or conversation that
-        is damaged.
+        Raises ArtifactError for a shard that was changed under the run, ChecksumError for a pack or
+        conversation that is damaged.
         """
         shards = self.shard_set.shards_of(self.order.step(step), self.order.unit)
         self.shard_set.check_unchanged(shards)
@@ -89,7 +94,9 @@ class Feed:
             micro_batches=[
                 take_slice(batch, slice_index, self.sequence_parallel)
                 for batch in (
-                    self._micro_batch(plan, positions, counts, weights, weight, num_tokens=num_tokens)
+                    self._micro_batch(
+                        plan, positions, counts, weights, weight, num_tokens=num_tokens
+                    )
                     for positions in plan.ranks[group]
                 )
             ],
@@ -100,9 +107,16 @@ class Feed:
         )
 
     def _num_positions(self, plan: StepPlan) -> int:
-        """Tokens, one filler for each empty micro-batch, and what makes rows divide over the ranks that share them."""
-        tokens = [sum(int(plan.lengths[i].sum()) for i in positions) for rank in plan.ranks for positions in rank]
-        return sum(-(-max(1, count) // self.sequence_parallel) * self.sequence_parallel for count in tokens)
+        """Tokens, one filler for each empty micro-batch, and what makes rows divide over the ranks
+        that share them."""
+        tokens = [
+            sum(int(plan.lengths[i].sum()) for i in positions)
+            for rank in plan.ranks
+            for positions in rank
+        ]
+        return sum(
+            -(-max(1, count) // self.sequence_parallel) * self.sequence_parallel for count in tokens
+        )
 
     def _loss_tokens(self, plan: StepPlan) -> npt.NDArray[np.int64]:
         """Loss tokens of each unit, int64 [n]: stored for packs, counted for conversations."""
@@ -120,7 +134,8 @@ class Feed:
         *,
         num_tokens: int,
     ) -> MicroBatch:
-        """`weights` are those of each unit's loss tokens, None where all have the same, `weight`."""
+        """`weights` are those of each unit's loss tokens, None where all have the same,
+        `weight`."""
         chosen = positions.tolist()
         for position in chosen:
             self._check(plan, position)

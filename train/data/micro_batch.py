@@ -1,6 +1,8 @@
-"""Packs -> the tensors of one micro-batch: one row without padding, and the positions that carry loss.
+"""Packs -> the tensors of one micro-batch: one row without padding, and the positions that carry
+loss.
 
-The packs of a micro-batch are laid end to end; sequences stay apart by `cu_seqlens` and restarting positions.
+The packs of a micro-batch are laid end to end; sequences stay apart by `cu_seqlens` and restarting
+positions.
 
     tokens         a  b  c  d | e  f  g        two sequences
     loss_mask      0  0  1  1 | 0  1  1        which tokens are targets
@@ -10,8 +12,8 @@ The packs of a micro-batch are laid end to end; sequences stay apart by `cu_seql
     targets           c  d      f  g
     cu_seqlens    [0, 4, 7]
 
-A micro-batch without loss tokens still sends one row of weight 0 through the model and the head: a rank that left
-them out would leave the others waiting in a collective.
+A micro-batch without loss tokens still sends one row of weight 0 through the model and the head: a
+rank that left them out would leave the others waiting in a collective.
 """
 
 from dataclasses import dataclass
@@ -37,7 +39,9 @@ class MicroBatch:
     rows: torch.Tensor  # int64 [R]
     targets: torch.Tensor  # int64 [R]
     weights: torch.Tensor  # float32 [R], of each row in the loss of the step
-    row_sources: torch.Tensor  # int64 [R], 1 + the index of the source of each row; 0 for a row that only fills
+    row_sources: (
+        torch.Tensor
+    )  # int64 [R], 1 + the index of the source of each row; 0 for a row that only fills
     uniform_weight: float | None
     """The weight of every row, where they have the same."""
     token_share: float = 0.0
@@ -50,7 +54,10 @@ class MicroBatch:
         if device.type == "cpu":
             return self
         return MicroBatch(
-            **{name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in _TENSORS},
+            **{
+                name: getattr(self, name).pin_memory().to(device, non_blocking=True)
+                for name in _TENSORS
+            },
             max_seqlen=self.max_seqlen,
             uniform_weight=self.uniform_weight,
             token_share=self.token_share,
@@ -64,7 +71,8 @@ _TENSORS = ("input_ids", "position_ids", "cu_seqlens", "rows", "targets", "weigh
 def make_micro_batch(
     packs: list[Pack], weights: list[npt.NDArray[np.float32]], *, uniform_weight: float | None
 ) -> MicroBatch:
-    """Return the micro-batch of `packs`; `weights` holds, for each pack, one weight per loss token, float32 [R]."""
+    """Return the micro-batch of `packs`; `weights` holds, for each pack, one weight per loss token,
+    float32 [R]."""
     if not packs:
         return _filler()
     tokens = np.concatenate([pack.tokens for pack in packs]).astype(np.int64)
@@ -78,7 +86,12 @@ def make_micro_batch(
     sources = np.concatenate([pack.seq_origin[:, 0] for pack in packs])
     row_sources = np.repeat(1 + sources, lengths)[rows]
     if not len(rows):
-        rows, targets, row_weights, uniform_weight = np.zeros(1, np.int64), tokens[:1], np.zeros(1, np.float32), 0.0
+        rows, targets, row_weights, uniform_weight = (
+            np.zeros(1, np.int64),
+            tokens[:1],
+            np.zeros(1, np.float32),
+            0.0,
+        )
         row_sources = np.zeros(1, np.int64)
     return MicroBatch(
         input_ids=torch.from_numpy(tokens)[None],
@@ -94,9 +107,12 @@ def make_micro_batch(
 
 
 def shifted_labels(
-    tokens: npt.NDArray[np.int64], loss_mask: npt.NDArray[np.uint8], cu_seqlens: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64],
+    loss_mask: npt.NDArray[np.uint8],
+    cu_seqlens: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.int64]:
-    """Return labels int64 [N]: at each position the next token of the same sequence if it is a target, else IGNORE."""
+    """Return labels int64 [N]: at each position the next token of the same sequence if it is a
+    target, else IGNORE."""
     labels = np.full(len(tokens), IGNORE, np.int64)
     labels[:-1] = np.where(loss_mask[1:] != 0, tokens[1:], IGNORE)
     labels[cu_seqlens[1:] - 1] = IGNORE  # the next token belongs to another sequence
@@ -108,8 +124,11 @@ def restarting_positions(cu_seqlens: npt.NDArray[np.int64]) -> npt.NDArray[np.in
     return np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
 
 
-def check_pack(pack: Pack, pack_id: int, *, num_loss_tokens: int, max_token_id: int, where: str) -> None:
-    """Raise ChecksumError if the columns of a pack contradict the manifest: damage that the sizes do not show.
+def check_pack(
+    pack: Pack, pack_id: int, *, num_loss_tokens: int, max_token_id: int, where: str
+) -> None:
+    """Raise ChecksumError if the columns of a pack contradict the manifest: damage that the sizes
+    do not show.
 
     Without it a flipped byte would be a wrong denominator, or an index error inside a GPU kernel.
     """
@@ -117,12 +136,17 @@ def check_pack(pack: Pack, pack_id: int, *, num_loss_tokens: int, max_token_id: 
     if low < 0 or high > max_token_id:
         wrong = f"holds token {low if low < 0 else high}; expected 0 to {max_token_id}"
     elif (found := int(np.count_nonzero(pack.loss_mask))) != num_loss_tokens:
-        wrong = f"has {found} loss tokens in loss_mask.npy and {num_loss_tokens} in pack_loss_tokens.npy"
+        wrong = (
+            f"has {found} loss tokens in loss_mask.npy and {num_loss_tokens} in"
+            " pack_loss_tokens.npy"
+        )
     elif pack.loss_mask[pack.seq_offsets[:-1]].any():
         wrong = "trains the first token of a sequence, which nothing can predict"
     else:
         return
-    raise ChecksumError(f"{where}: pack {pack_id} {wrong}; its bytes have changed, run sft-prep verify on the set")
+    raise ChecksumError(
+        f"{where}: pack {pack_id} {wrong}; its bytes have changed, run sft-prep verify on the set"
+    )
 
 
 def _join_offsets(packs: list[Pack]) -> npt.NDArray[np.int64]:

@@ -1,4 +1,5 @@
-"""The source rows of a step, in words: what an error, a warning or a person asks for. Reads shards, never tokens."""
+"""The source rows of a step, in words: what an error, a warning or a person asks for. Reads shards,
+never tokens."""
 
 from collections.abc import Sequence
 
@@ -17,13 +18,19 @@ def step_rows(plan: StepPlan, manifest: Manifest) -> list[str]:
 
 
 def micro_batch_rows(plan: StepPlan, group: int, number: int, manifest: Manifest) -> list[str]:
-    """Return the rows of micro-batch `number` of the ranks `group` (one rank, or those that share rows)."""
+    """Return the rows of micro-batch `number` of the ranks `group` (one rank, or those that share
+    rows)."""
     positions = plan.ranks[group][number]
-    return [row for position in positions for row in name_rows(plan.packs[position].seq_origin, manifest)]
+    return [
+        row
+        for position in positions
+        for row in name_rows(plan.packs[position].seq_origin, manifest)
+    ]
 
 
 def name_rows(origin: npt.NDArray[np.int64], manifest: Manifest) -> list[str]:
-    """Return the rows of `origin` [S, 3] as SOURCE:ROW, the words of sft-prep inspect, each once."""
+    """Return the rows of `origin` [S, 3] as SOURCE:ROW, the words of sft-prep inspect, each
+    once."""
     named = (f"{manifest.sources[source].name}:{row}" for source, row, _ in origin.tolist())
     return list(dict.fromkeys(named))
 

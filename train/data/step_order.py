@@ -1,8 +1,10 @@
-"""Which packs, or which conversations, make up which step: pure numpy, a function of its arguments alone.
+"""Which packs, or which conversations, make up which step: pure numpy, a function of its arguments
+alone.
 
-A run's order is one permutation of all units per epoch, one after the other; step k takes the next `units_per_step` of
-it, so a step may span two epochs and only the last one may be short. Nothing here depends on the number of ranks or on
-the size of the set; train/data/balance.py divides a step that is already fixed.
+A run's order is one permutation of all units per epoch, one after the other; step k takes the next
+`units_per_step` of it, so a step may span two epochs and only the last one may be short. Nothing
+here depends on the number of ranks or on the size of the set; train/data/balance.py divides a step
+that is already fixed.
 
     epoch      0 . . . . . . | 1 . . . . . . | 2 ...
     order      4 0 3 5 1 2   | 2 5 0 1 4 3   | ...      unit ids
@@ -23,7 +25,8 @@ from train.config import BatchConfig
 Ids = npt.NDArray[np.int64]
 
 Unit = Literal["pack", "conversation"]
-"""What is counted, shuffled and drawn: a pack of the shard set, or one of its sequences, a whole conversation."""
+"""What is counted, shuffled and drawn: a pack of the shard set, or one of its sequences, a whole
+conversation."""
 
 _ROUNDS = 8
 
@@ -43,10 +46,13 @@ class StepOrder:
     """Units of all steps together; the last step holds what is left of it."""
 
     def step(self, step: int) -> Ids:
-        """Return the unit ids of step `step`, counted from 0, in order. Costs the same for every step."""
+        """Return the unit ids of step `step`, counted from 0, in order. Costs the same for every
+        step."""
         assert 0 <= step < self.total_steps, (step, self.total_steps)
         start = step * self.units_per_step
-        positions = np.arange(start, min(start + self.units_per_step, self.total_units), dtype=np.int64)
+        positions = np.arange(
+            start, min(start + self.units_per_step, self.total_units), dtype=np.int64
+        )
         epochs, index = np.divmod(positions, self.num_units)
         ids = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -85,8 +91,9 @@ def make_order(
 def permute(index: Ids, size: int, key: int) -> Ids:
     """Return the images of `index` under the permutation of range(size) that `key` names.
 
-    A Feistel network over the next even power of two, walked until the result falls below `size`: no table, so memory
-    and start-up do not grow with the number of packs, and no library's shuffle, which may change with its version.
+    A Feistel network over the next even power of two, walked until the result falls below `size`:
+    no table, so memory and start-up do not grow with the number of packs, and no library's shuffle,
+    which may change with its version.
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half_bits) - 1)
@@ -103,7 +110,8 @@ def permute(index: Ids, size: int, key: int) -> Ids:
 
 
 def units_per_step(batch: BatchConfig, *, max_seq_len: int) -> tuple[Unit, int]:
-    """Return the unit of a step and their number. Raises ConfigError for tokens that are not whole packs."""
+    """Return the unit of a step and their number. Raises ConfigError for tokens that are not whole
+    packs."""
     if batch.conversations_per_step is not None:
         return "conversation", batch.conversations_per_step
     if batch.packs_per_step is not None:
@@ -114,24 +122,37 @@ def units_per_step(batch: BatchConfig, *, max_seq_len: int) -> tuple[Unit, int]:
         below = tokens // max_seq_len * max_seq_len
         near = " or ".join(str(value) for value in (below, below + max_seq_len) if value)
         raise ConfigError(
-            f"batch.tokens_per_step = {tokens} is not a multiple of the shards' max_seq_len {max_seq_len}; use {near}"
+            f"batch.tokens_per_step = {tokens} is not a multiple of the shards' max_seq_len"
+            f" {max_seq_len}; use {near}"
         )
     return "pack", tokens // max_seq_len
 
 
 def check_divides(*, packs_per_step: int, packs_per_micro_batch: int, world_size: int) -> None:
-    """Raise ConfigError, naming what divides, unless each rank gets the same whole number of micro-batches."""
+    """Raise ConfigError, naming what divides, unless each rank gets the same whole number of
+    micro-batches."""
     unit = world_size * packs_per_micro_batch
     if packs_per_step % unit == 0:
         return
     below = packs_per_step // unit * unit
     steps = " or ".join(str(value) for value in (below, below + unit) if value)
-    ranks = [n for n in range(1, packs_per_step + 1) if packs_per_step % (n * packs_per_micro_batch) == 0]
-    fewer = math.gcd(packs_per_micro_batch, packs_per_step // world_size) if packs_per_step % world_size == 0 else 0
-    same_training = f"set batch.packs_per_micro_batch = {fewer}, which changes no gradient, or " if fewer else ""
+    ranks = [
+        n for n in range(1, packs_per_step + 1) if packs_per_step % (n * packs_per_micro_batch) == 0
+    ]
+    fewer = (
+        math.gcd(packs_per_micro_batch, packs_per_step // world_size)
+        if packs_per_step % world_size == 0
+        else 0
+    )
+    same_training = (
+        f"set batch.packs_per_micro_batch = {fewer}, which changes no gradient, or "
+        if fewer
+        else ""
+    )
     raise ConfigError(
-        f"{packs_per_step} packs per step do not divide over {world_size} ranks x {packs_per_micro_batch} packs per "
-        f"micro-batch (batch.packs_per_micro_batch); {same_training}use {steps} packs per step"
+        f"{packs_per_step} packs per step do not divide over {world_size} ranks x"
+        f" {packs_per_micro_batch} packs per micro-batch (batch.packs_per_micro_batch);"
+        f" {same_training}use {steps} packs per step"
         + (f", or {', '.join(map(str, ranks))} ranks" if ranks else "")
     )
 

@@ -1,4 +1,5 @@
-"""What one step holds and who runs it, read from a shard set; numpy only, so commands without torch can ask too."""
+"""What one step holds and who runs it, read from a shard set; numpy only, so commands without torch
+can ask too."""
 
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ class StepPlan:
 
     unit: Unit
     ids: Ids
-    """Packs or sequences of the shard set, int64 [n], in the order of the run: the same for any number of ranks."""
+    """Packs or sequences of the shard set, int64 [n], in the order of the run: the same for any
+    number of ranks."""
     packs: list[Pack]
     """The columns of each unit; a conversation is a pack of one sequence."""
     lengths: list[npt.NDArray[np.int64]]
@@ -30,9 +32,11 @@ class StepPlan:
 def plan_step(
     shard_set: ShardSet, order: StepOrder, step: int, *, world_size: int, packs_per_micro_batch: int
 ) -> StepPlan:
-    """Return step `step`, counted from 0. Raises DataError for a fragment where whole conversations are asked for.
+    """Return step `step`, counted from 0. Raises DataError for a fragment where whole conversations
+    are asked for.
 
-    A micro-batch holds `packs_per_micro_batch` packs, or as many conversations as fit in the tokens of so many packs.
+    A micro-batch holds `packs_per_micro_batch` packs, or as many conversations as fit in the tokens
+    of so many packs.
     """
     ids = order.step(step)
     if order.unit == "pack":
@@ -51,26 +55,31 @@ def plan_step(
 
 
 def origins(plan: StepPlan) -> list[npt.NDArray[np.int64]]:
-    """Return, for each rank, the origins of the sequences that it runs, int64 [S, 3], in the order that it runs them.
+    """Return, for each rank, the origins of the sequences that it runs, int64 [S, 3], in the order
+    that it runs them.
 
     An origin is (source index, row number, first token within the sample), as in seq_origin.npy.
     """
     none = [np.empty((0, 3), np.int64)]
     return [
-        np.concatenate(none + [plan.packs[position].seq_origin for positions in rank for position in positions])
+        np.concatenate(
+            none + [plan.packs[position].seq_origin for positions in rank for position in positions]
+        )
         for rank in plan.ranks
     ]
 
 
 def check_conversations(manifest: Manifest) -> None:
-    """Raise ConfigError if rows of the set were split, so that a step of whole conversations cannot be drawn."""
+    """Raise ConfigError if rows of the set were split, so that a step of whole conversations cannot
+    be drawn."""
     split = {source.name: source.details.get("rows_split") for source in manifest.sources}
     for name, count in split.items():
         if count:
             raise ConfigError(
-                f"batch.conversations_per_step needs whole conversations; {count} rows of source {name!r} were split "
-                'into fragments (lengths.over_length = "split"). Build the set with another over_length, or state the '
-                "batch in packs_per_step or tokens_per_step"
+                f"batch.conversations_per_step needs whole conversations; {count} rows of source"
+                f' {name!r} were split into fragments (lengths.over_length = "split"). Build the'
+                " set with another over_length, or state the batch in packs_per_step or"
+                " tokens_per_step"
             )
 
 
@@ -79,7 +88,8 @@ def _check_whole(packs: list[Pack], shard_set: ShardSet) -> None:
         source, row, first = pack.seq_origin[0].tolist()
         if first:
             raise DataError(
-                f"{shard_set.path}: source {source}, row {row} was split, a fragment of it begins at token {first}; "
-                "batch.conversations_per_step needs whole conversations: build the set with another over_length, or "
-                "state the batch in packs_per_step or tokens_per_step"
+                f"{shard_set.path}: source {source}, row {row} was split, a fragment of it begins"
+                f" at token {first}; batch.conversations_per_step needs whole conversations: build"
+                " the set with another over_length, or state the batch in packs_per_step or"
+                " tokens_per_step"
             )

@@ -1,7 +1,9 @@
-"""Do the shards have the ids that the model's weights know? Two tokenizer.json files are compared, as JSON.
+"""Do the shards have the ids that the model's weights know? Two tokenizer.json files are compared,
+as JSON.
 
-Compared is what makes ids: model, normalizer, pre-tokenizer, added tokens, each brought to one spelling first, since
-releases of `tokenizers` write the same thing in several ways. No tokenizer is constructed.
+Compared is what makes ids: model, normalizer, pre-tokenizer, added tokens, each brought to one
+spelling first, since releases of `tokenizers` write the same thing in several ways. No tokenizer is
+constructed.
 """
 
 import json
@@ -15,7 +17,12 @@ from shared.shard_reader import ShardSet
 from train.config import ModelConfig
 
 NAME = "tokenizer.json"
-_WITHOUT_EFFECT = {"trim_offsets", "str_rep", "vocab", "merges"}  # on ids; the last two are compared apart
+_WITHOUT_EFFECT = {
+    "trim_offsets",
+    "str_rep",
+    "vocab",
+    "merges",
+}  # on ids; the last two are compared apart
 _TRUE_UNLESS_SAID = {"use_regex", "split"}
 _SHOWN = 3
 
@@ -23,14 +30,17 @@ logger = logging.getLogger(__name__)
 
 
 def check_tokenizer(shard_set: ShardSet, model: ModelConfig) -> None:
-    """Raise ArtifactError where the tokenizer beside the model's weights makes other ids than that of the shards.
+    """Raise ArtifactError where the tokenizer beside the model's weights makes other ids than that
+    of the shards.
 
     Where there is nothing to compare, that is said. A model with random weights knows no ids yet.
     """
     if model.config is not None:
         return
     if not model.check_tokenizer:
-        logger.info("the tokenizers of shards and model are not compared: model.check_tokenizer = false")
+        logger.info(
+            "the tokenizers of shards and model are not compared: model.check_tokenizer = false"
+        )
         return
     ours = shard_set.tokenizer_dir / NAME
     theirs, why_not = beside_weights(model)
@@ -42,25 +52,33 @@ def check_tokenizer(shard_set: ShardSet, model: ModelConfig) -> None:
         found = differences(_read(ours), _read(theirs), shard_set.manifest)
     except (AttributeError, KeyError, TypeError, ValueError) as exc:
         raise ArtifactError(
-            f"{theirs} cannot be compared with {ours}, one of them is no whole {NAME} ({type(exc).__name__}: {exc}); "
-            "put the right one there, or set model.check_tokenizer = false"
+            f"{theirs} cannot be compared with {ours}, one of them is no whole {NAME}"
+            f" ({type(exc).__name__}: {exc}); put the right one there, or set model.check_tokenizer"
+            " = false"
         ) from exc
     if found:
         raise ArtifactError(
-            f"{shard_set.path} was made with a tokenizer ({shard_set.manifest.tokenizer.name}) that makes other ids "
-            f"than the {NAME} beside the weights of {model.name}: {'; '.join(found)}. Build the set with the model's "
-            "own tokenizer (tokenizer.name), or set model.check_tokenizer = false if that is meant"
+            f"{shard_set.path} was made with a tokenizer ({shard_set.manifest.tokenizer.name}) that"
+            f" makes other ids than the {NAME} beside the weights of {model.name}:"
+            f" {'; '.join(found)}. Build the set with the model's own tokenizer (tokenizer.name),"
+            " or set model.check_tokenizer = false if that is meant"
         )
 
 
 def beside_weights(model: ModelConfig) -> tuple[Path | None, str]:
-    """Return the tokenizer.json of a model's directory or hub repository, or None and why there is none."""
+    """Return the tokenizer.json of a model's directory or hub repository, or None and why there is
+    none."""
     folder = Path(model.name)
     if folder.is_dir():
         file = folder / NAME
         return (file, "") if file.is_file() else (None, f"{folder} has no {NAME}")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+    )
 
     no_answer: type[Exception] = HfHubHTTPError.__bases__[
         0
@@ -70,11 +88,15 @@ def beside_weights(model: ModelConfig) -> tuple[Path | None, str]:
     except EntryNotFoundError as exc:
         return None, f"no {NAME} of {model.name} ({_one_line(exc)})"
     except (no_answer, OfflineModeIsEnabled, HFValidationError, OSError) as exc:
-        return None, f"the hub does not give the {NAME} of {model.name} ({_one_line(exc)})"  # nor the weights, probably
+        return (
+            None,
+            f"the hub does not give the {NAME} of {model.name} ({_one_line(exc)})",
+        )  # nor the weights, probably
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any], manifest: Manifest) -> list[str]:
-    """Return what makes other ids in `ours`, the tokenizer.json of a shard set, than in `theirs`."""
+    """Return what makes other ids in `ours`, the tokenizer.json of a shard set, than in
+    `theirs`."""
     found = _vocabulary_differences(_vocabulary(ours), _vocabulary(theirs))
     for part in ("model", "normalizer", "pre_tokenizer"):
         mine, other = _steps(ours.get(part)), _steps(theirs.get(part))
@@ -86,7 +108,8 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], manifest: Manifest
 
 
 def _vocabulary(data: dict[str, Any]) -> dict[str, Any]:
-    """Return token -> id, or id and score, to nine decimals: its last digit may change when it is saved again."""
+    """Return token -> id, or id and score, to nine decimals: its last digit may change when it is
+    saved again."""
     vocab = (data.get("model") or {}).get("vocab") or {}
     if isinstance(vocab, dict):
         return vocab
@@ -97,7 +120,9 @@ def _vocabulary_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> lis
     if ours == theirs:
         return []
     tokens = [token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)]
-    shown = ", ".join(f"{token!r} {ours.get(token)} and {theirs.get(token)}" for token in tokens[:_SHOWN])
+    shown = ", ".join(
+        f"{token!r} {ours.get(token)} and {theirs.get(token)}" for token in tokens[:_SHOWN]
+    )
     return [f"{len(tokens):,} entries of the vocabulary differ (in the shards and there: {shown})"]
 
 
@@ -117,20 +142,26 @@ def _steps(part: Any) -> list[Any]:
 
 
 def _one_spelling(value: Any) -> Any:
-    """Leave out what is not set: null, false, an empty text, and true where that is meant without a word."""
+    """Leave out what is not set: null, false, an empty text, and true where that is meant without a
+    word."""
     if isinstance(value, list):
         return [_one_spelling(item) for item in value]
     if not isinstance(value, dict):
         return value
     if value.get("type") == "Metaspace":
         scheme = "never" if value.get("add_prefix_space") is False else "always"
-        value = {"prepend_scheme": scheme, **{key: v for key, v in value.items() if key != "add_prefix_space"}}
+        value = {
+            "prepend_scheme": scheme,
+            **{key: v for key, v in value.items() if key != "add_prefix_space"},
+        }
     elif "merges" in value:
         value = {"type": "BPE", **value}
     return {
         key: _one_spelling(item)
         for key, item in value.items()
-        if key not in _WITHOUT_EFFECT and not _is_unset(item) and not (key in _TRUE_UNLESS_SAID and item)
+        if key not in _WITHOUT_EFFECT
+        and not _is_unset(item)
+        and not (key in _TRUE_UNLESS_SAID and item)
     }
 
 
@@ -138,7 +169,9 @@ def _is_unset(value: Any) -> bool:
     return value is None or value is False or value == ""
 
 
-def _added_differences(ours: dict[str, Any], theirs: dict[str, Any], manifest: Manifest) -> list[str]:
+def _added_differences(
+    ours: dict[str, Any], theirs: dict[str, Any], manifest: Manifest
+) -> list[str]:
     mine, other, known = _added(ours), _added(theirs), _vocabulary(theirs)
     found = []
     for content in {**mine, **other}:
@@ -148,10 +181,14 @@ def _added_differences(ours: dict[str, Any], theirs: dict[str, Any], manifest: M
             index = mine[content]["id"]
             if index in manifest.tokenizer.new_ids or known.get(content) == index:
                 continue  # the mixture added it, or it has a name and was in the vocabulary
-        found.append(f"{content!r} is {mine.get(content, 'absent')} and {other.get(content, 'absent')}")
+        found.append(
+            f"{content!r} is {mine.get(content, 'absent')} and {other.get(content, 'absent')}"
+        )
     if not found:
         return []
-    return [f"{len(found):,} added tokens differ (in the shards and there: {', '.join(found[:_SHOWN])})"]
+    return [
+        f"{len(found):,} added tokens differ (in the shards and there: {', '.join(found[:_SHOWN])})"
+    ]
 
 
 def _added(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -159,7 +196,11 @@ def _added(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     added: dict[str, dict[str, Any]] = {}
     for token in data.get("added_tokens") or []:
         flags = {"normalized": not token.get("special"), **token}
-        sides = {side: True for side in ("lstrip", "rstrip", "single_word", "normalized") if flags.get(side)}
+        sides = {
+            side: True
+            for side in ("lstrip", "rstrip", "single_word", "normalized")
+            if flags.get(side)
+        }
         added[token["content"]] = {"id": token["id"], **sides}
     return added
 
@@ -168,9 +209,13 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as exc:
-        raise ArtifactError(f"{path} is not readable as JSON: {_one_line(exc)}; put a whole one there") from exc
+        raise ArtifactError(
+            f"{path} is not readable as JSON: {_one_line(exc)}; put a whole one there"
+        ) from exc
     if not isinstance(data, dict):
-        raise ArtifactError(f"{path} is not a tokenizer.json: expected an object; put the right file there")
+        raise ArtifactError(
+            f"{path} is not a tokenizer.json: expected an object; put the right file there"
+        )
     return data
 
 

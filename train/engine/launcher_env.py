@@ -1,6 +1,8 @@
-"""Where this process stands among the ranks, as its launcher said: the only place that reads or sets its variables.
+"""Where this process stands among the ranks, as its launcher said: the only place that reads or
+sets its variables.
 
-One process needs no launcher: it is rank 0 of 1. Many come from torchrun, which sets the same variables.
+One process needs no launcher: it is rank 0 of 1. Many come from torchrun, which sets the same
+variables.
 """
 
 import contextlib
@@ -39,8 +41,8 @@ def read_place() -> RankPlace:
 def die_with_parent() -> None:
     """Have the kernel kill this process when the one that started it dies.
 
-    torchrun starts ranks in sessions of their own: were the launcher killed, they would train on, unseen, and keep the
-    lock of the run.
+    torchrun starts ranks in sessions of their own: were the launcher killed, they would train on,
+    unseen, and keep the lock of the run.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -48,11 +50,18 @@ def die_with_parent() -> None:
 
 @contextlib.contextmanager
 def described_as_single() -> Iterator[None]:
-    """Set, while the block runs, the variables that torch and DeepSpeed look for, for a process group of one."""
+    """Set, while the block runs, the variables that torch and DeepSpeed look for, for a process
+    group of one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    single = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     before = {name: os.environ.get(name) for name in single}
     os.environ.update(single)
     try:

@@ -31,7 +31,8 @@ class Ranks:
 
 @contextlib.contextmanager
 def process_group(timeout: timedelta = timedelta(minutes=60)) -> Iterator[Ranks]:
-    """Join the process group that the launcher described, or one of a single process, and leave it at the end.
+    """Join the process group that the launcher described, or one of a single process, and leave it
+    at the end.
 
     A rank that waits for another longer than `timeout` fails.
     """
@@ -50,8 +51,12 @@ def _join(timeout: timedelta) -> Ranks:
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
     _init_deepspeed(device.type, timeout)
-    control_group = dist.new_group(backend="gloo", timeout=timeout) if place.world_size > 1 else None
-    return Ranks(rank=place.rank, world_size=place.world_size, device=device, control_group=control_group)
+    control_group = (
+        dist.new_group(backend="gloo", timeout=timeout) if place.world_size > 1 else None
+    )
+    return Ranks(
+        rank=place.rank, world_size=place.world_size, device=device, control_group=control_group
+    )
 
 
 def barrier(ranks: Ranks) -> None:
@@ -61,7 +66,8 @@ def barrier(ranks: Ranks) -> None:
 
 
 def any_rank(flag: bool, ranks: Ranks) -> bool:
-    """Return whether `flag` is true on some rank: the same answer on all. Never waits for the GPU."""
+    """Return whether `flag` is true on some rank: the same answer on all. Never waits for the
+    GPU."""
     if ranks.control_group is None:
         return flag
     tensor = torch.tensor([flag], dtype=torch.int32)
@@ -100,10 +106,13 @@ def _init_deepspeed(device_type: str, timeout: timedelta) -> None:
     )  # or DeepSpeed looks for one itself, and warns if it finds none
     import deepspeed
 
-    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):  # it calls them by their old names in every step
+    for name in (
+        "reduce_scatter_tensor",
+        "all_gather_into_tensor",
+    ):  # it calls them by their old names in every step
         warnings.filterwarnings("ignore", message=f".*{name}.*deprecated", category=FutureWarning)
-    # it would compile a shared-memory kernel, and fail where there is no compiler; a plain `import ... as` of this
-    # module resolves to torch's and patches nothing
+    # it would compile a shared-memory kernel, and fail where there is no compiler; a plain `import
+    # ... as` of this module resolves to torch's and patches nothing
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     backend = "nccl" if device_type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)

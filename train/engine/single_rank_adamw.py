@@ -1,8 +1,8 @@
 """AdamW for one rank: what DeepSpeed's sharded optimizers do besides the update, without sharding.
 
-They keep fp32 master weights and fp32 sums of gradients for bf16 weights, clip the global norm, and leave the weights
-alone if a gradient is not finite. So does this one; DeepSpeed takes it as it is (ZeRO stage 0). Where weights are fp32
-they are their own masters, and there is no copy of anything.
+They keep fp32 master weights and fp32 sums of gradients for bf16 weights, clip the global norm, and
+leave the weights alone if a gradient is not finite. So does this one; DeepSpeed takes it as it is
+(ZeRO stage 0). Where weights are fp32 they are their own masters, and there is no copy of anything.
 
 No step waits for the device: whether the gradients are finite is found, and obeyed, there.
 """
@@ -16,7 +16,8 @@ from torch.nn import Parameter
 
 
 class OneRankAdamW(torch.optim.AdamW):
-    """AdamW, in one fused pass over the weights, that clips and refuses gradients which are not finite."""
+    """AdamW, in one fused pass over the weights, that clips and refuses gradients which are not
+    finite."""
 
     def __init__(
         self,
@@ -37,11 +38,16 @@ class OneRankAdamW(torch.optim.AdamW):
         self.refused: Tensor | None = None  # whether the last step was; bool []
         self.overflow = False
         """DeepSpeed looks for this name, and would wait for a tensor."""
-        self._global_grad_norm: Tensor | float = 0.0  # before clipping, fp32 []; DeepSpeed looks for this name
+        self._global_grad_norm: Tensor | float = (
+            0.0  # before clipping, fp32 []; DeepSpeed looks for this name
+        )
         self._masters = {
             parameter: _master_of(parameter) for group in groups for parameter in group["params"]
         }  # of every weight that trains; fp32
-        masters = [{**group, "params": [self._masters[parameter] for parameter in group["params"]]} for group in groups]
+        masters = [
+            {**group, "params": [self._masters[parameter] for parameter in group["params"]]}
+            for group in groups
+        ]
         super().__init__(masters, lr=lr, betas=betas, eps=eps, fused=True)
         for parameter, master in self._masters.items():
             if master is not parameter:
@@ -56,9 +62,15 @@ class OneRankAdamW(torch.optim.AdamW):
         self._global_grad_norm = norm
         refused = ~norm.isfinite()
         self.refused = refused if self.refused is None or not self.halts else refused | self.refused
-        self.found_inf = self.refused.float()  # the fused kernel leaves everything alone where it is 1
-        if self.max_grad_norm > 0:  # and divides by this as it reads the gradients: no pass of its own
-            self.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp_(min=1.0)  # DeepSpeed's formula
+        self.found_inf = (
+            self.refused.float()
+        )  # the fused kernel leaves everything alone where it is 1
+        if (
+            self.max_grad_norm > 0
+        ):  # and divides by this as it reads the gradients: no pass of its own
+            self.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp_(
+                min=1.0
+            )  # DeepSpeed's formula
         super().step()
         for parameter, master in self._masters.items():
             if master is not parameter:
@@ -72,7 +84,9 @@ class OneRankAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "masters"})
+        super().load_state_dict(
+            {key: value for key, value in state_dict.items() if key != "masters"}
+        )
         for master, saved in zip(self._separate_masters(), state_dict["masters"], strict=True):
             master.copy_(saved)
 
@@ -85,7 +99,8 @@ def _master_of(parameter: Parameter) -> Parameter:
 
 
 def _summing_into(master: Parameter) -> Callable[[Tensor], None]:
-    """Return a hook that adds a gradient to the fp32 sum as soon as a backward pass has made it, and frees it."""
+    """Return a hook that adds a gradient to the fp32 sum as soon as a backward pass has made it,
+    and frees it."""
 
     def add(parameter: Tensor) -> None:
         assert parameter.grad is not None

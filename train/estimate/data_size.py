@@ -7,7 +7,14 @@ import numpy as np
 
 from shared.errors import ConfigError
 from shared.hashing import digest
-from shared.shard_format import FORMAT_VERSION, Kind, Manifest, TemplateEntry, TokenizerEntry, Totals
+from shared.shard_format import (
+    FORMAT_VERSION,
+    Kind,
+    Manifest,
+    TemplateEntry,
+    TokenizerEntry,
+    Totals,
+)
 from shared.shard_reader import ShardSet
 
 STATED = Path("SHARDS")
@@ -25,7 +32,9 @@ class StatedSizes:
 
     def __post_init__(self) -> None:
         if not 0 < self.loss_tokens <= self.tokens:
-            raise ConfigError(f"--loss-tokens {self.loss_tokens}; expected from 1 to --tokens {self.tokens}")
+            raise ConfigError(
+                f"--loss-tokens {self.loss_tokens}; expected from 1 to --tokens {self.tokens}"
+            )
         if self.tokens < self.rows:
             raise ConfigError(f"--tokens {self.tokens} are fewer than --rows {self.rows}")
 
@@ -38,7 +47,9 @@ class DataSize:
     assumptions: tuple[str, ...] = field(default=())
 
 
-def sizes_stated(rows: int | None, tokens: int | None, loss_tokens: int | None, max_seq_len: int) -> StatedSizes | None:
+def sizes_stated(
+    rows: int | None, tokens: int | None, loss_tokens: int | None, max_seq_len: int
+) -> StatedSizes | None:
     """Return what the command line states; None where it states nothing."""
     if rows is None or tokens is None or loss_tokens is None:
         return None
@@ -57,7 +68,8 @@ def counted(shard_set: ShardSet) -> DataSize:
 def stated(sizes: StatedSizes) -> DataSize:
     """Return the size of a set that does not exist, with what is assumed of it.
 
-    A mean length of m with lengths spread as an exponential distribution has them makes 2 m^2 the mean square.
+    A mean length of m with lengths spread as an exponential distribution has them makes 2 m^2 the
+    mean square.
     """
     packs = -(-sizes.tokens // sizes.max_seq_len)
     mean = sizes.tokens / sizes.rows
@@ -65,7 +77,10 @@ def stated(sizes: StatedSizes) -> DataSize:
         manifest=_manifest(sizes, packs),
         squared_lengths=min(2.0 * mean, sizes.max_seq_len) * sizes.tokens,
         assumptions=(
-            f"{sizes.rows:,} conversations, {sizes.tokens:,} tokens, {sizes.loss_tokens:,} loss tokens: as stated",
+            (
+                f"{sizes.rows:,} conversations, {sizes.tokens:,} tokens, {sizes.loss_tokens:,} loss"
+                " tokens: as stated"
+            ),
             f"full packs of {sizes.max_seq_len:,} tokens, so {packs:,} packs",
             f"lengths spread exponentially around their mean of {mean:,.0f} tokens",
         ),

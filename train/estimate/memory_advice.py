@@ -1,4 +1,5 @@
-"""Whether a run fits on its GPUs, and which changes of the recipe or of their number would make it fit."""
+"""Whether a run fits on its GPUs, and which changes of the recipe or of their number would make it
+fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -46,7 +47,9 @@ def setup_of(
         world_size=world_size,
         zero_stage=_stage(recipe, world_size),
         weight_bytes=dtype.itemsize,
-        tokens=-(-recipe.batch.packs_per_micro_batch * max_seq_len // recipe.engine.sequence_parallel),
+        tokens=-(
+            -recipe.batch.packs_per_micro_batch * max_seq_len // recipe.engine.sequence_parallel
+        ),
         micro_batches=micro_batches,
         gradient_checkpointing=recipe.model.gradient_checkpointing,
         mlp_tiles=recipe.model.mlp_tiles,
@@ -58,8 +61,11 @@ def setup_of(
     )
 
 
-def changes(size: ModelSize, setup: Setup, gpu: Gpu, recipe: TrainConfig, *, gpus_per_node: int) -> list[Change]:
-    """Return what would make the run fit; where it fits, what would make it faster and still fit."""
+def changes(
+    size: ModelSize, setup: Setup, gpu: Gpu, recipe: TrainConfig, *, gpus_per_node: int
+) -> list[Change]:
+    """Return what would make the run fit; where it fits, what would make it faster and still
+    fit."""
     memory = memory_of(size, setup)
     if not fits(memory, gpu):
         found = _savings(size, setup, gpu, recipe, gpus_per_node=gpus_per_node)
@@ -70,8 +76,11 @@ def changes(size: ModelSize, setup: Setup, gpu: Gpu, recipe: TrainConfig, *, gpu
     return [Change(what="model.gradient_checkpointing=false", gib=faster.total / GIB, fits=True)]
 
 
-def _savings(size: ModelSize, setup: Setup, gpu: Gpu, recipe: TrainConfig, *, gpus_per_node: int) -> Iterator[Change]:
-    """Yield changes that need less memory, the cheap ones first; later ones build upon the first two."""
+def _savings(
+    size: ModelSize, setup: Setup, gpu: Gpu, recipe: TrainConfig, *, gpus_per_node: int
+) -> Iterator[Change]:
+    """Yield changes that need less memory, the cheap ones first; later ones build upon the first
+    two."""
 
     def change(what: str, changed: Setup, *, host_gib: float = 0.0) -> Change:
         memory = memory_of(size, changed)
@@ -80,18 +89,25 @@ def _savings(size: ModelSize, setup: Setup, gpu: Gpu, recipe: TrainConfig, *, gp
     packs, shared_by = recipe.batch.packs_per_micro_batch, recipe.engine.sequence_parallel
     saving, words = setup, ""
     if packs > 1:
-        saving, words = replace(saving, tokens=setup.tokens // packs), "batch.packs_per_micro_batch=1"
+        saving, words = (
+            replace(saving, tokens=setup.tokens // packs),
+            "batch.packs_per_micro_batch=1",
+        )
         yield change(words, saving)
     if not setup.gradient_checkpointing:
         saving = replace(saving, gradient_checkpointing=True)
         words = f"{words} model.gradient_checkpointing=true".strip()
         yield change(words, saving)
     if setup.mlp_tiles == 1 and size.mlp_bytes:
-        yield change(f"{words} model.mlp_tiles={_MLP_TILES}".strip(), replace(saving, mlp_tiles=_MLP_TILES))
+        yield change(
+            f"{words} model.mlp_tiles={_MLP_TILES}".strip(), replace(saving, mlp_tiles=_MLP_TILES)
+        )
     for share in _SHARES:
         if shared_by == 1 and _heads_divide(size, share) and setup.world_size % share == 0:
             tokens = -(-saving.tokens // share)
-            yield change(f"{words} engine.sequence_parallel={share}".strip(), replace(saving, tokens=tokens))
+            yield change(
+                f"{words} engine.sequence_parallel={share}".strip(), replace(saving, tokens=tokens)
+            )
     if setup.zero_stage > 0 and not setup.optimizer_offloaded:
         offloaded = replace(saving, optimizer_offloaded=True)
         kept, left = memory_of(size, saving), memory_of(size, offloaded)
@@ -100,10 +116,16 @@ def _savings(size: ModelSize, setup: Setup, gpu: Gpu, recipe: TrainConfig, *, gp
     yield from _more_gpus(size, setup, saving, gpu, gpus_per_node=gpus_per_node)
 
 
-def _more_gpus(size: ModelSize, setup: Setup, saving: Setup, gpu: Gpu, *, gpus_per_node: int) -> Iterator[Change]:
-    """Yield the smallest number of GPUs, doubled up, on which it fits as it is, and with all that saves memory."""
+def _more_gpus(
+    size: ModelSize, setup: Setup, saving: Setup, gpu: Gpu, *, gpus_per_node: int
+) -> Iterator[Change]:
+    """Yield the smallest number of GPUs, doubled up, on which it fits as it is, and with all that
+    saves memory."""
     seen: set[int] = set()
-    for form, words in ((setup, ""), (saving, ", with the changes above that come before mlp_tiles")):
+    for form, words in (
+        (setup, ""),
+        (saving, ", with the changes above that come before mlp_tiles"),
+    ):
         ranks = setup.world_size
         while ranks < setup.world_size * _MOST_TIMES_MORE_GPUS:
             ranks *= 2
@@ -112,13 +134,16 @@ def _more_gpus(size: ModelSize, setup: Setup, saving: Setup, gpu: Gpu, *, gpus_p
             if fits(memory, gpu):
                 if ranks not in seen:
                     nodes = f" ({ranks // gpus_per_node} nodes)" if ranks > gpus_per_node else ""
-                    yield Change(what=f"--gpus {ranks}{nodes}{words}", gib=memory.total / GIB, fits=True)
+                    yield Change(
+                        what=f"--gpus {ranks}{nodes}{words}", gib=memory.total / GIB, fits=True
+                    )
                 seen.add(ranks)
                 break
 
 
 def _stage(recipe: TrainConfig, world_size: int) -> ZeroStage:
-    """A stage that these ranks can't have is named by check_division; memory is then that of stage 3."""
+    """A stage that these ranks can't have is named by check_division; memory is then that of stage
+    3."""
     try:
         return resolve_zero_stage(recipe.engine, world_size=world_size)
     except ConfigError:
@@ -126,4 +151,6 @@ def _stage(recipe: TrainConfig, world_size: int) -> ZeroStage:
 
 
 def _heads_divide(size: ModelSize, share: int) -> bool:
-    return size.num_heads % share == 0 and (size.num_key_heads % share == 0 or share % size.num_key_heads == 0)
+    return size.num_heads % share == 0 and (
+        size.num_key_heads % share == 0 or share % size.num_key_heads == 0
+    )

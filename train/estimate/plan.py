@@ -38,7 +38,9 @@ class PlanRequest:
         if not 0.0 < self.mfu <= 1.0:
             raise ConfigError(f"--mfu {self.mfu}; expected a fraction from above 0 to 1")
         if self.num_gpus > self.gpus_per_node and self.num_gpus % self.gpus_per_node:
-            raise ConfigError(f"--gpus {self.num_gpus} are no whole nodes of --gpus-per-node {self.gpus_per_node}")
+            raise ConfigError(
+                f"--gpus {self.num_gpus} are no whole nodes of --gpus-per-node {self.gpus_per_node}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,24 +66,35 @@ class Plan:
 
 
 def make_plan(request: PlanRequest) -> Plan:
-    """Return the plan. Raises ConfigError, DataError or ArtifactError for what no number of GPUs can run."""
+    """Return the plan. Raises ConfigError, DataError or ArtifactError for what no number of GPUs
+    can run."""
     recipe, data, shard_set = _inputs(request)
     order = make_run_order(recipe, data.manifest)
     gpu = gpu_named(request.gpu)
     dtype = torch.float32 if recipe.engine.dtype == "fp32" else torch.bfloat16
     config = model_config(recipe.model, data.manifest)
-    if request.sizes is not None and recipe.model.config is not None and "vocab_size" not in recipe.model.config:
-        raise ConfigError("model.config has no vocab_size, and without a shard set nothing else says it; set it")
+    if (
+        request.sizes is not None
+        and recipe.model.config is not None
+        and "vocab_size" not in recipe.model.config
+    ):
+        raise ConfigError(
+            "model.config has no vocab_size, and without a shard set nothing else says it; set it"
+        )
     size = model_size(config, lora=recipe.lora, dtype=dtype)
     ranks = request.num_gpus
     problem = _problem(recipe, order, data, ranks)
     shared = (
         None
         if problem
-        else division(recipe, order, data, shard_set, world_size=ranks // recipe.engine.sequence_parallel)
+        else division(
+            recipe, order, data, shard_set, world_size=ranks // recipe.engine.sequence_parallel
+        )
     )
     max_seq_len = data.manifest.max_seq_len
-    setup = setup_of(recipe, max_seq_len, ranks, dtype=dtype, micro_batches=shared.micro_batches if shared else 1)
+    setup = setup_of(
+        recipe, max_seq_len, ranks, dtype=dtype, micro_batches=shared.micro_batches if shared else 1
+    )
     memory = memory_of(size, setup)
     return Plan(
         request=request,
@@ -114,8 +127,10 @@ def _inputs(request: PlanRequest) -> tuple[TrainConfig, DataSize, ShardSet | Non
         return recipe, counted(shard_set), shard_set
     train = request.train
     if train.recipe is None:
-        raise ConfigError("no recipe: without a shard set that names one, give --recipe NAME|FILE.toml")
-    recipe = load_recipe(train.recipe, train.settings, model=train.model.model, max_steps=train.max_steps)
+        raise ConfigError(
+            "no recipe: without a shard set that names one, give --recipe NAME|FILE.toml"
+        )
+    recipe = load_recipe(train.recipe, train.settings, model=train.model, max_steps=train.max_steps)
     return recipe, stated(request.sizes), None
 
 
@@ -129,8 +144,8 @@ def _problem(recipe: TrainConfig, order: StepOrder, data: DataSize, ranks: int) 
         if order.unit == "conversation":
             return str(exc)
         return (
-            f"{exc}. Steps of conversations divide over any ranks: about {alike} are as many tokens, --set "
-            f"'batch={{conversations_per_step={alike}}}'"
+            f"{exc}. Steps of conversations divide over any ranks: about {alike} are as many"
+            f" tokens, --set 'batch={{conversations_per_step={alike}}}'"
         )
     return ""
 

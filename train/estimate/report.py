@@ -30,17 +30,30 @@ def as_text(plan: Plan) -> str:
     """Return the plan in lines."""
     request, forecast, order = plan.request, plan.forecast, plan.order
     lines = [
-        f"{plan.recipe.name} on {request.num_gpus} x {plan.gpu.name}, ZeRO stage {plan.zero_stage}: {_verdict(plan)}",
+        (
+            f"{plan.recipe.name} on {request.num_gpus} x {plan.gpu.name}, ZeRO stage"
+            f" {plan.zero_stage}: {_verdict(plan)}"
+        ),
         "",
-        f"model    {_count(plan.size.parameters)} parameters, {_count(plan.size.trained)} of them train",
+        (
+            f"model    {_count(plan.size.parameters)} parameters, {_count(plan.size.trained)} of"
+            " them train"
+        ),
         f"data     {_data(plan)}",
         *(f"         assumed: {assumption}" for assumption in plan.data.assumptions),
-        f"run      {forecast.steps:,} steps of {order.units_per_step:,} {order.unit}s, {forecast.warmup_steps:,} of "
-        f"warm-up; {forecast.epochs:g} epochs",
-        f"         {forecast.tokens:,} tokens, {forecast.loss_tokens:,} loss tokens, {forecast.flops:.3g} FLOPs",
+        (
+            f"run      {forecast.steps:,} steps of {order.units_per_step:,} {order.unit}s,"
+            f" {forecast.warmup_steps:,} of warm-up; {forecast.epochs:g} epochs"
+        ),
+        (
+            f"         {forecast.tokens:,} tokens, {forecast.loss_tokens:,} loss tokens,"
+            f" {forecast.flops:.3g} FLOPs"
+        ),
         *_division_lines(plan),
-        f"time     {_hours(forecast.seconds)} at {request.mfu:.0%} MFU (stated): "
-        f"{_tokens_per_second(plan):,.0f} tokens/s per GPU{_cost_text(plan)}",
+        (
+            f"time     {_hours(forecast.seconds)} at {request.mfu:.0%} MFU (stated): "
+            f"{_tokens_per_second(plan):,.0f} tokens/s per GPU{_cost_text(plan)}"
+        ),
         "",
         f"memory per GPU, GiB of {plan.gpu.memory_gib:.1f} that a program gets",
         *(f"  {title:26}{getattr(plan.memory, name) / GIB:8.1f}" for name, title in _PARTS.items()),
@@ -106,7 +119,9 @@ def _figures(plan: Plan) -> dict[str, Any]:
 
 def _verdict(plan: Plan) -> str:
     total, room = plan.memory.total / GIB, plan.gpu.memory_gib
-    memory = "does not fit" if not plan.fits else "fits" if total <= _TIGHT * room else "fits barely"
+    memory = (
+        "does not fit" if not plan.fits else "fits" if total <= _TIGHT * room else "fits barely"
+    )
     text = f"{memory}, {total:.1f} of {room:.1f} GiB per GPU"
     return f"does not run, see below ({text})" if plan.problems else text
 
@@ -115,8 +130,9 @@ def _data(plan: Plan) -> str:
     totals = plan.data.manifest.totals
     where = "stated" if plan.request.sizes is not None else str(plan.request.train.shards)
     return (
-        f"{where}: {totals.sequences:,} sequences in {totals.packs:,} packs of {plan.data.manifest.max_seq_len:,}, "
-        f"{totals.tokens:,} tokens, {totals.loss_tokens:,} loss tokens"
+        f"{where}: {totals.sequences:,} sequences in {totals.packs:,} packs of"
+        f" {plan.data.manifest.max_seq_len:,}, {totals.tokens:,} tokens, {totals.loss_tokens:,}"
+        " loss tokens"
     )
 
 
@@ -125,8 +141,9 @@ def _division_lines(plan: Plan) -> list[str]:
         return []
     per_rank = plan.forecast.tokens / plan.forecast.steps / plan.request.num_gpus
     return [
-        f"ranks    {per_rank:,.0f} tokens of a rank in a step, at most {plan.division.micro_batches} micro-batches; "
-        f"waiting for the slowest rank multiplies time by {plan.division.waiting:.2f}"
+        f"ranks    {per_rank:,.0f} tokens of a rank in a step, at most"
+        f" {plan.division.micro_batches} micro-batches; waiting for the slowest rank multiplies"
+        f" time by {plan.division.waiting:.2f}"
     ]
 
 
@@ -135,9 +152,13 @@ def _change_lines(plan: Plan) -> list[str]:
         return []
     head = "fits too, and computes nothing twice:" if plan.fits else "what would change it:"
     fits = {True: "fits", False: "does not fit"}
-    host = {change.what: f" (and {change.host_gib:.0f} GiB of the host for each GPU)" for change in plan.changes}
+    host = {
+        change.what: f" (and {change.host_gib:.0f} GiB of the host for each GPU)"
+        for change in plan.changes
+    }
     rows = [
-        f"  {change.gib:7.1f} GiB {fits[change.fits]:12} {change.what}{host[change.what] if change.host_gib else ''}"
+        f"  {change.gib:7.1f} GiB {fits[change.fits]:12}"
+        f" {change.what}{host[change.what] if change.host_gib else ''}"
         for change in plan.changes
     ]
     return [head, *rows, ""]
@@ -153,7 +174,11 @@ def _cost(plan: Plan) -> float | None:
 
 def _cost_text(plan: Plan) -> str:
     cost = _cost(plan)
-    return "" if cost is None else f"; {_gpu_hours(plan):,.0f} GPU hours at {plan.request.price:g} each: {cost:,.0f}"
+    return (
+        ""
+        if cost is None
+        else f"; {_gpu_hours(plan):,.0f} GPU hours at {plan.request.price:g} each: {cost:,.0f}"
+    )
 
 
 def _tokens_per_second(plan: Plan) -> float:

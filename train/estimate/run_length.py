@@ -1,4 +1,5 @@
-"""How long a run is and what it costs: steps, tokens, FLOPs, hours, at an efficiency that somebody states."""
+"""How long a run is and what it costs: steps, tokens, FLOPs, hours, at an efficiency that somebody
+states."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ class Division:
     micro_batches: int
     """Of a rank in a step, the most that were seen."""
     waiting: float
-    """Work of the dearest rank over that of the mean one, at each micro-batch: what waiting multiplies time by."""
+    """Work of the dearest rank over that of the mean one, at each micro-batch: what waiting
+    multiplies time by."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,13 +43,21 @@ class Forecast:
 
 
 def forecast(
-    recipe: TrainConfig, order: StepOrder, data: DataSize, cost: ModelCost, *, flops_per_second: float, waiting: float
+    recipe: TrainConfig,
+    order: StepOrder,
+    data: DataSize,
+    cost: ModelCost,
+    *,
+    flops_per_second: float,
+    waiting: float,
 ) -> Forecast:
     """Return what a run takes at `flops_per_second` of all GPUs together, while none waits."""
     epochs = order.total_units / order.num_units
     totals = data.manifest.totals
     tokens, loss_tokens = round(totals.tokens * epochs), round(totals.loss_tokens * epochs)
-    flops = cost.flops(tokens=tokens, loss_tokens=loss_tokens, squared_lengths=round(data.squared_lengths * epochs))
+    flops = cost.flops(
+        tokens=tokens, loss_tokens=loss_tokens, squared_lengths=round(data.squared_lengths * epochs)
+    )
     return Forecast(
         steps=order.total_steps,
         warmup_steps=math.ceil(recipe.schedule.warmup_ratio * order.total_steps),
@@ -60,29 +70,43 @@ def forecast(
 
 
 def division(
-    recipe: TrainConfig, order: StepOrder, data: DataSize, shard_set: ShardSet | None, *, world_size: int
+    recipe: TrainConfig,
+    order: StepOrder,
+    data: DataSize,
+    shard_set: ShardSet | None,
+    *,
+    world_size: int,
 ) -> Division:
     """Return how `world_size` ranks share the steps, from steps at equal distances over the run.
 
-    Without a shard set packs are all alike, and lengths of conversations are drawn from the spread that is assumed.
+    Without a shard set packs are all alike, and lengths of conversations are drawn from the spread
+    that is assumed.
     """
     per_micro_batch = recipe.batch.packs_per_micro_batch
     capacity = per_micro_batch * (1 if order.unit == "pack" else data.manifest.max_seq_len)
     highest, mean, micro_batches = 0.0, 0.0, 0
     full_steps = max(1, order.total_units // order.units_per_step)  # the last one may be short
-    for step in np.linspace(0, full_steps - 1, min(_SAMPLED_STEPS, full_steps)).astype(int).tolist():
+    for step in (
+        np.linspace(0, full_steps - 1, min(_SAMPLED_STEPS, full_steps)).astype(int).tolist()
+    ):
         lengths = _lengths(order, data, shard_set, step)
-        sizes = np.array([1 if order.unit == "pack" else length.sum() for length in lengths], np.int64)
+        sizes = np.array(
+            [1 if order.unit == "pack" else length.sum() for length in lengths], np.int64
+        )
         costs = costs_of(lengths)
         ranks = deal(sizes, costs, capacity=capacity, world_size=world_size)
-        loads = np.array([[costs[positions].sum() for positions in rank] for rank in ranks])  # [W, micro-batches]
+        loads = np.array(
+            [[costs[positions].sum() for positions in rank] for rank in ranks]
+        )  # [W, micro-batches]
         highest += float(loads.max(axis=0).sum())
         mean += float(loads.mean(axis=0).sum())
         micro_batches = max(micro_batches, loads.shape[1])
     return Division(micro_batches=micro_batches, waiting=highest / mean)
 
 
-def _lengths(order: StepOrder, data: DataSize, shard_set: ShardSet | None, step: int) -> list[npt.NDArray[np.int64]]:
+def _lengths(
+    order: StepOrder, data: DataSize, shard_set: ShardSet | None, step: int
+) -> list[npt.NDArray[np.int64]]:
     """Return the lengths of the sequences of each unit of a step."""
     ids = order.step(step)
     if shard_set is None:

@@ -1,4 +1,5 @@
-"""torchrun for the ranks of one machine, without its tracebacks: their own last words say why they ended."""
+"""torchrun for the ranks of one machine, without its tracebacks: their own last words say why they
+ended."""
 
 import signal
 import sys
@@ -9,7 +10,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main() -> None:
-    """Run torchrun with the arguments of this process; exit code of the rank that failed first, or 1."""
+    """Run torchrun with the arguments of this process; exit code of the rank that failed first, or
+    1."""
     try:
         run.main()
     except SignalException:  # it was passed on to the ranks
@@ -17,7 +19,9 @@ def main() -> None:
     except ChildFailedError as exc:
         for rank, failure in sorted(exc.failures.items()):
             if failure.exitcode < 0:
-                sys.stderr.write(f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}\n")
+                sys.stderr.write(
+                    f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}\n"
+                )
         _, first = exc.get_first_failure()
         raise SystemExit(max(1, first.exitcode)) from None
 

@@ -36,15 +36,19 @@ def read_hostfile(path: Path) -> Hosts:
             continue
         match = _LINE.fullmatch(content)
         if match is None or match["host"].startswith("-") or int(match["slots"]) < 1:
-            raise ConfigError(f"{path} line {number}: {content!r}; expected `HOST slots=N` with N of 1 or more")
+            raise ConfigError(
+                f"{path} line {number}: {content!r}; expected `HOST slots=N` with N of 1 or more"
+            )
         host, slots = match["host"], int(match["slots"])
         if host in slots_of:
-            raise ConfigError(f"{path} line {number}: {host} is there twice; give each host one line")
+            raise ConfigError(
+                f"{path} line {number}: {host} is there twice; give each host one line"
+            )
         if slots_of and slots not in slots_of.values():
             first = next(iter(slots_of))
             raise ConfigError(
-                f"{path} line {number}: {host} has {slots} slots and {first} has {slots_of[first]}; every node "
-                "runs the same number of ranks, so make them equal or leave hosts out"
+                f"{path} line {number}: {host} has {slots} slots and {first} has {slots_of[first]};"
+                " every node runs the same number of ranks, so make them equal or leave hosts out"
             )
         slots_of[host] = slots
     if not slots_of:

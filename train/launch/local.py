@@ -1,4 +1,5 @@
-"""Start the ranks of a run on this machine, and say how it ended: torchrun would turn every exit code into 1."""
+"""Start the ranks of a run on this machine, and say how it ended: torchrun would turn every exit
+code into 1."""
 
 import contextlib
 import logging
@@ -29,18 +30,29 @@ _FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def choose_num_ranks(wanted: int | None) -> int:
-    """Return `wanted`, or all visible GPUs, or 1. Raises ConfigError for more ranks than GPUs, where there are any."""
+    """Return `wanted`, or all visible GPUs, or 1. Raises ConfigError for more ranks than GPUs,
+    where there are any."""
     import torch
 
     return ranks_on(torch.cuda.device_count(), wanted)
 
 
 def ranks_on(num_gpus: int, wanted: int | None) -> int:
-    """Return how many ranks to start on a machine with `num_gpus` visible GPUs; without any, they run on the CPU."""
+    """Return how many ranks to start on a machine with `num_gpus` visible GPUs; without any, they
+    run on the CPU."""
     if wanted is not None and num_gpus and wanted > num_gpus:
-        raise ConfigError(f"--nproc-per-node {wanted}, but {num_gpus} GPUs are visible; give at most {num_gpus}")
-    if wanted is not None and not num_gpus and wanted > (most := _RANKS_PER_CORE * (os.cpu_count() or 1)):
-        raise ConfigError(f"--nproc-per-node {wanted} without a GPU; give at most {most}, {_RANKS_PER_CORE} for a core")
+        raise ConfigError(
+            f"--nproc-per-node {wanted}, but {num_gpus} GPUs are visible; give at most {num_gpus}"
+        )
+    if (
+        wanted is not None
+        and not num_gpus
+        and wanted > (most := _RANKS_PER_CORE * (os.cpu_count() or 1))
+    ):
+        raise ConfigError(
+            f"--nproc-per-node {wanted} without a GPU; give at most {most}, {_RANKS_PER_CORE} for a"
+            " core"
+        )
     return wanted or max(1, num_gpus)
 
 
@@ -48,13 +60,16 @@ Done = Literal["here", "by ranks", "before"]
 
 
 def run_or_launch(prepared: Prepared, num_ranks: int | None) -> Done:
-    """Train in this process, or start ranks and wait for them; return who did it, this start or one before it.
+    """Train in this process, or start ranks and wait for them; return who did it, this start or one
+    before it.
 
     Raises the SftError that ended the run.
     """
     if launched():
         if num_ranks is not None:
-            raise ConfigError("--nproc-per-node starts ranks, but this process is one already; leave it out")
+            raise ConfigError(
+                "--nproc-per-node starts ranks, but this process is one already; leave it out"
+            )
     else:
         chosen = choose_num_ranks(num_ranks)
         check_ranks(prepared, chosen)
@@ -69,15 +84,19 @@ def run_or_launch(prepared: Prepared, num_ranks: int | None) -> Done:
 def launch(prepared: Prepared, num_ranks: int) -> None:
     """Run torchrun and pass signals on to it. Raises the SftError that the run left in status.json.
 
-    torchrun gets a process group of its own: Ctrl-C at a terminal would reach it beside us, and it takes the second
-    signal for a wish to end without a save.
+    torchrun gets a process group of its own: Ctrl-C at a terminal would reach it beside us, and it
+    takes the second signal for a wish to end without a save.
     """
     with atomic.exclusive_lock(prepared.run.lock, f"training in {prepared.run.path}"):
         _check_writable(prepared.run)
-    # said here, a lock that is taken and a full disk are one line; a rank would fail within torchrun's report
+    # said here, a lock that is taken and a full disk are one line; a rank would fail within
+    # torchrun's report
     before = last_change(prepared.run)
     command = torchrun_command(prepared.request, num_ranks)
-    with subprocess.Popen(command, preexec_fn=die_with_parent, process_group=0) as process, _forwarding_to(process):
+    with (
+        subprocess.Popen(command, preexec_fn=die_with_parent, process_group=0) as process,
+        _forwarding_to(process),
+    ):
         code = _wait(process, lambda: status_since(prepared.run, before))
     said = f"the ranks ended with exit code {code}; what they wrote above says why"
     raise_unless_complete(prepared, exit_code=code, before=before, said=said)
@@ -92,7 +111,8 @@ def _check_writable(run: RunDir) -> None:
 
 @contextlib.contextmanager
 def _forwarding_to(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Pass on what asks for a stop while the block runs; a second Ctrl-C ends torchrun, and so the ranks, at once."""
+    """Pass on what asks for a stop while the block runs; a second Ctrl-C ends torchrun, and so the
+    ranks, at once."""
 
     def forward(number: int, _frame: FrameType | None) -> None:
         process.send_signal(number)
@@ -116,7 +136,8 @@ def _forwarding_to(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 
 def _wait(process: "subprocess.Popen[bytes]", status: Callable[[], dict[str, Any] | None]) -> int:
-    """Return torchrun's exit code; end it where a rank has failed and others still wait for that rank.
+    """Return torchrun's exit code; end it where a rank has failed and others still wait for that
+    rank.
 
     torchrun would give them the time of a save, which they can't begin without it.
     """
@@ -132,8 +153,9 @@ def _wait(process: "subprocess.Popen[bytes]", status: Callable[[], dict[str, Any
 def torchrun_command(request: TrainRequest, num_ranks: int) -> list[str]:
     """Return the command that starts the ranks.
 
-    The ranks run the console script, never `-m train`: the working directory may hold a train.py. torchrun itself runs
-    with -P for the same reason. It must pass SIGUSR1 on, and wait for a save before it kills.
+    The ranks run the console script, never `-m train`: the working directory may hold a train.py.
+    torchrun itself runs with -P for the same reason. It must pass SIGUSR1 on, and wait for a save
+    before it kills.
     """
     return [
         *(sys.executable, "-P", "-m", "train.launch.elastic"),
@@ -178,5 +200,7 @@ def console_script() -> Path:
     beside = Path(sys.executable).with_name("sft-train")
     found = beside if beside.exists() else shutil.which("sft-train")
     if found is None:
-        raise PrerequisiteError("no command sft-train to start the ranks with; install this package with pip")
+        raise PrerequisiteError(
+            "no command sft-train to start the ranks with; install this package with pip"
+        )
     return Path(found)

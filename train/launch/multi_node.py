@@ -1,4 +1,5 @@
-"""`sft-train launch`: check a run as its start would check it, then say, or do, what starts it on many nodes."""
+"""`sft-train launch`: check a run as its start would check it, then say, or do, what starts it on
+many nodes."""
 
 import socket
 from dataclasses import dataclass, replace
@@ -6,10 +7,18 @@ from pathlib import Path
 
 from shared.errors import ConfigError
 from train.data.tokenizer_match import check_tokenizer
+from train.launch import slurm, ssh
 from train.launch.hostfile import read_hostfile
-from train.launch.local import request_arguments, slurm, ssh
+from train.launch.local import request_arguments
 from train.launch.slurm import SlurmOptions
-from train.launch.torchrun import DEFAULT_PORT, Cluster, meeting_point, node_command, quote, shell_line
+from train.launch.torchrun import (
+    DEFAULT_PORT,
+    Cluster,
+    meeting_point,
+    node_command,
+    quote,
+    shell_line,
+)
 from train.run.prepare import Prepared, TrainRequest, check_ranks, prepare
 
 
@@ -28,7 +37,8 @@ class LaunchRequest:
 
 
 def launch_by_slurm(request: LaunchRequest, options: SlurmOptions) -> str:
-    """Return the batch script, or what sbatch said of it. Raises ConfigError and what `prepare` raises."""
+    """Return the batch script, or what sbatch said of it. Raises ConfigError and what `prepare`
+    raises."""
     cluster, prepared = _check(request)
     if prepared.is_complete:
         return _nothing_to_do(prepared)
@@ -39,13 +49,18 @@ def launch_by_slurm(request: LaunchRequest, options: SlurmOptions) -> str:
 def launch_by_hand(request: LaunchRequest, head: str | None) -> str:
     """Return the lines to run on the head, by default this machine, and on the others."""
     if request.submit:
-        raise ConfigError("--submit starts nothing with --torchrun: run the lines that it prints, each on its node")
+        raise ConfigError(
+            "--submit starts nothing with --torchrun: run the lines that it prints, each on its"
+            " node"
+        )
     cluster, prepared = _check(request)
     if prepared.is_complete:
         return _nothing_to_do(prepared)
     address = head if head is not None else socket.getfqdn()
     if cluster.num_nodes > 1 and address.startswith("localhost"):
-        raise ConfigError(f"the head is {address}, which other nodes cannot reach; name it with --head HOST")
+        raise ConfigError(
+            f"the head is {address}, which other nodes cannot reach; name it with --head HOST"
+        )
     port, run_id = cluster.port or DEFAULT_PORT, prepared.run.path.name
 
     def line(*, is_head: bool) -> str:
@@ -61,7 +76,8 @@ def launch_by_hand(request: LaunchRequest, head: str | None) -> str:
 
 
 def launch_by_ssh(request: LaunchRequest, path: Path) -> str:
-    """Return the ssh commands for the hosts of a DeepSpeed hostfile, or run them and say where the model is.
+    """Return the ssh commands for the hosts of a DeepSpeed hostfile, or run them and say where the
+    model is.
 
     Raises the SftError that ended the run.
     """
@@ -71,7 +87,9 @@ def launch_by_ssh(request: LaunchRequest, path: Path) -> str:
         ("--gpus-per-node", request.gpus_per_node, hosts.slots),
     ):
         if given not in (None, found):
-            raise ConfigError(f"{name} {given}, but {path} has {found}; leave the option out, or change the file")
+            raise ConfigError(
+                f"{name} {given}, but {path} has {found}; leave the option out, or change the file"
+            )
     cluster, prepared = _check(request, num_nodes=len(hosts.names), gpus_per_node=hosts.slots)
     if prepared.is_complete:
         return _nothing_to_do(prepared)
@@ -94,7 +112,8 @@ def suggested_command(request: TrainRequest, *, num_nodes: int, gpus_per_node: i
 def _check(
     request: LaunchRequest, *, num_nodes: int | None = None, gpus_per_node: int | None = None
 ) -> tuple[Cluster, Prepared]:
-    """Return the cluster and the run, both checked. No torch, and no look at GPUs: they are on other machines."""
+    """Return the cluster and the run, both checked. No torch, and no look at GPUs: they are on
+    other machines."""
     nodes, gpus = num_nodes or request.num_nodes, gpus_per_node or request.gpus_per_node
     if nodes is None or gpus is None:
         raise ConfigError("how large is the cluster? Give --nodes and --gpus-per-node")
@@ -108,8 +127,8 @@ def _check(
     )
     if request.train.resume not in ("auto", "never"):
         raise ConfigError(
-            f"--resume {request.train.resume}: every start on the cluster would go back there; remove the checkpoints "
-            "after it, or start another run with --output"
+            f"--resume {request.train.resume}: every start on the cluster would go back there;"
+            " remove the checkpoints after it, or start another run with --output"
         )
     prepared = prepare(request.train)
     # checked here and now; a later start of the same job goes on
@@ -122,5 +141,9 @@ def _check(
 
 def _nothing_to_do(prepared: Prepared) -> str:
     asked = prepared.request.push_to_hub or prepared.request.push_checkpoints
-    push = f"; push it with sft-train push [--checkpoints] {prepared.run.path} USER/NAME" if asked else ""
+    push = (
+        f"; push it with sft-train push [--checkpoints] {prepared.run.path} USER/NAME"
+        if asked
+        else ""
+    )
     return f"{prepared.run.path} is complete: the model is in {prepared.run.model}{push}"

@@ -1,8 +1,10 @@
-"""The batch script of a run on SLURM: one torchrun per node, a save before the time limit, the job in the queue again.
+"""The batch script of a run on SLURM: one torchrun per node, a save before the time limit, the job
+in the queue again.
 
-How SLURM behaves, which the script relies on: `--signal=B:` reaches the batch shell alone, and its trap runs only while
-the shell waits for a background process; srun passes SIGUSR1 on to its tasks but answers SIGTERM by killing them; a
-requeued job runs the same script again under the same job id.
+How SLURM behaves, which the script relies on: `--signal=B:` reaches the batch shell alone, and its
+trap runs only while the shell waits for a background process; srun passes SIGUSR1 on to its tasks
+but answers SIGTERM by killing them; a requeued job runs the same script again under the same job
+id.
 """
 
 import re
@@ -22,9 +24,10 @@ _OURS = ("nodes", "ntasks-per-node", "gpus-per-node", "signal", "requeue", "open
 _SCRIPT = r"""#!/bin/bash
 {directives}
 
-# One torchrun for each node. All nodes see this directory, the shard set, the run directory and this Python at the same
-# paths. SLURM signals this script {seconds} s before the time limit; it passes that on, the ranks finish their step and
-# save, and the job goes back into the queue, where the next start goes on. scancel ends it for good.
+# One torchrun for each node. All nodes see this directory, the shard set, the run directory and
+# this Python at the same paths. SLURM signals this script {seconds} s before the time limit; it
+# passes that on, the ranks finish their step and save, and the job goes back into the queue, where
+# the next start goes on. scancel ends it for good.
 set -uo pipefail
 cd -- {folder} || exit 1
 {exports}
@@ -81,8 +84,14 @@ class SlurmOptions:
 
 
 def batch_script(cluster: Cluster, prepared: Prepared, options: SlurmOptions) -> str:
-    """Return the script for sbatch. Raises ConfigError for a value that sbatch could read as something else."""
-    rendezvous = ["--rdzv-endpoint", ShellWord('"$head:$port"'), "--rdzv-id", ShellWord('"$SLURM_JOB_ID"')]
+    """Return the script for sbatch. Raises ConfigError for a value that sbatch could read as
+    something else."""
+    rendezvous = [
+        "--rdzv-endpoint",
+        ShellWord('"$head:$port"'),
+        "--rdzv-id",
+        ShellWord('"$SLURM_JOB_ID"'),
+    ]
     return _SCRIPT.format(
         directives="\n".join(f"#SBATCH {line}" for line in _directives(cluster, prepared, options)),
         seconds=cluster.seconds_to_save,
@@ -91,15 +100,22 @@ def batch_script(cluster: Cluster, prepared: Prepared, options: SlurmOptions) ->
         run=quote(str(prepared.run.path)),
         # two jobs may share a node: take a port by the job, below those that the kernel hands out
         port=cluster.port if cluster.port is not None else "$((20000 + SLURM_JOB_ID % 10000))",
-        srun_cpus="--cpu-bind=none" if options.cpus_per_node is None else f"--cpus-per-task={options.cpus_per_node}",
+        srun_cpus=(
+            "--cpu-bind=none"
+            if options.cpus_per_node is None
+            else f"--cpus-per-task={options.cpus_per_node}"
+        ),
         command=shell_lines(node_command(cluster, prepared.request, rendezvous)),
         sft_train=quote(str(console_script())),
-        requeue=_REQUEUE if prepared.request.stop_after is None else "",  # --stop-after: it is to end there
+        requeue=(
+            _REQUEUE if prepared.request.stop_after is None else ""
+        ),  # --stop-after: it is to end there
     )
 
 
 def _directives(cluster: Cluster, prepared: Prepared, options: SlurmOptions) -> list[str]:
-    """Return the options for sbatch; it reads them without a shell, so they hold plain characters only."""
+    """Return the options for sbatch; it reads them without a shell, so they hold plain characters
+    only."""
     _check_time(options.time, cluster.seconds_to_save)
     named = {
         "--job-name": options.job_name or re.sub(r"[^A-Za-z0-9_.-]", "-", prepared.run.path.name),
@@ -119,19 +135,25 @@ def _directives(cluster: Cluster, prepared: Prepared, options: SlurmOptions) -> 
     for other in options.others:
         name = other.partition("=")[0]
         if name in _OURS or name.startswith("-"):
-            raise ConfigError(f"--sbatch {other}: expected another option than {', '.join(_OURS)}, without dashes")
+            raise ConfigError(
+                f"--sbatch {other}: expected another option than {', '.join(_OURS)}, without dashes"
+            )
         lines.append(f"--{_plain('--sbatch', other)}")
     return lines
 
 
 def _plain(name: str, value: str) -> str:
     if not _PLAIN.fullmatch(value):
-        raise ConfigError(f"{name} {value!r}: expected letters, digits and _.,:@%/+=*[]- only, as sbatch reads them")
+        raise ConfigError(
+            f"{name} {value!r}: expected letters, digits and _.,:@%/+=*[]- only, as sbatch reads"
+            " them"
+        )
     return value
 
 
 def _check_time(time: str | None, seconds_to_save: int) -> None:
-    """Raise ConfigError unless the time limit, in any of SLURM's forms, leaves time to train before the signal."""
+    """Raise ConfigError unless the time limit, in any of SLURM's forms, leaves time to train before
+    the signal."""
     if time is None:
         return
     match = _TIME.fullmatch(time)
@@ -148,8 +170,8 @@ def _check_time(time: str | None, seconds_to_save: int) -> None:
     limit = (hours * 60 + minutes) * 60 + seconds
     if limit <= seconds_to_save:
         raise ConfigError(
-            f"--time {time} is {limit} s, and the ranks are told to stop {seconds_to_save} s before it "
-            "(--seconds-to-save); ask for more time, or leave less for the save"
+            f"--time {time} is {limit} s, and the ranks are told to stop {seconds_to_save} s before"
+            " it (--seconds-to-save); ask for more time, or leave less for the save"
         )
 
 
@@ -159,7 +181,8 @@ def _assignment(setting: str) -> str:
 
 
 def submit(script: str) -> str:
-    """Hand `script` to sbatch; return what it said. Raises PrerequisiteError if there is none, or it refuses."""
+    """Hand `script` to sbatch; return what it said. Raises PrerequisiteError if there is none, or
+    it refuses."""
     try:
         done = subprocess.run(["sbatch"], input=script, capture_output=True, text=True, check=False)
     except FileNotFoundError as exc:

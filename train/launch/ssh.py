@@ -1,6 +1,8 @@
-"""One ssh for each host of a hostfile, each running that node's torchrun; this process waits for them all.
+"""One ssh for each host of a hostfile, each running that node's torchrun; this process waits for
+them all.
 
-Not DeepSpeed's own launcher: that one needs pdsh, does not wait for a save, and starts nothing again.
+Not DeepSpeed's own launcher: that one needs pdsh, does not wait for a save, and starts nothing
+again.
 """
 
 import contextlib
@@ -17,7 +19,14 @@ from shared import atomic
 from shared.errors import PrerequisiteError
 from train.engine.launcher_env import die_with_parent
 from train.launch.hostfile import Hosts
-from train.launch.torchrun import DEFAULT_PORT, Cluster, meeting_point, node_command, quote, shell_line
+from train.launch.torchrun import (
+    DEFAULT_PORT,
+    Cluster,
+    meeting_point,
+    node_command,
+    quote,
+    shell_line,
+)
 from train.run.directory import RunDir
 from train.run.prepare import Prepared
 from train.run.read_status import last_change, raise_unless_complete
@@ -31,12 +40,15 @@ _SECONDS_FOR_THE_OTHERS = 30.0
 def ssh_commands(cluster: Cluster, prepared: Prepared, hosts: Hosts) -> list[list[str]]:
     """Return the command line that starts the ranks of each host from here.
 
-    `-tt` ties the far end to this one: when the connection ends, torchrun there gets SIGHUP and takes its ranks along.
+    `-tt` ties the far end to this one: when the connection ends, torchrun there gets SIGHUP and
+    takes its ranks along.
     """
     commands = []
     port, run_id = cluster.port or DEFAULT_PORT, prepared.run.path.name
     for number, (host, address) in enumerate(zip(hosts.names, hosts.addresses, strict=True)):
-        rendezvous = meeting_point(hosts.addresses[0], port, run_id, is_host=number == 0, address=address)
+        rendezvous = meeting_point(
+            hosts.addresses[0], port, run_id, is_host=number == 0, address=address
+        )
         line = shell_line(node_command(cluster, prepared.request, rendezvous), cluster.environment)
         remote = f"cd {quote(str(Path.cwd()))} && exec {line}"
         commands.append(["ssh", "-o", "BatchMode=yes", "-tt", host, remote])
@@ -61,12 +73,16 @@ def run_on_hosts(commands: Sequence[Sequence[str]], prepared: Prepared, hosts: H
     if first is None:
         said = "the ranks ended without a word"
     else:
-        said = f"{hosts.names[first]} ended with exit code {processes[first].returncode}; {logs[first]} says why"
+        said = (
+            f"{hosts.names[first]} ended with exit code {processes[first].returncode};"
+            f" {logs[first]} says why"
+        )
     raise_unless_complete(prepared, exit_code=0 if first is None else 1, before=before, said=said)
 
 
 def _start(command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
-    """Start one ssh. In a session of its own: Ctrl-C in this terminal asks for a stop, it does not cut connections."""
+    """Start one ssh. In a session of its own: Ctrl-C in this terminal asks for a stop, it does not
+    cut connections."""
     with log.open("ab") as file:
         try:
             return subprocess.Popen(
@@ -78,11 +94,14 @@ def _start(command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
                 preexec_fn=die_with_parent,
             )
         except FileNotFoundError as exc:
-            raise PrerequisiteError("no command ssh to start the other hosts with; leave --submit out") from exc
+            raise PrerequisiteError(
+                "no command ssh to start the other hosts with; leave --submit out"
+            ) from exc
 
 
 def _wait(processes: "Sequence[subprocess.Popen[bytes]]") -> int | None:
-    """Wait for all; return the first that failed. After it torchrun elsewhere has a while to see that by itself."""
+    """Wait for all; return the first that failed. After it torchrun elsewhere has a while to see
+    that by itself."""
     first, deadline = None, math.inf
     while True:
         codes = [process.poll() for process in processes]
@@ -99,7 +118,8 @@ def _wait(processes: "Sequence[subprocess.Popen[bytes]]") -> int | None:
 
 @contextlib.contextmanager
 def _passing_on_signals(run: RunDir) -> Iterator[None]:
-    """Turn a signal to this process into the file that asks the ranks to stop, since ssh carries no signals.
+    """Turn a signal to this process into the file that asks the ranks to stop, since ssh carries no
+    signals.
 
     A second Ctrl-C ends the connections, and so the ranks, at once.
     """
@@ -109,7 +129,10 @@ def _passing_on_signals(run: RunDir) -> Iterator[None]:
         run.stop.touch()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    before = {
+        number: signal.signal(number, ask)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    }
     try:
         yield
     finally:

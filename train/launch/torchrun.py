@@ -1,7 +1,8 @@
-"""A run on many nodes: what every launcher has to say, and the torchrun command that starts the ranks of one node.
+"""A run on many nodes: what every launcher has to say, and the torchrun command that starts the
+ranks of one node.
 
-Which program starts it on each node (SLURM, ssh, a person) is not known here. All nodes see the same directories at
-the same paths: the working directory, the shard set, the run, and this Python.
+Which program starts it on each node (SLURM, ssh, a person) is not known here. All nodes see the
+same directories at the same paths: the working directory, the shard set, the run, and this Python.
 """
 
 import re
@@ -25,7 +26,8 @@ class Cluster:
     gpus_per_node: int
     """Also the ranks of a node: one for each GPU."""
     max_restarts: int = 3
-    """How often torchrun starts all ranks again after one failed; they go on from the last checkpoint."""
+    """How often torchrun starts all ranks again after one failed; they go on from the last
+    checkpoint."""
     seconds_to_save: int = 600
     """Time between the wish to stop and the kill."""
     port: int | None = None
@@ -36,7 +38,9 @@ class Cluster:
     def __post_init__(self) -> None:
         for setting in self.environment:
             if not re.match(r"[A-Za-z_][A-Za-z0-9_]*=", setting):
-                raise ConfigError(f"--env {setting}: expected NAME=VALUE, as in NCCL_SOCKET_IFNAME=eth0")
+                raise ConfigError(
+                    f"--env {setting}: expected NAME=VALUE, as in NCCL_SOCKET_IFNAME=eth0"
+                )
 
     @property
     def world_size(self) -> int:
@@ -52,8 +56,9 @@ class ShellWord(str):
 def node_command(cluster: Cluster, request: TrainRequest, rendezvous: Sequence[str]) -> list[str]:
     """Return the words, not yet quoted for a shell, that start the ranks of one node.
 
-    `rendezvous` are the options of torchrun that say where the nodes meet. Which node hosts the meeting is always said
-    (`is_host`), since torchrun's guess compares host names and fails for a second network card or an alias.
+    `rendezvous` are the options of torchrun that say where the nodes meet. Which node hosts the
+    meeting is always said (`is_host`), since torchrun's guess compares host names and fails for a
+    second network card or an alias.
     """
     return [
         *(sys.executable, "-P", "-m", "torch.distributed.run"),
@@ -67,15 +72,27 @@ def node_command(cluster: Cluster, request: TrainRequest, rendezvous: Sequence[s
     ]
 
 
-def meeting_point(head: str, port: int, run_id: str, *, is_host: bool, address: str | None = None) -> list[str]:
-    """Return torchrun's options for a rendezvous on `head`; `address` is where others reach this node."""
+def meeting_point(
+    head: str, port: int, run_id: str, *, is_host: bool, address: str | None = None
+) -> list[str]:
+    """Return torchrun's options for a rendezvous on `head`; `address` is where others reach this
+    node."""
     own = [] if address is None else ["--local-addr", address]
     endpoint = f"[{head}]:{port}" if ":" in head else f"{head}:{port}"
-    return ["--rdzv-endpoint", endpoint, "--rdzv-id", run_id, "--rdzv-conf", f"is_host={int(is_host)}", *own]
+    return [
+        "--rdzv-endpoint",
+        endpoint,
+        "--rdzv-id",
+        run_id,
+        "--rdzv-conf",
+        f"is_host={int(is_host)}",
+        *own,
+    ]
 
 
 def shell_line(words: Sequence[str], environment: Sequence[str] = ()) -> str:
-    """Return `words` as one line of shell that means exactly them, with `environment` set for the command."""
+    """Return `words` as one line of shell that means exactly them, with `environment` set for the
+    command."""
     return " ".join(map(quote, [*(["env", *environment] if environment else []), *words]))
 
 

@@ -1,7 +1,9 @@
-"""The loss on an evaluation set: over all its loss tokens and for each source, exact for any number of ranks.
+"""The loss on an evaluation set: over all its loss tokens and for each source, exact for any number
+of ranks.
 
-No dropout and no random number is drawn, so that training is bit for bit what it is without evaluation. Every rank
-runs as many forward passes as the others: under ZeRO-3 they gather weights together.
+No dropout and no random number is drawn, so that training is bit for bit what it is without
+evaluation. Every rank runs as many forward passes as the others: under ZeRO-3 they gather weights
+together.
 """
 
 import time
@@ -34,7 +36,8 @@ class EvalFeed:
     sequence_parallel: int
 
     def pack_ids(self) -> Ids:
-        """Return the packs to evaluate, int64: all, or a sample that only the set decides: packs lie sorted by size."""
+        """Return the packs to evaluate, int64: all, or a sample that only the set decides: packs
+        lie sorted by size."""
         num_packs = self.shard_set.num_packs
         if not self.max_packs or self.max_packs >= num_packs:
             return np.arange(num_packs, dtype=np.int64)
@@ -62,7 +65,9 @@ class EvalFeed:
                 max_token_id=self.shard_set.manifest.max_token_id,
                 where=str(self.shard_set.path),
             )
-        return make_micro_batch(packs, [np.ones(count, np.float32) for count in counts], uniform_weight=1.0)
+        return make_micro_batch(
+            packs, [np.ones(count, np.float32) for count in counts], uniform_weight=1.0
+        )
 
 
 def evaluate(engine: Any, feed: EvalFeed, ranks: Ranks) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The training loop: plan and fetch, forward and backward, update, log, checkpoint; in that order, one step a turn."""
+"""The training loop: plan and fetch, forward and backward, update, log, checkpoint; in that order,
+one step a turn."""
 
 import gc
 import logging
@@ -53,7 +54,8 @@ class Parts:
 
 
 def train(parts: Parts, start: TrainState) -> None:
-    """Run the steps after `start.step` to the end. Raises StoppedOnRequest, with the state saved, if asked to stop."""
+    """Run the steps after `start.step` to the end. Raises StoppedOnRequest, with the state saved,
+    if asked to stop."""
     recipe, total_steps = parts.prepared.recipe, parts.prepared.order.total_steps
     counters = start.counters
     num_sources = len(parts.feed.shard_set.manifest.sources)
@@ -63,7 +65,10 @@ def train(parts: Parts, start: TrainState) -> None:
     for batch in parts.feed.steps(start.step):
         data_seconds = time.perf_counter() - fetch_started
         rate = learning_rate(
-            batch.step, peak=recipe.optim.learning_rate, schedule=recipe.schedule, total_steps=total_steps
+            batch.step,
+            peak=recipe.optim.learning_rate,
+            schedule=recipe.schedule,
+            total_steps=total_steps,
         )
         window.add(_run_step(parts, batch, rate=rate), data_seconds=data_seconds)
         counters.add(batch)
@@ -86,13 +91,16 @@ def train(parts: Parts, start: TrainState) -> None:
                 parts.wish.granted()
             if stopping:
                 raise StoppedOnRequest(
-                    f"stopped after step {step} of {total_steps}, saved in {saved}; run the same command again to go on"
+                    f"stopped after step {step} of {total_steps}, saved in {saved}; run the same"
+                    " command again to go on"
                 )
         if evaluates:
             _evaluate(parts, step, saved)
         if saved is not None and parts.pusher is not None:
             parts.pusher.push(saved)  # with its evaluation loss
-        window.started += time.perf_counter() - pause_started  # such a pause is no part of the speed of training
+        window.started += (
+            time.perf_counter() - pause_started
+        )  # such a pause is no part of the speed of training
         if step == start.step + 1:
             gc.collect()
             gc.freeze()  # what lives now lives to the end: later collections, and the stalls they cause, stay small
@@ -104,7 +112,9 @@ def _run_step(parts: Parts, batch: StepBatch, *, rate: float) -> StepResult:
     """Run forward and backward passes and the update, without waiting for the device."""
     device = parts.ranks.device
     source_totals = empty_totals(len(parts.feed.shard_set.manifest.sources), device)
-    balancing = torch.zeros(1, device=device) if parts.prepared.recipe.loss.load_balancing_weight else None
+    balancing = (
+        torch.zeros(1, device=device) if parts.prepared.recipe.loss.load_balancing_weight else None
+    )
     losses = accumulate(parts.engine, batch.micro_batches, parts.ranks, source_totals, balancing)
     refused = update(parts.engine, learning_rate=rate)
     return StepResult(
@@ -118,9 +128,12 @@ def _run_step(parts: Parts, batch: StepBatch, *, rate: float) -> StepResult:
 
 
 def _read(parts: Parts, window: Window, counters: Counters) -> WindowSums:
-    """Return the sums of the window; raise DataError if it holds refused steps that may not be left out."""
+    """Return the sums of the window; raise DataError if it holds refused steps that may not be left
+    out."""
     sums, refused = window.read(parts.ranks)
-    own_losses = sums.losses[len(sums.losses) - len(window.loss_steps) :]  # without those that a checkpoint carried
+    own_losses = sums.losses[
+        len(sums.losses) - len(window.loss_steps) :
+    ]  # without those that a checkpoint carried
     for result in refused:
         counters.skipped_steps += 1
         judge_refused_update(
@@ -134,7 +147,8 @@ def _read(parts: Parts, window: Window, counters: Counters) -> WindowSums:
     for step, loss in zip(window.loss_steps, own_losses, strict=True):
         if not math.isfinite(loss):
             raise DataError(
-                f"step {step}: the loss is not finite, though the gradients were; lower optim.learning_rate"
+                f"step {step}: the loss is not finite, though the gradients were; lower"
+                " optim.learning_rate"
             )
     return sums
 
@@ -149,10 +163,14 @@ def _log(parts: Parts, window: Window, counters: Counters, *, step: int, rate: f
         "epoch": parts.prepared.order.epoch_after(step),
         "learning_rate": rate,
         **make_record(window, sums, counters, ranks=parts.ranks, cost=parts.cost, peak=peak),
-        **means("train_loss", sums.source_losses, sums.source_tokens, parts.feed.shard_set.manifest),
+        **means(
+            "train_loss", sums.source_losses, sums.source_tokens, parts.feed.shard_set.manifest
+        ),
     }
     parts.log.write(record, total_steps=parts.prepared.order.total_steps)
-    own_losses = sums.losses[len(sums.losses) - len(window.loss_steps) :]  # without those that a checkpoint carried
+    own_losses = sums.losses[
+        len(sums.losses) - len(window.loss_steps) :
+    ]  # without those that a checkpoint carried
     parts.spikes.look_at(window.loss_steps, own_losses, parts.feed)
 
 
@@ -177,7 +195,8 @@ def _is_due(parts: Parts, step: int) -> bool:
 
 
 def _make_up(parts: Parts, start: TrainState) -> None:
-    """Do with the checkpoint that the run goes on from what comes after a save: it may have ended before that."""
+    """Do with the checkpoint that the run goes on from what comes after a save: it may have ended
+    before that."""
     own = _own_checkpoint(parts.prepared)
     if start.step and start.eval_loss is None and _is_due(parts, start.step):
         _evaluate(parts, start.step, own)
@@ -188,11 +207,16 @@ def _make_up(parts: Parts, start: TrainState) -> None:
 def _own_checkpoint(prepared: Prepared) -> Path | None:
     """Return the checkpoint that the run went on from, unless it belongs to another run."""
     path = prepared.resume_from
-    return path if path is not None and path.parent.resolve() == prepared.run.checkpoints.resolve() else None
+    return (
+        path
+        if path is not None and path.parent.resolve() == prepared.run.checkpoints.resolve()
+        else None
+    )
 
 
 def _evaluate(parts: Parts, step: int, saved: Path | None) -> None:
-    """Evaluate the weights after `step` steps, which lie in the checkpoint `saved`, if any: already safe by now."""
+    """Evaluate the weights after `step` steps, which lie in the checkpoint `saved`, if any: already
+    safe by now."""
     assert parts.eval_feed is not None
     with parts.watchdog.resting():
         result = evaluate(parts.engine, parts.eval_feed, parts.ranks)

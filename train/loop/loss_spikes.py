@@ -1,12 +1,14 @@
-"""Losses that jump out of a run's recent past, with the rows that made them: one line, and one in RUN/spikes.jsonl.
+"""Losses that jump out of a run's recent past, with the rows that made them: one line, and one in
+RUN/spikes.jsonl.
 
 A step's loss is a spike if it exceeds
 
     median + log.spike_sigma * max(1.4826 * MAD, 0.01 * median)
 
-of the last 128 losses before it (at least 20), where MAD is their median absolute deviation and 1.4826 makes it a
-standard deviation where losses are normally distributed. Medians stay what they are when a spike joins them. The
-losses are those that a log line fetches anyway; the past is that of this call.
+of the last 128 losses before it (at least 20), where MAD is their median absolute deviation and
+1.4826 makes it a standard deviation where losses are normally distributed. Medians stay what they
+are when a spike joins them. The losses are those that a log line fetches anyway; the past is that
+of this call.
 """
 
 import json
@@ -29,7 +31,8 @@ class SpikeLog:
     """The recent losses of a run, and the file of its spikes; on rank 0."""
 
     def __init__(self, path: Path, *, sigma: float, after_step: int) -> None:
-        """Open the log of a run that goes on after step `after_step`: later records go away. A `sigma` of 0 is off."""
+        """Open the log of a run that goes on after step `after_step`: later records go away. A
+        `sigma` of 0 is off."""
         keep_records(path, up_to_step=after_step)
         self._path = path
         self._sigma = sigma
@@ -57,6 +60,7 @@ class SpikeLog:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, sort_keys=True) + "\n")
         logger.warning(
-            "step %d: the loss spiked to %.4f (recent median %.4f, limit %.4f). Its rows: %s; all in %s",
+            "step %d: the loss spiked to %.4f (recent median %.4f, limit %.4f). Its rows: %s; all"
+            " in %s",
             *(step, loss, expected, limit, in_short(rows), self._path),
         )

@@ -1,4 +1,5 @@
-"""What a run reports: metrics.jsonl, the console line, and Weights & Biases if asked. All three show the same record.
+"""What a run reports: metrics.jsonl, the console line, and Weights & Biases if asked. All three
+show the same record.
 
     step, epoch                              updates done; passes over the packs that lie behind
     learning_rate                            of the last update
@@ -26,7 +27,8 @@ An evaluation has a record of its own:
     eval_loss/SOURCE                         over those of one of its sources; null if it has none
     eval_tokens, eval_seconds                how many those are; how long it took
 
-A window is the steps since the last record (`log.every_steps`). Steps and counts are integers, all else fractions.
+A window is the steps since the last record (`log.every_steps`). Steps and counts are integers, all
+else fractions.
 """
 
 import json
@@ -48,16 +50,26 @@ logger = logging.getLogger(__name__)
 
 
 def make_record(
-    window: Window, sums: WindowSums, counters: Counters, *, ranks: Ranks, cost: ModelCost, peak: float | None
+    window: Window,
+    sums: WindowSums,
+    counters: Counters,
+    *,
+    ranks: Ranks,
+    cost: ModelCost,
+    peak: float | None,
 ) -> dict[str, Any]:
     """Return the part of a record that follows from the window and the counters."""
     seconds = time.perf_counter() - window.started
     steps = max(1, window.steps)
-    flops = cost.flops(tokens=window.tokens, loss_tokens=window.loss_tokens, squared_lengths=window.squared_lengths)
+    flops = cost.flops(
+        tokens=window.tokens, loss_tokens=window.loss_tokens, squared_lengths=window.squared_lengths
+    )
     return {
         "grad_norm": window.grad_norm,
         "train_loss": sum(sums.losses) / len(sums.losses) if sums.losses else None,
-        "load_balancing_loss": sum(sums.balancing) / len(sums.balancing) if sums.balancing else None,
+        "load_balancing_loss": (
+            sum(sums.balancing) / len(sums.balancing) if sums.balancing else None
+        ),
         "loss_tokens": sums.loss_tokens,
         "loss_tokens_per_second": window.loss_tokens / seconds,
         "padding_share": 1.0 - window.tokens / window.positions if window.positions else 0.0,
@@ -74,7 +86,8 @@ def make_record(
 
 
 class MetricsLog:
-    """Rank 0's records: appended to metrics.jsonl, shown on the console, sent to Weights & Biases."""
+    """Rank 0's records: appended to metrics.jsonl, shown on the console, sent to Weights &
+    Biases."""
 
     def __init__(
         self,
@@ -87,7 +100,8 @@ class MetricsLog:
         after_step: int,
         is_evaluated: bool,
     ) -> None:
-        """Open the log of a run that goes on after step `after_step`: later records, and a torn last line, go away."""
+        """Open the log of a run that goes on after step `after_step`: later records, and a torn
+        last line, go away."""
         keep_records(path, up_to_step=after_step, is_evaluated=is_evaluated)
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(path.parent, config, run_name, wandb_id, recipe)
@@ -100,13 +114,19 @@ class MetricsLog:
         self._file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log({key: value for key, value in record.items() if value is not None}, step=record["step"])
+            self._wandb.log(
+                {key: value for key, value in record.items() if value is not None},
+                step=record["step"],
+            )
 
     def write_eval(self, record: dict[str, Any]) -> None:
         """Write the record of an evaluation."""
         self._append(record)
         logger.info(
-            "step %d: evaluation loss %.4f, %.1f s", record["step"], record["eval_loss"], record["eval_seconds"]
+            "step %d: evaluation loss %.4f, %.1f s",
+            record["step"],
+            record["eval_loss"],
+            record["eval_seconds"],
         )
 
     def close(self) -> None:
@@ -132,7 +152,8 @@ def console_line(record: dict[str, Any], total_steps: int) -> str:
 
 
 def keep_records(path: Path, *, up_to_step: int, is_evaluated: bool = True) -> None:
-    """Drop the records of metrics.jsonl after step `up_to_step`, and a last line that a crash cut short.
+    """Drop the records of metrics.jsonl after step `up_to_step`, and a last line that a crash cut
+    short.
 
     If that step is yet to be evaluated, a record of its evaluation goes too.
     """
@@ -141,7 +162,8 @@ def keep_records(path: Path, *, up_to_step: int, is_evaluated: bool = True) -> N
     kept = [
         record
         for record in read_records(path)
-        if record["step"] <= up_to_step and (is_evaluated or record["step"] < up_to_step or "eval_loss" not in record)
+        if record["step"] <= up_to_step
+        and (is_evaluated or record["step"] < up_to_step or "eval_loss" not in record)
     ]
     lines = "".join(json.dumps(record, sort_keys=True, allow_nan=False) + "\n" for record in kept)
     atomic.write_bytes(path, lines.encode("utf-8"))
@@ -160,7 +182,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _start_wandb(folder: Path, config: LogConfig, run_name: str, wandb_id: str, recipe: dict[str, Any]) -> Any:
+def _start_wandb(
+    folder: Path, config: LogConfig, run_name: str, wandb_id: str, recipe: dict[str, Any]
+) -> Any:
     if config.wandb == "off":
         return None
     try:
@@ -168,20 +192,27 @@ def _start_wandb(folder: Path, config: LogConfig, run_name: str, wandb_id: str, 
     except ImportError as exc:
         from shared.errors import PrerequisiteError
 
-        raise PrerequisiteError(f"log.wandb = {config.wandb!r} needs the package wandb; install it or set off") from exc
+        raise PrerequisiteError(
+            f"log.wandb = {config.wandb!r} needs the package wandb; install it or set off"
+        ) from exc
     try:
         return _wandb_run(wandb, folder, config, run_name, wandb_id, recipe)
     except wandb.errors.Error as exc:
         from shared.errors import PrerequisiteError
 
         raise PrerequisiteError(
-            f"log.wandb = {config.wandb!r}: {' '.join(str(exc).split())}; log in with `wandb login`, or set offline "
-            "or off"
+            f"log.wandb = {config.wandb!r}: {' '.join(str(exc).split())}; log in with `wandb"
+            " login`, or set offline or off"
         ) from exc
 
 
 def _wandb_run(
-    wandb: Any, folder: Path, config: LogConfig, run_name: str, wandb_id: str, recipe: dict[str, Any]
+    wandb: Any,
+    folder: Path,
+    config: LogConfig,
+    run_name: str,
+    wandb_id: str,
+    recipe: dict[str, Any],
 ) -> Any:
     return wandb.init(
         project=config.wandb_project,
@@ -191,7 +222,9 @@ def _wandb_run(
         mode=config.wandb,
         dir=str(folder),
         config=recipe,
-        settings=wandb.Settings(console="off", silent=True),  # it would wrap stderr, where our log goes
+        settings=wandb.Settings(
+            console="off", silent=True
+        ),  # it would wrap stderr, where our log goes
     )
 
 

@@ -1,6 +1,8 @@
-"""The steps since the last record. What they computed stays on the device until it is read: one wait for all of it.
+"""The steps since the last record. What they computed stays on the device until it is read: one
+wait for all of it.
 
-Also whether a step was refused, its weights left alone, may not be known before: such steps are told apart then.
+Also whether a step was refused, its weights left alone, may not be known before: such steps are
+told apart then.
 """
 
 import math
@@ -35,8 +37,12 @@ class StepResult:
 
     batch: StepBatch
     """Without its micro-batches once it is in a window."""
-    losses: torch.Tensor  # of this rank's micro-batches: their parts of the step's loss; fp32 [num_micro_batches]
-    source_totals: torch.Tensor  # this rank's part, float64 [2, 1 + num_sources]; see train/model/source_loss.py
+    losses: (
+        torch.Tensor
+    )  # of this rank's micro-batches: their parts of the step's loss; fp32 [num_micro_batches]
+    source_totals: (
+        torch.Tensor
+    )  # this rank's part, float64 [2, 1 + num_sources]; see train/model/source_loss.py
     balancing: torch.Tensor | None  # this rank's part of the load balancing loss, fp32 [1]
     refused: torch.Tensor  # whether the update was refused, the same on all ranks; bool []
     grad_norm: torch.Tensor | float  # before clipping, the same on all ranks; fp32 []
@@ -44,7 +50,8 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowSums:
-    """A window over all ranks; part of a checkpoint, so that a resumed run logs what an undisturbed one does."""
+    """A window over all ranks; part of a checkpoint, so that a resumed run logs what an undisturbed
+    one does."""
 
     losses: list[float]
     """Of each step that had one."""
@@ -61,7 +68,9 @@ class WindowSums:
 class Window:
     """Counts are known at once, and the same on every rank; losses are read together."""
 
-    source_totals: torch.Tensor  # of the steps that were not refused, this rank's part; float64 [2, 1 + num_sources]
+    source_totals: (
+        torch.Tensor
+    )  # of the steps that were not refused, this rank's part; float64 [2, 1 + num_sources]
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
     tokens: int = 0
@@ -84,7 +93,9 @@ class Window:
         """Add a step, without waiting for the device."""
         batch = result.batch
         if batch.num_loss_tokens:
-            self.source_totals += torch.where(result.refused, 0.0, result.source_totals)  # they may be no numbers
+            self.source_totals += torch.where(
+                result.refused, 0.0, result.source_totals
+            )  # they may be no numbers
         self.unread.append(replace(result, batch=replace(batch, micro_batches=[])))
         self.steps += 1
         self.tokens += batch.num_tokens
@@ -94,7 +105,8 @@ class Window:
         self.data_seconds += data_seconds
 
     def read(self, ranks: Ranks) -> tuple[WindowSums, list[StepResult]]:
-        """Return what the window has gathered, over all ranks, and the refused steps of which nobody knew yet.
+        """Return what the window has gathered, over all ranks, and the refused steps of which
+        nobody knew yet.
 
         One message between ranks, and one wait for the device.
         """
@@ -102,7 +114,9 @@ class Window:
             return self._sums([0.0] * self.source_totals.numel()), []
         size, columns = 4, self.source_totals.shape[1]
         parts = [_as_numbers(result, ranks) for result in self.unread]
-        values: list[float] = sum_over_ranks(torch.cat([self.source_totals.flatten(), *parts]), ranks).tolist()
+        values: list[float] = sum_over_ranks(
+            torch.cat([self.source_totals.flatten(), *parts]), ranks
+        ).tolist()
         found = []
         for number, result in enumerate(self.unread):
             start = 2 * columns + size * number
@@ -130,7 +144,8 @@ class Window:
 
 
 def _as_numbers(result: StepResult, ranks: Ranks) -> torch.Tensor:
-    """Return what is to be read of a step as float64 [4]; what all ranks know comes from rank 0 alone."""
+    """Return what is to be read of a step as float64 [4]; what all ranks know comes from rank 0
+    alone."""
     zero = torch.zeros(1, dtype=torch.float64, device=ranks.device)
     balancing = zero if result.balancing is None else result.balancing.double()
     loss = result.losses.sum(0, keepdim=True).double()
@@ -141,7 +156,8 @@ def _as_numbers(result: StepResult, ranks: Ranks) -> torch.Tensor:
 
 
 def open_window(num_sources: int, ranks: Ranks, carried: WindowSums | None = None) -> Window:
-    """Return an empty window, or one that goes on from what a checkpoint carried: sums by source, on rank 0 only."""
+    """Return an empty window, or one that goes on from what a checkpoint carried: sums by source,
+    on rank 0 only."""
     if carried is None:
         return Window(source_totals=empty_totals(num_sources, ranks.device))
     share = 1.0 if ranks.is_main else 0.0

@@ -1,4 +1,5 @@
-"""One rank of a run, from an empty process to an exported model: puts the parts together around the loop."""
+"""One rank of a run, from an empty process to an exported model: puts the parts together around the
+loop."""
 
 import contextlib
 import faulthandler
@@ -31,8 +32,8 @@ from train.engine.engine import (
 )
 from train.engine.process_group import Ranks, barrier, broadcast_from_main, process_group
 from train.engine.sequence_parallel import register_ulysses, sequence_group
+from train.loop import loop
 from train.loop.evaluate import EvalFeed
-from train.loop.loop import loop
 from train.loop.loss_spikes import SpikeLog
 from train.loop.metrics import MetricsLog, read_records
 from train.loop.metrics_window import Counters
@@ -55,18 +56,23 @@ logger = logging.getLogger(__name__)
 
 
 def run_rank(prepared: Prepared) -> bool:
-    """Train, or go on training, and export; return False where another start has completed the run meanwhile.
+    """Train, or go on training, and export; return False where another start has completed the run
+    meanwhile.
 
-    Raises SftError, StoppedOnRequest among them, as status.json then says; but for one that tells that the run can't be
-    had, which leaves everything in its directory alone.
+    Raises SftError, StoppedOnRequest among them, as status.json then says; but for one that tells
+    that the run can't be had, which leaves everything in its directory alone.
     """
     if not faulthandler.is_enabled():
-        faulthandler.enable(sys.__stderr__ or 2)  # a SIGBUS from a truncated shard file then says where
+        faulthandler.enable(
+            sys.__stderr__ or 2
+        )  # a SIGBUS from a truncated shard file then says where
     run = prepared.run
     patience = _patience(prepared)
     with (
         watching_signals(run.stop) as wish,
-        process_group(2 * patience + timedelta(minutes=1)) as ranks,  # longer than the watchdog, which says more
+        process_group(
+            2 * patience + timedelta(minutes=1)
+        ) as ranks,  # longer than the watchdog, which says more
         _held(prepared, ranks) as decided,
     ):
         if decided is None:
@@ -112,9 +118,11 @@ def _train(prepared: Prepared, ranks: Ranks, wish: StopWish) -> None:
             eval_feed=_eval_feed(prepared, ranks),
             cost=cost,
             log=log,
-            spikes=SpikeLog(run.spikes, sigma=prepared.recipe.log.spike_sigma, after_step=start.step)
-            if ranks.is_main
-            else None,
+            spikes=(
+                SpikeLog(run.spikes, sigma=prepared.recipe.log.spike_sigma, after_step=start.step)
+                if ranks.is_main
+                else None
+            ),
             pusher=pusher,
             wish=wish,
             watchdog=watchdog,
@@ -155,7 +163,8 @@ def _start(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
     group = sequence_group(ranks, recipe.engine.sequence_parallel)
     if group is not None:
         attention = register_ulysses(attention.removeprefix("sft_"), network_config, group)
-    # random weights are drawn whole: drawn in shards they would be other numbers, which then hung on the ZeRO stage
+    # random weights are drawn whole: drawn in shards they would be other numbers, which then hung
+    # on the ZeRO stage
     sharding = shard_while_building(settings) if recipe.model.config is None else None
     model = build_model(
         recipe.model,
@@ -184,7 +193,9 @@ def _quiet_libraries() -> None:
 def _starting_state(prepared: Prepared, engine: Any, ranks: Ranks) -> TrainState:
     if prepared.resume_from is None:
         return TrainState(step=0, counters=Counters(), window=None)
-    state = load_checkpoint(engine, prepared.resume_from, run=prepared.run, ranks=ranks, seed=prepared.recipe.run.seed)
+    state = load_checkpoint(
+        engine, prepared.resume_from, run=prepared.run, ranks=ranks, seed=prepared.recipe.run.seed
+    )
     if ranks.is_main:
         set_aside_newer(prepared.run, prepared.resume_from)
     logger.info("going on after step %d, from %s", state.step, prepared.resume_from)
@@ -200,7 +211,9 @@ def _open_run(prepared: Prepared, world_size: int) -> None:
     atomic.remove_leftovers(run.path, r"model|\w+\.(?:json|jsonl|png)")
     atomic.remove_leftovers(run.checkpoints, r"(?:universal-)?step|step-\d+")
     old = read_description(run)
-    description = describe(prepared.recipe, prepared.shard_set, prepared.order, world_size=world_size)
+    description = describe(
+        prepared.recipe, prepared.shard_set, prepared.order, world_size=world_size
+    )
     if old is not None:
         description["wandb_id"] = old["wandb_id"]
     atomic.write_json(run.config, description)
@@ -266,16 +279,19 @@ def _complete(prepared: Prepared, ranks: Ranks) -> None:
     run, steps = prepared.run, prepared.order.total_steps
     if ranks.is_main:
         remove_older(run, keep_last=prepared.recipe.checkpoint.keep_last)
-        write_status(run, "complete", exit_code=0, message=f"trained {steps} steps, model in {run.model}")
+        write_status(
+            run, "complete", exit_code=0, message=f"trained {steps} steps, model in {run.model}"
+        )
         logger.info("done: %d steps, model in %s, loss in %s", steps, run.model, run.plot)
 
 
 @contextlib.contextmanager
 def _held(prepared: Prepared, ranks: Ranks) -> Iterator[Prepared | None]:
-    """Rank 0 keeps other starts out of the directory, and decides there what this one does; None for nothing.
+    """Rank 0 keeps other starts out of the directory, and decides there what this one does; None
+    for nothing.
 
-    What `prepare` saw may be of an hour ago, before another start trained on. A refusal reaches every rank, so that all
-    end with its exit code.
+    What `prepare` saw may be of an hour ago, before another start trained on. A refusal reaches
+    every rank, so that all end with its exit code.
     """
     decided: Prepared | None = None
     said: tuple[str, object] = ("", None)
@@ -283,7 +299,9 @@ def _held(prepared: Prepared, ranks: Ranks) -> Iterator[Prepared | None]:
         refusal: SftError | OSError | None = None
         if ranks.is_main:
             try:
-                lock.enter_context(atomic.exclusive_lock(prepared.run.lock, f"training in {prepared.run.path}"))
+                lock.enter_context(
+                    atomic.exclusive_lock(prepared.run.lock, f"training in {prepared.run.path}")
+                )
                 decided = decide_again(prepared)
                 if not decided.is_complete:
                     write_status(prepared.run, "running", exit_code=None, message="")
@@ -297,10 +315,14 @@ def _held(prepared: Prepared, ranks: Ranks) -> Iterator[Prepared | None]:
             raise refusal
         if word not in ("complete", "go on"):
             raise error_of(detail)(word)
-        yield None if word == "complete" else replace(prepared, resume_from=cast(Path | None, detail))
+        yield (
+            None if word == "complete" else replace(prepared, resume_from=cast(Path | None, detail))
+        )
 
 
-def _announce(prepared: Prepared, ranks: Ranks, *, attention: str, dtype: torch.dtype, stage: ZeroStage) -> None:
+def _announce(
+    prepared: Prepared, ranks: Ranks, *, attention: str, dtype: torch.dtype, stage: ZeroStage
+) -> None:
     order, recipe, totals = prepared.order, prepared.recipe, prepared.shard_set.manifest.totals
     logger.info(
         "%s: %d packs, %d conversations, %s tokens (%s loss tokens); %d steps of %s",
@@ -327,6 +349,12 @@ def _step_in_words(order: StepOrder, recipe: TrainConfig, max_seq_len: int, worl
     shares = f"{num_shares} groups of {shared_by} ranks" if shared_by > 1 else f"{num_shares} ranks"
     if order.unit == "conversation":
         most = per_micro_batch * max_seq_len
-        return f"{order.units_per_step} conversations over {shares}, in micro-batches of up to {most} tokens"
+        return (
+            f"{order.units_per_step} conversations over {shares}, in micro-batches of up to {most}"
+            " tokens"
+        )
     micro_batches = order.units_per_step // num_shares // per_micro_batch
-    return f"{order.units_per_step} packs = {shares} x {micro_batches} micro-batches x {per_micro_batch} packs"
+    return (
+        f"{order.units_per_step} packs = {shares} x {micro_batches} micro-batches x"
+        f" {per_micro_batch} packs"
+    )

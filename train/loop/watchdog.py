@@ -1,8 +1,9 @@
 """Ends a run that hangs: if no step ends for long, each rank writes where it stands and exits.
 
-A collective that one rank never joins keeps the others waiting in code that no Python exception reaches. So a thread
-watches the clock. It rests where long waits are normal: before the first step ends (which may compile), while a
-checkpoint is written, in the export. There the process group's own timeout, which is longer, still holds.
+A collective that one rank never joins keeps the others waiting in code that no Python exception
+reaches. So a thread watches the clock. It rests where long waits are normal: before the first step
+ends (which may compile), while a checkpoint is written, in the export. There the process group's
+own timeout, which is longer, still holds.
 """
 
 import contextlib
@@ -17,14 +18,19 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_FOR_OTHERS = 5.0  # to write their stacks too, before the first exit makes the launcher end them all
+_SECONDS_FOR_OTHERS = (
+    5.0  # to write their stacks too, before the first exit makes the launcher end them all
+)
 
 
 class Watchdog:
     """A thread that must hear of a finished step every `limit_seconds`."""
 
-    def __init__(self, *, limit_seconds: float, stacks: Path, on_hang: Callable[[str], None]) -> None:
-        """Write the stacks to the file `stacks`; call `on_hang` with the reason just before the process exits."""
+    def __init__(
+        self, *, limit_seconds: float, stacks: Path, on_hang: Callable[[str], None]
+    ) -> None:
+        """Write the stacks to the file `stacks`; call `on_hang` with the reason just before the
+        process exits."""
         self._limit = limit_seconds
         self._stacks = stacks
         self._on_hang = on_hang
@@ -67,9 +73,9 @@ class Watchdog:
             faulthandler.dump_traceback(file)
         faulthandler.dump_traceback(sys.__stderr__ or 2)
         reason = (
-            f"no step ended for {self._limit:g} s (run.hang_timeout_minutes); what each rank was doing is in "
-            f"{self._stacks.parent}, and a rank without a file there was not running at all. Run the same command "
-            "again to go on from the last checkpoint"
+            f"no step ended for {self._limit:g} s (run.hang_timeout_minutes); what each rank was"
+            f" doing is in {self._stacks.parent}, and a rank without a file there was not running"
+            " at all. Run the same command again to go on from the last checkpoint"
         )
         self._on_hang(reason)
         logger.error("%s", reason)

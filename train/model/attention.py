@@ -1,8 +1,9 @@
-"""Attention that keeps the sequences of a pack apart, from their bounds alone: no mask over the whole row is built.
+"""Attention that keeps the sequences of a pack apart, from their bounds alone: no mask over the
+whole row is built.
 
-Each function has the shape that transformers gives its attention functions and takes `cu_seq_lens_q` from the
-keyword arguments that the model passes through; a model that does not pass them is refused at the first call.
-Letters: N tokens, H query heads, K key heads, D head size.
+Each function has the shape that transformers gives its attention functions and takes
+`cu_seq_lens_q` from the keyword arguments that the model passes through; a model that does not pass
+them is refused at the first call. Letters: N tokens, H query heads, K key heads, D head size.
 """
 
 from collections.abc import Callable
@@ -26,21 +27,26 @@ def choose_attention(wanted: str, *, device: torch.device, dtype: torch.dtype) -
     """
     half_on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if wanted == "auto":
-        wanted = "per_sequence" if not half_on_gpu else "flash" if _has_flash_attention() else "varlen"
+        wanted = (
+            "per_sequence" if not half_on_gpu else "flash" if _has_flash_attention() else "varlen"
+        )
     if wanted != "per_sequence" and not half_on_gpu:
         raise PrerequisiteError(
-            f"model.attention = {wanted!r} needs a GPU and bf16; here is {device.type} with {dtype}. Use per_sequence"
+            f"model.attention = {wanted!r} needs a GPU and bf16; here is {device.type} with"
+            f" {dtype}. Use per_sequence"
         )
     if wanted == "flash" and not _has_flash_attention():
-        raise PrerequisiteError("model.attention = 'flash' needs the package flash-attn; install it, or use varlen")
+        raise PrerequisiteError(
+            "model.attention = 'flash' needs the package flash-attn; install it, or use varlen"
+        )
     return register_attention(wanted)
 
 
 def register_attention(kernel: str) -> str:
     """Register `kernel` with transformers and return the name to load a model with.
 
-    No mask function goes with it. Then transformers builds no mask and does not look for sequences in position_ids
-    either, which would make the host wait for the device in every forward pass.
+    No mask function goes with it. Then transformers builds no mask and does not look for sequences
+    in position_ids either, which would make the host wait for the device in every forward pass.
     """
     from transformers import AttentionInterface
 
@@ -57,14 +63,22 @@ def per_sequence(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention, one sequence after another: work is the sum of squared lengths, not the square of their sum."""
+    """Causal attention, one sequence after another: work is the sum of squared lengths, not the
+    square of their sum."""
     bounds = _checked_bounds(module, attention_mask, options).tolist()
     if options.get("softcap") is not None:
-        raise ConfigError(f"{type(module).__name__} caps its attention scores, which needs model.attention = 'flash'")
+        raise ConfigError(
+            f"{type(module).__name__} caps its attention scores, which needs model.attention ="
+            " 'flash'"
+        )
     window = options.get("sliding_window")
     outputs = []
     for start, end in pairwise(bounds):
-        mask = _window_mask(end - start, window, query.device) if window is not None and end - start > window else None
+        mask = (
+            _window_mask(end - start, window, query.device)
+            if window is not None and end - start > window
+            else None
+        )
         outputs.append(
             scaled_dot_product_attention(
                 query[:, :, start:end],
@@ -119,7 +133,10 @@ def varlen(
 
     bounds = _checked_bounds(module, attention_mask, options)
     if options.get("softcap") is not None or options.get("dropout"):
-        raise ConfigError(f"{type(module).__name__} needs score caps or dropout; that needs model.attention = 'flash'")
+        raise ConfigError(
+            f"{type(module).__name__} needs score caps or dropout; that needs model.attention ="
+            " 'flash'"
+        )
     window = options.get("sliding_window")
     output = varlen_attn(
         query[0].transpose(0, 1),  # [N, H, D]
@@ -137,19 +154,34 @@ def varlen(
     return output[None], None
 
 
-FUNCTIONS: dict[str, AttentionFunction] = {"per_sequence": per_sequence, "flash": flash, "varlen": varlen}
+FUNCTIONS: dict[str, AttentionFunction] = {
+    "per_sequence": per_sequence,
+    "flash": flash,
+    "varlen": varlen,
+}
 
 
 def _checked_bounds(
     module: torch.nn.Module, attention_mask: torch.Tensor | None, options: dict[str, Any]
 ) -> torch.Tensor:
-    """Return cu_seqlens int32 [S+1]. Raises ConfigError for what would let sequences see each other."""
+    """Return cu_seqlens int32 [S+1]. Raises ConfigError for what would let sequences see each
+    other."""
     bounds = options.get("cu_seq_lens_q")
     what = type(module).__name__
     if bounds is None:
-        raise ConfigError(f"{what} does not pass sequence bounds to its attention: its packs would leak; use another")
-    if attention_mask is not None or options.get("s_aux") is not None or options.get("is_causal") is False:
-        raise ConfigError(f"{what} needs a mask, attention sinks or attention to later tokens; it can't be trained yet")
+        raise ConfigError(
+            f"{what} does not pass sequence bounds to its attention: its packs would leak; use"
+            " another"
+        )
+    if (
+        attention_mask is not None
+        or options.get("s_aux") is not None
+        or options.get("is_causal") is False
+    ):
+        raise ConfigError(
+            f"{what} needs a mask, attention sinks or attention to later tokens; it can't be"
+            " trained yet"
+        )
     assert isinstance(bounds, torch.Tensor)
     return bounds
 

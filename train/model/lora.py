@@ -1,9 +1,12 @@
-"""Low-rank adapters: the model's own weights stay as they are, small matrices beside them are trained.
+"""Low-rank adapters: the model's own weights stay as they are, small matrices beside them are
+trained.
 
-    y = W x + (alpha / rank) B A x      A [rank, in] random, B [out, rank] zero      (Hu et al. 2021, section 4.1)
+y = W x + (alpha / rank) B A x      A [rank, in] random, B [out, rank] zero      (Hu et al. 2021,
+section 4.1)
 
-peft puts the matrices in. After training they are either added to the weights (`merged`) or written as an adapter
-that peft and the servers load beside the base model. Checkpoints and messages hold the adapters only.
+peft puts the matrices in. After training they are either added to the weights (`merged`) or written
+as an adapter that peft and the servers load beside the base model. Checkpoints and messages hold
+the adapters only.
 """
 
 import json
@@ -28,19 +31,22 @@ _EVERY_LINEAR_LAYER = "all-linear"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapted:
-    """What adapters belong to: the base model that lies beside them, and how they were trained and are to be kept."""
+    """What adapters belong to: the base model that lies beside them, and how they were trained and
+    are to be kept."""
 
     model: ModelConfig
     lora: LoraConfig
 
 
 def adapted_by(recipe: TrainConfig) -> Adapted | None:
-    """Return what the adapters that `recipe` trains belong to; None where it trains the weights themselves."""
+    """Return what the adapters that `recipe` trains belong to; None where it trains the weights
+    themselves."""
     return Adapted(model=recipe.model, lora=recipe.lora) if recipe.lora.is_on else None
 
 
 def add_adapters(network: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:
-    """Freeze `network` and put adapters beside its layers, in place; the same numbers on every rank.
+    """Freeze `network` and put adapters beside its layers, in place; the same numbers on every
+    rank.
 
     Raises PrerequisiteError without peft and ConfigError for targets that the model does not have.
     """
@@ -58,33 +64,43 @@ def add_adapters(network: PreTrainedModel, lora: LoraConfig, *, seed: int) -> No
     expected = _expected_targets(network, lora)
     try:
         peft.inject_adapter_in_model(settings, network, adapter_name=_ADAPTER)
-    except (ValueError, AttributeError, TypeError) as exc:  # no adapter fits, such as beside a whole block
+    except (
+        ValueError,
+        AttributeError,
+        TypeError,
+    ) as exc:  # no adapter fits, such as beside a whole block
         reason = " ".join(str(exc).split())[:120]
         raise ConfigError(f"lora.targets = {list(lora.targets)}: {reason}; {expected}") from exc
     _check_all_count(network, lora, expected)
 
 
 def _expected_targets(network: PreTrainedModel, lora: LoraConfig) -> str:
-    """Return what targets may be, in words. Raises ConfigError for one that names no layer: peft passes over it."""
+    """Return what targets may be, in words. Raises ConfigError for one that names no layer: peft
+    passes over it."""
     names = [name for name, _ in network.named_modules()]
     head = network.get_output_embeddings()
     linear = {
-        name.rpartition(".")[2] for name, part in network.named_modules() if _is_linear(part) and part is not head
+        name.rpartition(".")[2]
+        for name, part in network.named_modules()
+        if _is_linear(part) and part is not head
     }
     expected = (
-        f"expected names of linear layers of {type(network).__name__}: {', '.join(sorted(linear)) or 'it has none'}"
+        f"expected names of linear layers of {type(network).__name__}:"
+        f" {', '.join(sorted(linear)) or 'it has none'}"
     )
     for target in lora.targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
-            raise ConfigError(f"lora.targets = {list(lora.targets)}: {target!r} is not a layer; {expected}")
+            raise ConfigError(
+                f"lora.targets = {list(lora.targets)}: {target!r} is not a layer; {expected}"
+            )
     return expected
 
 
 def _check_all_count(network: PreTrainedModel, lora: LoraConfig, expected: str) -> None:
     """Raise ConfigError for an adapter that would not train, or would not be in what is saved.
 
-    The loss takes the LM head's matrix without what is beside it; an embedding's adapter has other names; the weight of
-    another kind of layer (GPT-2's Conv1D) is not [out, in].
+    The loss takes the LM head's matrix without what is beside it; an embedding's adapter has other
+    names; the weight of another kind of layer (GPT-2's Conv1D) is not [out, in].
     """
     head = network.get_output_embeddings()
     for name, layer in network.named_modules():
@@ -92,22 +108,33 @@ def _check_all_count(network: PreTrainedModel, lora: LoraConfig, expected: str) 
         if isinstance(base, torch.nn.Module) and (layer is head or not _is_linear(base)):
             what = "the LM head" if layer is head else f"of the kind {type(base).__name__}"
             raise ConfigError(
-                f"lora.targets = {list(lora.targets)}: {name} is {what}, which gets no adapter; {expected}"
+                f"lora.targets = {list(lora.targets)}: {name} is {what}, which gets no adapter;"
+                f" {expected}"
             )
 
 
 def adapter_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what was trained of a network's weights, by its names in it: adapters' matrices, rows of new tokens."""
-    return {name: tensor for name, tensor in state_dict.items() if _MATRIX.match(name) or is_new_rows(name)}
+    """Return what was trained of a network's weights, by its names in it: adapters' matrices, rows
+    of new tokens."""
+    return {
+        name: tensor
+        for name, tensor in state_dict.items()
+        if _MATRIX.match(name) or is_new_rows(name)
+    }
 
 
 def merge_adapters(
-    base: dict[str, torch.Tensor], adapters: dict[str, torch.Tensor], *, scale: float, new_ids: Sequence[int] = ()
+    base: dict[str, torch.Tensor],
+    adapters: dict[str, torch.Tensor],
+    *,
+    scale: float,
+    new_ids: Sequence[int] = (),
 ) -> dict[str, torch.Tensor]:
-    """Return `base` with W + scale B A in the place of each W that has an adapter, computed in fp32.
+    """Return `base` with W + scale B A in the place of each W that has an adapter, computed in
+    fp32.
 
-    The rows of `new_ids` are put in their places. Raises ArtifactError for an adapter without its other half or its
-    weight.
+    The rows of `new_ids` are put in their places. Raises ArtifactError for an adapter without its
+    other half or its weight.
     """
     merged = dict(base)
     for name in filter(is_new_rows, adapters):
@@ -116,25 +143,36 @@ def merge_adapters(
     for layer, (a, b) in _pairs(adapters).items():
         name = f"{layer}.weight"
         if name not in base:
-            raise ArtifactError(f"there is an adapter for {name}, but the base model has no such weight")
+            raise ArtifactError(
+                f"there is an adapter for {name}, but the base model has no such weight"
+            )
         weight = base[name]
         merged[name] = (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
     return merged
 
 
 def merged_model(
-    model: ModelConfig, lora: LoraConfig, adapters: dict[str, torch.Tensor], *, new_ids: Sequence[int] = ()
+    model: ModelConfig,
+    lora: LoraConfig,
+    adapters: dict[str, torch.Tensor],
+    *,
+    new_ids: Sequence[int] = (),
 ) -> tuple[dict[str, torch.Tensor], PretrainedConfig]:
-    """Return the weights of the base model with `adapters` added to them, on one CPU, and its config.
+    """Return the weights of the base model with `adapters` added to them, on one CPU, and its
+    config.
 
-    The base is read from `model.name` again, as it lies there, also where training held it in 4 bits.
+    The base is read from `model.name` again, as it lies there, also where training held it in 4
+    bits.
     """
     base = AutoModelForCausalLM.from_pretrained(
         model.name, revision=model.revision, trust_remote_code=False, dtype="auto"
     )
     if any(map(is_new_rows, adapters)):
         base.config.vocab_size = max(base.config.vocab_size, new_ids[-1] + 1)
-    return merge_adapters(base.state_dict(), adapters, scale=scale_of(lora), new_ids=new_ids), base.config
+    return (
+        merge_adapters(base.state_dict(), adapters, scale=scale_of(lora), new_ids=new_ids),
+        base.config,
+    )
 
 
 def write_adapter(
@@ -149,8 +187,13 @@ def write_adapter(
 
     peft puts rows of new tokens into a base model whose embedding was resized to hold them.
     """
-    weights = {f"base_model.model.{_name_in_peft(name)}": tensor.contiguous() for name, tensor in adapters.items()}
-    rows = {layer_of(name).rpartition(".")[2]: list(new_ids) for name in filter(is_new_rows, adapters)}
+    weights = {
+        f"base_model.model.{_name_in_peft(name)}": tensor.contiguous()
+        for name, tensor in adapters.items()
+    }
+    rows = {
+        layer_of(name).rpartition(".")[2]: list(new_ids) for name in filter(is_new_rows, adapters)
+    }
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
@@ -175,7 +218,8 @@ def scale_of(lora: LoraConfig) -> float:
 
 
 def quantization(lora: LoraConfig, dtype: torch.dtype) -> Any:
-    """Return the transformers config that loads the frozen weights in 4 bits (QLoRA, Dettmers et al. 2023), or None.
+    """Return the transformers config that loads the frozen weights in 4 bits (QLoRA, Dettmers et
+    al. 2023), or None.
 
     Raises PrerequisiteError without bitsandbytes.
     """
@@ -184,7 +228,9 @@ def quantization(lora: LoraConfig, dtype: torch.dtype) -> Any:
     from importlib.util import find_spec
 
     if find_spec("bitsandbytes") is None:
-        raise PrerequisiteError(f"lora.quantize = {lora.quantize!r} needs the package bitsandbytes; install it")
+        raise PrerequisiteError(
+            f"lora.quantize = {lora.quantize!r} needs the package bitsandbytes; install it"
+        )
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -225,5 +271,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as exc:
-        raise PrerequisiteError("[lora] needs the package peft; install it, or remove the table") from exc
+        raise PrerequisiteError(
+            "[lora] needs the package peft; install it, or remove the table"
+        ) from exc
     return peft

@@ -1,7 +1,9 @@
-"""Cross-entropy through the LM head without the logits of the whole row, and how losses of tokens add up to a step's.
+"""Cross-entropy through the LM head without the logits of the whole row, and how losses of tokens
+add up to a step's.
 
-The loss of a step is sum over its rows of weight x cross-entropy. The weights hold the whole normalisation and are
-known before the forward pass, so any split over ranks and micro-batches has the same gradient.
+The loss of a step is sum over its rows of weight x cross-entropy. The weights hold the whole
+normalisation and are known before the forward pass, so any split over ranks and micro-batches has
+the same gradient.
 """
 
 import math
@@ -15,12 +17,15 @@ from shared.shard_reader import Pack
 from train.config import LossConfig
 
 _LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32: 512 rows of a 32k vocabulary
-_MIN_ROWS_PER_CHUNK = 256  # of a larger vocabulary: below it matrix products get slow; the head itself is larger
+_MIN_ROWS_PER_CHUNK = (
+    256  # of a larger vocabulary: below it matrix products get slow; the head itself is larger
+)
 _ROW_MULTIPLE = 32  # products of 167 rows took up to twice the time per row of those of 160
 
 
 def uniform_weight(loss: LossConfig, num_loss_tokens: int) -> float | None:
-    """Return the weight of each loss token of a step with `num_loss_tokens`, or None if they differ (`sample`)."""
+    """Return the weight of each loss token of a step with `num_loss_tokens`, or None if they differ
+    (`sample`)."""
     match loss.norm:
         case "token":
             return 1.0 / max(1, num_loss_tokens)
@@ -31,12 +36,16 @@ def uniform_weight(loss: LossConfig, num_loss_tokens: int) -> float | None:
 
 
 def sample_weights(packs: list[Pack]) -> list[npt.NDArray[np.float32]]:
-    """Return the weight of each loss token of each pack of a step, for a mean over samples of their means.
+    """Return the weight of each loss token of each pack of a step, for a mean over samples of their
+    means.
 
-    Fragments of one sample count together. A row that the mixture repeats counts once per copy: copies are told from
-    fragments by the number of sequences that start at the sample's first token.
+    Fragments of one sample count together. A row that the mixture repeats counts once per copy:
+    copies are told from fragments by the number of sequences that start at the sample's first
+    token.
     """
-    counts = [np.add.reduceat(pack.loss_mask.astype(np.int64), pack.seq_offsets[:-1]) for pack in packs]
+    counts = [
+        np.add.reduceat(pack.loss_mask.astype(np.int64), pack.seq_offsets[:-1]) for pack in packs
+    ]
     origin = np.concatenate([pack.seq_origin for pack in packs])  # [S, 3]
     _, sample_of = np.unique(origin[:, :2], axis=0, return_inverse=True)
     sample_of = sample_of.reshape(-1)
@@ -60,11 +69,15 @@ def weighted_cross_entropy(
     uniform: float | None,
     row_losses: torch.Tensor | None = None,  # float32 [R]
 ) -> torch.Tensor:
-    """Return sum over rows of weight x cross-entropy, fp32: Liger's kernel on a GPU, chunks of rows elsewhere.
+    """Return sum over rows of weight x cross-entropy, fp32: Liger's kernel on a GPU, chunks of rows
+    elsewhere.
 
-    The cross-entropy of each row is written into `row_losses`, where given, without its weight or a gradient.
+    The cross-entropy of each row is written into `row_losses`, where given, without its weight or a
+    gradient.
     """
-    if not torch.is_grad_enabled():  # what asks for a gradient is asked in spite of it, inside an autograd function
+    if (
+        not torch.is_grad_enabled()
+    ):  # what asks for a gradient is asked in spite of it, inside an autograd function
         hidden, head = hidden.detach(), head.detach()
     if row_losses is None:
         row_losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
@@ -76,14 +89,19 @@ def weighted_cross_entropy(
 def liger_cross_entropy(
     hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, row_losses: torch.Tensor
 ) -> torch.Tensor:
-    """Return the sum of cross-entropies by Liger's fused kernel, which has one weight for all rows of a call."""
+    """Return the sum of cross-entropies by Liger's fused kernel, which has one weight for all rows
+    of a call."""
     loss = _LigerCrossEntropy.apply(hidden, head, targets, row_losses)  # type: ignore[no-untyped-call]
     assert isinstance(loss, torch.Tensor)
     return loss
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, row_losses: torch.Tensor
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    row_losses: torch.Tensor,
 ) -> torch.Tensor:
     """Return sum of weight x cross-entropy over chunks of rows that share one buffer of logits."""
     loss = _ChunkedCrossEntropy.apply(hidden, head, targets, weights, row_losses)  # type: ignore[no-untyped-call]
@@ -92,29 +110,41 @@ def chunked_cross_entropy(
 
 
 class _LigerCrossEntropy(torch.autograd.Function):
-    """Liger's kernel turns chunks of logits into losses and gradients; the products around it are torch's.
+    """Liger's kernel turns chunks of logits into losses and gradients; the products around it are
+    torch's.
 
-    Liger has a function around its kernel too, which makes the host wait: it counts targets to be ignored. Here are
-    none, and nothing in either pass waits for the device. The gradient of the head is a sum over chunks in fp32.
+    Liger has a function around its kernel too, which makes the host wait: it counts targets to be
+    ignored. Here are none, and nothing in either pass waits for the device. The gradient of the
+    head is a sum over chunks in fp32.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, row_losses: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        row_losses: torch.Tensor,
     ) -> torch.Tensor:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         most = (
             len(hidden) * hidden.shape[1] // len(head)
         )  # as much memory as the hidden states: see train/sizing/memory.py
         chunk_rows = _rows_per_chunk(len(hidden), most)
-        buffer = torch.empty((min(chunk_rows, len(hidden)), len(head)), dtype=hidden.dtype, device=hidden.device)
+        buffer = torch.empty(
+            (min(chunk_rows, len(hidden)), len(head)), dtype=hidden.dtype, device=hidden.device
+        )
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
+        grad_head = (
+            torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
+        )
         for start in range(0, len(hidden), chunk_rows):
             chunk = slice(start, start + chunk_rows)
             h = hidden[chunk]
             logits = torch.mm(h, head.t(), out=buffer[: len(h)])  # [rows, V]
-            _run_ligers_kernel(logits, targets[chunk], row_losses[chunk], makes_gradient=needs_hidden or needs_head)
+            _run_ligers_kernel(
+                logits, targets[chunk], row_losses[chunk], makes_gradient=needs_hidden or needs_head
+            )
             if grad_hidden is not None:
                 torch.mm(logits, head, out=grad_hidden[chunk])
             if grad_head is not None:
@@ -131,7 +161,8 @@ class _LigerCrossEntropy(torch.autograd.Function):
 def _run_ligers_kernel(
     logits: torch.Tensor, targets: torch.Tensor, row_losses: torch.Tensor, *, makes_gradient: bool
 ) -> None:
-    """Write the cross-entropy of each row and, in place of the logits, its gradient: one program for each row."""
+    """Write the cross-entropy of each row and, in place of the logits, its gradient: one program
+    for each row."""
     from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
     from liger_kernel.ops.fused_linear_cross_entropy import MAX_FUSED_SIZE
 
@@ -176,10 +207,12 @@ LIGER_OPTIONS: dict[str, Any] = {
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Computes the gradients in the forward pass, as Liger does: logits are made once and never kept.
+    """Computes the gradients in the forward pass, as Liger does: logits are made once and never
+    kept.
 
     With p = softmax(h W^T) and g = weight x (p - onehot(target)): d hidden = g W, d head = g^T h.
-    Logits are held as W h^T, [V, rows]: with few rows that product is the faster one by half on a CPU.
+    Logits are held as W h^T, [V, rows]: with few rows that product is the faster one by half on a
+    CPU.
     """
 
     @staticmethod
@@ -191,12 +224,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weights: torch.Tensor,
         row_losses: torch.Tensor,
     ) -> torch.Tensor:
-        num_rows, chunk_rows = len(hidden), _rows_per_chunk(len(hidden), _LOGITS_PER_CHUNK // len(head))
+        num_rows, chunk_rows = (
+            len(hidden),
+            _rows_per_chunk(len(hidden), _LOGITS_PER_CHUNK // len(head)),
+        )
         hidden, targets, weights = _padded(hidden, targets, weights, multiple=chunk_rows)
         buffer = torch.empty((len(head), chunk_rows), dtype=torch.float32, device=hidden.device)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
+        grad_head = (
+            torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
+        )
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk_rows):
             chunk = slice(start, start + chunk_rows)
@@ -208,7 +246,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             losses = total.log() + top - target_logit
             row_losses[chunk] = losses[: num_rows - start]
             loss += (losses * weight).sum()
-            grad = logits.mul_(weight / total)  # in place: the buffer turns from exp into the gradient
+            grad = logits.mul_(
+                weight / total
+            )  # in place: the buffer turns from exp into the gradient
             grad.scatter_add_(0, target, -weight[None])
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
@@ -227,16 +267,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _scaled(
     gradients: tuple[torch.Tensor | None, ...], factor: torch.Tensor, dtype: torch.dtype
 ) -> list[torch.Tensor | None]:
-    """Return gradients x factor, computed in fp32 and rounded once; in place where they are of `dtype` already.
+    """Return gradients x factor, computed in fp32 and rounded once; in place where they are of
+    `dtype` already.
 
-    torch would round a factor without dimensions to bf16 first: world size / loss tokens is off by up to 0.4 % then.
+    torch would round a factor without dimensions to bf16 first: world size / loss tokens is off by
+    up to 0.4 % then.
     """
     factor = factor.reshape(1)
     return [None if gradient is None else gradient.mul_(factor).to(dtype) for gradient in gradients]
 
 
 def _rows_per_chunk(num_rows: int, most: int) -> int:
-    """Return the size of chunks of up to `most` rows that are as equal as they can be: a multiple of _ROW_MULTIPLE."""
+    """Return the size of chunks of up to `most` rows that are as equal as they can be: a multiple
+    of _ROW_MULTIPLE."""
     most = max(_MIN_ROWS_PER_CHUNK, most)
     per_chunk = math.ceil(num_rows / max(1, math.ceil(num_rows / most)))
     return max(1, math.ceil(per_chunk / _ROW_MULTIPLE)) * _ROW_MULTIPLE
@@ -252,11 +295,16 @@ def _padded(
 
 
 def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    return torch.mm(left, right, out=out) if left.dtype == out.dtype else out.copy_(torch.mm(left, right))
+    return (
+        torch.mm(left, right, out=out)
+        if left.dtype == out.dtype
+        else out.copy_(torch.mm(left, right))
+    )
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add left x right to `total`, fp32; the product of halves is summed in fp32 where torch can (GPU)."""
+    """Add left x right to `total`, fp32; the product of halves is summed in fp32 where torch can
+    (GPU)."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:

@@ -1,7 +1,8 @@
-"""The model: a Hugging Face causal LM, loaded or random, inside a module whose forward pass returns the loss.
+"""The model: a Hugging Face causal LM, loaded or random, inside a module whose forward pass returns
+the loss.
 
-The loss is computed inside `forward` because under ZeRO-3 that is where the LM head's weight can be gathered. The
-logits of a row exist only for the positions that carry loss.
+The loss is computed inside `forward` because under ZeRO-3 that is where the LM head's weight can be
+gathered. The logits of a row exist only for the positions that carry loss.
 """
 
 import difflib
@@ -33,11 +34,25 @@ from train.model.tiled_mlp import tile_mlps
 
 logger = logging.getLogger(__name__)
 
-# what models of transformers do to their logits besides the head; only the first two are linear and handled
-_LOGIT_CHANGES = ("final_logit_softcapping", "lm_head_multiplier", "output_multiplier_scale", "dim_model_base")
+# what models of transformers do to their logits besides the head; only the first two are linear and
+# handled
+_LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "lm_head_multiplier",
+    "output_multiplier_scale",
+    "dim_model_base",
+)
 NO_LORA = LoraConfig()
 CANNOT_BUILD = (
-    *(ValueError, TypeError, AttributeError, RuntimeError, LookupError, ArithmeticError, NotImplementedError),
+    *(
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        LookupError,
+        ArithmeticError,
+        NotImplementedError,
+    ),
     *(AssertionError, ImportError, StrictDataclassError),
 )
 """What configs, constructors and forward passes of transformers fail with."""
@@ -57,12 +72,16 @@ class LossModel(torch.nn.Module):
         self.row = separate_rotary(model)
 
     def forward(
-        self, batch: MicroBatch, source_totals: torch.Tensor | None = None, balancing: torch.Tensor | None = None
+        self,
+        batch: MicroBatch,
+        source_totals: torch.Tensor | None = None,
+        balancing: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the loss; add the rows' cross-entropies and their number to `source_totals` (train/model/source_loss.py).
+        """Return the loss; add the rows' cross-entropies and their number to `source_totals`
+        (train/model/source_loss.py).
 
-        A load balancing loss (train/model/router_loss.py) is added with its weight, in the share of the step's tokens that are
-        here; `balancing`, fp32 [1], gets it added without its weight.
+        A load balancing loss (train/model/router_loss.py) is added with its weight, in the share of
+        the step's tokens that are here; `balancing`, fp32 [1], gets it added without its weight.
         """
         if self.row is not None:
             self.row.first = batch.first
@@ -84,12 +103,19 @@ class LossModel(torch.nn.Module):
         head = head_weight(self.model)  # [V, D], gathered here under ZeRO-3
         row_losses = torch.empty(len(batch.rows), dtype=torch.float32, device=hidden.device)
         loss = weighted_cross_entropy(
-            hidden, head, batch.targets, batch.weights, uniform=batch.uniform_weight, row_losses=row_losses
+            hidden,
+            head,
+            batch.targets,
+            batch.weights,
+            uniform=batch.uniform_weight,
+            row_losses=row_losses,
         )
         if source_totals is not None:
             add_rows(source_totals, batch.row_sources, row_losses)
         if self.balancing_weight and torch.is_grad_enabled():
-            imbalance = batch.token_share * load_balancing_loss(outputs.router_logits, top_k=self.router_top_k)
+            imbalance = batch.token_share * load_balancing_loss(
+                outputs.router_logits, top_k=self.router_top_k
+            )
             loss = loss + self.balancing_weight * imbalance
             if balancing is not None:
                 balancing += imbalance.detach()
@@ -106,21 +132,27 @@ def build_model(
     lora: LoraConfig = NO_LORA,
     balancing_weight: float = 0.0,
 ) -> LossModel:
-    """Return the model to train, in training mode, checked against the shard set that it is to be trained on.
+    """Return the model to train, in training mode, checked against the shard set that it is to be
+    trained on.
 
-    Under ZeRO-3 the caller keeps an HfDeepSpeedConfig alive meanwhile, so that weights are sharded as they are made.
-    Raises ConfigError or ArtifactError.
+    Under ZeRO-3 the caller keeps an HfDeepSpeedConfig alive meanwhile, so that weights are sharded
+    as they are made. Raises ConfigError or ArtifactError.
     """
     config = model_config(model, manifest)
     torch.manual_seed(seed)
     if model.config is not None:
         network = _random_weights(config, attention=attention, dtype=dtype)
     else:
-        network = _load_weights(model, config, attention=attention, dtype=dtype, quantization=quantization(lora, dtype))
+        network = _load_weights(
+            model, config, attention=attention, dtype=dtype, quantization=quantization(lora, dtype)
+        )
     check_head(network)
     new_ids = manifest.tokenizer.new_ids if model.config is None else ()
     if new_ids:
-        logger.info("new rows of embedding and LM head for the tokens that the mixture added, ids %s", list(new_ids))
+        logger.info(
+            "new rows of embedding and LM head for the tokens that the mixture added, ids %s",
+            list(new_ids),
+        )
     if lora.is_on:
         add_adapters(network, lora, seed=seed)
         if new_ids:
@@ -144,60 +176,77 @@ def model_config(model: ModelConfig, manifest: Manifest) -> PretrainedConfig:
     elif model.name:
         config = _config_of_pretrained(model)
     else:
-        raise ConfigError("no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe")
+        raise ConfigError(
+            "no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe"
+        )
     check_supported(config)
     new_ids = manifest.tokenizer.new_ids
-    has_room = bool(new_ids) and config.vocab_size >= new_ids[0]  # for all but what the mixture added
+    has_room = (
+        bool(new_ids) and config.vocab_size >= new_ids[0]
+    )  # for all but what the mixture added
     if config.vocab_size <= manifest.max_token_id and not model.resize_vocab and not has_room:
         raise ConfigError(
-            f"the model knows {config.vocab_size} tokens, the shards hold token {manifest.max_token_id}: they were "
-            f"made with another tokenizer ({manifest.tokenizer.name}). Tokens that the mixture adds to the model's own "
-            "(tokenizer.add_tokens) are grown by themselves; for a tokenizer that came with tokens added, set "
-            "model.resize_vocab = true (without [lora])"
+            f"the model knows {config.vocab_size} tokens, the shards hold token"
+            f" {manifest.max_token_id}: they were made with another tokenizer"
+            f" ({manifest.tokenizer.name}). Tokens that the mixture adds to the model's own"
+            " (tokenizer.add_tokens) are grown by themselves; for a tokenizer that came with"
+            " tokens added, set model.resize_vocab = true (without [lora])"
         )
     limit = _get(config, "max_position_embeddings")
     if isinstance(limit, int) and limit < manifest.max_seq_len:
         raise ConfigError(
-            f"the model takes {limit} positions (max_position_embeddings), the shards have sequences of up to "
-            f"{manifest.max_seq_len}; build them with max_seq_len = {limit} or use another model"
+            f"the model takes {limit} positions (max_position_embeddings), the shards have"
+            f" sequences of up to {manifest.max_seq_len}; build them with max_seq_len = {limit} or"
+            " use another model"
         )
     return config
 
 
 def check_supported(config: PretrainedConfig) -> None:
-    """Raise ConfigError for a model whose packed loss would not be the loss of its sequences alone."""
+    """Raise ConfigError for a model whose packed loss would not be the loss of its sequences
+    alone."""
     name = config.model_type
     for key in _LOGIT_CHANGES:
         if _get(config, key) not in (None, 1, 1.0):
             raise ConfigError(
-                f"model type {name!r} changes its logits ({key} = {_get(config, key)}); not supported yet"
+                f"model type {name!r} changes its logits ({key} = {_get(config, key)}); not"
+                " supported yet"
             )
     layers = {kind for key in _LAYER_KEYS for kind in _get(config, key) or ()}
     if foreign := sorted(layers - _ATTENTION_LAYERS):
         raise ConfigError(
-            f"model type {name!r} has layers of type {', '.join(foreign)}, which carry state from one sequence of a "
-            "pack into the next; use a model with attention layers only"
+            f"model type {name!r} has layers of type {', '.join(foreign)}, which carry state from"
+            " one sequence of a pack into the next; use a model with attention layers only"
         )
     if config.is_encoder_decoder:
         raise ConfigError(f"model type {name!r} has an encoder; expected a causal LM")
     text = config.get_text_config(decoder=True)
     if text is not config or not isinstance(getattr(config, "vocab_size", None), int):
         raise ConfigError(
-            f"model type {name!r} holds several models ({', '.join(config.sub_configs)}); expected a causal LM alone, "
-            f"such as one of type {text.model_type!r}"
+            f"model type {name!r} holds several models ({', '.join(config.sub_configs)}); expected"
+            f" a causal LM alone, such as one of type {text.model_type!r}"
         )
-    heads, key_heads = (getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
-    if isinstance(heads, int) and isinstance(key_heads, int) and (key_heads < 1 or heads < 1 or heads % key_heads):
+    heads, key_heads = (
+        getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")
+    )
+    if (
+        isinstance(heads, int)
+        and isinstance(key_heads, int)
+        and (key_heads < 1 or heads < 1 or heads % key_heads)
+    ):
         raise ConfigError(
-            f"the model has {heads} attention heads (num_attention_heads) and {key_heads} key heads "
-            "(num_key_value_heads); expected a number of key heads that divides that of heads"
+            f"the model has {heads} attention heads (num_attention_heads) and {key_heads} key heads"
+            " (num_key_value_heads); expected a number of key heads that divides that of heads"
         )
     network_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if network_class is None:
-        raise ConfigError(f"model type {name!r} has no causal LM in transformers; use another model")
+        raise ConfigError(
+            f"model type {name!r} has no causal LM in transformers; use another model"
+        )
     if not network_class._supports_attention_backend:
         raise ConfigError(
-            f"model type {name!r} does not let its attention be replaced, so sequences of a pack would see each other"
+            f"model type {name!r} does not let its attention be replaced, so sequences of a pack"
+            " would see each other"
         )
 
 
@@ -205,56 +254,87 @@ def check_head(network: PreTrainedModel) -> None:
     """Raise ConfigError unless logits are head(hidden) with a plain matrix ."""
     name = network.config.model_type
     head = network.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or head.bias is not None or network.base_model is network:
-        raise ConfigError(f"model type {name!r} has no plain LM head (a linear layer without bias); not supported yet")
+    if (
+        not isinstance(head, torch.nn.Linear)
+        or head.bias is not None
+        or network.base_model is network
+    ):
+        raise ConfigError(
+            f"model type {name!r} has no plain LM head (a linear layer without bias); not"
+            " supported yet"
+        )
 
 
 def logit_scale(config: PretrainedConfig) -> float:
-    """Return the factor between head(hidden) and the logits of the model: Granite divides, Cohere multiplies."""
+    """Return the factor between head(hidden) and the logits of the model: Granite divides, Cohere
+    multiplies."""
     divisor, factor = _get(config, "logits_scaling"), _get(config, "logit_scale")
     return float(factor or 1.0) / float(divisor or 1.0)
 
 
 def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedConfig:
-    """What the table leaves out follows from the shards: vocabulary, special ids, longest sequence."""
+    """What the table leaves out follows from the shards: vocabulary, special ids, longest
+    sequence."""
     values = dict(table)
     model_type = values.pop("model_type", None)
     try:
         plain = AutoConfig.for_model(model_type)
     except (ValueError, KeyError, AttributeError) as exc:
-        raise ConfigError(f"model.config.model_type = {model_type!r} is not a model type of transformers") from exc
+        raise ConfigError(
+            f"model.config.model_type = {model_type!r} is not a model type of transformers"
+        ) from exc
     except StrictDataclassError as exc:  # its own defaults do not make a whole
-        raise ConfigError(f"model type {model_type!r} cannot be made from a table: {_one_line(exc)}") from exc
+        raise ConfigError(
+            f"model type {model_type!r} cannot be made from a table: {_one_line(exc)}"
+        ) from exc
     defaults = plain.to_dict()
-    known = {*defaults, *plain.attribute_map, "head_dim"}  # the last is read by many and declared by few
+    known = {
+        *defaults,
+        *plain.attribute_map,
+        "head_dim",
+    }  # the last is read by many and declared by few
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"unknown key 'model.config.{key}' for model type {model_type!r}{hint}")
+            raise ConfigError(
+                f"unknown key 'model.config.{key}' for model type {model_type!r}{hint}"
+            )
     tokenizer = manifest.tokenizer
     derived = {
         "vocab_size": max(tokenizer.vocab_size, manifest.max_token_id + 1),
-        "max_position_embeddings": max(int(defaults.get("max_position_embeddings") or 0), manifest.max_seq_len),
+        "max_position_embeddings": max(
+            int(defaults.get("max_position_embeddings") or 0), manifest.max_seq_len
+        ),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": None,  # nothing is padded, and torch would never train the embedding of that token
+        "pad_token_id": (
+            None
+        ),  # nothing is padded, and torch would never train the embedding of that token
     }
     try:
         config = AutoConfig.for_model(model_type, **{**derived, **values})
     except CANNOT_BUILD as exc:
-        raise ConfigError(f"model.config is not a valid {model_type!r} config: {_one_line(exc)}") from exc
+        raise ConfigError(
+            f"model.config is not a valid {model_type!r} config: {_one_line(exc)}"
+        ) from exc
     assert isinstance(config, PretrainedConfig)
     return config
 
 
-def _random_weights(config: PretrainedConfig, *, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+def _random_weights(
+    config: PretrainedConfig, *, attention: str, dtype: torch.dtype
+) -> PreTrainedModel:
     try:
-        network = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+        network = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=dtype
+        )
     except CANNOT_BUILD as exc:
         if isinstance(exc, torch.OutOfMemoryError):
             raise
-        raise ConfigError(f"model.config cannot be built: {type(exc).__name__}: {_one_line(exc)}") from exc
+        raise ConfigError(
+            f"model.config cannot be built: {type(exc).__name__}: {_one_line(exc)}"
+        ) from exc
     _check_parameters(network)
     assert isinstance(network, PreTrainedModel)
     return network
@@ -262,16 +342,27 @@ def _random_weights(config: PretrainedConfig, *, attention: str, dtype: torch.dt
 
 def _config_of_pretrained(model: ModelConfig) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(model.name, revision=model.revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=False
+        )
     except (OSError, *CANNOT_BUILD) as exc:
-        where = "" if Path(model.name).is_dir() else "there is no such directory, and not on the hub: "
-        raise ArtifactError(f"cannot read the model {model.name!r}: {where}{_one_line(exc)}") from exc
+        where = (
+            "" if Path(model.name).is_dir() else "there is no such directory, and not on the hub: "
+        )
+        raise ArtifactError(
+            f"cannot read the model {model.name!r}: {where}{_one_line(exc)}"
+        ) from exc
     assert isinstance(config, PretrainedConfig)
     return config
 
 
 def _load_weights(
-    model: ModelConfig, config: PretrainedConfig, *, attention: str, dtype: torch.dtype, quantization: Any
+    model: ModelConfig,
+    config: PretrainedConfig,
+    *,
+    attention: str,
+    dtype: torch.dtype,
+    quantization: Any,
 ) -> PreTrainedModel:
     try:
         network, loading = AutoModelForCausalLM.from_pretrained(
@@ -290,8 +381,8 @@ def _load_weights(
     if missing or loading["mismatched_keys"]:
         wrong = missing or sorted(str(key) for key in loading["mismatched_keys"])
         raise ArtifactError(
-            f"the weights of {model.name!r} lack or contradict {len(wrong)} parameters of its config, e.g. {wrong[0]}; "
-            "they would start random"
+            f"the weights of {model.name!r} lack or contradict {len(wrong)} parameters of its"
+            f" config, e.g. {wrong[0]}; they would start random"
         )
     assert isinstance(network, PreTrainedModel)
     _check_parameters(network)
@@ -299,20 +390,24 @@ def _load_weights(
 
 
 def _check_parameters(network: PreTrainedModel) -> None:
-    """Raise ArtifactError for weights that are not finite, ConfigError for a model without room for any.
+    """Raise ArtifactError for weights that are not finite, ConfigError for a model without room for
+    any.
 
-    Under ZeRO-3 a rank looks at its share. One pass over the weights, which a step makes many times.
+    Under ZeRO-3 a rank looks at its share. One pass over the weights, which a step makes many
+    times.
     """
     for name, parameter in network.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
         if 0 in shape:
-            raise ConfigError(f"the model's parameter {name} has the shape {list(shape)}; expected no side of 0")
+            raise ConfigError(
+                f"the model's parameter {name} has the shape {list(shape)}; expected no side of 0"
+            )
         here = getattr(parameter, "ds_tensor", parameter).detach()
         if here.is_floating_point() and not torch.isfinite(here.sum(dtype=torch.float64)):
             count = int((~torch.isfinite(here)).sum())
             raise ArtifactError(
-                f"the weights of {network.config.name_or_path!r} hold {count} numbers that are not finite in {name}, "
-                "as they were loaded; expected none: use weights that are whole"
+                f"the weights of {network.config.name_or_path!r} hold {count} numbers that are not"
+                f" finite in {name}, as they were loaded; expected none: use weights that are whole"
             )
 
 

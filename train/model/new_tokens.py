@@ -1,11 +1,13 @@
-"""Embedding rows of tokens that the mixture added, trained where all other weights are frozen (under LoRA).
+"""Embedding rows of tokens that the mixture added, trained where all other weights are frozen
+(under LoRA).
 
     embedding and LM head   [ 0 1 2 ... first-1 | first ... first+n-1 | ... ]
                               frozen              new_rows [n, D]       frozen (padding, if the model has any)
 
-The base model has learned nothing for these tokens, whether it has rows for their ids or not, so their rows start
-random. They are parameters of their own beside the frozen matrix, which may be shorter: nothing of it is copied.
-peft's layer for this (`trainable_token_indices`) does not work under DeepSpeed; the exported adapter is in its format.
+The base model has learned nothing for these tokens, whether it has rows for their ids or not, so
+their rows start random. They are parameters of their own beside the frozen matrix, which may be
+shorter: nothing of it is copied. peft's layer for this (`trainable_token_indices`) does not work
+under DeepSpeed; the exported adapter is in its format.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,28 +24,34 @@ _SUFFIX = f".{ROWS}"
 
 
 def add_new_rows(network: PreTrainedModel, new_ids: Sequence[int], *, seed: int) -> None:
-    """Give embedding and LM head trained rows for `new_ids`, which follow on one another; the same on every rank.
+    """Give embedding and LM head trained rows for `new_ids`, which follow on one another; the same
+    on every rank.
 
-    Tied weights stay tied: the rows are then those of the embedding. Raises ConfigError for an embedding that does more
-    than look rows up.
+    Tied weights stay tied: the rows are then those of the embedding. Raises ConfigError for an
+    embedding that does more than look rows up.
     """
     embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
     scale = getattr(embedding, "embed_scale", None)  # of Gemma's
     if type(embedding).forward is not torch.nn.Embedding.forward and scale is None:
         raise ConfigError(
-            f"[lora] cannot train new tokens of model type {network.config.model_type!r}, whose embedding is a "
-            f"{type(embedding).__name__}; train the weights themselves (lora.rank = 0)"
+            f"[lora] cannot train new tokens of model type {network.config.model_type!r}, whose"
+            f" embedding is a {type(embedding).__name__}; train the weights themselves (lora.rank"
+            " = 0)"
         )
     generator = torch.Generator().manual_seed(seed)
     for layer in [embedding] if is_tied(network) else [embedding, head]:
         width = layer.embedding_dim if layer is embedding else layer.in_features
         rows = torch.empty(len(new_ids), width).normal_(std=_init_std(network), generator=generator)
-        layer.register_parameter(ROWS, torch.nn.Parameter(rows.to(layer.weight.device, layer.weight.dtype)))
+        layer.register_parameter(
+            ROWS, torch.nn.Parameter(rows.to(layer.weight.device, layer.weight.dtype))
+        )
         layer.first_new = new_ids[0]
     embedding.forward = partial(_embed, embedding, embedding.forward, scale)
 
 
-def _embed(layer: Any, frozen: Callable[[torch.Tensor], torch.Tensor], scale: Any, ids: torch.Tensor) -> torch.Tensor:
+def _embed(
+    layer: Any, frozen: Callable[[torch.Tensor], torch.Tensor], scale: Any, ids: torch.Tensor
+) -> torch.Tensor:
     """Look ids up in the frozen matrix, or in the new rows where they are theirs."""
     found = frozen(ids.clamp(max=layer.num_embeddings - 1))
     places = ids - layer.first_new
@@ -58,7 +66,8 @@ def _init_std(network: PreTrainedModel) -> float:
 
 
 def head_weight(network: PreTrainedModel) -> torch.Tensor:
-    """Return the matrix of the LM head, [V, D], new rows in their places; gathered here under ZeRO-3."""
+    """Return the matrix of the LM head, [V, D], new rows in their places; gathered here under
+    ZeRO-3."""
     head = network.get_output_embeddings()
     weight: torch.Tensor = head.weight
     layer = head if hasattr(head, ROWS) else network.get_input_embeddings()
@@ -68,7 +77,8 @@ def head_weight(network: PreTrainedModel) -> torch.Tensor:
 
 
 def with_rows(weight: torch.Tensor, rows: torch.Tensor, first: int) -> torch.Tensor:
-    """Return `weight`, [V, D], with `rows` from row `first` on, longer where it ends before they do."""
+    """Return `weight`, [V, D], with `rows` from row `first` on, longer where it ends before they
+    do."""
     return torch.cat([weight[:first], rows.to(weight.dtype), weight[first + len(rows) :]])
 
 

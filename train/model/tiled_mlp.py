@@ -1,8 +1,9 @@
 """The feed-forward layers in tiles: their wide activations exist for one part of a row at a time.
 
-A layer of hidden size D and intermediate size I keeps about 3 I numbers per token for its backward pass; in tiles it
-keeps D per token, and computes the rest again, tile by tile. Each position is computed by itself, so nothing changes
-but rounding. For long rows, with gradient checkpointing: there the recomputed layer is what memory peaks at.
+A layer of hidden size D and intermediate size I keeps about 3 I numbers per token for its backward
+pass; in tiles it keeps D per token, and computes the rest again, tile by tile. Each position is
+computed by itself, so nothing changes but rounding. For long rows, with gradient checkpointing:
+there the recomputed layer is what memory peaks at.
 """
 
 from collections.abc import Callable
@@ -18,17 +19,22 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 def tile_mlps(network: PreTrainedModel, tiles: int) -> None:
-    """Make every layer's `mlp` of `network` run in `tiles` tiles, in place. Raises ConfigError where there is none."""
+    """Make every layer's `mlp` of `network` run in `tiles` tiles, in place. Raises ConfigError
+    where there is none."""
     layers = [part for part in network.base_model.modules() if "mlp" in dict(part.named_children())]
     if not layers:
         raise ConfigError(
-            f"model.mlp_tiles = {tiles}, but {type(network).__name__} has no layers named mlp; set it to 1"
+            f"model.mlp_tiles = {tiles}, but {type(network).__name__} has no layers named mlp; set"
+            " it to 1"
         )
     for layer in layers:
         layer.mlp.forward = partial(_in_tiles, layer.mlp.forward, tiles)
 
 
 def _in_tiles(forward: Forward, tiles: int, hidden: torch.Tensor) -> torch.Tensor:
-    """[1, N, D] -> [1, N, D]. The number of tiles never changes: ZeRO-3 expects the same calls in every step."""
-    outputs = [checkpoint(forward, tile, use_reentrant=False) for tile in hidden.tensor_split(tiles, dim=1)]
+    """[1, N, D] -> [1, N, D]. The number of tiles never changes: ZeRO-3 expects the same calls in
+    every step."""
+    outputs = [
+        checkpoint(forward, tile, use_reentrant=False) for tile in hidden.tensor_split(tiles, dim=1)
+    ]
     return torch.cat(outputs, dim=1)

@@ -1,7 +1,8 @@
-"""Pushes to the hub beside training and after it, by processes of their own: no step and no stop waits for the hub.
+"""Pushes to the hub beside training and after it, by processes of their own: no step and no stop
+waits for the hub.
 
-While the run trains, a push that fails is said and stops nothing. When it has trained, what is missing is pushed, and
-all ranks wait: a launcher could take the end of one for the end of all.
+While the run trains, a push that fails is said and stops nothing. When it has trained, what is
+missing is pushed, and all ranks wait: a launcher could take the end of one for the end of all.
 """
 
 import contextlib
@@ -29,7 +30,9 @@ _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 class Pusher:
     """Rank 0's: runs one `sft-train push` at a time."""
 
-    def __init__(self, run: RunDir, *, checkpoints: str | None, model: str | None, quiet: bool) -> None:
+    def __init__(
+        self, run: RunDir, *, checkpoints: str | None, model: str | None, quiet: bool
+    ) -> None:
         """`checkpoints`, `model`: the repositories that they are to be pushed to, if any."""
         self._checkpoints, self._quiet = checkpoints, quiet
         self._at_the_end: list[list[str]] = []
@@ -71,14 +74,16 @@ class Pusher:
             logger.info("%s is on the hub", self._path.name)
         else:
             logger.warning(
-                "%s was not pushed (see above); training goes on. It is pushed when the run ends, if it is still there",
+                "%s was not pushed (see above); training goes on. It is pushed when the run ends,"
+                " if it is still there",
                 self._path.name,
             )
         self._process = None
         return None
 
     def finish_next(self) -> bool:
-        """Start what is left to push when the run has trained, one thing after the other; return whether all is done.
+        """Start what is left to push when the run has trained, one thing after the other; return
+        whether all is done.
 
         Raises the SftError that a push ended with.
         """
@@ -92,8 +97,8 @@ class Pusher:
             code, self._process = self._process.returncode, None
             if code:
                 raise error_of(code)(
-                    f"the run has trained, but `sft-train push {' '.join(done)}` failed (see above); the same command "
-                    "goes on, or that one"
+                    f"the run has trained, but `sft-train push {' '.join(done)}` failed (see"
+                    " above); the same command goes on, or that one"
                 )
         if not self._at_the_end:
             return True
@@ -114,7 +119,12 @@ def pushing(request: TrainRequest, run: RunDir, ranks: Ranks) -> Iterator[Pusher
     if not ranks.is_main:
         yield None
         return
-    pusher = Pusher(run, checkpoints=request.push_checkpoints, model=request.push_to_hub, quiet=request.verbosity < 0)
+    pusher = Pusher(
+        run,
+        checkpoints=request.push_checkpoints,
+        model=request.push_to_hub,
+        quiet=request.verbosity < 0,
+    )
     try:
         yield pusher
     except BaseException:
@@ -123,7 +133,8 @@ def pushing(request: TrainRequest, run: RunDir, ranks: Ranks) -> Iterator[Pusher
 
 
 def push_the_rest(pusher: Pusher | None, ranks: Ranks, wish: StopWish) -> None:
-    """Push what is missing; all ranks wait. Raises the SftError of a push that failed, StoppedOnRequest if asked to."""
+    """Push what is missing; all ranks wait. Raises the SftError of a push that failed,
+    StoppedOnRequest if asked to."""
     while True:
         answer: object = True
         if pusher is not None:
@@ -138,13 +149,22 @@ def push_the_rest(pusher: Pusher | None, ranks: Ranks, wish: StopWish) -> None:
             return
         if any_rank(wish.is_there(), ranks):
             wish.granted()
-            raise StoppedOnRequest("stopped while pushing, all steps done; run the same command again to go on")
+            raise StoppedOnRequest(
+                "stopped while pushing, all steps done; run the same command again to go on"
+            )
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def _start(words: list[str], *, quiet: bool) -> "subprocess.Popen[bytes]":
-    """Signals for this process, or its group, do not reach the push; what ends this process ends it."""
+    """Signals for this process, or its group, do not reach the push; what ends this process ends
+    it."""
     environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # they would run through the lines of the log
-    command = [str(console_script()), "push", "--die-with-parent", *(["-q"] if quiet else []), *words]
+    command = [
+        str(console_script()),
+        "push",
+        "--die-with-parent",
+        *(["-q"] if quiet else []),
+        *words,
+    ]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, process_group=0)

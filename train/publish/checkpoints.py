@@ -1,7 +1,7 @@
 """Checkpoints on the hub: each lies on a branch RUN-step-N as it lies on disk.
 
-Fetched into the `checkpoints` of a run directory, as step-N, it can be gone on from (--trust-checkpoint: it holds
-pickles).
+Fetched into the `checkpoints` of a run directory, as step-N, it can be gone on from
+(--trust-checkpoint: it holds pickles).
 """
 
 from pathlib import Path
@@ -15,14 +15,19 @@ from train.run.directory import RunDir
 def push_checkpoint(path: Path, repo: str) -> str:
     """Push the committed checkpoint at `path` to its branch; return its address.
 
-    Raises IncompleteArtifactError, ArtifactError or ChecksumError for a damaged one, and what `sync` raises.
+    Raises IncompleteArtifactError, ArtifactError or ChecksumError for a damaged one, and what
+    `sync` raises.
     """
     path = path.resolve()  # `best` is a link, which may be moved meanwhile
     entries = read_state_file(path)["files"]
     for name, entry in entries.items():
         if not (path / name).is_file() or (path / name).stat().st_size != entry["bytes"]:
-            raise IncompleteArtifactError(f"{path / name} is missing or not of {entry['bytes']} bytes{way_out(path)}")
-    state = (path / STATE_NAME).read_bytes()  # as it is now: an evaluation loss may be written into it meanwhile
+            raise IncompleteArtifactError(
+                f"{path / name} is missing or not of {entry['bytes']} bytes{way_out(path)}"
+            )
+    state = (
+        path / STATE_NAME
+    ).read_bytes()  # as it is now: an evaluation loss may be written into it meanwhile
     files: dict[str, Content] = {STATE_NAME: state, **{name: path / name for name in entries}}
     run_name = path.parent.parent.name
     return sync(
@@ -37,7 +42,8 @@ def push_checkpoint(path: Path, repo: str) -> str:
 
 
 def push_checkpoints(run: RunDir, repo: str) -> list[str]:
-    """Push every committed checkpoint of `run`, newest first; return their addresses. Raises as `push_checkpoint`."""
+    """Push every committed checkpoint of `run`, newest first; return their addresses. Raises as
+    `push_checkpoint`."""
     committed = list_checkpoints(run.checkpoints)
     if not committed:
         raise IncompleteArtifactError(f"{run.path} has no checkpoint")

@@ -1,4 +1,5 @@
-"""A trained model as a directory that transformers loads: weights, tokenizer, chat template, generation config, card.
+"""A trained model as a directory that transformers loads: weights, tokenizer, chat template,
+generation config, card.
 
 The directory is whole or absent: it is written aside, read back, and renamed into place.
 """
@@ -33,7 +34,14 @@ from train.engine.engine import WEIGHTS_PREFIX
 from train.loop.metrics import read_records
 from train.model.lora import Adapted, adapted_by, adapter_weights, merged_model, write_adapter
 from train.publish.model_card import PLOT_NAME, CardFacts, card_facts, render_card
-from train.run.checkpoint_layout import ENGINE_DIR, ENGINE_TAG, MODEL_DIR, RUN_NAME, check_digest, read_state_file
+from train.run.checkpoint_layout import (
+    ENGINE_DIR,
+    ENGINE_TAG,
+    MODEL_DIR,
+    RUN_NAME,
+    check_digest,
+    read_state_file,
+)
 from train.run.directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -47,11 +55,14 @@ class WeightFiles:
 
     dtype: Literal["trained", "bf16", "fp32"] = "trained"
     max_file_size: str = "5GB"
-    """More weights than this go into several files with an index, as transformers counts sizes: 500MB, 5GB."""
+    """More weights than this go into several files with an index, as transformers counts sizes:
+    500MB, 5GB."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[1-9]\d*[KMG]i?B", self.max_file_size):
-            raise ConfigError(f"--max-file-size {self.max_file_size!r}; expected a number and a unit: 500MB, 5GB")
+            raise ConfigError(
+                f"--max-file-size {self.max_file_size!r}; expected a number and a unit: 500MB, 5GB"
+            )
 
 
 AS_TRAINED = WeightFiles()
@@ -71,14 +82,17 @@ def export_model(
 ) -> None:
     """Write the model to `out_dir`; one process calls it, with the full weights.
 
-    With `replace` what is there makes room: what the new export does not hold again, byte for byte, is kept in
-    `NAME-old-NUMBER` beside it. Where a model was `adapted`, `state_dict` holds its adapters only. Raises
-    ArtifactError, with `out_dir` as it was, if the weights do not fill the model that the config describes.
+    With `replace` what is there makes room: what the new export does not hold again, byte for byte,
+    is kept in `NAME-old-NUMBER` beside it. Where a model was `adapted`, `state_dict` holds its
+    adapters only. Raises ArtifactError, with `out_dir` as it was, if the weights do not fill the
+    model that the config describes.
     """
     place = _in_place_of(out_dir) if replace else atomic.staged_dir(out_dir)
     with place as staged, library_writing_to(out_dir.parent):
         _write_tokenizer(staged, shard_set)
-        (staged / "README.md").write_text(render_card(card, has_plot=plot is not None), encoding="utf-8")
+        (staged / "README.md").write_text(
+            render_card(card, has_plot=plot is not None), encoding="utf-8"
+        )
         if plot is not None:
             shutil.copyfile(plot, staged / PLOT_NAME)
         new_ids = shard_set.manifest.tokenizer.new_ids
@@ -87,7 +101,8 @@ def export_model(
             write_adapter(staged, trained, lora=adapted.lora, model=adapted.model, new_ids=new_ids)
             if new_ids:
                 logger.info(
-                    "%s holds rows for tokens %s: before peft loads it, resize the base model's embedding to %d",
+                    "%s holds rows for tokens %s: before peft loads it, resize the base model's"
+                    " embedding to %d",
                     out_dir,
                     list(new_ids),
                     shard_set.manifest.tokenizer.vocab_size,
@@ -95,7 +110,9 @@ def export_model(
         else:
             if adapted is not None:
                 trained = adapter_weights(state_dict)
-                state_dict, model_config = merged_model(adapted.model, adapted.lora, trained, new_ids=new_ids)
+                state_dict, model_config = merged_model(
+                    adapted.model, adapted.lora, trained, new_ids=new_ids
+                )
             generation = generation_config(shard_set.manifest.tokenizer)
             _write_weights(staged, state_dict, model_config, generation, files)
             _check_loads(staged)
@@ -103,9 +120,11 @@ def export_model(
 
 
 def export_checkpoint(checkpoint_dir: Path, out_dir: Path, files: WeightFiles = AS_TRAINED) -> None:
-    """Write the model of a checkpoint to `out_dir`, which must not exist. Needs the shard set where the run had it.
+    """Write the model of a checkpoint to `out_dir`, which must not exist. Needs the shard set where
+    the run had it.
 
-    Raises ArtifactError for a checkpoint that is not whole or has changed, and for another shard set in that place.
+    Raises ArtifactError for a checkpoint that is not whole or has changed, and for another shard
+    set in that place.
     """
     if os.path.lexists(out_dir):
         raise ArtifactError(f"{out_dir} exists; give a path that does not, or remove it")
@@ -132,7 +151,8 @@ def export_checkpoint(checkpoint_dir: Path, out_dir: Path, files: WeightFiles = 
 
 
 def _in_place_of(out_dir: Path) -> AbstractContextManager[Path]:
-    """Yield a staged directory that will be `out_dir`; files of what is there are kept, unless it holds them again."""
+    """Yield a staged directory that will be `out_dir`; files of what is there are kept, unless it
+    holds them again."""
     numbered = (out_dir.with_name(f"{out_dir.name}-old-{number}") for number in itertools.count(1))
     old = next(path for path in numbered if not os.path.lexists(path))
 
@@ -140,17 +160,29 @@ def _in_place_of(out_dir: Path) -> AbstractContextManager[Path]:
         if old.is_dir() and not old.is_symlink():
             for folder, _, names in os.walk(old, topdown=False):
                 for name in names:
-                    _remove_copy(Path(folder) / name, of=out_dir / Path(folder, name).relative_to(old))
-                if not any(Path(folder).iterdir()) and (out_dir / Path(folder).relative_to(old)).is_dir():
+                    _remove_copy(
+                        Path(folder) / name, of=out_dir / Path(folder, name).relative_to(old)
+                    )
+                if (
+                    not any(Path(folder).iterdir())
+                    and (out_dir / Path(folder).relative_to(old)).is_dir()
+                ):
                     Path(folder).rmdir()
         if os.path.lexists(old):
-            logger.warning("what lay at %s, and is not the same in the new export, is kept in %s", out_dir, old)
+            logger.warning(
+                "what lay at %s, and is not the same in the new export, is kept in %s", out_dir, old
+            )
 
     return atomic.staged_dir(out_dir, remove_old=remove_copies, old=old)
 
 
 def _remove_copy(file: Path, *, of: Path) -> None:
-    if file.is_file() and not file.is_symlink() and of.is_file() and filecmp.cmp(file, of, shallow=False):
+    if (
+        file.is_file()
+        and not file.is_symlink()
+        and of.is_file()
+        and filecmp.cmp(file, of, shallow=False)
+    ):
         file.unlink()
 
 
@@ -160,7 +192,9 @@ def generation_config(tokenizer: TokenizerEntry) -> GenerationConfig:
     if tokenizer.eos_token_id is not None:
         ends[tokenizer.eos_token_id] = None
     return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=list(ends) or None, pad_token_id=_pad_token_id(tokenizer)
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(ends) or None,
+        pad_token_id=_pad_token_id(tokenizer),
     )
 
 
@@ -173,7 +207,8 @@ def _pad_token_id(tokenizer: TokenizerEntry) -> int | None:
 
 
 def _write_tokenizer(staged: Path, shard_set: ShardSet) -> None:
-    """Copy the tokenizer that was trained with; a pad token, where it has none, goes into its config only."""
+    """Copy the tokenizer that was trained with; a pad token, where it has none, goes into its
+    config only."""
     for name in shard_set.manifest.tokenizer.files:
         shutil.copyfile(shard_set.tokenizer_dir / name, staged / name)
     pad_token_id = _pad_token_id(shard_set.manifest.tokenizer)
@@ -185,7 +220,8 @@ def _write_tokenizer(staged: Path, shard_set: ShardSet) -> None:
 
 
 def _added_token(tokenizer_json: Path, token_id: int) -> str | None:
-    """Return the text of an added token; None for a token of the plain vocabulary, which can't be told from text."""
+    """Return the text of an added token; None for a token of the plain vocabulary, which can't be
+    told from text."""
     added = json.loads(tokenizer_json.read_bytes()).get("added_tokens", [])
     return next((str(entry["content"]) for entry in added if entry["id"] == token_id), None)
 
@@ -199,7 +235,9 @@ def _write_weights(
 ) -> None:
     if files.dtype != "trained":
         dtype = torch.bfloat16 if files.dtype == "bf16" else torch.float32
-        state_dict = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state_dict.items()}
+        state_dict = {
+            name: t.to(dtype) if t.is_floating_point() else t for name, t in state_dict.items()
+        }
     dtypes = Counter(tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point())
     config.dtype = dtypes.most_common(1)[0][0] if dtypes else torch.float32
     with torch.device("meta"):
@@ -208,25 +246,30 @@ def _write_weights(
     weights = {name: tensor.contiguous() for name, tensor in state_dict.items() if name not in tied}
     needed = model.state_dict().keys() - tied
     if missing := sorted(needed - weights.keys()):
-        raise ArtifactError(f"the weights lack {len(missing)} parameters of the model, e.g. {missing[0]}")
+        raise ArtifactError(
+            f"the weights lack {len(missing)} parameters of the model, e.g. {missing[0]}"
+        )
     model.generation_config = generation
     model.save_pretrained(staged, state_dict=weights, max_shard_size=files.max_file_size)
 
 
 def _check_loads(staged: Path) -> None:
-    """Compare names and shapes as transformers does when it loads, without holding the weights a second time."""
+    """Compare names and shapes as transformers does when it loads, without holding the weights a
+    second time."""
     _, loading = AutoModelForCausalLM.from_pretrained(
         staged, device_map={"": "meta"}, dtype="auto", output_loading_info=True
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found := sorted(str(key) for key in loading[kind]):
             raise ArtifactError(
-                f"the export would load with {len(found)} {kind.replace('_', ' ')}, e.g. {found[0]}; nothing was kept"
+                f"the export would load with {len(found)} {kind.replace('_', ' ')}, e.g."
+                f" {found[0]}; nothing was kept"
             )
 
 
 def _share_modes(folder: Path, *, like: Path) -> None:
-    """Give every file the mode of a plainly written one: safetensors makes files that only their owner reads."""
+    """Give every file the mode of a plainly written one: safetensors makes files that only their
+    owner reads."""
     for file in folder.iterdir():
         file.chmod(like.stat().st_mode)
 
@@ -236,8 +279,9 @@ def _shards_of(description: dict[str, Any], checkpoint_dir: Path) -> ShardSet:
     shard_set = open_shard_set(path)
     if shard_set.manifest.fingerprint != fingerprint:
         raise FingerprintMismatchError(
-            f"{checkpoint_dir} was trained on shards with fingerprint {fingerprint[:16]}..., {path} now has "
-            f"{shard_set.manifest.fingerprint[:16]}...; put the shard set back that it was trained on"
+            f"{checkpoint_dir} was trained on shards with fingerprint {fingerprint[:16]}..., {path}"
+            f" now has {shard_set.manifest.fingerprint[:16]}...; put the shard set back that it was"
+            " trained on"
         )
     return shard_set
 
@@ -256,17 +300,23 @@ def _offline_weights(
         file = checkpoint_dir / ENGINE_DIR / ENGINE_TAG / WHOLE_WEIGHTS_NAME
         found = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
     return {
-        name.removeprefix(WEIGHTS_PREFIX): tensor.to(dtype) if tensor.is_floating_point() else tensor
+        name.removeprefix(WEIGHTS_PREFIX): (
+            tensor.to(dtype) if tensor.is_floating_point() else tensor
+        )
         for name, tensor in found.items()
     }
 
 
 def _joined_masters(checkpoint_dir: Path, *, frozen_left_out: bool) -> dict[str, torch.Tensor]:
     """Put the ranks' parts of the fp32 master weights together."""
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints as it is imported and at work; ours are results
+    with contextlib.redirect_stdout(
+        sys.stderr
+    ):  # DeepSpeed prints as it is imported and at work; ours are results
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         found: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint_dir / ENGINE_DIR), tag=ENGINE_TAG, exclude_frozen_parameters=frozen_left_out
+            str(checkpoint_dir / ENGINE_DIR),
+            tag=ENGINE_TAG,
+            exclude_frozen_parameters=frozen_left_out,
         )
     return found

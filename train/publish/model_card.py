@@ -14,7 +14,8 @@ PLOT_NAME = "loss.png"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardFacts:
-    """Lineage of a model. Local paths are cut to their last part: a card is made to be published."""
+    """Lineage of a model. Local paths are cut to their last part: a card is made to be
+    published."""
 
     base_model: str
     """Hub id, or the name of a local directory; empty for random weights."""
@@ -34,7 +35,9 @@ class CardFacts:
     """The last record of metrics.jsonl; empty where nothing was logged."""
 
 
-def card_facts(description: Mapping[str, Any], manifest: Manifest, records: Sequence[Mapping[str, Any]]) -> CardFacts:
+def card_facts(
+    description: Mapping[str, Any], manifest: Manifest, records: Sequence[Mapping[str, Any]]
+) -> CardFacts:
     """Collect the facts from a run's config.json, its shard set and its metrics."""
     recipe = json.loads(json.dumps(description["recipe"]))
     name, on_hub = recipe["model"]["name"], True
@@ -59,11 +62,16 @@ def card_facts(description: Mapping[str, Any], manifest: Manifest, records: Sequ
 
 
 def _last_values(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The last record of training, and the evaluation loss of the same step, if it was evaluated."""
+    """The last record of training, and the evaluation loss of the same step, if it was
+    evaluated."""
     trained = [record for record in records if "eval_loss" not in record]
     if not trained:
         return {}
-    at_end = [record for record in records if "eval_loss" in record and record["step"] == trained[-1]["step"]]
+    at_end = [
+        record
+        for record in records
+        if "eval_loss" in record and record["step"] == trained[-1]["step"]
+    ]
     return {**trained[-1], **({"eval_loss": at_end[-1]["eval_loss"]} if at_end else {})}
 
 
@@ -78,8 +86,11 @@ def render_card(facts: CardFacts, *, has_plot: bool = False) -> str:
             "## Data\n",
             f"Shard set `{facts.shards_name}`, fingerprint `{facts.fingerprint}`.\n",
             sources_table(facts.sources, facts.totals),
-            f"Tokenizer `{facts.tokenizer}`, chat template `{facts.chat_template}`, sequences of up to "
-            f"{facts.max_seq_len} tokens, packed. Loss tokens are those that the model was trained to predict.\n",
+            (
+                f"Tokenizer `{facts.tokenizer}`, chat template `{facts.chat_template}`, sequences"
+                f" of up to {facts.max_seq_len} tokens, packed. Loss tokens are those that the"
+                " model was trained to predict.\n"
+            ),
             "## Result\n",
             _final_table(facts.final),
             *([f"![curves of the run]({PLOT_NAME})\n"] if has_plot else []),
@@ -88,8 +99,10 @@ def render_card(facts: CardFacts, *, has_plot: bool = False) -> str:
             "## Software\n",
             ", ".join(f"{name} {version}" for name, version in facts.versions.items()) + "\n",
             "## License\n",
-            "Not determined here: it follows from the base model and from the sources above. Find out before you "
-            "publish the model.\n",
+            (
+                "Not determined here: it follows from the base model and from the sources above."
+                " Find out before you publish the model.\n"
+            ),
         ]
     )
 
@@ -114,7 +127,12 @@ encode its text without adding any.
 
 
 def _front_matter(facts: CardFacts) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "license: unknown"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "license: unknown",
+    ]
     if facts.base_on_hub:
         lines.append(f"base_model: {json.dumps(facts.base_model)}")
     lines.append("tags:")
@@ -130,7 +148,15 @@ def _origin(facts: CardFacts) -> str:
 
 
 def _final_table(final: Mapping[str, Any]) -> str:
-    names = ("step", "epoch", "train_loss", "eval_loss", "learning_rate", "total_tokens", "per_device_tps")
+    names = (
+        "step",
+        "epoch",
+        "train_loss",
+        "eval_loss",
+        "learning_rate",
+        "total_tokens",
+        "per_device_tps",
+    )
     shown = {name: final[name] for name in names if final.get(name) is not None}
     if not shown:
         return "Nothing was logged.\n"

@@ -1,4 +1,5 @@
-"""The curves of one or more runs over one another, drawn from metrics.jsonl: a panel for what their records hold.
+"""The curves of one or more runs over one another, drawn from metrics.jsonl: a panel for what their
+records hold.
 
 training loss (wide)
 learning rate | tokens / s / device | evaluation loss      the last only where there is one
@@ -42,7 +43,8 @@ _MAX_NAME = 28  # characters that fit over a small panel
 
 
 def plot_runs(run_dirs: list[Path], out: Path) -> None:
-    """Draw the runs over one another into the PNG `out`. Raises ArtifactError for a run without records."""
+    """Draw the runs over one another into the PNG `out`. Raises ArtifactError for a run without
+    records."""
     runs = {label: _read(path) for label, path in zip(_labels(run_dirs), run_dirs, strict=True)}
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -52,7 +54,9 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
     rows = -(-len(shown) // _SOURCES_PER_ROW)
     with mpl.rc_context(_STYLE):
         # without pyplot: no display, no global state
-        figure = Figure(figsize=(11 if rows else 9, 5.4 + 1.7 * rows), layout="constrained", dpi=130)
+        figure = Figure(
+            figsize=(11 if rows else 9, 5.4 + 1.7 * rows), layout="constrained", dpi=130
+        )
         main: Any = figure
         if rows:
             halves: Any = figure.subfigures(2, 1, height_ratios=[5.4, 1.7 * rows])
@@ -69,7 +73,8 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
 
 
 def sources_of(runs: Iterable[Records]) -> dict[str, int]:
-    """Return how many losses there are of each source; nothing where there is but one: its curve is the loss itself."""
+    """Return how many losses there are of each source; nothing where there is but one: its curve is
+    the loss itself."""
     found = Counter(
         key.partition("/")[2]
         for records in runs
@@ -94,7 +99,9 @@ def _draw_main(figure: Any, runs: dict[str, Records]) -> Any:
     titles = {"learning_rate": "learning rate", "per_device_tps": "tokens / s / device"}
     if any(record.get("eval_loss") is not None for records in runs.values() for record in records):
         titles["eval_loss"] = "evaluation loss"
-    places = figure.subplot_mosaic([["train_loss"] * len(titles), list(titles)], height_ratios=[1.7, 1])
+    places = figure.subplot_mosaic(
+        [["train_loss"] * len(titles), list(titles)], height_ratios=[1.7, 1]
+    )
     for name, title in {"train_loss": "training loss", **titles}.items():
         axes = places[name]
         for number, (label, records) in enumerate(runs.items()):
@@ -105,7 +112,9 @@ def _draw_main(figure: Any, runs: dict[str, Records]) -> Any:
     return places["train_loss"]
 
 
-def _draw_sources(figure: Any, runs: dict[str, Records], shown: list[str], num_sources: int) -> None:
+def _draw_sources(
+    figure: Any, runs: dict[str, Records], shown: list[str], num_sources: int
+) -> None:
     """Draw a small panel for each source, all on one scale of steps."""
     rows = -(-len(shown) // _SOURCES_PER_ROW)
     panels = figure.subplots(rows, _SOURCES_PER_ROW, sharex=True, squeeze=False).ravel()
@@ -113,14 +122,22 @@ def _draw_sources(figure: Any, runs: dict[str, Records], shown: list[str], num_s
         for number, records in enumerate(runs.values()):
             colour = _COLOURS[number % len(_COLOURS)]
             _draw_curve(axes, records, f"train_loss/{source}", colour=colour, label=None)
-            _draw_curve(axes, records, f"eval_loss/{source}", colour=_INK if len(runs) == 1 else colour, label=None)
+            _draw_curve(
+                axes,
+                records,
+                f"eval_loss/{source}",
+                colour=_INK if len(runs) == 1 else colour,
+                label=None,
+            )
         axes.set_title(title, loc="left", fontsize=7.5)
         axes.tick_params(labelsize=7)
         axes.set_ylim(bottom=0)
     for axes in panels[len(shown) :]:
         axes.set_axis_off()
     some = f", {len(shown)} of {num_sources}" if len(shown) < num_sources else ""
-    figure.suptitle(f"loss by source{some}: training, and evaluation (dashed)", x=0.01, ha="left", fontsize=9)
+    figure.suptitle(
+        f"loss by source{some}: training, and evaluation (dashed)", x=0.01, ha="left", fontsize=9
+    )
 
 
 def _draw_curve(axes: Any, records: Records, name: str, *, colour: str, label: str | None) -> None:
@@ -129,10 +146,25 @@ def _draw_curve(axes: Any, records: Records, name: str, *, colour: str, label: s
         return
     steps, values = (np.array(column, np.float64) for column in zip(*points, strict=True))
     if name.startswith("eval_loss"):
-        axes.plot(steps, values, color=colour, linewidth=1.2, linestyle="--", marker="o", markersize=3, label=label)
+        axes.plot(
+            steps,
+            values,
+            color=colour,
+            linewidth=1.2,
+            linestyle="--",
+            marker="o",
+            markersize=3,
+            label=label,
+        )
     elif name.startswith("train_loss") and len(values) >= _SMOOTH_FROM:
         axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-        axes.plot(steps, moving_mean(values, max(3, len(values) // 25)), color=colour, linewidth=1.6, label=label)
+        axes.plot(
+            steps,
+            moving_mean(values, max(3, len(values) // 25)),
+            color=colour,
+            linewidth=1.6,
+            label=label,
+        )
     else:
         marker = "o" if len(values) == 1 else None
         axes.plot(steps, values, color=colour, linewidth=1.4, marker=marker, label=label)
@@ -146,9 +178,11 @@ def _set_scale(axes: Any, name: str) -> None:
 
 
 def titles(sources: list[str]) -> list[str]:
-    """Return names that fit over small panels and draw as they are: matplotlib reads $ as mathematics.
+    """Return names that fit over small panels and draw as they are: matplotlib reads $ as
+    mathematics.
 
-    Of long ones what comes before the last slash goes, if they still differ without it, and then their middle.
+    Of long ones what comes before the last slash goes, if they still differ without it, and then
+    their middle.
     """
     last = [source.rpartition("/")[2] for source in sources]
     if max(map(len, sources), default=0) > _MAX_NAME and len(set(last)) == len(set(sources)):
@@ -157,14 +191,20 @@ def titles(sources: list[str]) -> list[str]:
 
 
 def _shorten(name: str) -> str:
-    return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME // 2 - 1]}...{name[-_MAX_NAME // 2 + 2 :]}"
+    return (
+        name
+        if len(name) <= _MAX_NAME
+        else f"{name[: _MAX_NAME // 2 - 1]}...{name[-_MAX_NAME // 2 + 2 :]}"
+    )
 
 
 def _read(run_dir: Path) -> Records:
     metrics = RunDir(run_dir).metrics
     records = read_records(metrics) if metrics.is_file() else []
     if not records:
-        raise ArtifactError(f"{metrics} holds no records; expected the directory of a run that has logged a step")
+        raise ArtifactError(
+            f"{metrics} holds no records; expected the directory of a run that has logged a step"
+        )
     return records
 
 

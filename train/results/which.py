@@ -1,7 +1,8 @@
-"""`sft-train which`: the source rows of a step of a run, with their text and what of it was trained.
+"""`sft-train which`: the source rows of a step of a run, with their text and what of it was
+trained.
 
-Everything follows from RUN/config.json and the shard set, as in the run itself: nothing is recorded while training.
-Needs no torch; the set's own tokenizer turns ids back into text.
+Everything follows from RUN/config.json and the shard set, as in the run itself: nothing is recorded
+while training. Needs no torch; the set's own tokenizer turns ids back into text.
 """
 
 import itertools
@@ -43,22 +44,36 @@ class StepSequence:
 
 
 def which(
-    run_path: Path, *, step: int, rank: int | None, shards: Path | None, as_json: bool, full: bool, colour: bool
+    run_path: Path,
+    *,
+    step: int,
+    rank: int | None,
+    shards: Path | None,
+    as_json: bool,
+    full: bool,
+    colour: bool,
 ) -> Iterator[str]:
-    """Yield lines about each sequence of a step, counted from 1: of one rank, or of all in rank order.
+    """Yield lines about each sequence of a step, counted from 1: of one rank, or of all in rank
+    order.
 
-    Ranks are those of the last call that trained. Raises ConfigError for a step or rank that the run does not have,
-    ArtifactError where its description or its shards are missing or other ones.
+    Ranks are those of the last call that trained. Raises ConfigError for a step or rank that the
+    run does not have, ArtifactError where its description or its shards are missing or other ones.
     """
     description = _description(RunDir(run_path))
     shard_set = _open_shards(description, shards)
     plan, shared_by = _plan(description, shard_set, step, str(run_path))
     num_ranks = len(plan.ranks) * shared_by
     if rank is not None and not 0 <= rank < num_ranks:
-        raise ConfigError(f"--rank {rank}: {run_path} ran on {num_ranks} ranks; expected 0 to {num_ranks - 1}")
+        raise ConfigError(
+            f"--rank {rank}: {run_path} ran on {num_ranks} ranks; expected 0 to {num_ranks - 1}"
+        )
     for sequence in _sequences(plan, shard_set, shared_by):
         if rank is None or sequence.rank == rank // shared_by * shared_by:
-            yield json.dumps({"step": step, **asdict(sequence)}) if as_json else _in_words(sequence, full, colour)
+            yield (
+                json.dumps({"step": step, **asdict(sequence)})
+                if as_json
+                else _in_words(sequence, full, colour)
+            )
 
 
 def _description(run: RunDir) -> dict[str, Any]:
@@ -66,30 +81,39 @@ def _description(run: RunDir) -> dict[str, Any]:
     if description is None:
         raise ArtifactError(f"{run.path} holds no run: there is no {run.config.name}")
     if not isinstance(description.get("world_size"), int):
-        raise ArtifactError(f"{run.config} does not say on how many ranks the run was; it is not from this version")
+        raise ArtifactError(
+            f"{run.config} does not say on how many ranks the run was; it is not from this version"
+        )
     return description
 
 
 def _open_shards(description: dict[str, Any], given: Path | None) -> ShardSet:
     path = given or Path(description["shards"]["path"])
     if not path.is_dir():
-        raise ArtifactError(f"the shard set of the run is not at {path} any more; say where it is with --shards")
+        raise ArtifactError(
+            f"the shard set of the run is not at {path} any more; say where it is with --shards"
+        )
     shard_set = open_shard_set(path)
     expected, found = description["shards"]["fingerprint"], shard_set.manifest.fingerprint
     if found != expected:
         raise FingerprintMismatchError(
-            f"{path} has fingerprint {found[:16]}..., the run was trained on {expected[:16]}...; name that set with "
-            "--shards"
+            f"{path} has fingerprint {found[:16]}..., the run was trained on {expected[:16]}...;"
+            " name that set with --shards"
         )
     return shard_set
 
 
-def _plan(description: dict[str, Any], shard_set: ShardSet, step: int, where: str) -> tuple[StepPlan, int]:
+def _plan(
+    description: dict[str, Any], shard_set: ShardSet, step: int, where: str
+) -> tuple[StepPlan, int]:
     """Return what the step holds and how many ranks share each row."""
     recipe = config.build(TrainConfig, description["recipe"], where)
     order = make_run_order(recipe, shard_set.manifest)
     if not 1 <= step <= order.total_steps:
-        raise ConfigError(f"--step {step}: {where} has {order.total_steps} steps; expected 1 to {order.total_steps}")
+        raise ConfigError(
+            f"--step {step}: {where} has {order.total_steps} steps; expected 1 to"
+            f" {order.total_steps}"
+        )
     shared_by = recipe.engine.sequence_parallel
     plan = plan_step(
         shard_set,
@@ -107,7 +131,14 @@ def _sequences(plan: StepPlan, shard_set: ShardSet, shared_by: int) -> Iterator[
         for number, positions in enumerate(micro_batches, start=1):
             for pack in (plan.packs[position] for position in positions):
                 for index in range(len(pack.seq_origin)):
-                    yield _sequence(pack, index, shard_set, tokenizer, rank=group * shared_by, micro_batch=number)
+                    yield _sequence(
+                        pack,
+                        index,
+                        shard_set,
+                        tokenizer,
+                        rank=group * shared_by,
+                        micro_batch=number,
+                    )
 
 
 def _sequence(
@@ -118,7 +149,9 @@ def _sequence(
     tokens, mask = pack.tokens[start:end].tolist(), pack.loss_mask[start:end].astype(bool).tolist()
     pieces = []
     for trained, run in itertools.groupby(zip(mask, tokens, strict=True), key=lambda pair: pair[0]):
-        pieces.append((tokenizer.decode([token for _, token in run], skip_special_tokens=False), trained))
+        pieces.append(
+            (tokenizer.decode([token for _, token in run], skip_special_tokens=False), trained)
+        )
     return StepSequence(
         rank=rank,
         micro_batch=micro_batch,
@@ -134,13 +167,15 @@ def _sequence(
 def _in_words(sequence: StepSequence, full: bool, colour: bool) -> str:
     first = f" from token {sequence.first_token}" if sequence.first_token else ""
     return (
-        f"rank {sequence.rank} micro-batch {sequence.micro_batch}  {sequence.source}:{sequence.row}{first}  "
-        f"{sequence.tokens} tokens, {sequence.loss_tokens} trained\n    {_marked(sequence.pieces, full, colour)}"
+        f"rank {sequence.rank} micro-batch {sequence.micro_batch} "
+        f" {sequence.source}:{sequence.row}{first}  {sequence.tokens} tokens,"
+        f" {sequence.loss_tokens} trained\n    {_marked(sequence.pieces, full, colour)}"
     )
 
 
 def _marked(pieces: list[tuple[str, bool]], full: bool, colour: bool) -> str:
-    """Return the text with the trained parts marked, cut after so many characters unless it is to be `full`."""
+    """Return the text with the trained parts marked, cut after so many characters unless it is to
+    be `full`."""
     before, after = _TRAINED_IN_COLOUR if colour else _TRAINED
     left = sum(len(text) for text, _ in pieces) if full else _SHORT
     parts = []
@@ -154,8 +189,11 @@ def _marked(pieces: list[tuple[str, bool]], full: bool, colour: bool) -> str:
 
 
 def _printable(text: str, *, keep_lines: bool) -> str:
-    """Return text that can do nothing to a terminal; line ends stay, indented, or are written out."""
-    kept = "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+    """Return text that can do nothing to a terminal; line ends stay, indented, or are written
+    out."""
+    kept = "".join(
+        char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text
+    )
     return kept.replace("\n", "\n    " if keep_lines else "\\n")
 
 
@@ -163,7 +201,9 @@ def _open_tokenizer(shard_set: ShardSet) -> Any:
     try:
         import tokenizers
     except ImportError as exc:
-        raise PrerequisiteError("text needs the package tokenizers; install sft-shards[train]") from exc
+        raise PrerequisiteError(
+            "text needs the package tokenizers; install sft-shards[train]"
+        ) from exc
     file = shard_set.tokenizer_dir / "tokenizer.json"
     if not file.is_file():
         raise ArtifactError(f"{file} is missing; build or pull the set again")

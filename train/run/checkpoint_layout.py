@@ -8,8 +8,9 @@
       engine/state/*.pt     DeepSpeed's state, one part per rank
       rng/rank-00000.safetensors
 
-`best` is a symbolic link to the checkpoint with the lowest evaluation loss, which stays when others are removed.
-A directory named step-N is whole: it was renamed into place. state.json names every other file with its digest.
+`best` is a symbolic link to the checkpoint with the lowest evaluation loss, which stays when others
+are removed. A directory named step-N is whole: it was renamed into place. state.json names every
+other file with its digest.
 """
 
 import json
@@ -32,11 +33,14 @@ PREFIX = "step-"
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the committed checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit())
+    return sorted(
+        path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()
+    )
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """Return the committed checkpoint in `folder` with the lowest evaluation loss, the older of equals, if any."""
+    """Return the committed checkpoint in `folder` with the lowest evaluation loss, the older of
+    equals, if any."""
     losses: list[tuple[float, Path]] = []
     for path in list_checkpoints(folder):
         try:
@@ -49,7 +53,8 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 def read_state_file(path: Path) -> dict[str, Any]:
-    """Return state.json of the checkpoint at `path`. Raises IncompleteArtifactError or ArtifactError."""
+    """Return state.json of the checkpoint at `path`. Raises IncompleteArtifactError or
+    ArtifactError."""
     file = path / STATE_NAME
     try:
         data = json.loads(file.read_bytes())
@@ -59,24 +64,31 @@ def read_state_file(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{file} is not valid JSON ({exc}){way_out(path)}") from exc
     if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
         seen = data.get("format_version") if isinstance(data, dict) else None
-        raise ArtifactError(f"{file}: format_version is {seen!r}; this program reads {FORMAT_VERSION}{way_out(path)}")
+        raise ArtifactError(
+            f"{file}: format_version is {seen!r}; this program reads"
+            f" {FORMAT_VERSION}{way_out(path)}"
+        )
     return data
 
 
 def same_layout(state: dict[str, Any], *, world_size: int, zero_stage: int) -> bool:
-    """Return whether a checkpoint with this state.json can be read as it was written, rank by rank."""
+    """Return whether a checkpoint with this state.json can be read as it was written, rank by
+    rank."""
     return bool(state["world_size"] == world_size and state["zero_stage"] == zero_stage)
 
 
 def check_digest(path: Path, name: str, entry: dict[str, Any]) -> None:
-    """Raise IncompleteArtifactError or ChecksumError unless file `name` of the checkpoint is as it was committed."""
+    """Raise IncompleteArtifactError or ChecksumError unless file `name` of the checkpoint is as it
+    was committed."""
     file = path / name
     try:
         size = file.stat().st_size
     except FileNotFoundError as exc:
         raise IncompleteArtifactError(f"{file} is missing{way_out(path)}") from exc
     if size != entry["bytes"]:
-        raise IncompleteArtifactError(f"{file} has {size} bytes, {STATE_NAME} says {entry['bytes']}{way_out(path)}")
+        raise IncompleteArtifactError(
+            f"{file} has {size} bytes, {STATE_NAME} says {entry['bytes']}{way_out(path)}"
+        )
     if sha256_file(file) != entry["sha256"]:
         raise ChecksumError(f"{file}: its bytes have changed since it was written{way_out(path)}")
 
@@ -84,7 +96,11 @@ def check_digest(path: Path, name: str, entry: dict[str, Any]) -> None:
 def _not_a_checkpoint(path: Path) -> str:
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path.parent
     found = list_checkpoints(folder)
-    instead = f"; give a checkpoint, such as {found[-1]}" if found else "; give a checkpoint: RUN/checkpoints/step-N"
+    instead = (
+        f"; give a checkpoint, such as {found[-1]}"
+        if found
+        else "; give a checkpoint: RUN/checkpoints/step-N"
+    )
     if path.name.removeprefix(PREFIX).isdigit() and path.is_dir():
         return f"{path} is not a whole checkpoint: it has no {STATE_NAME}{way_out(path)}"
     if folder == path / "checkpoints":
@@ -95,6 +111,11 @@ def _not_a_checkpoint(path: Path) -> str:
 
 
 def way_out(path: Path) -> str:
-    """Return what to do about a checkpoint that cannot be used: name the older one to fall back on."""
+    """Return what to do about a checkpoint that cannot be used: name the older one to fall back
+    on."""
     older = [other for other in list_checkpoints(path.parent) if other.name < path.name]
-    return f"; go on from the one before it with --resume {older[-1]}" if older else f"; remove {path} to start again"
+    return (
+        f"; go on from the one before it with --resume {older[-1]}"
+        if older
+        else f"; remove {path} to start again"
+    )

@@ -33,7 +33,12 @@ logger = logging.getLogger(__name__)
 State = Literal["running", "complete", "stopped", "failed"]
 
 _OF_A_RUN = {".lock", "config.json", "status.json", "metrics.jsonl", "checkpoints", "model", "STOP"}
-_ALLOWED = (".out", ".err", ".log", ".sh")  # what starts a run, and what a scheduler writes beside it
+_ALLOWED = (
+    ".out",
+    ".err",
+    ".log",
+    ".sh",
+)  # what starts a run, and what a scheduler writes beside it
 _VERSIONED = ("torch", "transformers", "deepspeed", "liger-kernel", "numpy", "sft-shards")
 
 
@@ -85,31 +90,42 @@ class RunDir:
 def identity(recipe: TrainConfig, shard_set: ShardSet, order: StepOrder) -> dict[str, Any]:
     """Return what must not change within a run: all that the weights after a step depend on.
 
-    Left out on purpose: logging, checkpoint frequency, number of ranks, packs per micro-batch, attention kernel,
-    gradient checkpointing and ZeRO stage, which change speed and memory only; and what to do when a step fails or
-    hangs, so that a run which did can go on with another answer.
+    Left out on purpose: logging, checkpoint frequency, number of ranks, packs per micro-batch,
+    attention kernel, gradient checkpointing and ZeRO stage, which change speed and memory only; and
+    what to do when a step fails or hangs, so that a run which did can go on with another answer.
     """
     plain = config.to_plain(recipe)
     return {
         "shards": shard_set.manifest.fingerprint,
-        "model": {key: plain["model"][key] for key in ("name", "revision", "config", "resize_vocab")},
+        "model": {
+            key: plain["model"][key] for key in ("name", "revision", "config", "resize_vocab")
+        },
         "optim": plain["optim"],
         "schedule": plain["schedule"],
         "loss": plain["loss"],
         "lora": {key: value for key, value in plain["lora"].items() if key != "export"},
         "run": {"seed": recipe.run.seed},
-        "engine": {key: plain["engine"][key] for key in ("dtype", "quantized_weights", "quantized_gradients")},
+        "engine": {
+            key: plain["engine"][key]
+            for key in ("dtype", "quantized_weights", "quantized_gradients")
+        },
         f"{order.unit}s_per_step": order.units_per_step,
         "total_steps": order.total_steps,
     }
 
 
-def describe(recipe: TrainConfig, shard_set: ShardSet, order: StepOrder, *, world_size: int) -> dict[str, Any]:
+def describe(
+    recipe: TrainConfig, shard_set: ShardSet, order: StepOrder, *, world_size: int
+) -> dict[str, Any]:
     """Return the content of config.json for a new run."""
     manifest = shard_set.manifest
     return {
         "recipe": config.to_plain(recipe),
-        "shards": {"path": str(shard_set.path.resolve()), "name": manifest.name, "fingerprint": manifest.fingerprint},
+        "shards": {
+            "path": str(shard_set.path.resolve()),
+            "name": manifest.name,
+            "fingerprint": manifest.fingerprint,
+        },
         "identity": identity(recipe, shard_set, order),
         "world_size": world_size,
         "wandb_id": secrets.token_hex(8),
@@ -118,7 +134,8 @@ def describe(recipe: TrainConfig, shard_set: ShardSet, order: StepOrder, *, worl
 
 
 def check_place(run: RunDir) -> None:
-    """Raise ArtifactError where no run can lie at `run`: at or below a file, or among files that are not a run's."""
+    """Raise ArtifactError where no run can lie at `run`: at or below a file, or among files that
+    are not a run's."""
     try:
         for place in (run.path, *run.path.parents):
             if place.exists():
@@ -127,37 +144,49 @@ def check_place(run: RunDir) -> None:
     except (OSError, ValueError) as exc:
         raise ArtifactError(f"--output {run.path}: {exc}; name another directory") from exc
     if not place.is_dir():
-        raise ArtifactError(f"--output {run.path}: {place} is a file; expected a directory, or a name that is free")
-    foreign = {name for name in names if not name.startswith(".") and name != "logs" and not name.endswith(_ALLOWED)}
+        raise ArtifactError(
+            f"--output {run.path}: {place} is a file; expected a directory, or a name that is free"
+        )
+    foreign = {
+        name
+        for name in names
+        if not name.startswith(".") and name != "logs" and not name.endswith(_ALLOWED)
+    }
     if foreign and not names & _OF_A_RUN:
         raise ArtifactError(
-            f"--output {run.path} holds {min(foreign)} and no run; expected an empty directory, a run, or a name that "
-            "is free"
+            f"--output {run.path} holds {min(foreign)} and no run; expected an empty directory, a"
+            " run, or a name that is free"
         )
 
 
 def read_description(run: RunDir) -> dict[str, Any] | None:
-    """Return config.json, or None where there is no run yet. Raises ArtifactError if it is damaged."""
+    """Return config.json, or None where there is no run yet. Raises ArtifactError if it is
+    damaged."""
     data = _read_json(run.config)
-    if data is not None and not (isinstance(data.get("identity"), dict) and isinstance(data.get("wandb_id"), str)):
+    if data is not None and not (
+        isinstance(data.get("identity"), dict) and isinstance(data.get("wandb_id"), str)
+    ):
         raise ArtifactError(f"{run.config} does not describe a run; use another --output")
     return data
 
 
 def check_identity(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> None:
-    """Raise FingerprintMismatchError for other shards and ConfigError for another recipe than the run began with."""
+    """Raise FingerprintMismatchError for other shards and ConfigError for another recipe than the
+    run began with."""
     if old.get("shards") != new["shards"]:
         raise FingerprintMismatchError(
-            f"{where} was trained on shards with fingerprint {str(old.get('shards'))[:16]}..., these have "
-            f"{new['shards'][:16]}...; name those shards, or start another run with --output"
+            f"{where} was trained on shards with fingerprint {str(old.get('shards'))[:16]}...,"
+            f" these have {new['shards'][:16]}...; name those shards, or start another run with"
+            " --output"
         )
     changed = config.differences(old, new)
     if changed:
         key, before, after = changed[0]
         more = f" ({len(changed) - 1} more differ)" if len(changed) > 1 else ""
         raise ConfigError(
-            f"{where} was begun with {key} = {json.dumps(before)}, now it is {json.dumps(after)}{more}; "
-            "put it back to go on with that run, or start another with --output"
+            f"{where} was begun with {key} = {json.dumps(before)}, now it is"
+            f" {json.dumps(after)}{more}; put it back to go on with that run, or start another with"
+            " --output"
         )
 
 
@@ -177,7 +206,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as exc:
-        raise ArtifactError(f"cannot read {path}: {exc}; remove it or use another --output") from exc
+        raise ArtifactError(
+            f"cannot read {path}: {exc}; remove it or use another --output"
+        ) from exc
     if not isinstance(data, dict):
         raise ArtifactError(f"{path} holds no JSON object; remove it or use another --output")
     return data

@@ -1,4 +1,5 @@
-"""Everything that can be decided and refused before torch is imported: recipe, shards, plan, run directory."""
+"""Everything that can be decided and refused before torch is imported: recipe, shards, plan, run
+directory."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,14 @@ from train.data.step_order import StepOrder, check_divides, make_order, units_pe
 from train.data.step_plan import check_conversations
 from train.recipe_file import load_recipe
 from train.run.checkpoint_layout import list_checkpoints, read_state_file, same_layout
-from train.run.directory import RunDir, check_identity, check_place, identity, read_description, read_status
+from train.run.directory import (
+    RunDir,
+    check_identity,
+    check_place,
+    identity,
+    read_description,
+    read_status,
+)
 from train.sizing.zero_stage import resolve_zero_stage
 
 RUNS_DIR = Path("runs")
@@ -60,8 +68,8 @@ class Prepared:
 def prepare(request: TrainRequest) -> Prepared:
     """Open and check what `request` names. Raises ConfigError, DataError or ArtifactError.
 
-    What it says of the run directory holds until another start changes it: `decide_again`, under the run's lock, is
-    what counts.
+    What it says of the run directory holds until another start changes it: `decide_again`, under
+    the run's lock, is what counts.
     """
     recipe, shard_set = open_inputs(request)
     manifest = shard_set.manifest
@@ -82,11 +90,15 @@ def prepare(request: TrainRequest) -> Prepared:
 
 
 def decide_again(prepared: Prepared) -> Prepared:
-    """Return `prepared` with the checkpoint to go on from as the run directory is now. Call it under the run's lock.
+    """Return `prepared` with the checkpoint to go on from as the run directory is now. Call it
+    under the run's lock.
 
-    Another start may have trained, stopped or completed the run since. Raises what `prepare` raises.
+    Another start may have trained, stopped or completed the run since. Raises what `prepare`
+    raises.
     """
-    return replace(prepared, resume_from=_find_checkpoint(prepared.run, prepared.request, prepared.identity))
+    return replace(
+        prepared, resume_from=_find_checkpoint(prepared.run, prepared.request, prepared.identity)
+    )
 
 
 def open_inputs(request: TrainRequest) -> tuple[TrainConfig, ShardSet]:
@@ -94,20 +106,29 @@ def open_inputs(request: TrainRequest) -> tuple[TrainConfig, ShardSet]:
     shard_set = open_shard_set(request.shards)
     manifest = shard_set.manifest
     if not manifest.totals.loss_tokens:
-        raise DataError(f"{request.shards} has no loss tokens: every token is masked, there is nothing to learn from")
+        raise DataError(
+            f"{request.shards} has no loss tokens: every token is masked, there is nothing to learn"
+            " from"
+        )
     recipe_name = request.recipe or manifest.recipe
     if not recipe_name:
         raise ConfigError(
-            f"no recipe: {request.shards} names none; give --recipe NAME|FILE.toml (sft-train recipes lists what ships)"
+            f"no recipe: {request.shards} names none; give --recipe NAME|FILE.toml (sft-train"
+            " recipes lists what ships)"
         )
-    recipe = load_recipe(recipe_name, request.settings, model=request.model, max_steps=request.max_steps)
+    recipe = load_recipe(
+        recipe_name, request.settings, model=request.model, max_steps=request.max_steps
+    )
     if recipe.model.config is None and not recipe.model.name:
-        raise ConfigError("no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe")
+        raise ConfigError(
+            "no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe"
+        )
     return recipe, shard_set
 
 
 def _open_eval_set(path: Path | None, shard_set: ShardSet) -> ShardSet | None:
-    """Return the set at `path`, or the one that lies in the shard set, if any. Raises DataError or ArtifactError."""
+    """Return the set at `path`, or the one that lies in the shard set, if any. Raises DataError or
+    ArtifactError."""
     if path is None:
         path = shard_set.path / EVAL_DIR
         if not (path / MANIFEST_NAME).exists():
@@ -116,13 +137,14 @@ def _open_eval_set(path: Path | None, shard_set: ShardSet) -> ShardSet | None:
     ours, theirs = shard_set.manifest, eval_set.manifest
     if theirs.tokenizer.files != ours.tokenizer.files:
         raise DataError(
-            f"{path} was made with another tokenizer ({theirs.tokenizer.name}) than {shard_set.path} "
-            f"({ours.tokenizer.name}); build both from the same one"
+            f"{path} was made with another tokenizer ({theirs.tokenizer.name}) than"
+            f" {shard_set.path} ({ours.tokenizer.name}); build both from the same one"
         )
     if theirs.max_seq_len > ours.max_seq_len:
         raise DataError(
-            f"{path} has sequences of up to {theirs.max_seq_len} tokens, {shard_set.path} of up to {ours.max_seq_len}; "
-            f"build the evaluation set with max_seq_len = {ours.max_seq_len} or less"
+            f"{path} has sequences of up to {theirs.max_seq_len} tokens, {shard_set.path} of up to"
+            f" {ours.max_seq_len}; build the evaluation set with max_seq_len = {ours.max_seq_len}"
+            " or less"
         )
     if not theirs.totals.loss_tokens:
         raise DataError(f"{path} has no loss tokens; there is nothing to evaluate")
@@ -151,16 +173,19 @@ def check_ranks(prepared: Prepared, world_size: int) -> None:
 
 
 def check_division(recipe: TrainConfig, order: StepOrder, world_size: int) -> None:
-    """Raise ConfigError unless steps of `order` divide over `world_size` ranks as `recipe` shares them out."""
+    """Raise ConfigError unless steps of `order` divide over `world_size` ranks as `recipe` shares
+    them out."""
     stage = resolve_zero_stage(recipe.engine, world_size=world_size)
     if recipe.lora.quantize != "none" and stage == 3:
         raise ConfigError(
-            f"lora.quantize = {recipe.lora.quantize!r} goes with whole weights on every rank, not with ZeRO "
-            "stage 3; set engine.zero_stage = 2"
+            f"lora.quantize = {recipe.lora.quantize!r} goes with whole weights on every rank, not"
+            " with ZeRO stage 3; set engine.zero_stage = 2"
         )
     shared_by = recipe.engine.sequence_parallel
     if world_size % shared_by:
-        raise ConfigError(f"engine.sequence_parallel = {shared_by} does not divide {world_size} ranks")
+        raise ConfigError(
+            f"engine.sequence_parallel = {shared_by} does not divide {world_size} ranks"
+        )
     if order.unit == "pack":  # conversations divide over any number of ranks
         check_divides(
             packs_per_step=order.units_per_step,
@@ -170,15 +195,19 @@ def check_division(recipe: TrainConfig, order: StepOrder, world_size: int) -> No
 
 
 def moves(prepared: Prepared, world_size: int) -> bool:
-    """Return whether the checkpoint to go on from was written by other ranks, or another ZeRO stage, than now run."""
+    """Return whether the checkpoint to go on from was written by other ranks, or another ZeRO
+    stage, than now run."""
     if prepared.resume_from is None:
         return False
     stage = resolve_zero_stage(prepared.recipe.engine, world_size=world_size)
-    return not same_layout(read_state_file(prepared.resume_from), world_size=world_size, zero_stage=stage)
+    return not same_layout(
+        read_state_file(prepared.resume_from), world_size=world_size, zero_stage=stage
+    )
 
 
 def _has_begun(run: RunDir) -> bool:
-    """Return whether some step was taken: whether the directory holds anything that hangs on what the run is."""
+    """Return whether some step was taken: whether the directory holds anything that hangs on what
+    the run is."""
     has_records = run.metrics.exists() and run.metrics.stat().st_size > 0
     return has_records or run.model.exists() or any(run.checkpoints.glob("*"))
 
@@ -190,7 +219,10 @@ def _find_checkpoint(run: RunDir, request: TrainRequest, identity: dict[str, Any
         description = None  # its start failed before the first step
     if resume == "never":
         if description is not None:
-            raise ArtifactError(f"{run.path} holds a run already; remove it, or name another directory with --output")
+            raise ArtifactError(
+                f"{run.path} holds a run already; remove it, or name another directory with"
+                " --output"
+            )
         return None
     if description is not None:
         check_identity(description["identity"], identity, run.path)
@@ -198,27 +230,31 @@ def _find_checkpoint(run: RunDir, request: TrainRequest, identity: dict[str, Any
     if committed and description is None:
         if not request.trust_checkpoint:
             raise ArtifactError(
-                f"{run.path} has checkpoints but no config.json: they were not written there. DeepSpeed's files can "
-                "run code when they are read: if you trust who wrote them, say --trust-checkpoint"
+                f"{run.path} has checkpoints but no config.json: they were not written there."
+                " DeepSpeed's files can run code when they are read: if you trust who wrote them,"
+                " say --trust-checkpoint"
             )
         check_identity(read_state_file(committed[-1])["identity"], identity, run.path)
     if resume == "auto":
         return committed[-1] if committed else None
     wanted = Path(resume)
     if not wanted.is_dir():
-        raise ArtifactError(f"--resume {resume}: there is no such checkpoint; expected auto, never or its directory")
+        raise ArtifactError(
+            f"--resume {resume}: there is no such checkpoint; expected auto, never or its directory"
+        )
     own = [path for path in committed if path.resolve() == wanted.resolve()]
     if own:
         return own[0]
     if not request.trust_checkpoint:
         raise ArtifactError(
-            f"--resume {resume} is not a checkpoint of {run.path}. DeepSpeed's files can run code when they are read: "
-            "if you trust who wrote it, say --trust-checkpoint, to start a run from it in another --output"
+            f"--resume {resume} is not a checkpoint of {run.path}. DeepSpeed's files can run code"
+            " when they are read: if you trust who wrote it, say --trust-checkpoint, to start a"
+            " run from it in another --output"
         )
     if committed:
         raise ArtifactError(
-            f"{run.path} has checkpoints of its own; leave --resume out to go on from {committed[-1].name}, or start "
-            "from the other one in another --output"
+            f"{run.path} has checkpoints of its own; leave --resume out to go on from"
+            f" {committed[-1].name}, or start from the other one in another --output"
         )
     check_identity(read_state_file(wanted)["identity"], identity, wanted)
     return wanted

@@ -14,7 +14,8 @@ from train.run.directory import RunDir, State, read_status, write_status
 
 @contextlib.contextmanager
 def recorded_end(run: RunDir) -> Iterator[None]:
-    """Record how the block ends. The first rank to fail says why: what others then see is only its absence."""
+    """Record how the block ends. The first rank to fail says why: what others then see is only its
+    absence."""
     try:
         yield
     except BaseException as exc:
@@ -28,7 +29,10 @@ def recorded_end(run: RunDir) -> Iterator[None]:
 def _in_words(exc: BaseException) -> str:
     text = " ".join(str(exc).split()) or type(exc).__name__
     if "gloo/transport" in text or isinstance(exc, torch.distributed.DistError):
-        return f"another rank is gone (killed, or out of memory?); the same command goes on from the last save. {text}"
+        return (
+            "another rank is gone (killed, or out of memory?); the same command goes on from the"
+            f" last save. {text}"
+        )
     return text
 
 
@@ -47,7 +51,8 @@ def record_end(run: RunDir, state: State, *, exit_code: int, message: str) -> No
 
 
 def _empty_unfinished_saves(run: RunDir) -> None:
-    """Make room: what they hold is worthless. Removed, a file would keep its room for as long as it is open."""
+    """Make room: what they hold is worthless. Removed, a file would keep its room for as long as it
+    is open."""
     for staged in run.checkpoints.glob(f".tmp-{PREFIX}*"):
         for file in staged.rglob("*"):
             if file.is_file() and not file.is_symlink():

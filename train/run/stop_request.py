@@ -1,7 +1,9 @@
-"""A wish to stop, by signal or by file: noted at once, granted at the end of the step, with the state saved.
+"""A wish to stop, by signal or by file: noted at once, granted at the end of the step, with the
+state saved.
 
-SIGTERM, SIGUSR1 and a first Ctrl-C (SIGINT) ask for it; a second Ctrl-C ends the process at once, unsaved. So does
-`touch RUN/STOP`, on any machine that sees the run directory; the file is removed when it has been obeyed.
+SIGTERM, SIGUSR1 and a first Ctrl-C (SIGINT) ask for it; a second Ctrl-C ends the process at once,
+unsaved. So does `touch RUN/STOP`, on any machine that sees the run directory; the file is removed
+when it has been obeyed.
 """
 
 import contextlib
@@ -24,7 +26,9 @@ class StopWish:
 
     def __init__(self, file: Path) -> None:
         self.signal_name: str | None = None
-        self._file = file if not launched() or read_place().rank == 0 else None  # one rank looks, and tells the others
+        self._file = (
+            file if not launched() or read_place().rank == 0 else None
+        )  # one rank looks, and tells the others
 
     def is_there(self) -> bool:
         """Return whether a signal has come, or the file lies there: one look at the directory."""
@@ -38,8 +42,12 @@ class StopWish:
     def note(self, number: int, _frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one also ends a wait that Python cannot leave
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, CTRL_C_LINE.encode())  # logging may be at work
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # the next one also ends a wait that Python cannot leave
+            os.write(
+                sys.__stderr__.fileno() if sys.__stderr__ else 2, CTRL_C_LINE.encode()
+            )  # logging may be at work
 
 
 @contextlib.contextmanager

@@ -1,12 +1,13 @@
-"""Measures whether the sequences of a pack stay apart in a model: by changing tokens and looking at what else changes.
+"""Measures whether the sequences of a pack stay apart in a model: by changing tokens and looking at
+what else changes.
 
     pack        a a a a | b b b | c c c c c
     neighbours  ? ? ? ? | b b b | ? ? ? ? ?     outputs of b must not change
     later       a a ? ? | b ? ? | c c c ? ?     outputs of a, b and c before the ? must not change
     alone       b b b                           by the model's own forward pass and eager attention: the same outputs
 
-Differences are relative to the root mean square of the outputs. A leak moves them by a twentieth to more than
-one, rounding by far less than the tolerance.
+Differences are relative to the root mean square of the outputs. A leak moves them by a twentieth to
+more than one, rounding by far less than the tolerance.
 """
 
 from collections.abc import Iterator
@@ -20,11 +21,12 @@ from transformers import PreTrainedModel
 from train.model.model import logit_scale
 
 UNMOVED = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
-"""Where only other tokens changed, all shapes are the same and so should every bit be; the rest is room for kernels
-that add up in no fixed order. The weakest leak seen with random weights (Falcon-H1's) is 0.04."""
+"""Where only other tokens changed, all shapes are the same and so should every bit be; the rest is
+room for kernels that add up in no fixed order. The weakest leak seen with random weights
+(Falcon-H1's) is 0.04."""
 SAME = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Packed against alone, other shapes and kernels: fp32 differs by some 1e-6 here, and by more in deep models; bf16
-keeps 8 bits, 0.4 % per operation, which add up to a few percent."""
+"""Packed against alone, other shapes and kernels: fp32 differs by some 1e-6 here, and by more in
+deep models; bf16 keeps 8 bits, 0.4 % per operation, which add up to a few percent."""
 
 _MOST_KEPT = 4  # sequences whose neighbours are changed, one forward pass each
 
@@ -44,12 +46,16 @@ class Finding:
 
 
 def isolation_of(network: PreTrainedModel, ids: torch.Tensor, bounds: list[int]) -> list[Finding]:
-    """Return the checks of the picture above for `ids` int64 [N] in sequences that end at `bounds` [S+1]."""
+    """Return the checks of the picture above for `ids` int64 [N] in sequences that end at `bounds`
+    [S+1]."""
     unmoved, same = UNMOVED[network.dtype], SAME[network.dtype]
     with evaluating(network), torch.no_grad():
         before = outputs_of(network, ids, bounds)
         scale = root_mean_square(before)
-        neighbours = max(_moved_by_neighbours(network, ids, bounds, before, kept) for kept in _kept(len(bounds) - 1))
+        neighbours = max(
+            _moved_by_neighbours(network, ids, bounds, before, kept)
+            for kept in _kept(len(bounds) - 1)
+        )
         later = _moved_by_later_tokens(network, ids, bounds, before)
         alone = _moved_when_alone(network, ids, bounds, logits_of(network, before))
     checks = (
@@ -118,7 +124,9 @@ def eager_attention(network: PreTrainedModel) -> Iterator[None]:
 def _kept(num_sequences: int) -> list[int]:
     """Up to four sequences, the first and the last among them."""
     count = min(num_sequences, _MOST_KEPT)
-    return sorted({round(place * (num_sequences - 1) / max(1, count - 1)) for place in range(count)})
+    return sorted(
+        {round(place * (num_sequences - 1) / max(1, count - 1)) for place in range(count)}
+    )
 
 
 def _moved_by_neighbours(
@@ -140,7 +148,9 @@ def _moved_by_later_tokens(
     return _largest((outputs_of(network, changed, bounds) - before)[earlier])
 
 
-def _moved_when_alone(network: PreTrainedModel, ids: torch.Tensor, bounds: list[int], packed: torch.Tensor) -> float:
+def _moved_when_alone(
+    network: PreTrainedModel, ids: torch.Tensor, bounds: list[int], packed: torch.Tensor
+) -> float:
     worst = 0.0
     with eager_attention(network):
         for start, end in pairwise(bounds):

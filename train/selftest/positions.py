@@ -1,10 +1,13 @@
-"""Measures whether positions in a pack mean what they mean alone, up to the longest sequence of a set.
+"""Measures whether positions in a pack mean what they mean alone, up to the longest sequence of a
+set.
 
-    short a | long b b b b b b b b b b b b | short c         and each of them alone, in the model as it came
+short a | long b b b b b b b b b b b b | short c         and each of them alone, in the model as it
+came
 
-Every token runs through the layers, but attends to itself and the few before it in its sequence only, packed and alone:
-work and memory grow with the length, not with its square. So what hangs on positions is compared as far as they go
-(angles and their scale, learned embeddings, temperatures), in fp32; the attention kernel is train/selftest/isolation.py's part.
+Every token runs through the layers, but attends to itself and the few before it in its sequence
+only, packed and alone: work and memory grow with the length, not with its square. So what hangs on
+positions is compared as far as they go (angles and their scale, learned embeddings, temperatures),
+in fp32; the attention kernel is train/selftest/isolation.py's part.
 """
 
 from itertools import pairwise
@@ -13,7 +16,14 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from train.selftest.isolation import SAME, Finding, evaluating, logits_of, outputs_of, root_mean_square
+from train.selftest.isolation import (
+    SAME,
+    Finding,
+    evaluating,
+    logits_of,
+    outputs_of,
+    root_mean_square,
+)
 
 LOCAL = "sft_local"
 MOST_TOKENS = 2**15
@@ -30,7 +40,8 @@ def register_local() -> str:
 
 
 def position_check(packed: PreTrainedModel, plain: PreTrainedModel, *, longest: int) -> Finding:
-    """Compare a pack with a sequence of `longest` tokens in `packed` with each of its sequences alone in `plain`.
+    """Compare a pack with a sequence of `longest` tokens in `packed` with each of its sequences
+    alone in `plain`.
 
     The two have the same weights and attend by `LOCAL`.
     """
@@ -48,7 +59,9 @@ def position_check(packed: PreTrainedModel, plain: PreTrainedModel, *, longest: 
             worst = max(worst, moved / root_mean_square(logits_of(plain, alone)))
     return Finding(
         check="positions",
-        measured=f"logits of a pack with a sequence of {longest} tokens against each sequence alone",
+        measured=(
+            f"logits of a pack with a sequence of {longest} tokens against each sequence alone"
+        ),
         worst=worst,
         tolerance=SAME[torch.float32],
     )

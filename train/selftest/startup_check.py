@@ -1,10 +1,11 @@
 """At the start of a run: does this type of model keep sequences apart with this attention kernel?
 
-A few layers of the model's architecture with random weights, with heads of the real size but few of them, run a pack of
-three sequences (train/selftest/isolation.py): well under a second beside the seconds that a start takes, so nothing is cached.
-A list of model types would never be complete; what a model does to a pack shows in its outputs.
-Positions are compared up to the longest sequence of the set by a cheaper way (train/selftest/positions.py): 32,768 tokens of a
-narrow model in some seconds on a CPU, fewer where even a small model is large, and always one token past an original
+A few layers of the model's architecture with random weights, with heads of the real size but few of
+them, run a pack of three sequences (train/selftest/isolation.py): well under a second beside the
+seconds that a start takes, so nothing is cached. A list of model types would never be complete;
+what a model does to a pack shows in its outputs. Positions are compared up to the longest sequence
+of the set by a cheaper way (train/selftest/positions.py): 32,768 tokens of a narrow model in some
+seconds on a CPU, fewer where even a small model is large, and always one token past an original
 length that the config states and the set exceeds.
 
 Built before weights are sharded (ZeRO-3), on every rank by itself. No random state changes.
@@ -33,29 +34,43 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def check_isolation(
-    config: PretrainedConfig, attention: str, *, device: torch.device, dtype: torch.dtype, longest: int = 0
+    config: PretrainedConfig,
+    attention: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    longest: int = 0,
 ) -> None:
-    """Raise ConfigError if a pack would not train as its sequences alone do, naming what was measured.
+    """Raise ConfigError if a pack would not train as its sequences alone do, naming what was
+    measured.
 
-    `longest`: of the sequences of the set, in tokens. Positions are compared up to there, or to `MOST_TOKENS`, and in
-    any case past the original length of a model that was made longer.
+    `longest`: of the sequences of the set, in tokens. Positions are compared up to there, or to
+    `MOST_TOKENS`, and in any case past the original length of a model that was made longer.
     """
     check_supported(config)
     for finding in probe(config, attention, device=device, dtype=dtype, longest=longest):
         if not finding.is_ok:
             raise ConfigError(
-                f"model type {config.model_type!r} with attention {attention.removeprefix('sft_')!r} fails the check "
-                f"{finding.check!r}: {finding.measured} moved by {finding.worst:.2g} of their size, expected at most "
-                f"{finding.tolerance:g}. Sequences of a pack would not train as they do alone; use another "
-                "model.attention, or a model whose layers see other tokens through attention only"
+                f"model type {config.model_type!r} with attention"
+                f" {attention.removeprefix('sft_')!r} fails the check {finding.check!r}:"
+                f" {finding.measured} moved by {finding.worst:.2g} of their size, expected at most"
+                f" {finding.tolerance:g}. Sequences of a pack would not train as they do alone; use"
+                " another model.attention, or a model whose layers see other tokens through"
+                " attention only"
             )
         logger.debug("%s: %s moved by %.1e", finding.check, finding.measured, finding.worst)
 
 
 def probe(
-    config: PretrainedConfig, attention: str, *, device: torch.device, dtype: torch.dtype, longest: int = 0
+    config: PretrainedConfig,
+    attention: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    longest: int = 0,
 ) -> list[Finding]:
-    """Return what a small model of the type of `config` does with a pack. Raises ConfigError if it can't be built."""
+    """Return what a small model of the type of `config` does with a pack. Raises ConfigError if it
+    can't be built."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, _VOCABULARY, (_BOUNDS[-1],), generator=generator).to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -71,14 +86,16 @@ def probe(
 
 
 def _isolation(network: PreTrainedModel, ids: torch.Tensor) -> list[Finding]:
-    """Return what `isolation_of` finds. Raises ConfigError for a model whose forward pass takes no such pack."""
+    """Return what `isolation_of` finds. Raises ConfigError for a model whose forward pass takes no
+    such pack."""
     try:
         return isolation_of(network, ids, _BOUNDS)
     except torch.OutOfMemoryError:
         raise
     except CANNOT_BUILD as exc:
         raise ConfigError(
-            f"model type {network.config.model_type!r} cannot run a pack of sequences: {type(exc).__name__}: {exc}"
+            f"model type {network.config.model_type!r} cannot run a pack of sequences:"
+            f" {type(exc).__name__}: {exc}"
         ) from exc
 
 
@@ -92,7 +109,8 @@ def _positions(config: PretrainedConfig, reach: int, *, device: torch.device) ->
 
 
 def _reach(config: PretrainedConfig, longest: int, *, num_weights: int) -> int:
-    """Return how long a sequence to compare: the longest of the set, or less where that would take long.
+    """Return how long a sequence to compare: the longest of the set, or less where that would take
+    long.
 
     What has original lengths changes there: then one token more, if the set has such sequences.
     """
@@ -109,12 +127,15 @@ def _originals(values: dict[str, Any]) -> list[int]:
 
 
 def _build(config: PretrainedConfig, attention: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a narrow model, or for a type whose widths hang on one another in some other way one of full width."""
+    """Return a narrow model, or for a type whose widths hang on one another in some other way one
+    of full width."""
     problem: Exception | None = None
     for narrow in (True, False):
         try:
             small = small_config(config, narrow=narrow)
-            network = AutoModelForCausalLM.from_config(small, attn_implementation=attention, dtype=dtype)
+            network = AutoModelForCausalLM.from_config(
+                small, attn_implementation=attention, dtype=dtype
+            )
         except torch.OutOfMemoryError:
             raise
         except CANNOT_BUILD as exc:
@@ -122,19 +143,22 @@ def _build(config: PretrainedConfig, attention: str, *, dtype: torch.dtype) -> P
             continue
         assert isinstance(network, PreTrainedModel)
         if not narrow:
-            logger.info("checked attention on layers of full width: narrow ones cannot be built (%s)", problem)
+            logger.info(
+                "checked attention on layers of full width: narrow ones cannot be built (%s)",
+                problem,
+            )
         return network
     raise ConfigError(
-        f"model type {config.model_type!r} cannot be checked for leaks between the sequences of a pack, a model of few "
-        f"layers cannot be built: {problem}"
+        f"model type {config.model_type!r} cannot be checked for leaks between the sequences of a"
+        f" pack, a model of few layers cannot be built: {problem}"
     ) from problem
 
 
 def small_config(config: PretrainedConfig, *, narrow: bool = True) -> PretrainedConfig:
     """Return a config of few and narrow layers, one of each kind at least.
 
-    Heads keep their size, on which kernels depend, and query heads their number per key head. Each token goes to all
-    of few experts: which of many it goes to would hang on rounding.
+    Heads keep their size, on which kernels depend, and query heads their number per key head. Each
+    token goes to all of few experts: which of many it goes to would hang on rounding.
     """
     values = with_layers(config.to_dict(), 2)
     if narrow:
@@ -170,16 +194,23 @@ def _make_narrow(values: dict[str, Any]) -> None:
 
 
 def with_layers(values: dict[str, Any], wanted: int) -> dict[str, Any]:
-    """Return config values with `wanted` layers, or one of each kind that lists in the config tell apart."""
+    """Return config values with `wanted` layers, or one of each kind that lists in the config tell
+    apart."""
     count = values.get("num_hidden_layers")
     if not isinstance(count, int):
         return values
-    lists = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == count}
+    lists = {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, list) and len(value) == count
+    }
     kinds: dict[str, int] = {}
     for index in range(count):
         kinds.setdefault(repr([value[index] for value in lists.values()]), index)
     chosen = sorted(kinds.values())
-    chosen += [index for index in range(count) if index not in chosen][: max(0, wanted - len(chosen))]
+    chosen += [index for index in range(count) if index not in chosen][
+        : max(0, wanted - len(chosen))
+    ]
     chosen.sort()
     return {
         **values,

@@ -17,13 +17,15 @@ _ACTIVE_EXPERTS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCost:
-    """FLOPs of forward and backward, as FLOPs = tokens x body + loss_tokens x head + squared_lengths x attention.
+    """FLOPs of forward and backward, as FLOPs = tokens x body + loss_tokens x head +
+    squared_lengths x attention.
 
-    A parameter of the body costs 6 per token (2 forward, 4 backward), one that is frozen 4; embeddings cost nothing;
-    routed experts cost the share k/E of that, as a token goes through k of E; the head is run for loss tokens only,
-    6 x hidden x vocabulary each. Causal attention over a sequence of length L multiplies queries with keys and scores
-    with values, 2 x 2 x (L^2 / 2) x heads x head_size forward and twice that backward: 6 x L^2 x heads x head_size per
-    layer, summed over sequences, not over packs. Recomputation is not counted.
+    A parameter of the body costs 6 per token (2 forward, 4 backward), one that is frozen 4;
+    embeddings cost nothing; routed experts cost the share k/E of that, as a token goes through k of
+    E; the head is run for loss tokens only, 6 x hidden x vocabulary each. Causal attention over a
+    sequence of length L multiplies queries with keys and scores with values, 2 x 2 x (L^2 / 2) x
+    heads x head_size forward and twice that backward: 6 x L^2 x heads x head_size per layer, summed
+    over sequences, not over packs. Recomputation is not counted.
     """
 
     body: float
@@ -35,11 +37,17 @@ class ModelCost:
 
 
 def model_cost(network: PreTrainedModel) -> ModelCost:
-    """Return the cost of `network`; call it before its weights are sharded, or with their full counts known."""
-    embeddings = {id(network.get_input_embeddings().weight), id(network.get_output_embeddings().weight)}
+    """Return the cost of `network`; call it before its weights are sharded, or with their full
+    counts known."""
+    embeddings = {
+        id(network.get_input_embeddings().weight),
+        id(network.get_output_embeddings().weight),
+    }
     share = _active_share(network)
     body = sum(
-        (6.0 if parameter.requires_grad else 4.0) * _num_elements(parameter) * (share if _is_routed(name) else 1.0)
+        (6.0 if parameter.requires_grad else 4.0)
+        * _num_elements(parameter)
+        * (share if _is_routed(name) else 1.0)
         for name, parameter in network.named_parameters()
         if id(parameter) not in embeddings
     )
@@ -53,7 +61,8 @@ def model_cost(network: PreTrainedModel) -> ModelCost:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the dense bf16 peak of `device` in FLOP/s, or None where it is not known: then there is no MFU."""
+    """Return the dense bf16 peak of `device` in FLOP/s, or None where it is not known: then there
+    is no MFU."""
     if device.type != "cuda":
         return None
     gpu = find_gpu(torch.cuda.get_device_name(device))
@@ -66,11 +75,13 @@ def _active_share(network: PreTrainedModel) -> float:
         return 1.0
     config = network.config.to_dict()
     total, active = (
-        next((config[key] for key in keys if config.get(key)), None) for keys in (_EXPERTS, _ACTIVE_EXPERTS)
+        next((config[key] for key in keys if config.get(key)), None)
+        for keys in (_EXPERTS, _ACTIVE_EXPERTS)
     )
     if total is None or active is None:
         logger.warning(
-            "%s has experts, but its configuration does not say how many of them a token goes through; mfu counts all",
+            "%s has experts, but its configuration does not say how many of them a token goes"
+            " through; mfu counts all",
             type(network).__name__,
         )
         return 1.0
@@ -78,7 +89,8 @@ def _active_share(network: PreTrainedModel) -> float:
 
 
 def _is_routed(name: str) -> bool:
-    """Say whether a parameter belongs to experts that tokens are routed to: they share a module called `experts`.
+    """Say whether a parameter belongs to experts that tokens are routed to: they share a module
+    called `experts`.
 
     Those that every token goes through are in `shared_expert(s)`; the router itself is no expert.
     """
@@ -86,5 +98,6 @@ def _is_routed(name: str) -> bool:
 
 
 def _num_elements(parameter: torch.nn.Parameter) -> int:
-    """Under ZeRO-3 a parameter is empty outside the forward pass and keeps its size in `ds_numel`."""
+    """Under ZeRO-3 a parameter is empty outside the forward pass and keeps its size in
+    `ds_numel`."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

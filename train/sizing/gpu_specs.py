@@ -22,7 +22,9 @@ GPUS = (
     Gpu(name="GH200", peak_flops=989e12, memory_gib=94.5),
     Gpu(name="H100", peak_flops=989e12, memory_gib=79.1),
     Gpu(name="H200", peak_flops=989e12, memory_gib=139.8),
-    Gpu(name="GB200", peak_flops=2500e12, memory_gib=178.4),  # one of its two; runs at more watts than a B200
+    Gpu(
+        name="GB200", peak_flops=2500e12, memory_gib=178.4
+    ),  # one of its two; runs at more watts than a B200
     Gpu(name="B200", peak_flops=2250e12, memory_gib=178.4),
     Gpu(name="A100 40GB", peak_flops=312e12, memory_gib=39.4),
     Gpu(name="A100", peak_flops=312e12, memory_gib=79.1),
@@ -31,7 +33,8 @@ GPUS = (
 
 
 def gpu_named(name: str) -> Gpu:
-    """Return the GPU that `name` is, in any case of letters. Raises ConfigError for one that is not known."""
+    """Return the GPU that `name` is, in any case of letters. Raises ConfigError for one that is not
+    known."""
     for gpu in GPUS:
         if gpu.name.lower() == name.lower():
             return gpu
@@ -39,5 +42,6 @@ def gpu_named(name: str) -> Gpu:
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """Return the GPU whose name is part of `device_name`, as in "NVIDIA H100 80GB HBM3"; None if none is."""
+    """Return the GPU whose name is part of `device_name`, as in "NVIDIA H100 80GB HBM3"; None if
+    none is."""
     return next((gpu for gpu in GPUS if gpu.name in device_name), None)

@@ -1,11 +1,11 @@
 """How much memory a rank needs at its peak, by part: pure functions of counts.
 
-tests/test_train_device_memory.py checks them to the byte where bytes can be counted, tests/bench/bench_memory.py on
-processes.
+tests/train/sizing/test_device_memory.py checks them to the byte where bytes can be counted,
+tests/bench/bench_memory.py on processes.
 
-State stays for the whole run; besides it there is either a backward pass, with the activations of one micro-batch, or
-the update. Letters: P parameters, T those that train, W ranks, b bytes of a weight (2 in bf16, 4 in fp32), N tokens of
-a micro-batch on one rank, D hidden size, V vocabulary.
+State stays for the whole run; besides it there is either a backward pass, with the activations of
+one micro-batch, or the update. Letters: P parameters, T those that train, W ranks, b bytes of a
+weight (2 in bf16, 4 in fp32), N tokens of a micro-batch on one rank, D hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass, replace
@@ -30,7 +30,8 @@ class Setup:
     zero_stage: ZeroStage
     weight_bytes: int
     tokens: int
-    """Positions of a micro-batch on one rank: packs x max_seq_len, shared by `sequence_parallel` ranks."""
+    """Positions of a micro-batch on one rank: packs x max_seq_len, shared by `sequence_parallel`
+    ranks."""
     micro_batches: int
     """Of one rank in a step."""
     gradient_checkpointing: bool
@@ -39,7 +40,8 @@ class Setup:
     optimizer_offloaded: bool = False
     params_offloaded: bool = False
     second_copy: int = 1
-    """`hpz_partition_size` of ZeRO++: ranks that share out one more copy of the weights; 1 for none."""
+    """`hpz_partition_size` of ZeRO++: ranks that share out one more copy of the weights; 1 for
+    none."""
     on_gpu: bool = True
 
 
@@ -56,7 +58,8 @@ class Memory:
     layer: float
     """The backward pass of one layer: what it computes again, and gradients of activations."""
     loss: float
-    """Logits of some rows and the gradient of the LM head; over when the layers' backward passes begin."""
+    """Logits of some rows and the gradient of the LM head; over when the layers' backward passes
+    begin."""
     communication: float
     """Gathered weights and buckets of gradients."""
     update: float
@@ -105,19 +108,27 @@ def memory_of(size: ModelSize, setup: Setup) -> Memory:
         reserve=0.0,
         gradients_grow=setup.zero_stage == 0 and setup.micro_batches == 1,
     )
-    return replace(memory, reserve=_CONTEXT + _FRAGMENTED * memory.total) if setup.on_gpu else memory
+    return (
+        replace(memory, reserve=_CONTEXT + _FRAGMENTED * memory.total) if setup.on_gpu else memory
+    )
 
 
 def _state(size: ModelSize, setup: Setup) -> tuple[float, float, float, float]:
     """Return bytes of weights, optimizer and gradients, and what the update adds.
 
-    One rank (train/engine/single_rank_adamw.py): b P weights, 4 T masters where b is 2, 8 T moments, 4 T gradients. ZeRO (Rajbhandari
-    et al. 2020, section 5) keeps 12 T / W masters and moments, also beside fp32 weights, b P weights (b P / W in stage
-    3), and 4 T gradients, summed in fp32 (4 T / W from stage 2 on). Its update copies a rank's gradients, in stage 1
-    three times, in stage 3 a sub-group of them beside what stays gathered. What is offloaded lies on the host, from
-    stage 2 on with its gradients.
+    One rank (train/engine/single_rank_adamw.py): b P weights, 4 T masters where b is 2, 8 T
+    moments, 4 T gradients. ZeRO (Rajbhandari et al. 2020, section 5) keeps 12 T / W masters and
+    moments, also beside fp32 weights, b P weights (b P / W in stage 3), and 4 T gradients, summed
+    in fp32 (4 T / W from stage 2 on). Its update copies a rank's gradients, in stage 1 three times,
+    in stage 3 a sub-group of them beside what stays gathered. What is offloaded lies on the host,
+    from stage 2 on with its gradients.
     """
-    own, trained, ranks, stage = float(size.parameters), float(size.trained), setup.world_size, setup.zero_stage
+    own, trained, ranks, stage = (
+        float(size.parameters),
+        float(size.trained),
+        setup.world_size,
+        setup.zero_stage,
+    )
     per_weight = float(setup.weight_bytes)
     frozen = _QUANTIZED if setup.quantized else per_weight
     weights = frozen * (own - trained) + per_weight * trained
@@ -137,21 +148,28 @@ def _state(size: ModelSize, setup: Setup) -> tuple[float, float, float, float]:
 
 
 def _activations(size: ModelSize, setup: Setup) -> float:
-    """Return what the forward pass keeps: of each layer all that autograd saves, or its input alone."""
-    kept = _layer_input(size, setup) if setup.gradient_checkpointing else _kept_by_layer(size, setup)
+    """Return what the forward pass keeps: of each layer all that autograd saves, or its input
+    alone."""
+    kept = (
+        _layer_input(size, setup) if setup.gradient_checkpointing else _kept_by_layer(size, setup)
+    )
     return setup.tokens * (size.num_layers * kept + size.other_bytes)
 
 
 def _layer(size: ModelSize, setup: Setup) -> float:
-    """Return what the backward pass of one layer adds: what it computes again and the gradients that pass through.
+    """Return what the backward pass of one layer adds: what it computes again and the gradients
+    that pass through.
 
-    These are two gradients as wide as the feed-forward layer, which keeps four such tensors, four of the norms in
-    fp32, and the largest gradient of a weight.
+    These are two gradients as wide as the feed-forward layer, which keeps four such tensors, four
+    of the norms in fp32, and the largest gradient of a weight.
     """
     again = _kept_by_layer(size, setup) if setup.gradient_checkpointing else 0.0
     mlp = size.mlp_bytes / setup.mlp_tiles
     tile_again = mlp if setup.mlp_tiles > 1 else 0.0
-    return setup.tokens * (again + tile_again + mlp / 2 + 16.0 * size.hidden_size) + setup.weight_bytes * size.largest
+    return (
+        setup.tokens * (again + tile_again + mlp / 2 + 16.0 * size.hidden_size)
+        + setup.weight_bytes * size.largest
+    )
 
 
 def _kept_by_layer(size: ModelSize, setup: Setup) -> float:
@@ -165,9 +183,11 @@ def _layer_input(size: ModelSize, setup: Setup) -> float:
 
 
 def _loss(size: ModelSize, setup: Setup) -> float:
-    """Return what the fused loss needs: the head's gradient in fp32 and in the head's dtype, a chunk of logits, rows.
+    """Return what the fused loss needs: the head's gradient in fp32 and in the head's dtype, a
+    chunk of logits, rows.
 
-    A chunk has N D / V rows on a GPU, as many logits as hidden states; on a CPU 2^24 logits, in fp32. 256 rows or more.
+    A chunk has N D / V rows on a GPU, as many logits as hidden states; on a CPU 2^24 logits, in
+    fp32. 256 rows or more.
     """
     head = float(size.vocab_size * size.hidden_size)
     copy = setup.weight_bytes * head if setup.weight_bytes < 4 else 0.0
@@ -178,7 +198,8 @@ def _loss(size: ModelSize, setup: Setup) -> float:
 
 
 def _communication(size: ModelSize, setup: Setup) -> float:
-    """Return gathered weights and buckets of gradients: a whole one from stage 2 on, and copies of what fills it."""
+    """Return gathered weights and buckets of gradients: a whole one from stage 2 on, and copies of
+    what fills it."""
     match setup.zero_stage:
         case 0:
             return 0.0
@@ -191,5 +212,6 @@ def _communication(size: ModelSize, setup: Setup) -> float:
 
 
 def _resident(size: ModelSize, setup: Setup) -> float:
-    """Return what stage 3 holds for the whole step: a bucket, however small the model, and up to _MAX_LIVE weights."""
+    """Return what stage 3 holds for the whole step: a bucket, however small the model, and up to
+    _MAX_LIVE weights."""
     return 4.0 * _BUCKET + setup.weight_bytes * min(size.parameters, _MAX_LIVE)

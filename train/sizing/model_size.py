@@ -1,15 +1,18 @@
-"""Counts of a model, taken on torch's meta device: its weights are never allocated, so any size takes a second.
+"""Counts of a model, taken on torch's meta device: its weights are never allocated, so any size
+takes a second.
 
-What a layer keeps for its backward pass is not looked up by model type but counted: the forward pass runs on tensors
-without data, and each tensor that autograd saves is weighed once. For Llama in bf16 the count is, per token and layer,
+What a layer keeps for its backward pass is not looked up by model type but counted: the forward
+pass runs on tensors without data, and each tensor that autograd saves is weighed once. For Llama in
+bf16 the count is, per token and layer,
 
     16 D      two norms: the input in fp32 (4 D) and its normalised form, and the output, in bf16 (2 D each)
     4 (H + K) h + 4 H     queries, keys, values and output of attention in bf16, its log-sums in fp32
     8 I       gate, silu(gate), up and their product in bf16
 
-with hidden size D, intermediate size I, H query and K key heads of size h: the sum of Korthikanti et al. 2022
-("Reducing Activation Recomputation in Large Transformer Models", section 4.1) for SwiGLU, grouped queries and RMSNorm
-in fp32, without dropout, and without score matrices, which kernels for packed rows do not keep (their section 4.2.2).
+with hidden size D, intermediate size I, H query and K key heads of size h: the sum of Korthikanti
+et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models", section 4.1) for
+SwiGLU, grouped queries and RMSNorm in fp32, without dropout, and without score matrices, which
+kernels for packed rows do not keep (their section 4.2.2).
 """
 
 from dataclasses import dataclass
@@ -51,12 +54,15 @@ class ModelSize:
 
 
 def model_size(config: PretrainedConfig, *, lora: LoraConfig, dtype: torch.dtype) -> ModelSize:
-    """Return the counts of a model with weights and activations of `dtype`. Raises ConfigError if it can't be built."""
+    """Return the counts of a model with weights and activations of `dtype`. Raises ConfigError if
+    it can't be built."""
     check_supported(config)
     AttentionInterface.register(_ATTENTION, _counted_attention)
     try:
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION, dtype=dtype)
+            network = AutoModelForCausalLM.from_config(
+                config, attn_implementation=_ATTENTION, dtype=dtype
+            )
         check_head(network)
         cost = model_cost(network)
         if lora.is_on:
@@ -65,13 +71,19 @@ def model_size(config: PretrainedConfig, *, lora: LoraConfig, dtype: torch.dtype
             cost = model_cost(network)
         kept = _kept_bytes(network)
     except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as exc:
-        raise ConfigError(f"model type {config.model_type!r} cannot be counted without its weights: {exc}") from exc
+        raise ConfigError(
+            f"model type {config.model_type!r} cannot be counted without its weights: {exc}"
+        ) from exc
     layers = [part for part in network.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers:
-        raise ConfigError(f"model type {config.model_type!r} has no layers that transformers knows as such")
+        raise ConfigError(
+            f"model type {config.model_type!r} has no layers that transformers knows as such"
+        )
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        trained=sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad),
+        trained=sum(
+            parameter.numel() for parameter in network.parameters() if parameter.requires_grad
+        ),
         largest=max(parameter.numel() for layer in layers for parameter in layer.parameters()),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -86,10 +98,13 @@ def model_size(config: PretrainedConfig, *, lora: LoraConfig, dtype: torch.dtype
 
 
 def _kept_bytes(network: PreTrainedModel) -> dict[str, int]:
-    """Run the layers forward and return the bytes saved in all layers, in their mlps, and elsewhere."""
+    """Run the layers forward and return the bytes saved in all layers, in their mlps, and
+    elsewhere."""
     network.train()
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-    kept: dict[int, torch.Tensor] = {}  # a tensor of each storage, alive so that no storage takes the place of another
+    kept: dict[
+        int, torch.Tensor
+    ] = {}  # a tensor of each storage, alive so that no storage takes the place of another
     bytes_in = {"layer": 0, "mlp": 0, "other": 0}
     place = {"layer": 0, "mlp": 0}
 
@@ -134,13 +149,18 @@ def _mark(part: torch.nn.Module, place: dict[str, int], name: str) -> None:
 
 
 class _CountedAttention(torch.autograd.Function):
-    """Saves what kernels for packed rows save: queries, keys, values, the output, and a log-sum per query and head."""
+    """Saves what kernels for packed rows save: queries, keys, values, the output, and a log-sum per
+    query and head."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         _, heads, tokens, _ = query.shape
         output = query.new_empty(1, tokens, heads, value.shape[-1])
-        ctx.save_for_backward(query, key, value, output, query.new_empty(heads, tokens, dtype=torch.float32))
+        ctx.save_for_backward(
+            query, key, value, output, query.new_empty(heads, tokens, dtype=torch.float32)
+        )
         return output
 
     @staticmethod

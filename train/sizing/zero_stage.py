@@ -1,4 +1,5 @@
-"""What DeepSpeed shards in a run, decided from the recipe and the number of ranks alone, before torch is imported."""
+"""What DeepSpeed shards in a run, decided from the recipe and the number of ranks alone, before
+torch is imported."""
 
 from typing import Literal
 
@@ -9,19 +10,27 @@ ZeroStage = Literal[0, 1, 2, 3]
 
 
 def resolve_zero_stage(engine: EngineConfig, *, world_size: int) -> ZeroStage:
-    """Return the stage that a run on `world_size` ranks uses. Raises ConfigError for stage 0 on several ranks.
+    """Return the stage that a run on `world_size` ranks uses. Raises ConfigError for stage 0 on
+    several ranks.
 
-    "auto" is 3 from two ranks on. One rank has nothing to share out, and sharding would only cost it time and memory:
-    there it is 0, which is `OneRankAdamW` of train/engine/single_rank_adamw.py on whole weights.
+    "auto" is 3 from two ranks on. One rank has nothing to share out, and sharding would only cost
+    it time and memory: there it is 0, which is `OneRankAdamW` of train/engine/single_rank_adamw.py
+    on whole weights.
     """
     if engine.zero_stage == "auto":
         if world_size > 1:
             return 3
-        if asked := [*engine.of_stage_3(), *(["offload_optimizer"] if engine.offload_optimizer != "none" else [])]:
+        if asked := [
+            *engine.of_stage_3(),
+            *(["offload_optimizer"] if engine.offload_optimizer != "none" else []),
+        ]:
             raise ConfigError(
-                f"engine.{asked[0]} needs ZeRO, which one rank goes without; set engine.zero_stage = 3 to have it there"
+                f"engine.{asked[0]} needs ZeRO, which one rank goes without; set engine.zero_stage"
+                " = 3 to have it there"
             )
         return 0
     if engine.zero_stage == 0 and world_size > 1:
-        raise ConfigError(f"engine.zero_stage = 0 is for one rank, this run has {world_size}; set auto, 1, 2 or 3")
+        raise ConfigError(
+            f"engine.zero_stage = 0 is for one rank, this run has {world_size}; set auto, 1, 2 or 3"
+        )
     return engine.zero_stage

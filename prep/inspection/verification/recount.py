@@ -1,6 +1,8 @@
-"""What a manifest says of its own set, found again in its files: one that was sealed again gives itself away.
+"""What a manifest says of its own set, found again in its files: one that was sealed again gives
+itself away.
 
-Only sets that `sft-prep build` made can be held to this: their `inputs` hold the build's configuration.
+Only sets that `sft-prep build` made can be held to this: their `inputs` hold the build's
+configuration.
 """
 
 import json
@@ -20,7 +22,8 @@ _PER_FRAGMENT = "fragments_with_few_loss_tokens"  # counts fragments, not rows
 
 
 def recount(shard_set: ShardSet) -> str:
-    """Return in a few words what was found again. Raises ArtifactError for the first word that does not hold."""
+    """Return in a few words what was found again. Raises ArtifactError for the first word that does
+    not hold."""
     if "config" not in shard_set.manifest.inputs:
         return "not found again: the manifest's inputs are not those of a build"
     where = shard_set.path
@@ -30,7 +33,9 @@ def recount(shard_set: ShardSet) -> str:
         found |= {**_from_tokenizer(shard_set, tokenizer), **_from_columns(shard_set, tokenizer)}
         for name, (said, expected) in found.items():
             if canonical_json(said) != canonical_json(expected):
-                raise ArtifactError(f"{where}: {name} is {said!r}, the set's files say {expected!r}; build it again")
+                raise ArtifactError(
+                    f"{where}: {name} is {said!r}, the set's files say {expected!r}; build it again"
+                )
         for source in shard_set.manifest.sources:
             _check_rows(source, where)
     except SftError:
@@ -74,7 +79,10 @@ def _from_tokenizer(shard_set: ShardSet, tokenizer: Any) -> dict[str, tuple[Any,
     folder, entry = shard_set.tokenizer_dir, shard_set.manifest.tokenizer
     named = json.loads((folder / "tokenizer_config.json").read_bytes())
     found = {
-        "tokenizer.vocab_size": (entry.vocab_size, max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1),
+        "tokenizer.vocab_size": (
+            entry.vocab_size,
+            max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
+        ),
         "tokenizer.canary_ids": (
             list(entry.canary_ids),
             tokenizer.encode(CANARY_TEXT, add_special_tokens=False).ids,
@@ -94,7 +102,9 @@ def _from_tokenizer(shard_set: ShardSet, tokenizer: Any) -> dict[str, tuple[Any,
 def _from_columns(shard_set: ShardSet, tokenizer: Any) -> dict[str, tuple[Any, Any]]:
     counts = Counter[int]()
     is_added = np.zeros(shard_set.manifest.max_token_id + 1, np.bool_)
-    is_added[[token for token in tokenizer.get_added_tokens_decoder() if token < len(is_added)]] = True
+    is_added[[token for token in tokenizer.get_added_tokens_decoder() if token < len(is_added)]] = (
+        True
+    )
     for shard in shard_set.shards:
         counts.update(count_terminators(shard, is_added))
     ends = sorted(counts, key=lambda token: (-counts[token], token))
@@ -104,15 +114,20 @@ def _from_columns(shard_set: ShardSet, tokenizer: Any) -> dict[str, tuple[Any, A
 def _check_rows(source: SourceEntry, where: object) -> None:
     reasons = [source.rows_rejected, source.rows_uncarried, source.rows_dropped]
     if any(count < 0 for counts in reasons for count in counts.values()):
-        raise ArtifactError(f"{where}: source {source.name!r} counts fewer than 0 rows for a reason; build it again")
-    left_out = sum(count for counts in reasons for reason, count in counts.items() if reason != _PER_FRAGMENT)
+        raise ArtifactError(
+            f"{where}: source {source.name!r} counts fewer than 0 rows for a reason; build it again"
+        )
+    left_out = sum(
+        count for counts in reasons for reason, count in counts.items() if reason != _PER_FRAGMENT
+    )
     if source.rows_used + left_out > source.rows_read:
         raise ArtifactError(
-            f"{where}: source {source.name!r} has rows_read = {source.rows_read}, but {source.rows_used} rows used and "
-            f"{left_out} left out; build it again"
+            f"{where}: source {source.name!r} has rows_read = {source.rows_read}, but"
+            f" {source.rows_used} rows used and {left_out} left out; build it again"
         )
     for name in ("rows_truncated", "rows_without_terminator"):
         if not 0 <= getattr(source, name) <= source.rows_used:
             raise ArtifactError(
-                f"{where}: source {source.name!r} has {name} = {getattr(source, name)} of {source.rows_used} rows used"
+                f"{where}: source {source.name!r} has {name} = {getattr(source, name)} of"
+                f" {source.rows_used} rows used"
             )

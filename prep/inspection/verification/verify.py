@@ -1,4 +1,5 @@
-"""Prove a shard set again from its own files: hashes, bounds, counts and masks. Nothing is taken from the build's word.
+"""Prove a shard set again from its own files: hashes, bounds, counts and masks. Nothing is taken
+from the build's word.
 
 Reads a shard in blocks of whole packs, so memory does not grow with its size.
 """
@@ -57,7 +58,8 @@ class _Sums:
 def verify(path: Path) -> list[str]:
     """Return what was proved of the shard set at `path`, one line each, its `eval` set included.
 
-    Raises ChecksumError, IncompleteArtifactError or ArtifactError for the first thing that does not hold, saying where.
+    Raises ChecksumError, IncompleteArtifactError or ArtifactError for the first thing that does not
+    hold, saying where.
     """
     check_hashes(path)
     shard_set = open_shard_set(path)
@@ -89,15 +91,31 @@ def _report(shard_set: ShardSet, policy: MaskConfig | None, sums: _Sums) -> list
     size = sum(entry.bytes for entry in files) / 2**20
     masks = "not proved: the manifest's config has no mask policy"
     if policy is not None:
-        masks = f"{totals.loss_tokens:,} loss tokens follow train_on = {policy.train_on}, boundary = {policy.boundary}"
+        masks = (
+            f"{totals.loss_tokens:,} loss tokens follow train_on = {policy.train_on}, boundary ="
+            f" {policy.boundary}"
+        )
         what = "tokens" if policy.train_on == "all" else "turns"
-        masks += f"; {sums.turns_left_out:,} {what} left out, as `train: false` does" if sums.turns_left_out else ""
+        masks += (
+            f"; {sums.turns_left_out:,} {what} left out, as `train: false` does"
+            if sums.turns_left_out
+            else ""
+        )
     return [
         f"{shard_set.path}: holds",
         f"  fingerprint  {manifest.fingerprint}",
-        f"  hashes       {len(files) + len(manifest.tokenizer.files)} files, {size:,.1f} MiB of columns",
-        f"  bounds       {totals.packs:,} packs of at most {manifest.max_seq_len:,}, {totals.sequences:,} sequences",
-        f"  counts       {totals.tokens:,} tokens, totals and {len(manifest.sources)} sources add up",
+        (
+            f"  hashes       {len(files) + len(manifest.tokenizer.files)} files, {size:,.1f} MiB of"
+            " columns"
+        ),
+        (
+            f"  bounds       {totals.packs:,} packs of at most {manifest.max_seq_len:,},"
+            f" {totals.sequences:,} sequences"
+        ),
+        (
+            f"  counts       {totals.tokens:,} tokens, totals and {len(manifest.sources)} sources"
+            " add up"
+        ),
         f"  masks        {masks}",
     ]
 
@@ -105,14 +123,18 @@ def _report(shard_set: ShardSet, policy: MaskConfig | None, sums: _Sums) -> list
 def _check_canonical(path: Path) -> None:
     data = (path / MANIFEST_NAME).read_bytes()
     if canonical_json(json.loads(data)) != data:
-        raise ChecksumError(f"{path / MANIFEST_NAME} is not canonical JSON; it was changed by hand, build again")
+        raise ChecksumError(
+            f"{path / MANIFEST_NAME} is not canonical JSON; it was changed by hand, build again"
+        )
 
 
 def _mask_policy(manifest: Manifest, path: Path) -> MaskConfig | None:
     if "mask" not in manifest.config:
         return None
     try:
-        return config.build(MaskConfig, manifest.config["mask"], f"{path / MANIFEST_NAME}: config.mask")
+        return config.build(
+            MaskConfig, manifest.config["mask"], f"{path / MANIFEST_NAME}: config.mask"
+        )
     except ConfigError as exc:
         raise ArtifactError(f"{exc}; verify with the sft-prep that built the set") from exc
 
@@ -121,13 +143,20 @@ def _check_manifest_counts(manifest: Manifest, path: Path) -> None:
     totals = manifest.totals
     space = totals.packs * manifest.max_seq_len
     if abs(totals.density - (totals.tokens / space if space else 0.0)) > 1e-9:
-        raise ArtifactError(f"{path}: density is {totals.density}; tokens / (packs x max_seq_len) is not")
-    numbers = [(source.name, "details.epochs", source.details.get("epochs") or 1) for source in manifest.sources]
+        raise ArtifactError(
+            f"{path}: density is {totals.density}; tokens / (packs x max_seq_len) is not"
+        )
+    numbers = [
+        (source.name, "details.epochs", source.details.get("epochs") or 1)
+        for source in manifest.sources
+    ]
     lengths = manifest.config.get("lengths", {})
     least = lengths.get("min_loss_tokens", 0) if isinstance(lengths, dict) else lengths
     for whose, key, value in [*numbers, ("config", "lengths.min_loss_tokens", least)]:
         if type(value) not in (int, float) or not 0 <= value < 1 << 62:
-            raise ArtifactError(f"{path}: {whose}: {key} is {value!r}; expected a number. Build the set again")
+            raise ArtifactError(
+                f"{path}: {whose}: {key} is {value!r}; expected a number. Build the set again"
+            )
     names = [source.name for source in manifest.sources]
     if len(set(names)) != len(names):
         raise ArtifactError(f"{path}: source names {names} are not distinct")
@@ -138,12 +167,15 @@ def _check_bounds(shard_set: ShardSet, shard: int) -> None:
     for name in ("seq_offsets", "pack_offsets"):
         falling = np.flatnonzero(np.diff(columns[name]) <= 0)
         if len(falling):
-            raise ArtifactError(f"{where}: {name}[{falling[0] + 1}] is not above the one before it; build again")
+            raise ArtifactError(
+                f"{where}: {name}[{falling[0] + 1}] is not above the one before it; build again"
+            )
     lengths = np.diff(columns["seq_offsets"][columns["pack_offsets"]])
     long = np.flatnonzero(lengths > shard_set.manifest.max_seq_len)
     if len(long):
         raise ArtifactError(
-            f"{where} pack {long[0]} has {lengths[long[0]]} tokens; max_seq_len is {shard_set.manifest.max_seq_len}"
+            f"{where} pack {long[0]} has {lengths[long[0]]} tokens; max_seq_len is"
+            f" {shard_set.manifest.max_seq_len}"
         )
     origin, sources = columns["seq_origin"], shard_set.manifest.sources
     wrong = (origin < 0).any(axis=1) | (origin[:, 0] >= len(sources))
@@ -151,7 +183,9 @@ def _check_bounds(shard_set: ShardSet, shard: int) -> None:
     wrong |= origin[:, 1] >= rows_read[np.where(wrong, len(sources), origin[:, 0])]
     if wrong.any():
         sequence = int(np.flatnonzero(wrong)[0])
-        raise ArtifactError(f"{where} sequence {sequence}: origin {origin[sequence].tolist()} is no row of a source")
+        raise ArtifactError(
+            f"{where} sequence {sequence}: origin {origin[sequence].tolist()} is no row of a source"
+        )
 
 
 def _blocks(shard_set: ShardSet, shard: int) -> Iterator[_Block]:
@@ -159,7 +193,10 @@ def _blocks(shard_set: ShardSet, shard: int) -> Iterator[_Block]:
     pack_ends = columns["seq_offsets"][columns["pack_offsets"]]  # int64 [P+1] in tokens
     first = 0
     while first < len(pack_ends) - 1:
-        last = max(first + 1, int(np.searchsorted(pack_ends, pack_ends[first] + _BLOCK_TOKENS, side="right")) - 1)
+        last = max(
+            first + 1,
+            int(np.searchsorted(pack_ends, pack_ends[first] + _BLOCK_TOKENS, side="right")) - 1,
+        )
         sequences = slice(columns["pack_offsets"][first], columns["pack_offsets"][last])
         tokens = slice(pack_ends[first], pack_ends[last])
         yield _Block(
@@ -202,13 +239,17 @@ def _check_sums(shard_set: ShardSet, block: _Block, sums: _Sums) -> None:
     if len(wrong):
         pack = int(wrong[0])
         raise ArtifactError(
-            f"{_shard_name(shard_set, block.shard)} pack {block.first_pack + pack}: pack_loss_tokens is "
-            f"{block.pack_loss_tokens[pack]}, its loss mask sums to {per_pack[pack]}; build again"
+            f"{_shard_name(shard_set, block.shard)} pack {block.first_pack + pack}:"
+            f" pack_loss_tokens is {block.pack_loss_tokens[pack]}, its loss mask sums to"
+            f" {per_pack[pack]}; build again"
         )
     minimum = shard_set.manifest.config.get("lengths", {}).get("min_loss_tokens", 0)
     few = np.flatnonzero(per_sequence < minimum)
     if len(few):
-        what = f"its sequence has {per_sequence[few[0]]} loss tokens; lengths.min_loss_tokens is {minimum}"
+        what = (
+            f"its sequence has {per_sequence[few[0]]} loss tokens; lengths.min_loss_tokens is"
+            f" {minimum}"
+        )
         raise _fault(shard_set, block, MaskFault(int(block.seq_offsets[few[0]]), what))
     sums.max_token_id = max(sums.max_token_id, int(block.tokens.max()))
     lengths = np.diff(block.seq_offsets)
@@ -218,8 +259,12 @@ def _check_sums(shard_set: ShardSet, block: _Block, sums: _Sums) -> None:
 
 def _check_mask(shard_set: ShardSet, block: _Block, policy: MaskConfig, sums: _Sums) -> None:
     details = [shard_set.manifest.sources[index].details for index in np.unique(block.source_of)]
-    flagged = any(detail.get("messages_untrained", 1) for detail in details)  # a set that does not say may have them
-    proof = prove_mask(block.kind, block.mask, block.seq_offsets, policy=policy, may_be_flagged=flagged)
+    flagged = any(
+        detail.get("messages_untrained", 1) for detail in details
+    )  # a set that does not say may have them
+    proof = prove_mask(
+        block.kind, block.mask, block.seq_offsets, policy=policy, may_be_flagged=flagged
+    )
     if proof.fault is not None:
         raise _fault(shard_set, block, proof.fault)
     sums.turns_left_out += proof.turns_left_out
@@ -228,12 +273,16 @@ def _check_mask(shard_set: ShardSet, block: _Block, policy: MaskConfig, sums: _S
 def _check_totals(shard_set: ShardSet, sums: _Sums) -> None:
     manifest, path = shard_set.manifest, shard_set.path
     if manifest.totals.tokens and sums.max_token_id != manifest.max_token_id:
-        raise ArtifactError(f"{path}: max_token_id is {manifest.max_token_id}, the largest id is {sums.max_token_id}")
+        raise ArtifactError(
+            f"{path}: max_token_id is {manifest.max_token_id}, the largest id is"
+            f" {sums.max_token_id}"
+        )
     for index, entry in enumerate(manifest.shards):
         loss_tokens = int(shard_set.shards[index]["pack_loss_tokens"].sum(dtype=np.int64))
         if loss_tokens != entry.loss_tokens:
             raise ArtifactError(
-                f"{path}/{entry.path}: loss_tokens is {entry.loss_tokens}, its packs hold {loss_tokens}"
+                f"{path}/{entry.path}: loss_tokens is {entry.loss_tokens}, its packs hold"
+                f" {loss_tokens}"
             )
     for index, source in enumerate(manifest.sources):
         for name, said, found in (
@@ -241,12 +290,17 @@ def _check_totals(shard_set: ShardSet, sums: _Sums) -> None:
             ("loss_tokens", source.loss_tokens, sums.loss_tokens[index]),
         ):
             if said != found:
-                raise ArtifactError(f"{path}: source {source.name!r} has {name} = {said}, its sequences hold {found}")
+                raise ArtifactError(
+                    f"{path}: source {source.name!r} has {name} = {said}, its sequences hold"
+                    f" {found}"
+                )
 
 
 def _check_origins(shard_set: ShardSet) -> None:
     """Each (source, row, start) occurs once, or as often as the source's `epochs` repeat it."""
-    origin = np.concatenate([shard["seq_origin"] for shard in shard_set.shards] or [np.zeros((0, 3), np.int64)])
+    origin = np.concatenate(
+        [shard["seq_origin"] for shard in shard_set.shards] or [np.zeros((0, 3), np.int64)]
+    )
     distinct, counts = np.unique(origin, axis=0, return_counts=True)
     for index, source in enumerate(shard_set.manifest.sources):
         own = distinct[:, 0] == index
@@ -255,14 +309,14 @@ def _check_origins(shard_set: ShardSet) -> None:
         often = np.flatnonzero(own & (counts > allowed))
         if len(often):
             raise ArtifactError(
-                f"{shard_set.path}: source {source.name!r} row {distinct[often[0], 1]} is used {counts[often[0]]} "
-                f"times; expected at most {allowed}"
+                f"{shard_set.path}: source {source.name!r} row {distinct[often[0], 1]} is used"
+                f" {counts[often[0]]} times; expected at most {allowed}"
             )
         rows = len(np.unique(distinct[own, 1]))
         if rows != source.rows_used:
             raise ArtifactError(
-                f"{shard_set.path}: source {source.name!r} has rows_used = {source.rows_used}, its sequences come "
-                f"from {rows} rows"
+                f"{shard_set.path}: source {source.name!r} has rows_used = {source.rows_used}, its"
+                f" sequences come from {rows} rows"
             )
 
 
@@ -270,12 +324,14 @@ def _fault(shard_set: ShardSet, block: _Block, fault: MaskFault) -> ArtifactErro
     sequence = int(np.searchsorted(block.seq_offsets, fault.token, side="right")) - 1
     pack = int(np.searchsorted(block.pack_offsets, sequence, side="right")) - 1
     within = sequence - int(block.pack_offsets[pack])
-    source, row, _ = shard_set.shards[block.shard]["seq_origin"][block.first_sequence + sequence].tolist()
+    source, row, _ = shard_set.shards[block.shard]["seq_origin"][
+        block.first_sequence + sequence
+    ].tolist()
     name = shard_set.manifest.sources[source].name
     token = fault.token - int(block.seq_offsets[sequence])
     return ArtifactError(
-        f"{_shard_name(shard_set, block.shard)} pack {block.first_pack + pack}, sequence {within} ({name} row {row}), "
-        f"token {token}: {fault.what}; build the set again"
+        f"{_shard_name(shard_set, block.shard)} pack {block.first_pack + pack}, sequence {within}"
+        f" ({name} row {row}), token {token}: {fault.what}; build the set again"
     )
 
 

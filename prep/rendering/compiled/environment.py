@@ -1,7 +1,9 @@
-"""The environment in which a template runs on probes: nothing may look at a probe's characters without its knowledge.
+"""The environment in which a template runs on probes: nothing may look at a probe's characters
+without its knowledge.
 
-A probe sees its own methods and operators. What Python does in C with a string that is an argument goes past it
-(`x in 'abc'`, `'abc'.find(x)`, `'%s' % (x,)`, JSON, regular expressions in filters): such a use ends the following.
+A probe sees its own methods and operators. What Python does in C with a string that is an argument
+goes past it (`x in 'abc'`, `'abc'.find(x)`, `'%s' % (x,)`, JSON, regular expressions in filters):
+such a use ends the following.
 """
 
 from collections.abc import Callable, Iterable
@@ -41,7 +43,9 @@ class _RecordingCodeGenerator(TracingCodeGenerator):
                 self.visit(operand.expr, frame)
                 self.write(")")
             else:
-                pair = jinja2.nodes.Compare(left, [operand], lineno=node.lineno, environment=node.environment)
+                pair = jinja2.nodes.Compare(
+                    left, [operand], lineno=node.lineno, environment=node.environment
+                )
                 super().visit_Compare(pair, frame)
             self.write(")")
             left = operand.expr
@@ -58,12 +62,20 @@ class RecordingEnvironment(TracingEnvironment):
     def joined(separator: str, parts: Iterable[Any]) -> str:
         parts = list(parts)
         text = join(plain(separator), map(plain, parts))
-        record = next((part.record for part in [separator, *parts] if isinstance(part, Probe)), None)
-        return Probe.of(text, text.marks, record) if record is not None and isinstance(text, Traced) else text
+        record = next(
+            (part.record for part in [separator, *parts] if isinstance(part, Probe)), None
+        )
+        return (
+            Probe.of(text, text.marks, record)
+            if record is not None and isinstance(text, Traced)
+            else text
+        )
 
     def replace_filters(self) -> None:
         super().replace_filters()
-        self.filters.update({name: _losing(f) for name, f in self.filters.items() if name not in _FOLLOWED_FILTERS})
+        self.filters.update(
+            {name: _losing(f) for name, f in self.filters.items() if name not in _FOLLOWED_FILTERS}
+        )
         self.filters["trim"] = _trim
         self.filters["length"] = self.filters["count"] = _length
         self.tests["in"] = _is_in

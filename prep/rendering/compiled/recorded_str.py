@@ -1,8 +1,10 @@
-"""A traced string that also writes down what a template asks of it, so that the answers can be checked on other text.
+"""A traced string that also writes down what a template asks of it, so that the answers can be
+checked on other text.
 
-`'</think>' in content`, `content.startswith(...)`, `content.strip()` and truth are questions with an answer that a
-guard can repeat on any text. Anything else that looks at the characters makes the rendering depend on the text in a
-way that is not followed: `Record.followed` turns false, and such a template is simply rendered each time.
+`'</think>' in content`, `content.startswith(...)`, `content.strip()` and truth are questions with
+an answer that a guard can repeat on any text. Anything else that looks at the characters makes the
+rendering depend on the text in a way that is not followed: `Record.followed` turns false, and such
+a template is simply rendered each time.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +18,9 @@ class Guard(NamedTuple):
     """A question asked of a message's content, and the answer that the rendering was made with."""
 
     message: int
-    question: str  # "contains", "startswith", "endswith", "strip", "lstrip", "rstrip", "equals", "filled"
+    question: (
+        str  # "contains", "startswith", "endswith", "strip", "lstrip", "rstrip", "equals", "filled"
+    )
     argument: Any
     answer: bool
 
@@ -71,11 +75,15 @@ class Probe(Traced):
         return self._derived(plain(other) + plain(self))
 
     def __len__(self) -> int:
-        self._ask("filled")  # Jinja takes the length of a string for its truth; its `length` filter is overridden
+        self._ask(
+            "filled"
+        )  # Jinja takes the length of a string for its truth; its `length` filter is overridden
         return str.__len__(self)
 
     def __contains__(self, part: Any) -> bool:
-        return self._ask("contains", part) if isinstance(part, str) else str.__contains__(self, part)
+        return (
+            self._ask("contains", part) if isinstance(part, str) else str.__contains__(self, part)
+        )
 
     def __eq__(self, other: object) -> bool:
         return self._ask("equals", other) if isinstance(other, str) else False
@@ -88,10 +96,18 @@ class Probe(Traced):
         return str.__hash__(self)
 
     def startswith(self, prefix: str | tuple[str, ...], *bounds: SupportsIndex | None) -> bool:
-        return self._ask("startswith", prefix) if not bounds else self._lose(str.startswith(self, prefix, *bounds))
+        return (
+            self._ask("startswith", prefix)
+            if not bounds
+            else self._lose(str.startswith(self, prefix, *bounds))
+        )
 
     def endswith(self, suffix: str | tuple[str, ...], *bounds: SupportsIndex | None) -> bool:
-        return self._ask("endswith", suffix) if not bounds else self._lose(str.endswith(self, suffix, *bounds))
+        return (
+            self._ask("endswith", suffix)
+            if not bounds
+            else self._lose(str.endswith(self, suffix, *bounds))
+        )
 
     def strip(self, chars: str | None = None) -> str:
         return self if self._ask("strip", chars) else self._lose(str.strip(self, chars))
@@ -124,7 +140,9 @@ def _is_plain_tuple(argument: Any) -> bool:
 
 def plain(text: str) -> str:
     """Return the same text and marks without the questions."""
-    return Traced(str.__getitem__(text, slice(None)), text.marks) if isinstance(text, Probe) else text
+    return (
+        Traced(str.__getitem__(text, slice(None)), text.marks) if isinstance(text, Probe) else text
+    )
 
 
 def _unfollowed(name: str) -> Callable[..., Any]:

@@ -1,9 +1,11 @@
-"""A chat template compiled for a shape of conversation: fixed strings with slots, filled without running Jinja.
+"""A chat template compiled for a shape of conversation: fixed strings with slots, filled without
+running Jinja.
 
-A shape is the sequence of roles. The template runs once on stand-in contents that write down what it asks of them
-(`prep/rendering/compiled/recorded_str.py`); its output gives the pieces, the spans, and guards: the questions and answers that other contents
-must repeat. A conversation whose contents give another answer, or that has more than roles and contents, takes the
-traced way through Jinja. So does every shape that cannot be followed, or that a second set of stand-ins contradicts.
+A shape is the sequence of roles. The template runs once on stand-in contents that write down what
+it asks of them (`prep/rendering/compiled/recorded_str.py`); its output gives the pieces, the spans,
+and guards: the questions and answers that other contents must repeat. A conversation whose contents
+give another answer, or that has more than roles and contents, takes the traced way through Jinja.
+So does every shape that cannot be followed, or that a second set of stand-ins contradicts.
 
     pieces   <|user|>\\n  [0]  \\n<|assistant|>\\n  [1]  <|endoftext|>      guards: none
     spans                [USER]                   [ASSISTANT][TERMINATOR]
@@ -23,7 +25,10 @@ from prep.rendering.turns import SpanRules
 from shared.errors import TemplateError
 from shared.shard_format import Kind
 
-_STAND_INS = ("Stand-in {}: a short line", "Zweiter Text {},\n\nmit Absatz, caf\u00e9 und \u6771\u4eac")
+_STAND_INS = (
+    "Stand-in {}: a short line",
+    "Zweiter Text {},\n\nmit Absatz, caf\u00e9 und \u6771\u4eac",
+)
 _MAX_MESSAGES = 64  # longer conversations are too rare to share a shape
 
 
@@ -32,14 +37,17 @@ class Shape:
     """Rendered pieces: text, or the index of the message whose content stands there."""
 
     pieces: tuple[str | int, ...]
-    spans: tuple[tuple[int, int, Kind, int, int, int, bool], ...]  # as Span, positions as piece boundaries
+    spans: tuple[
+        tuple[int, int, Kind, int, int, int, bool], ...
+    ]  # as Span, positions as piece boundaries
     messages: tuple[tuple[int, int], ...]  # as RenderedMessage, start as a piece boundary
     guards: tuple[Guard, ...]
     plain_contents: tuple[int, ...]  # messages whose content may not hold inline reasoning
     control: tuple[str, ...]  # the template's control tokens, whatever the contents
 
     def render(self, conversation: Conversation) -> Rendered | None:
-        """Return what the template prints, or None where the contents give a guard another answer."""
+        """Return what the template prints, or None where the contents give a guard another
+        answer."""
         contents = [message["content"] for message in conversation.messages]
         for message, question, argument, answer in self.guards:
             if QUESTIONS[question](contents[message], argument) is not answer:
@@ -81,7 +89,12 @@ class CompiledTemplate:
         probe = _conversation(roles, _STAND_INS[0])
         record = Record()
         messages = [
-            {"role": role, "content": Probe.of(text, (Mark(0, len(text), index, "content", 0),), record, index)}
+            {
+                "role": role,
+                "content": Probe.of(
+                    text, (Mark(0, len(text), index, "content", 0),), record, index
+                ),
+            }
             for index, (role, text) in enumerate((m["role"], m["content"]) for m in probe.messages)
         ]
         try:
@@ -93,7 +106,11 @@ class CompiledTemplate:
             rendered = find_spans(text, probe, self._rules)
             rendered = replace(rendered, control=tuple(self._rules.control.findall(rendered.text)))
             shape = _shape(text, rendered, probe, tuple(sorted(record.guards, key=repr)))
-            return shape if shape and all(self._agrees(shape, _conversation(roles, s)) for s in _STAND_INS) else None
+            return (
+                shape
+                if shape and all(self._agrees(shape, _conversation(roles, s)) for s in _STAND_INS)
+                else None
+            )
         except TemplateError:
             return None
 
@@ -105,17 +122,24 @@ class CompiledTemplate:
 
 
 def _conversation(roles: tuple[str, ...], text: str) -> Conversation:
-    messages = tuple({"role": role, "content": text.format(index)} for index, role in enumerate(roles))
+    messages = tuple(
+        {"role": role, "content": text.format(index)} for index, role in enumerate(roles)
+    )
     return Conversation(messages=messages, tools=None, train=(None,) * len(roles))
 
 
-def _shape(text: Traced, rendered: Rendered, probe: Conversation, guards: tuple[Guard, ...]) -> Shape | None:
+def _shape(
+    text: Traced, rendered: Rendered, probe: Conversation, guards: tuple[Guard, ...]
+) -> Shape | None:
     order = [message.message for message in rendered.messages]
     if order != sorted(order):
         return None  # empty contents would tie, and a tie goes by the order of the conversation
     slots = sorted(mark for mark in text.marks if mark.message >= 0)
     for mark in slots:
-        if (mark.source_start, mark.end - mark.start) != (0, len(probe.messages[mark.message]["content"])):
+        if (mark.source_start, mark.end - mark.start) != (
+            0,
+            len(probe.messages[mark.message]["content"]),
+        ):
             return None  # a content that is printed in part or changed is no slot
     cuts = {0, len(rendered.text)}
     for span in rendered.spans:
@@ -156,6 +180,8 @@ def _shape(text: Traced, rendered: Rendered, probe: Conversation, guards: tuple[
         ),
         messages=tuple((message.message, boundary[message.start]) for message in rendered.messages),
         guards=guards,
-        plain_contents=tuple(index for index, m in enumerate(probe.messages) if m["role"] == "assistant"),
+        plain_contents=tuple(
+            index for index, m in enumerate(probe.messages) if m["role"] == "assistant"
+        ),
         control=rendered.control,
     )

@@ -1,8 +1,10 @@
-"""Which tokens only the template may make: special ones, EOS, and every added token that opens or ends messages.
+"""Which tokens only the template may make: special ones, EOS, and every added token that opens or
+ends messages.
 
-Some tokenizers flag a role marker `special: false` (DeepSeek's <｜Assistant｜>): typed by a user it would become one
-all the same. So the template says what its markers are: the added tokens that it prints around inert contents. What
-it prints within an answer, such as <think>, is none: models write these themselves, and they match as in Hugging Face.
+Some tokenizers flag a role marker `special: false` (DeepSeek's <｜Assistant｜>): typed by a user it
+would become one all the same. So the template says what its markers are: the added tokens that it
+prints around inert contents. What it prints within an answer, such as <think>, is none: models
+write these themselves, and they match as in Hugging Face.
 
     <｜User｜>  question  <｜Assistant｜>  answer  <｜end｜>        of an assistant's opening only what every turn has
     marker               marker                  terminator
@@ -20,11 +22,16 @@ from shared.errors import TemplateError
 _TALK = ("user", "assistant", "user", "assistant")
 _SHAPES = (_TALK, ("system", *_TALK), ("user", "assistant", "tool", "tool", "assistant"))
 _REASON, _ANSWER = "STAND-IN-REASON", "STAND-IN-ANSWER"
-_THINKING = frozenset(("<think>", "</think>"))  # reasoning by their name, whatever a template does with them
+_THINKING = frozenset(
+    ("<think>", "</think>")
+)  # reasoning by their name, whatever a template does with them
 
 
-def control_tokens(template: ChatTemplate, always: tuple[str, ...], added: Mapping[str, bool]) -> tuple[str, ...]:
-    """Return `always`, and the tokens among `added` (content -> special) that are markers of the template, sorted."""
+def control_tokens(
+    template: ChatTemplate, always: tuple[str, ...], added: Mapping[str, bool]
+) -> tuple[str, ...]:
+    """Return `always`, and the tokens among `added` (content -> special) that are markers of the
+    template, sorted."""
     others = {token for token in added if is_markup(token)} - set(always) - _THINKING
     if not others:
         return tuple(sorted(always))
@@ -36,13 +43,16 @@ def control_tokens(template: ChatTemplate, always: tuple[str, ...], added: Mappi
 
 
 def is_markup(token: str) -> bool:
-    """Say whether a token is more than blanks, letters and digits: words and runs of blanks mark nothing."""
+    """Say whether a token is more than blanks, letters and digits: words and runs of blanks mark
+    nothing."""
     return not token.replace(" ", "").isalnum() and bool(token.strip())
 
 
 def _markers(template: ChatTemplate, roles: tuple[str, ...], pattern: re.Pattern[str]) -> set[str]:
     contents = [f"STAND-IN-{index}." for index in range(len(roles))]
-    text = _rendered(template, *({"role": r, "content": c} for r, c in zip(roles, contents, strict=True)))
+    text = _rendered(
+        template, *({"role": r, "content": c} for r, c in zip(roles, contents, strict=True))
+    )
     prompt = template.generation_prompt()
     places = [text.find(content) for content in contents]
     if -1 in places or places != sorted(places):
@@ -58,16 +68,23 @@ def _markers(template: ChatTemplate, roles: tuple[str, ...], pattern: re.Pattern
         opening = start if prompted < 0 else prompted
         markers |= set(pattern.findall(text, start, opening))
         openings.append(
-            set(pattern.findall(text, opening, prompted + len(prompt) if prompt and prompted >= 0 else end))
+            set(
+                pattern.findall(
+                    text, opening, prompted + len(prompt) if prompt and prompted >= 0 else end
+                )
+            )
         )
     return markers | set.intersection(*openings)
 
 
 def _reasoning_tags(template: ChatTemplate, pattern: re.Pattern[str]) -> set[str]:
-    """Return what the template prints right around reasoning, unless it opens a turn without any just the same."""
+    """Return what the template prints right around reasoning, unless it opens a turn without any
+    just the same."""
     asked = {"role": "user", "content": "x"}
     plain = _rendered(template, asked, {"role": "assistant", "content": _ANSWER})
-    text = _rendered(template, asked, {"role": "assistant", "content": _ANSWER, "reasoning_content": _REASON})
+    text = _rendered(
+        template, asked, {"role": "assistant", "content": _ANSWER, "reasoning_content": _REASON}
+    )
     start, end = text.find(_REASON), text.find(_ANSWER)
     behind = pattern.findall(text, start, end) if 0 <= start < end else []
     if not behind:
@@ -78,6 +95,8 @@ def _reasoning_tags(template: ChatTemplate, pattern: re.Pattern[str]) -> set[str
 
 def _rendered(template: ChatTemplate, *messages: dict[str, Any]) -> str:
     try:
-        return template.render_plain(Conversation(messages=messages, tools=None, train=(None,) * len(messages)))
+        return template.render_plain(
+            Conversation(messages=messages, tools=None, train=(None,) * len(messages))
+        )
     except TemplateError:
         return ""
