@@ -1,33 +1,12 @@
 """Mask policy: kinds and messages -> which tokens are trained. Pure numpy over many samples at
 once."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
 from prep.config import MaskConfig
+from prep.store.samples import ROLE_ASSISTANT, TRAIN_NO, Bytes, Samples, message_ends
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, STRADDLES, Kind
-
-Ints = npt.NDArray[np.int64]
-Bytes = npt.NDArray[np.uint8]
-
-TRAIN_NO, TRAIN_YES, TRAIN_UNSET = 0, 1, 2  # the message_train column
-ROLE_ASSISTANT = (
-    3  # the message_role column holds Kind values: an assistant's message is Kind.ASSISTANT
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """S samples end to end: N tokens, M messages."""
-
-    kind: Bytes  # [N]
-    sample_offsets: Ints  # [S+1] in tokens
-    sample_messages: Ints  # [S+1] in messages
-    message_offsets: Ints  # [M] first token of each message
-    message_role: Bytes  # [M]
-    message_train: Bytes  # [M]
 
 
 def loss_mask_of(samples: Samples, policy: MaskConfig) -> Bytes:
@@ -88,11 +67,3 @@ def _is_last_assistant(samples: Samples) -> npt.NDArray[np.bool_]:
     result = np.zeros(len(samples.message_role), np.bool_)
     result[last[last >= 0]] = True
     return result
-
-
-def message_ends(samples: Samples) -> Ints:
-    """Return the token behind each message, int64 [M]."""
-    ends = np.append(samples.message_offsets[1:], samples.sample_offsets[-1])
-    filled = np.diff(samples.sample_messages) > 0
-    ends[samples.sample_messages[1:][filled] - 1] = samples.sample_offsets[1:][filled]
-    return ends

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from prep.selection.loss_mask import ROLE_ASSISTANT, Samples, message_ends
+from prep.store.samples import ROLE_ASSISTANT, Samples, message_ends
 
 Ints = npt.NDArray[np.int64]
 OverLength = Literal["truncate", "truncate_turns", "drop", "split", "error"]

@@ -20,8 +20,8 @@ from prep.rendering.mask_audit import NotComparableError, first_difference, wind
 from prep.rendering.spans import ROLE_KINDS, Rendered, find_spans
 from prep.rendering.template import ChatTemplate, TemplateText
 from prep.rendering.turns import learn_rules
-from prep.selection.loss_mask import TRAIN_NO, TRAIN_UNSET
 from prep.sources.chunk import Chunk, parse_chunk
+from prep.store.samples import TRAIN_NO, TRAIN_UNSET
 from prep.tokenization.align import Aligned, align
 from prep.tokenization.encoder import Encoded, Encoder, EncoderSpec
 from shared.errors import DataError, TemplateError

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.selection.loss_mask import Samples
 from prep.sources.chunk import Chunk
 from prep.store.chunk_builder import COLUMNS
 from prep.store.executors import FACTS_NAME, ChunkWorkers
+from prep.store.samples import Samples
 from shared import atomic
 from shared.errors import ArtifactError, PrerequisiteError
 from shared.hashing import digest

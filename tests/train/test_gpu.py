@@ -16,11 +16,12 @@ from train_runs import RECIPE, VOCAB, command, records, write_inputs
 
 from shared.shard_reader import open_shard_set
 from train.config import OptimConfig
+from train.data.loss_weights import uniform_weight
 from train.data.micro_batch import make_micro_batch
 from train.engine.engine import accumulate, deepspeed_config, start_engine, update
 from train.engine.process_group import process_group
 from train.model import attention
-from train.model.loss import chunked_cross_entropy, liger_cross_entropy, uniform_weight
+from train.model.loss import chunked_cross_entropy, liger_cross_entropy
 from train.model.model import build_model
 from train.recipe_file import load_recipe
 

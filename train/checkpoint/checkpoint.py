@@ -9,7 +9,7 @@ run's own directory, and only after their digests match.
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,6 @@ from shared.hashing import seed_from, sha256_file
 from train.checkpoint.reshard import convert, load_converted
 from train.engine.engine import has_frozen_weights, trained_parameters
 from train.engine.process_group import Ranks, barrier, broadcast_from_main, gather_to_main
-from train.loop.metrics_window import Counters, WindowSums
 from train.run.checkpoint_layout import (
     BEST_NAME,
     ENGINE_DIR,
@@ -41,24 +40,11 @@ from train.run.checkpoint_layout import (
     way_out,
 )
 from train.run.directory import RunDir
+from train.run.train_state import Counters, TrainState, WindowSums
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainState:
-    """What a checkpoint holds besides the engine's state."""
-
-    step: int
-    """Updates done."""
-    counters: Counters
-    window: WindowSums | None
-    """The steps since the last record; None at the start."""
-    eval_loss: float | None = None
-    """Of these weights, if they were evaluated: written into the checkpoint after it was
-    committed."""
 
 
 def save_checkpoint(

@@ -11,11 +11,11 @@ import numpy.typing as npt
 from shared.shard_reader import ShardSet
 from train.config import LossConfig
 from train.data.balance import Positions
+from train.data.loss_weights import sample_weights, uniform_weight
 from train.data.micro_batch import MicroBatch, check_pack, make_micro_batch
 from train.data.sequence_slice import take_slice
 from train.data.step_order import Ids, StepOrder, Unit
 from train.data.step_plan import StepPlan, plan_step
-from train.model.loss import sample_weights, uniform_weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

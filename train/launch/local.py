@@ -4,18 +4,17 @@ code into 1."""
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 from shared import atomic
-from shared.errors import ConfigError, PrerequisiteError
+from shared.errors import ConfigError
 from train.engine.launcher_env import die_with_parent, launched
+from train.run.command_line import console_script, rank_arguments
 from train.run.directory import RunDir
 from train.run.prepare import Prepared, TrainRequest, check_ranks
 from train.run.read_status import last_change, raise_unless_complete, status_since
@@ -165,42 +164,3 @@ def torchrun_command(request: TrainRequest, num_ranks: int) -> list[str]:
         *("--no-python", str(console_script())),
         *rank_arguments(request),
     ]
-
-
-def rank_arguments(request: TrainRequest) -> list[str]:
-    """Return the command line of a rank: that of `request`."""
-    return ["--under-launcher", *request_arguments(request)]
-
-
-def request_arguments(request: TrainRequest) -> list[str]:
-    """Return the command line that makes `request`."""
-    arguments = ["--shards", str(request.shards)]
-    for name, value in (
-        ("--recipe", request.recipe),
-        ("--model", request.model),
-        ("--output", request.output),
-        ("--eval-shards", request.eval_shards),
-        ("--max-steps", request.max_steps),
-        ("--stop-after", request.stop_after),
-        ("--push-to-hub", request.push_to_hub),
-        ("--push-checkpoints", request.push_checkpoints),
-        ("--resume", request.resume if request.resume != "auto" else None),
-    ):
-        if value is not None:
-            arguments += [name, str(value)]
-    if request.trust_checkpoint:
-        arguments.append("--trust-checkpoint")
-    for setting in request.settings:
-        arguments += ["--set", setting]
-    return arguments + ["-v"] * max(0, request.verbosity) + ["-q"] * max(0, -request.verbosity)
-
-
-def console_script() -> Path:
-    """Return the sft-train beside this Python. Raises PrerequisiteError if there is none."""
-    beside = Path(sys.executable).with_name("sft-train")
-    found = beside if beside.exists() else shutil.which("sft-train")
-    if found is None:
-        raise PrerequisiteError(
-            "no command sft-train to start the ranks with; install this package with pip"
-        )
-    return Path(found)

@@ -9,7 +9,6 @@ from shared.errors import ConfigError
 from train.data.tokenizer_match import check_tokenizer
 from train.launch import slurm, ssh
 from train.launch.hostfile import read_hostfile
-from train.launch.local import request_arguments
 from train.launch.slurm import SlurmOptions
 from train.launch.torchrun import (
     DEFAULT_PORT,
@@ -19,6 +18,7 @@ from train.launch.torchrun import (
     quote,
     shell_line,
 )
+from train.run.command_line import request_arguments
 from train.run.prepare import Prepared, TrainRequest, check_ranks, prepare
 
 

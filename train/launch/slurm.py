@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import ConfigError, PrerequisiteError
-from train.launch.local import console_script
 from train.launch.torchrun import Cluster, ShellWord, node_command, quote, shell_lines
+from train.run.command_line import console_script
 from train.run.prepare import Prepared
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:@%/+=*\[\]-]+")

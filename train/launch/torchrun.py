@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.errors import ConfigError
-from train.launch.local import console_script, rank_arguments
+from train.run.command_line import console_script, rank_arguments
 from train.run.prepare import TrainRequest
 
 DEFAULT_PORT = 29500

@@ -13,14 +13,14 @@ import torch
 
 from shared.disk import library_writing_to
 from shared.errors import DataError, StoppedOnRequest
-from train.checkpoint.checkpoint import TrainState, record_eval_loss, save_checkpoint
+from train.checkpoint.checkpoint import record_eval_loss, save_checkpoint
 from train.data.loader import Feed, StepBatch
 from train.engine.engine import accumulate, is_refused, update
 from train.engine.process_group import Ranks, any_rank
 from train.loop.evaluate import EvalFeed, evaluate
 from train.loop.loss_spikes import SpikeLog
 from train.loop.metrics import MetricsLog, make_record
-from train.loop.metrics_window import Counters, StepResult, Window, WindowSums, open_window
+from train.loop.metrics_window import StepResult, Window, open_window
 from train.loop.non_finite import judge_refused_update
 from train.loop.schedule import learning_rate
 from train.loop.watchdog import Watchdog
@@ -28,6 +28,7 @@ from train.model.source_loss import empty_totals, means
 from train.publish.background_push import Pusher
 from train.run.prepare import Prepared
 from train.run.stop_request import StopWish
+from train.run.train_state import Counters, TrainState, WindowSums
 from train.sizing.flops import ModelCost, peak_flops
 
 logger = logging.getLogger(__name__)

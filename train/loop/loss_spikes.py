@@ -19,7 +19,7 @@ from pathlib import Path
 
 from train.data.loader import Feed
 from train.data.provenance import in_short, step_rows
-from train.loop.metrics import keep_records
+from train.run.records import keep_records
 
 logger = logging.getLogger(__name__)
 

@@ -14,21 +14,7 @@ import torch
 from train.data.loader import StepBatch
 from train.engine.process_group import Ranks, sum_over_ranks
 from train.model.source_loss import empty_totals
-
-
-@dataclass(kw_only=True, slots=True)
-class Counters:
-    """Totals since the start of the run; part of every checkpoint."""
-
-    tokens: int = 0
-    positions: int = 0
-    loss_tokens: int = 0
-    skipped_steps: int = 0
-
-    def add(self, batch: StepBatch) -> None:
-        self.tokens += batch.num_tokens
-        self.positions += batch.num_positions
-        self.loss_tokens += batch.num_loss_tokens
+from train.run.train_state import WindowSums
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,22 +32,6 @@ class StepResult:
     balancing: torch.Tensor | None  # this rank's part of the load balancing loss, fp32 [1]
     refused: torch.Tensor  # whether the update was refused, the same on all ranks; bool []
     grad_norm: torch.Tensor | float  # before clipping, the same on all ranks; fp32 []
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WindowSums:
-    """A window over all ranks; part of a checkpoint, so that a resumed run logs what an undisturbed
-    one does."""
-
-    losses: list[float]
-    """Of each step that had one."""
-    balancing: list[float]
-    """The load balancing loss of each of these steps; empty where there is none."""
-    source_losses: list[float]
-    """Sum of the cross-entropies of each source, the fillers before them."""
-    source_tokens: list[float]
-    """How many those are."""
-    loss_tokens: int
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from shared import atomic, config
 from shared.disk import unwritable
 from shared.errors import SftError
 from shared.hashing import seed_from
-from train.checkpoint.checkpoint import TrainState, load_checkpoint, remove_older, set_aside_newer
+from train.checkpoint.checkpoint import load_checkpoint, remove_older, set_aside_newer
 from train.config import TrainConfig
 from train.data.loader import Feed
 from train.data.step_order import StepOrder
@@ -35,8 +35,7 @@ from train.engine.sequence_parallel import register_ulysses, sequence_group
 from train.loop import loop
 from train.loop.evaluate import EvalFeed
 from train.loop.loss_spikes import SpikeLog
-from train.loop.metrics import MetricsLog, read_records
-from train.loop.metrics_window import Counters
+from train.loop.metrics import MetricsLog
 from train.loop.watchdog import Watchdog
 from train.model.attention import choose_attention
 from train.model.lora import adapted_by
@@ -47,7 +46,9 @@ from train.run.directory import describe, read_description, write_status
 from train.run.prepare import Prepared, check_ranks, decide_again, moves
 from train.run.read_status import error_of
 from train.run.record_status import record_end, recorded_end
+from train.run.records import read_records
 from train.run.stop_request import StopWish, watching_signals
+from train.run.train_state import Counters, TrainState
 from train.selftest.startup_check import check_isolation
 from train.sizing.flops import ModelCost, model_cost
 from train.sizing.zero_stage import ZeroStage, resolve_zero_stage

@@ -9,55 +9,13 @@ the same gradient.
 import math
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-
-from shared.shard_reader import Pack
-from train.config import LossConfig
 
 _LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32: 512 rows of a 32k vocabulary
 _MIN_ROWS_PER_CHUNK = (
     256  # of a larger vocabulary: below it matrix products get slow; the head itself is larger
 )
 _ROW_MULTIPLE = 32  # products of 167 rows took up to twice the time per row of those of 160
-
-
-def uniform_weight(loss: LossConfig, num_loss_tokens: int) -> float | None:
-    """Return the weight of each loss token of a step with `num_loss_tokens`, or None if they differ
-    (`sample`)."""
-    match loss.norm:
-        case "token":
-            return 1.0 / max(1, num_loss_tokens)
-        case "sum":
-            return 1.0 / loss.divisor
-        case "sample":
-            return None
-
-
-def sample_weights(packs: list[Pack]) -> list[npt.NDArray[np.float32]]:
-    """Return the weight of each loss token of each pack of a step, for a mean over samples of their
-    means.
-
-    Fragments of one sample count together. A row that the mixture repeats counts once per copy:
-    copies are told from fragments by the number of sequences that start at the sample's first
-    token.
-    """
-    counts = [
-        np.add.reduceat(pack.loss_mask.astype(np.int64), pack.seq_offsets[:-1]) for pack in packs
-    ]
-    origin = np.concatenate([pack.seq_origin for pack in packs])  # [S, 3]
-    _, sample_of = np.unique(origin[:, :2], axis=0, return_inverse=True)
-    sample_of = sample_of.reshape(-1)
-    tokens_of = np.bincount(sample_of, np.concatenate(counts))
-    copies_of = np.maximum(1, np.bincount(sample_of, origin[:, 2] == 0))
-    num_samples = max(1.0, copies_of[tokens_of > 0].sum())
-    weight_of = copies_of / np.maximum(1, tokens_of) / num_samples
-    splits = np.cumsum([len(pack.seq_origin) for pack in packs])[:-1]
-    return [
-        np.repeat(weight_of[samples], count).astype(np.float32)
-        for samples, count in zip(np.split(sample_of, splits), counts, strict=True)
-    ]
 
 
 def weighted_cross_entropy(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shared.errors import SftError, StoppedOnRequest
 from train.engine.process_group import Ranks, any_rank, broadcast_from_main
-from train.launch.local import console_script
+from train.run.command_line import console_script
 from train.run.directory import RunDir
 from train.run.prepare import TrainRequest
 from train.run.read_status import error_of

@@ -31,7 +31,6 @@ from shared.shard_format import TokenizerEntry
 from shared.shard_reader import ShardSet, open_shard_set
 from train.config import TrainConfig
 from train.engine.engine import WEIGHTS_PREFIX
-from train.loop.metrics import read_records
 from train.model.lora import Adapted, adapted_by, adapter_weights, merged_model, write_adapter
 from train.publish.model_card import PLOT_NAME, CardFacts, card_facts, render_card
 from train.run.checkpoint_layout import (
@@ -43,6 +42,7 @@ from train.run.checkpoint_layout import (
     read_state_file,
 )
 from train.run.directory import RunDir
+from train.run.records import read_records
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from shared import atomic
 from shared.errors import ArtifactError
-from train.loop.metrics import read_records
 from train.run.directory import RunDir
+from train.run.records import read_records
 
 Records = list[dict[str, Any]]
 

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.config import MaskConfig
-from prep.selection.loss_mask import Samples, loss_mask_of
+from prep.selection.loss_mask import loss_mask_of
+from prep.store.samples import Samples
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, Kind
 
 Bytes = npt.NDArray[np.uint8]

@@ -17,9 +17,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from prep.config import MaskConfig
 from prep.rendering.template import TemplateText, shipped_templates
-from prep.selection.loss_mask import Samples, loss_mask_of
+from prep.selection.loss_mask import loss_mask_of
 from prep.sources.chunk import Chunk
 from prep.store.chunk_builder import ChunkBuilder, ChunkSpec
+from prep.store.samples import Samples
 from prep.tokenization.encoder import encoder_spec
 
 FAMILIES = ["byte-level", "byte-level, NFC", "sentencepiece, first", "unigram"]

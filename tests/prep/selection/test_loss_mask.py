@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from prep.config import MaskConfig
 from prep.rendering.spans import Rendered, RenderedMessage, Span
-from prep.selection.loss_mask import TRAIN_NO, TRAIN_UNSET, TRAIN_YES, Samples, loss_mask_of
+from prep.selection.loss_mask import loss_mask_of
+from prep.store.samples import TRAIN_NO, TRAIN_UNSET, TRAIN_YES, Samples
 from prep.tokenization.align import align
 from prep.tokenization.encoder import Encoded
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, STRADDLES, Kind

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from prep_builds import build_set, chat, mixture_of, small_tokenizer, write_rows
 
 from prep.inspection.verification.verify import verify
-from prep.selection.loss_mask import Samples
 from prep.selection.over_length import cut
+from prep.store.samples import Samples
 from shared.errors import SampleTooLongError
 from shared.shard_format import Kind
 from shared.shard_reader import ShardSet

@@ -15,8 +15,8 @@ from train_runs import write_inputs
 from shared.errors import ConfigError
 from train.cli.main import cli
 from train.launch.hostfile import read_hostfile
-from train.launch.local import console_script
 from train.launch.multi_node import suggested_command
+from train.run.command_line import console_script
 from train.run.prepare import TrainRequest
 
 

@@ -9,7 +9,8 @@ import pytest
 from shared.errors import ArtifactError, ConfigError, SftError
 from train.cli.main import cli
 from train.engine.launcher_env import RankPlace, described_as_single, launched, read_place
-from train.launch.local import rank_arguments, ranks_on, torchrun_command
+from train.launch.local import ranks_on, torchrun_command
+from train.run.command_line import rank_arguments
 from train.run.prepare import TrainRequest
 
 FULL = TrainRequest(

@@ -78,7 +78,7 @@ def check_syntax(text: str) -> None:
 
 
 def test_the_script_is_as_it_was(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    from train.launch.local import console_script
+    from train.run.command_line import console_script
 
     options = (
         "--partition",

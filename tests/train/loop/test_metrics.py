@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from train.loop.metrics import console_line, keep_records, read_records
+from train.loop.metrics import console_line
+from train.run.records import keep_records, read_records
 from train.sizing.flops import model_cost, peak_flops
 from train.sizing.gpu_specs import find_gpu
 

@@ -10,8 +10,9 @@ import torch
 from repository import ROOT
 
 from train.config import LossConfig
+from train.data.loss_weights import uniform_weight
 from train.model import loss as loss_module
-from train.model.loss import chunked_cross_entropy, uniform_weight, weighted_cross_entropy
+from train.model.loss import chunked_cross_entropy, weighted_cross_entropy
 
 ROWS, HIDDEN, VOCAB = 37, 24, 91
 

@@ -11,9 +11,9 @@ from shard_sets import random_packs, write_shard_set
 from shared.errors import ConfigError
 from shared.shard_reader import Pack, ShardSet, open_shard_set
 from train.config import ModelConfig
+from train.data.loss_weights import sample_weights
 from train.data.micro_batch import IGNORE, make_micro_batch, restarting_positions, shifted_labels
 from train.model.attention import register_attention
-from train.model.loss import sample_weights
 from train.model.model import LossModel, build_model
 
 VOCAB = 61

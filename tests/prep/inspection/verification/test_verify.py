@@ -13,7 +13,8 @@ from lettered_sets import Columns, kinds_of, mask_of, write_lettered_set
 from prep.config import MaskConfig
 from prep.inspection.verification.verify import verify
 from prep.inspection.verification.verify_mask import MaskProof, prove_mask
-from prep.selection.loss_mask import TRAIN_NO, TRAIN_UNSET, Samples, loss_mask_of
+from prep.selection.loss_mask import loss_mask_of
+from prep.store.samples import TRAIN_NO, TRAIN_UNSET, Samples
 from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
 from shared.shard_format import EVAL_DIR, Kind
 

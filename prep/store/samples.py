@@ -1,0 +1,32 @@
+"""Samples end to end in columns, as the store holds them: kinds, messages and their bounds."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+
+TRAIN_NO, TRAIN_YES, TRAIN_UNSET = 0, 1, 2  # the message_train column
+ROLE_ASSISTANT = 3  # the message_role column holds Kind values: this is Kind.ASSISTANT
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """S samples end to end: N tokens, M messages."""
+
+    kind: Bytes  # [N]
+    sample_offsets: Ints  # [S+1] in tokens
+    sample_messages: Ints  # [S+1] in messages
+    message_offsets: Ints  # [M] first token of each message
+    message_role: Bytes  # [M]
+    message_train: Bytes  # [M]
+
+
+def message_ends(samples: Samples) -> Ints:
+    """Return the token behind each message, int64 [M]."""
+    ends = np.append(samples.message_offsets[1:], samples.sample_offsets[-1])
+    filled = np.diff(samples.sample_messages) > 0
+    ends[samples.sample_messages[1:][filled] - 1] = samples.sample_offsets[1:][filled]
+    return ends
