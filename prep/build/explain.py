@@ -4,21 +4,21 @@ not match."""
 from pathlib import Path
 from typing import Any
 
-from prep.build.build import BuildPlan, memory_of
+from prep.build.request import BuildRequest, known_facts
 from prep.inputs import Inputs, difference_lines, resolve_inputs
 from prep.sources.detect_format import conversion_of
 from prep.store.sample_store import is_complete, known_inputs, store_path
 from shared.shard_reader import read_manifest
 
 
-def explain(plan: BuildPlan) -> list[str]:
+def explain(plan: BuildRequest) -> list[str]:
     """Return, line by line, what a build of `plan` would find and make. Nothing is tokenised or
     written."""
-    inputs = resolve_inputs(plan.mixture, plan.base, memory_of(plan))
+    inputs = resolve_inputs(plan.mixture, plan.base, known_facts(plan))
     return [*_set_lines(plan, inputs), *_store_lines(plan, inputs)]
 
 
-def _set_lines(plan: BuildPlan, inputs: Inputs) -> list[str]:
+def _set_lines(plan: BuildRequest, inputs: Inputs) -> list[str]:
     if not plan.out.exists():
         return [f"{plan.out} does not exist: a build would make it"]
     changed = inputs.differences(read_manifest(plan.out).inputs)
@@ -27,7 +27,7 @@ def _set_lines(plan: BuildPlan, inputs: Inputs) -> list[str]:
     return [f"{plan.out} was made from other inputs:", *changed]
 
 
-def _store_lines(plan: BuildPlan, inputs: Inputs) -> list[str]:
+def _store_lines(plan: BuildRequest, inputs: Inputs) -> list[str]:
     known = known_inputs(plan.store)
     lines = []
     for source, entry in zip(inputs.sources, plan.mixture.sources, strict=True):

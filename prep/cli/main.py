@@ -89,14 +89,14 @@ def _plan(
     rehash: bool,
     scheduler: str = "",
 ) -> Any:
-    from prep.build.build import BuildPlan
+    from prep.build.request import BuildRequest
     from prep.config import load_mixture
     from prep.writing.replaceable_set import place_of
 
     loaded, base = load_mixture(mixture, settings)
     out = place_of(out or Path("data_cache") / loaded.name)
     cores = len(os.sched_getaffinity(0))
-    return BuildPlan(
+    return BuildRequest(
         loaded, base, out, store or out.parent / ".samples", workers or cores, rehash, scheduler
     )
 
@@ -128,12 +128,12 @@ def build(
     with reporting(verbose=verbose, quiet=quiet):
         plan = _plan(mixture, out, settings, store, workers, rehash=rehash, scheduler=scheduler)
         if dry_run:
-            from prep.build.build import dry_run as measure
+            from prep.build.dry_run import dry_run as measure
 
             click.echo("\n".join(measure(plan)))
             return
         from prep.build.build import build as make
-        from prep.writing.manifest import summary_lines
+        from prep.build.summary import summary_lines
 
         click.echo("\n".join(summary_lines(make(plan, rebuild=rebuild), plan.out)))
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.selection.filters import hashes_of
-from prep.selection.sequences import Usable, mix
+from prep.selection.sequences import EligibleRows, mix
 from prep.store.sample_store import SampleStore
 from shared.hashing import seed_from
 from shared.shard_format import EVAL_DIR, Manifest
@@ -36,7 +36,7 @@ class HeldOut:
 
 
 def mark_held_out(
-    usables: Sequence[Usable], stores: Sequence[SampleStore], *, fraction: float, seed: int
+    usables: Sequence[EligibleRows], stores: Sequence[SampleStore], *, fraction: float, seed: int
 ) -> tuple[HeldOut, HeldOut]:
     """Set `held_out` of the rows of every source. Return how many different prompts it is true of,
     and rows."""
@@ -53,7 +53,7 @@ def mark_held_out(
     return HeldOut(num_held, len(prompts)), HeldOut(held_rows, num_rows)
 
 
-def hold_out(usables: Sequence[Usable]) -> tuple[list[Usable], list[Usable]]:
+def hold_out(usables: Sequence[EligibleRows]) -> tuple[list[EligibleRows], list[EligibleRows]]:
     """Return what is left of every source to train on, and what is held out of it."""
     kept, held = [], []
     for usable in usables:
@@ -63,7 +63,7 @@ def hold_out(usables: Sequence[Usable]) -> tuple[list[Usable], list[Usable]]:
         num_kept = len(np.unique(usable.rows["row"][~which]))
         if num_kept:
             dropped[_KEPT] = num_kept
-        held.append(Usable(usable.rows[which], dropped))
+        held.append(EligibleRows(usable.rows[which], dropped))
     return kept, held
 
 

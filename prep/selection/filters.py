@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.selection.decontaminate import Overlap
-from prep.selection.sequences import Usable
+from prep.selection.sequences import EligibleRows
 from prep.store.sample_store import SampleStore
 
 Ints = npt.NDArray[np.int64]
 
 
-def without_little_loss(usable: Usable, min_loss_tokens: int | None) -> Usable:
+def without_little_loss(usable: EligibleRows, min_loss_tokens: int | None) -> EligibleRows:
     """Leave out rows whose sequences carry fewer loss tokens in all."""
     if min_loss_tokens is None or not len(usable.rows):
         return usable
@@ -25,7 +25,7 @@ def without_little_loss(usable: Usable, min_loss_tokens: int | None) -> Usable:
     )
 
 
-def without_overlaps(usable: Usable, overlaps: Sequence[Overlap], ngram: int) -> Usable:
+def without_overlaps(usable: EligibleRows, overlaps: Sequence[Overlap], ngram: int) -> EligibleRows:
     """Leave out rows that share a passage with a question."""
     shared = {row: (count, words) for row, count, words in overlaps}
     which = np.isin(usable.rows["row"], np.fromiter(shared, np.int64, len(shared)))
@@ -38,8 +38,8 @@ def without_overlaps(usable: Usable, overlaps: Sequence[Overlap], ngram: int) ->
 
 
 def without_duplicates(
-    usables: Sequence[Usable], stores: Sequence[SampleStore], names: Sequence[str]
-) -> list[Usable]:
+    usables: Sequence[EligibleRows], stores: Sequence[SampleStore], names: Sequence[str]
+) -> list[EligibleRows]:
     """Keep the first of rows with equal content, in the order of sources and rows."""
     counts = [len(usable.rows) for usable in usables]
     source = np.repeat(np.arange(len(usables)), counts)
@@ -72,7 +72,7 @@ def without_duplicates(
 
 
 def hashes_of(
-    usable: Usable, store: SampleStore, column: Literal["content_hash", "prompt_hash"]
+    usable: EligibleRows, store: SampleStore, column: Literal["content_hash", "prompt_hash"]
 ) -> npt.NDArray[np.uint64]:
     """Return a hash of the sample of every sequence, as two numbers, uint64 [S, 2]."""
     found = np.zeros((len(usable.rows), 2), np.uint64)

@@ -1,9 +1,8 @@
-"""What each source gives to the shard set: filters, then duplicates over all sources, then how much
-of what is left.
+"""What each source gives to the shard set: filters, duplicates over all sources, then how much.
 
 Filters come first, so that the copy that stays is one that can be used; choosing comes last, so
 that `rows = N` means N. Rows are held out before that: the eval set is the same for every mix.
-Split sources become their parts in between: nothing before it depends on them.
+Split sources become their groups in between: nothing before that depends on them.
 """
 
 import logging
@@ -13,14 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from prep.config import SourceConfig
-from prep.inputs import Inputs
+from prep.config import MixtureConfig
 from prep.selection.decontaminate import Overlap
 from prep.selection.eval_split import HeldOut, hold_out, mark_held_out
 from prep.selection.filters import without_duplicates, without_little_loss, without_overlaps
-from prep.selection.sequences import Selection, Usable, choose, usable_rows
-from prep.selection.split_sources import SplitSources
-from prep.store.sample_store import SampleStore
+from prep.selection.sequences import EligibleRows, choose, eligible_sequences
+from prep.selection.source import SelectedSource, Source
+from prep.selection.split_sources import split_source
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +28,10 @@ _DIGITS = 6  # of the epochs of a source: the last bits of a power differ betwee
 
 @dataclass(frozen=True, slots=True)
 class Selections:
-    """What every source gives, in order."""
+    """What every source gives, in order, the groups of split sources one by one."""
 
-    train: list[Selection]
-    held_out: list[Selection]
+    train: list[SelectedSource]
+    held_out: list[SelectedSource]
     """Without a sequence where the mixture holds nothing out."""
     prompts: HeldOut
     rows: HeldOut
@@ -41,81 +39,83 @@ class Selections:
     @property
     def num_held_out(self) -> int:
         """The sequences of all sources that are held out."""
-        return sum(len(selection.sequences) for selection in self.held_out)
+        return sum(len(source.selection.sequences) for source in self.held_out)
 
 
-def select_all(
-    inputs: Inputs,
-    stores: Sequence[SampleStore],
-    overlaps: Sequence[Sequence[Overlap]],
-    sources: SplitSources,
+def select_mixture(
+    mixture: MixtureConfig, sources: Sequence[Source], overlaps: Sequence[Sequence[Overlap]]
 ) -> Selections:
-    """Return what every one of `sources` gives, the sources of the set; the others are those of the
-    mixture.
+    """Return what every one of `sources` gives; `overlaps` are the rows of each that share a
+    passage with a question.
 
-    Raises DataError where one cannot give the rows that are asked of it.
+    Raises DataError where a source cannot give the rows that its configuration asks for.
     """
-    mixture = inputs.mixture
-    usables = []
-    for source, entry, store, shared in zip(
-        inputs.sources, mixture.sources, stores, overlaps, strict=True
-    ):
-        usable = usable_rows(
-            store,
-            entry,
+    stores, names = [source.samples for source in sources], [source.name for source in sources]
+    eligible = []
+    for source, shared in zip(sources, overlaps, strict=True):
+        rows = eligible_sequences(
+            source.samples,
+            source.config,
             source.name,
             lengths=mixture.lengths,
             mask=mixture.mask,
             max_seq_len=mixture.max_seq_len,
             seed=mixture.seed,
         )
-        usable = without_little_loss(usable, entry.min_loss_tokens)
-        usables.append(without_overlaps(usable, shared, mixture.decontaminate.ngram))
+        rows = without_little_loss(rows, source.config.min_loss_tokens)
+        eligible.append(without_overlaps(rows, shared, mixture.decontaminate.ngram))
     if mixture.dedup.exact:
-        usables = without_duplicates(usables, stores, [source.name for source in inputs.sources])
-    prompts = rows = HeldOut(0, 0)
+        eligible = without_duplicates(eligible, stores, names)
+    prompts = held_rows = HeldOut(0, 0)
     if mixture.eval.fraction:
-        prompts, rows = mark_held_out(
-            usables, stores, fraction=mixture.eval.fraction, seed=mixture.seed
+        prompts, held_rows = mark_held_out(
+            eligible, stores, fraction=mixture.eval.fraction, seed=mixture.seed
         )
-    train, held_out = hold_out(sources.split(usables))
-    return Selections(
-        _choose_all(train, _entries(sources.inputs, train), sources.inputs),
-        _choose_all(held_out, sources.inputs.of_eval_set().mixture.sources, sources.inputs),
-        prompts,
-        rows,
-    )
-
-
-def _entries(inputs: Inputs, usables: Sequence[Usable]) -> list[SourceConfig]:
-    """Return the sources with the epochs that the temperature of the mixture gives them, if it has
-    one."""
-    mixture = inputs.mixture
-    entries = list(mixture.sources)
-    if mixture.mixing.temperature is not None:
-        tokens = [int(usable.rows["length"].sum(dtype=np.int64)) for usable in usables]
-        epochs = epochs_at(mixture.mixing.temperature, tokens)
-        for index, (source, times) in enumerate(zip(inputs.sources, epochs, strict=True)):
-            if mixture.mixing.max_epochs is None and times > _MANY_EPOCHS:
-                logger.warning(
-                    "%s is used %.1f times; mixing.max_epochs sets a limit", source.name, times
-                )
-            times = min(times, mixture.mixing.max_epochs or math.inf)
-            entries[index] = replace(entries[index], epochs=times or None)
-    return entries
-
-
-def _choose_all(
-    usables: Sequence[Usable], entries: Sequence[SourceConfig], inputs: Inputs
-) -> list[Selection]:
-    chosen = []
-    for usable, entry, source in zip(usables, entries, inputs.sources, strict=True):
-        chosen.append(choose(usable, entry, source.name, seed=inputs.mixture.seed))
-        if len(usable.rows) and not len(chosen[-1].sequences) and entry.epochs != 0:
+    groups = [
+        group
+        for source, rows in zip(sources, eligible, strict=True)
+        for group in split_source(source, rows)
+    ]
+    kept, held = hold_out([rows for _, rows in groups])
+    train, held_out = [], []
+    for (source, _), epochs, train_rows, eval_rows in zip(
+        groups, _epochs(mixture, groups, kept), kept, held, strict=True
+    ):
+        config = source.config if epochs is None else replace(source.config, epochs=epochs or None)
+        whole = replace(source.config, fraction=None, rows=None, epochs=None)
+        selection = choose(train_rows, config, source.name, seed=mixture.seed)
+        if len(train_rows.rows) and not len(selection.sequences) and config.epochs != 0:
             logger.warning(
-                "%s: not one of its %d usable sequences is chosen", source.name, len(usable.rows)
+                "%s: not one of its %d eligible sequences is chosen",
+                source.name,
+                len(train_rows.rows),
             )
-    return chosen
+        train.append(SelectedSource(source, source.config, selection))
+        held_out.append(
+            SelectedSource(source, whole, choose(eval_rows, whole, source.name, seed=mixture.seed))
+        )
+    return Selections(train, held_out, prompts, held_rows)
+
+
+def _epochs(
+    mixture: MixtureConfig,
+    groups: Sequence[tuple[Source, EligibleRows]],
+    kept: Sequence[EligibleRows],
+) -> list[float | None]:
+    """Return the epochs that the temperature of the mixture gives each group; None without one."""
+    if mixture.mixing.temperature is None:
+        return [None] * len(groups)
+    tokens = [int(rows.rows["length"].sum(dtype=np.int64)) for rows in kept]
+    result: list[float | None] = []
+    for (source, _), epochs in zip(
+        groups, epochs_at(mixture.mixing.temperature, tokens), strict=True
+    ):
+        if mixture.mixing.max_epochs is None and epochs > _MANY_EPOCHS:
+            logger.warning(
+                "%s is used %.1f times; mixing.max_epochs sets a limit", source.name, epochs
+            )
+        result.append(min(epochs, mixture.mixing.max_epochs or math.inf))
+    return result
 
 
 def epochs_at(temperature: float, tokens: Sequence[int]) -> list[float]:

@@ -48,13 +48,13 @@ class Selection:
 
     sequences: npt.NDArray[np.void]  # SEQUENCE [S], by row, repeats of a row behind one another
     epochs_asked: float | None = None  # by the source, or by the temperature of the mixture
-    epochs_used: float = 1.0  # how often the usable rows are used, on average
+    epochs_used: float = 1.0  # how often the eligible rows are used, on average
     dropped: Counter[str] = field(default_factory=Counter)  # rows left out by policy, by reason
     listed: list[tuple[int, str, str]] = field(default_factory=list)  # row, what happened, detail
 
 
 @dataclass(frozen=True, slots=True)
-class Usable:
+class EligibleRows:
     """The rows of one source that pass every policy but the choice of how many: what the choice is
     made from."""
 
@@ -64,7 +64,7 @@ class Usable:
 
     def without(
         self, which: npt.NDArray[np.bool_], reason: str, detail: Callable[[int], str]
-    ) -> "Usable":
+    ) -> "EligibleRows":
         """Return what is left without the rows that `which` marks, bool [S]; `detail` is told an
         index into `rows`."""
         gone, first = np.unique(self.rows["row"][which], return_index=True)
@@ -76,32 +76,22 @@ class Usable:
         ]
         dropped = Counter(self.dropped)
         dropped[reason] += len(gone)
-        return Usable(self.rows[~np.isin(self.rows["row"], gone)], dropped, self.listed + listed)
+        return EligibleRows(
+            self.rows[~np.isin(self.rows["row"], gone)], dropped, self.listed + listed
+        )
 
 
-def select(
+def eligible_sequences(
     store: SampleStore, source: SourceConfig, name: str, *, lengths: LengthsConfig, mask: MaskConfig,
     max_seq_len: int, seed: int,
-) -> Selection:  # fmt: skip
-    """Return the sequences of a source. Raises DataError where the source cannot give the rows that
-    are asked for."""
-    usable = usable_rows(
-        store, source, name, lengths=lengths, mask=mask, max_seq_len=max_seq_len, seed=seed
-    )
-    return choose(usable, source, name, seed=seed)
-
-
-def usable_rows(
-    store: SampleStore, source: SourceConfig, name: str, *, lengths: LengthsConfig, mask: MaskConfig,
-    max_seq_len: int, seed: int,
-) -> Usable:  # fmt: skip
+) -> EligibleRows:  # fmt: skip
     """Return the sequences of all rows that fit, render to something and carry enough loss."""
     parts = [
         _measure(index, chunk, mask, lengths.over_length, max_seq_len)
         for index, chunk in enumerate(store.chunks)
     ]
-    usable = _by_length(Usable(np.concatenate([*parts, np.zeros(0, SEQUENCE)])), source)
-    rows, dropped, listed = usable.rows, usable.dropped, usable.listed
+    eligible = _by_length(EligibleRows(np.concatenate([*parts, np.zeros(0, SEQUENCE)])), source)
+    rows, dropped, listed = eligible.rows, eligible.dropped, eligible.listed
     too_long = (rows["length"] == 0) & (
         rows["full_length"] > max_seq_len
     )  # of these the policy leaves nothing
@@ -127,15 +117,15 @@ def usable_rows(
     rows["tie"] = mix(rows["row"].astype(np.uint64) ^ np.uint64(seed_from(seed, "order", name)))
     first = rows["first"].astype(np.uint64)
     rows["tie"] = np.where(first > 0, mix(rows["tie"] ^ first), rows["tie"])
-    return Usable(rows, dropped, listed)
+    return EligibleRows(rows, dropped, listed)
 
 
-def choose(usable: Usable, source: SourceConfig, name: str, *, seed: int) -> Selection:
-    """Return as many of the usable rows as `source` asks for. Raises DataError where there are too
+def choose(eligible: EligibleRows, source: SourceConfig, name: str, *, seed: int) -> Selection:
+    """Return as many of the eligible rows as `source` asks for. Raises DataError where there are too
     few."""
-    dropped, listed = Counter(usable.dropped), list(usable.listed)
-    chosen = _choose(usable.rows, source, name, seed)
-    rows, fragments = np.unique(usable.rows["row"], return_counts=True)
+    dropped, listed = Counter(eligible.dropped), list(eligible.listed)
+    chosen = _choose(eligible.rows, source, name, seed)
+    rows, fragments = np.unique(eligible.rows["row"], return_counts=True)
     used, sequences = np.unique(chosen["row"], return_counts=True)
     times = sequences // fragments[np.searchsorted(rows, used)]
     if len(rows) > len(used):
@@ -156,20 +146,20 @@ def choose(usable: Usable, source: SourceConfig, name: str, *, seed: int) -> Sel
     )
 
 
-def _by_length(usable: Usable, source: SourceConfig) -> Usable:
+def _by_length(eligible: EligibleRows, source: SourceConfig) -> EligibleRows:
     """Leave out the rows that are too short or too long for their own source, before any policy for
     all of them."""
 
     def detail(index: int) -> str:
         return f"{full[index]} tokens"
 
-    full = usable.rows["full_length"]
+    full = eligible.rows["full_length"]
     if source.min_tokens is not None:
-        usable = usable.without(full < source.min_tokens, "under_min_tokens", detail)
-    full = usable.rows["full_length"]
+        eligible = eligible.without(full < source.min_tokens, "under_min_tokens", detail)
+    full = eligible.rows["full_length"]
     if source.max_tokens is not None:
-        usable = usable.without(full > source.max_tokens, "over_max_tokens", detail)
-    return usable
+        eligible = eligible.without(full > source.max_tokens, "over_max_tokens", detail)
+    return eligible
 
 
 def _measure(

@@ -1,4 +1,4 @@
-"""Selections -> the files of one shard set, all but manifest.json: packs, columns, tokenizer."""
+"""What a set takes of its sources -> its files, all but manifest.json: packs, columns, tokenizer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +10,7 @@ import numpy.typing as npt
 from prep.inputs import Inputs
 from prep.progress import progress
 from prep.selection.best_fit import pack_best_fit
-from prep.selection.sequences import Selection
-from prep.store.sample_store import SampleStore
-from prep.store.source_counts import Tally
+from prep.selection.source import SelectedSource
 from prep.tokenization.encoder import Encoder
 from prep.tokenization.tokenizer import LoadedTokenizer, write_tokenizer
 from prep.writing.columns import assemble
@@ -23,63 +21,66 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackedSequences:
     sequences: npt.NDArray[np.void]  # SEQUENCE [S] of all sources, in pack order
     source_of: Ints  # [S]
     pack_offsets: Ints  # [P+1] in sequences
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
-    """What both sets of a build, its own and the one that is held out, are made from."""
+class Vocabulary:
+    """The tokenizer of a build, its encoder, and how the two go with the template."""
 
-    loaded: LoadedTokenizer
+    tokenizer: LoadedTokenizer
     encoder: Encoder
-    stores: Sequence[SampleStore]
-    tallies: list[Tally]
-    split_markers: dict[
-        str, int
-    ]  # markers of the template -> their tokens, where several; see prep/rendering/control/markers.py
+    split_markers: dict[str, int]
+    """Markers of the template that are several tokens -> how many; see
+    prep/rendering/control/markers.py."""
 
 
-def pack(inputs: Inputs, selections: Sequence[Selection]) -> Packed:
+def pack_sequences(sources: Sequence[SelectedSource], max_seq_len: int) -> PackedSequences:
     """Return the sequences of all sources in packs."""
-    sequences = np.concatenate([selection.sequences for selection in selections])
-    counts = [len(selection.sequences) for selection in selections]
-    source_of = np.repeat(np.arange(len(selections)), counts)
+    sequences = np.concatenate([source.selection.sequences for source in sources])
+    counts = [len(source.selection.sequences) for source in sources]
+    source_of = np.repeat(np.arange(len(sources)), counts)
     order, pack_offsets = pack_best_fit(
-        sequences["length"].astype(np.int64),
-        capacity=inputs.mixture.max_seq_len,
-        tie=sequences["tie"],
+        sequences["length"].astype(np.int64), capacity=max_seq_len, tie=sequences["tie"]
     )
-    return Packed(sequences[order], source_of[order], pack_offsets)
+    return PackedSequences(sequences[order], source_of[order], pack_offsets)
 
 
 def write_set(
-    out: Path, inputs: Inputs, material: Material, selections: list[Selection], packed: Packed
+    out: Path,
+    inputs: Inputs,
+    vocabulary: Vocabulary,
+    sources: Sequence[SelectedSource],
+    packed: PackedSequences,
 ) -> Manifest:
-    """Write columns and tokenizer into the directory `out` and return the manifest that is to be
-    written last."""
+    """Write columns and tokenizer into the directory `out`; return the manifest, which the caller
+    writes last."""
     with progress(f"writing {inputs.mixture.name}", len(packed.sequences), "sequences") as advance:
         assembled = assemble(
             out,
-            stores=material.stores,
+            stores=[selected.source.samples for selected in sources],
             sequences=packed.sequences,
             source_of=packed.source_of,
             pack_offsets=packed.pack_offsets,
             policy=inputs.mixture.mask,
-            is_added=material.encoder.is_added,
+            is_added=vocabulary.encoder.is_added,
             on_sequences=advance,
         )
-    tokenizer_json = material.encoder.spec.tokenizer_json
-    files = write_tokenizer(out / TOKENIZER_DIR, material.loaded, tokenizer_json, inputs.template)
+    files = write_tokenizer(
+        out / TOKENIZER_DIR,
+        vocabulary.tokenizer,
+        vocabulary.encoder.spec.tokenizer_json,
+        inputs.template,
+    )
     return make_manifest(
         inputs,
-        material.loaded,
-        material.encoder,
+        vocabulary.tokenizer,
+        vocabulary.encoder,
         files,
         assembled,
-        material.tallies,
-        selections,
-        material.split_markers,
+        sources,
+        vocabulary.split_markers,
     )

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from prep.build.build import BuildPlan, build
+from prep.build.build import build
+from prep.build.request import BuildRequest
 from prep.config import MixtureConfig
 from shared import config
 from shared.shard_reader import ShardSet, open_shard_set
@@ -52,7 +53,7 @@ def build_set(conversations: str, tokenizer: str, folder: Path) -> Path:
         "sources": [{"path": str(file)} for file in files],
     }
     mixture = config.build(MixtureConfig, tables, "bench")
-    build(BuildPlan(mixture, folder, folder / "set", folder / "store", 2, False), rebuild=False)
+    build(BuildRequest(mixture, folder, folder / "set", folder / "store", 2, False), rebuild=False)
     return folder / "set"
 
 

@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prep.build.build import BuildPlan, build
+from prep.build.build import build
+from prep.build.request import BuildRequest
 from prep.config import MixtureConfig
 from prep.inputs import resolve_inputs
 from prep.rendering.template import shipped_templates
@@ -153,7 +154,7 @@ def own_build(
             file.write(b"\n" * number)
     began = time.perf_counter()
     made = build(
-        BuildPlan(
+        BuildRequest(
             mixture(name, tokenizer, copies), folder, folder / "set", folder / "store", 2, False
         ),
         rebuild=False,

@@ -7,7 +7,8 @@ from typing import Any
 
 from repository import SHARED_DATA
 
-from prep.build.build import BuildPlan, build
+from prep.build.build import build
+from prep.build.request import BuildRequest
 from prep.config import MixtureConfig
 from shared import config
 from shared.shard_reader import ShardSet, open_shard_set
@@ -92,10 +93,10 @@ def mixture_of(
 
 def plan_of(
     tables: dict[str, Any], out: Path, *, store: Path | None = None, workers: int = 1
-) -> BuildPlan:
+) -> BuildRequest:
     """Return the plan of a build of `tables` to `out`."""
     mixture = config.build(MixtureConfig, tables, "test.toml")
-    return BuildPlan(mixture, out.parent, out, store or out.parent / "samples", workers, False)
+    return BuildRequest(mixture, out.parent, out, store or out.parent / "samples", workers, False)
 
 
 def build_set(

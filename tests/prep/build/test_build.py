@@ -22,7 +22,8 @@ from prep_builds import (
     write_toml,
 )
 
-from prep.build.build import build, dry_run
+from prep.build.build import build
+from prep.build.dry_run import dry_run
 from prep.build.explain import explain
 from shared.errors import ArtifactError, ConfigError, DataError, PrerequisiteError
 from shared.shard_reader import check_hashes, open_shard_set

@@ -14,7 +14,8 @@ from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, w
 from trained_tokenizers import CONTROL, FAMILIES, tokenizer_json
 from transformers import AutoTokenizer
 
-from prep.build.build import build, dry_run
+from prep.build.build import build
+from prep.build.dry_run import dry_run
 from prep.build.explain import explain
 from prep.config import TemplateConfig, TokenizerConfig
 from prep.inspection.stats import stats, stats_lines

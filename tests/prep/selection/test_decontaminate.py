@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows
 
 from prep.build.explain import explain
+from prep.build.summary import summary_lines
 from prep.selection.ngrams import GramSet, word_grams, words_of
-from prep.writing.manifest import summary_lines
 from shared.errors import DataError
 from shared.shard_reader import ShardSet
 

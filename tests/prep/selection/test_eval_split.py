@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 from lettered_sets import write_lettered_set
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows
 
-from prep.build.build import build, dry_run
+from prep.build.build import build
+from prep.build.dry_run import dry_run
 from prep.build.explain import explain
+from prep.build.summary import summary_lines
 from prep.inspection.stats import stats, stats_lines
 from prep.inspection.verification.eval_leakage import prompts_of
 from prep.inspection.verification.verify import verify
 from prep.rendering.control.markers import required_markers
 from prep.selection.eval_split import is_held_out
-from prep.writing.manifest import summary_lines
 from shared import atomic
 from shared.errors import ArtifactError, ConfigError, DataError, IncompleteArtifactError
 from shared.hashing import digest

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prep_builds import build_set, chat, mixture_of, small_tokenizer, write_rows
 
+from prep.build.summary import summary_lines
 from prep.config import MixtureConfig
 from prep.inspection.verification.verify import verify
 from prep.selection.filters import without_duplicates
 from prep.selection.mixture import epochs_at
-from prep.selection.sequences import SEQUENCE, Usable
+from prep.selection.sequences import SEQUENCE, EligibleRows
 from prep.store.sample_store import SampleStore, StoredChunk
-from prep.writing.manifest import summary_lines
 from shared import config
 from shared.errors import ConfigError
 from shared.shard_reader import ShardSet
@@ -44,7 +44,7 @@ def rows_used(shards: ShardSet) -> list[tuple[int, int]]:
 
 def usable_of(
     root: Path, contents: list[list[int]], fragments: list[list[int]]
-) -> tuple[Usable, SampleStore]:
+) -> tuple[EligibleRows, SampleStore]:
     """Return chunks of samples with these contents; a sample gives as many sequences as `fragments`
     says."""
     chunks, rows = [], []
@@ -61,7 +61,7 @@ def usable_of(
     sequences = np.zeros(len(rows), SEQUENCE)
     for name, column in zip(("chunk", "sample", "row"), zip(*rows, strict=True), strict=False):
         sequences[name] = column
-    return Usable(sequences), SampleStore(root, tuple(chunks))
+    return EligibleRows(sequences), SampleStore(root, tuple(chunks))
 
 
 @settings(max_examples=60, deadline=None)

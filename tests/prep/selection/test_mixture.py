@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from prep.config import LengthsConfig, MaskConfig, SourceConfig
 from prep.selection.best_fit import pack_best_fit
-from prep.selection.sequences import Selection, select
+from prep.selection.sequences import Selection, choose, eligible_sequences
 from prep.store.chunk_builder import COLUMNS
 from prep.store.sample_store import SampleStore, StoredChunk
 from prep.writing.columns import assemble
@@ -64,10 +64,17 @@ def write_store(path: Path, samples: list[tuple[int, int]], chunk_sizes: list[in
 
 def select_from(store: SampleStore, *, seed: int = 0, name: str = "s", lengths: LengthsConfig | None = None,
                 policy: MaskConfig | None = None, **source: float) -> Selection:  # fmt: skip
-    return select(
-        store, SourceConfig(path="x", **source), name, lengths=lengths or LengthsConfig(), mask=policy or MaskConfig(),
-        max_seq_len=MAX_SEQ_LEN, seed=seed,
-    )  # fmt: skip
+    config = SourceConfig(path="x", **source)
+    rows = eligible_sequences(
+        store,
+        config,
+        name,
+        lengths=lengths or LengthsConfig(),
+        mask=policy or MaskConfig(),
+        max_seq_len=MAX_SEQ_LEN,
+        seed=seed,
+    )
+    return choose(rows, config, name, seed=seed)
 
 
 SAMPLES = [(2 + i % 5, 1 + i % 4) for i in range(60)]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows
 
 import prep.selection.split_sources
-from prep.build.build import dry_run
+from prep.build.dry_run import dry_run
 from prep.inspection.locate import choose
 from prep.inspection.stats import stats, stats_lines
 from prep.inspection.verification.verify import verify
@@ -296,7 +296,7 @@ def test_of_duplicates_in_two_parts_the_first_row_stays(tokenizer: Path, tmp_pat
         (
             ["other"],
             {},
-            "two sources of the set are called 'other', as split_by finds them; set `name`",
+            "split_by gives two sources of the set the name 'other'; set `name`",
         ),
     ],
 )
@@ -304,7 +304,7 @@ def test_a_split_that_cannot_be_is_refused(
     values: list[Any], source: dict[str, Any], said: str, tokenizer: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(prep.selection.split_sources, "MAX_PARTS", 20)
+    monkeypatch.setattr(prep.selection.split_sources, "MAX_GROUPS", 20)
     file = write_rows(tmp_path / "rows.jsonl", rows_of(values))
     other = write_rows(tmp_path / "other.jsonl", rows_of([None]))
     with pytest.raises(SftError, match=said) as caught:
@@ -340,7 +340,7 @@ def test_a_part_of_which_nothing_is_chosen_is_told(
         tmp_path / "out",
     )
     told = [record.getMessage() for record in caplog.records if "is chosen" in record.getMessage()]
-    assert told == ["few: not one of its 1 usable sequences is chosen"]
+    assert told == ["few: not one of its 1 eligible sequences is chosen"]
 
 
 def test_a_source_of_broken_rows_alone_is_as_without_a_split(

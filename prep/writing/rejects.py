@@ -1,0 +1,29 @@
+"""The list of every row that was left out of a set or cut: rejects.jsonl.zst."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from prep.selection.source import SelectedSource
+from shared.shard_format import REJECTS_NAME
+
+
+def write_rejects(out: Path, sources: Sequence[SelectedSource]) -> None:
+    """Write one JSON object a line, by source and row, zstd-compressed."""
+    import zstandard
+
+    lines = []
+    for selected in sources:
+        counts = selected.source.counts
+        events = [(row, reason, detail) for row, reason, detail in counts.rejects]
+        events += [(row, "uncarried", reason) for row, reason in counts.uncarried]
+        events += selected.selection.listed
+        for row, reason, detail in sorted(events):
+            event = {
+                "source": selected.source.name,
+                "row": row,
+                "reason": reason,
+                "detail": detail,
+            }
+            lines.append(json.dumps(event, sort_keys=True, ensure_ascii=False) + "\n")
+    (out / REJECTS_NAME).write_bytes(zstandard.compress("".join(lines).encode("utf-8", "replace")))
