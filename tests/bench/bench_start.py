@@ -162,7 +162,7 @@ def measure(shards: Path, recipe: Path, *, steps: int) -> None:
         "train.loop.rank",
     ):
         importlib.import_module(name)
-    from train.loop import loop, rank
+    from train.loop import loop, rank, start
     from train.run.prepare import TrainRequest, check_ranks, prepare
 
     seconds: dict[str, float] = {}
@@ -184,8 +184,8 @@ def measure(shards: Path, recipe: Path, *, steps: int) -> None:
         first_step.append(time.perf_counter())
         return accumulate(*arguments)
 
-    vars(rank)["build_model"] = timed("model", rank.build_model)
-    vars(rank)["start_engine"] = timed("engine", rank.start_engine)
+    vars(start)["build_model"] = timed("model", start.build_model)
+    vars(start)["start_engine"] = timed("engine", start.start_engine)
     vars(loop)["accumulate"] = noting_the_first
     vars(rank)["_finish"] = lambda *_: None  # the export is no part of this
     began = time.perf_counter()

@@ -38,7 +38,7 @@ def after(module, name):
     setattr(module, name, outer)
 
 if where == "decided": after(train.run.prepare, "prepare")
-elif where == "joined": before(train.loop.rank, "_held")
+elif where == "joined": before(train.loop.rank, "holding_run")
 elif where == "holding": before(train.loop.rank, "_train")
 else: raise SystemExit(where)
 train.cli.main.main()
