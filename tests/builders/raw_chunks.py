@@ -1,5 +1,6 @@
 """Chunks of raw lines and the builder that turns them into columns, without a store around it."""
 
+from functools import cache
 from typing import Any
 
 from rendered_rows import SPECIALS
@@ -12,6 +13,7 @@ from prep.store.chunk_builder import ChunkBuilder, ChunkSpec
 from prep.tokenization.encoder import encoder_spec
 
 
+@cache
 def builder(
     template: str, family: str = "byte-level", *, drop_messages: bool = False
 ) -> ChunkBuilder:

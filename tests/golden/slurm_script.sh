@@ -12,9 +12,10 @@
 #SBATCH --exclusive
 #SBATCH --qos=high
 
-# One torchrun for each node. All nodes see this directory, the shard set, the run directory and this Python at the same
-# paths. SLURM signals this script 600 s before the time limit; it passes that on, the ranks finish their step and
-# save, and the job goes back into the queue, where the next start goes on. scancel ends it for good.
+# One torchrun for each node. All nodes see this directory, the shard set, the run directory and
+# this Python at the same paths. SLURM signals this script 600 s before the time limit; it
+# passes that on, the ranks finish their step and save, and the job goes back into the queue, where
+# the next start goes on. scancel ends it for good.
 set -uo pipefail
 cd -- /home/user || exit 1
 export NCCL_SOCKET_IFNAME=eth0

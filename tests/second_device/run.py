@@ -82,7 +82,7 @@ def _note(waits: Counter[tuple[str, str, str]], what: str) -> None:
         frame = frame.f_back
     if any(path.name == "interpreter.py" and path.parent.name == "runtime" for path, _ in frames):
         return
-    product = [f"{path.stem}.{name}" for path, name in frames if path.parent == PRODUCT]
+    product = [f"{path.stem}.{name}" for path, name in frames if PRODUCT in path.parents]
     if (
         "loop.train" in product or threading.current_thread() is not threading.main_thread()
     ):  # a backward pass

@@ -93,7 +93,7 @@ def test_every_key_is_read_outside_the_config(key: str) -> None:
     name = key.rpartition(".")[2]
     read = {
         node.attr
-        for path in PACKAGE.glob("*.py")
+        for path in PACKAGE.rglob("*.py")
         if path.name != "config.py"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute)

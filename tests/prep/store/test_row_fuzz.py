@@ -7,7 +7,6 @@ types, bytes.
 
 import json
 import random
-from functools import cache
 from typing import Any
 
 import pytest
@@ -120,7 +119,6 @@ def mutated_line(row: dict[str, Any], draw: random.Random) -> bytes:
     return line.replace(b"\n", b" ") or b"0"
 
 
-@cache
 def check_accounts(chunk: Chunk, made: Any) -> None:
     facts = made.facts
     rows = [row for row, *_ in [*facts["rejects"], *facts["uncarried"]]] + made.columns[

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from repository import ROOT
 from train_runs import train_here, write_inputs
 
 READS = (
@@ -41,9 +42,10 @@ def reads_of_a_run(
         def read(self: torch.Tensor, *arguments: Any, **options: Any) -> Any:
             if counting:
                 frame: FrameType = sys._getframe(1)
-                counts[
-                    "/".join(Path(frame.f_code.co_filename).parts[-2:]), frame.f_code.co_name
-                ] += 1
+                path = Path(frame.f_code.co_filename)
+                is_product = path.is_relative_to(ROOT / "train")
+                file = path.relative_to(ROOT) if is_product else Path(*path.parts[-2:])
+                counts[file.as_posix(), frame.f_code.co_name] += 1
             return original(self, *arguments, **options)
 
         return read

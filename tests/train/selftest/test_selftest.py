@@ -12,7 +12,7 @@ from train.config import ModelConfig
 from train.model import attention
 from train.model.attention import register_attention
 from train.model.model import LossModel, build_model
-from train.selftest.selftest import selftest
+from train.selftest import selftest
 
 MODEL = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
