@@ -5,7 +5,7 @@ import datetime
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from shared import config
 from shared.errors import ConfigError
@@ -106,15 +106,16 @@ class RowsConfig:
     reject_budget: float = 0.001
     """With `skip`: the largest fraction of malformed and unverifiable rows that a build
     survives."""
+    RENAMED: ClassVar = {"max_uncarried": "max_unrendered"}
     unknown: Literal["leave_out", "drop_message", "error"] = "leave_out"
     """What happens to a row with a message or field that the template would drop without a word."""
-    max_uncarried: float = 1.0
-    """The largest fraction of uncarried rows that a build survives."""
+    max_unrendered: float = 1.0
+    """The largest fraction of unrendered rows that a build accepts."""
 
     def __post_init__(self) -> None:
         for name, value in (
             ("reject_budget", self.reject_budget),
-            ("max_uncarried", self.max_uncarried),
+            ("max_unrendered", self.max_unrendered),
         ):
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} = {value}; expected a fraction from 0 to 1")
@@ -134,12 +135,13 @@ class SourceConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Where the source has other names than its format: {prompt = "question", completion =
     "answer"}."""
+    RENAMED: ClassVar = {"part_epochs": "group_epochs"}
     split_by: str = ""
-    """A column whose values name parts: each is mixed, counted and reported as a source of its own
+    """A column whose values name groups: each is mixed, counted and reported as a source of its own
     (prep/selection/split_sources.py)."""
-    part_epochs: dict[str, float] = field(default_factory=dict)
-    """How often the rows of single parts are used, by value: 0 leaves a part out, 0.5 takes half, 2
-    repeats it."""
+    group_epochs: dict[str, float] = field(default_factory=dict)
+    """How often the rows of a group are used, by value: 0 leaves it out, 0.5 takes half, 2 repeats
+    it."""
     min_tokens: int | None = None
     """Leave out rows of fewer tokens, counted whole, before any cut."""
     max_tokens: int | None = None
@@ -169,12 +171,12 @@ class SourceConfig:
         if self.split_by and self.rows is not None:
             raise ConfigError(
                 f"rows = {self.rows} and split_by = {self.split_by!r} are both set, which does not"
-                " say how many rows of each part; set fraction or epochs, which hold for every"
-                " part, or split_by = ''"
+                " say how many rows of each group; set fraction or epochs, which hold for every"
+                " group, or split_by = ''"
             )
-        if self.part_epochs and not self.split_by:
+        if self.group_epochs and not self.split_by:
             raise ConfigError(
-                "part_epochs is set but not split_by, the column that names the parts; set both"
+                "group_epochs is set but not split_by, the column that names the groups; set both"
             )
         self._check_columns()
         for key in ("min_tokens", "max_tokens", "min_loss_tokens"):
@@ -193,12 +195,12 @@ class SourceConfig:
     def _check_epochs(self) -> None:
         if self.epochs is not None and self.epochs < 0.0:
             raise ConfigError(f"epochs = {self.epochs}; expected 0 (leave the rows out) or more")
-        for part, epochs in self.part_epochs.items():
+        for group, epochs in self.group_epochs.items():
             if epochs < 0.0:
                 raise ConfigError(
-                    f"part_epochs: {part!r} = {epochs}; expected 0 (leave it out) or more"
+                    f"group_epochs: {group!r} = {epochs}; expected 0 (leave it out) or more"
                 )
-        most = max([self.epochs or 0.0, *self.part_epochs.values()])
+        most = max([self.epochs or 0.0, *self.group_epochs.values()])
         if most > MAX_EPOCHS:
             raise ConfigError(
                 f"epochs = {most}; expected at most {MAX_EPOCHS:,}: each repeat is written out"
@@ -308,7 +310,7 @@ class MixtureConfig:
                 f"name = {self.name!r}; expected a plain file name, it becomes data_cache/NAME"
             )
         for index, source in enumerate(self.sources if self.mixing.temperature is not None else ()):
-            for key in ("fraction", "rows", "epochs", "part_epochs"):
+            for key in ("fraction", "rows", "epochs", "group_epochs"):
                 if getattr(source, key) not in (None, {}):
                     raise ConfigError(
                         f"sources.{index}.{key} is set, and so is mixing.temperature, which decides"

@@ -23,6 +23,7 @@ from shared.hashing import digest
 from shared.shard_format import EVAL_DIR, FORMAT_VERSION
 
 SPAN_CODE_VERSION = 6  # bump when the same rows would give other tokens, kinds or messages
+STORE_VERSION = 2  # bump when columns or counts of a stored chunk get other names
 KNOWN_DATE = "template date"  # key of the day that a set recorded, in what is known of it
 _SHOWN_DIFFERENCES = 20
 _LIBRARIES = ("gigatoken", "jinja2", "orjson", "tokenizers", "transformers")
@@ -83,6 +84,7 @@ class Inputs:
             "backend": backend,
             "code": self.tree["code"],
             "versions": self.tree["versions"],
+            "columns": STORE_VERSION,
         }
 
 
@@ -118,7 +120,7 @@ def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) ->
     for entry, source in zip(plain["sources"], sources, strict=True):
         entry["path"] = source.hub_id or source.name
         entry["name"] = source.name
-        for key in ("split_by", "part_epochs"):
+        for key in ("split_by", "group_epochs"):
             if not entry[key]:
                 del entry[
                     key

@@ -65,7 +65,10 @@ def apply_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str,
 
 
 def build(cls: type[T], tables: Mapping[str, Any], where: str) -> T:
-    """Return `cls` built from `tables`; `where` names the file for messages. Raises ConfigError."""
+    """Return `cls` built from `tables`; `where` names the file for messages. Raises ConfigError.
+
+    A class may have a table RENAMED of keys that had another name: old name -> new name.
+    """
     return typing.cast(T, _build_dataclass(cls, tables, where, ""))
 
 
@@ -125,6 +128,10 @@ def _build_dataclass(cls: Any, tables: Any, where: str, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in tables:
+        if key not in fields and (name := getattr(cls, "RENAMED", {}).get(key)):
+            raise ConfigError(
+                f"{where}: {_dotted(prefix, key)!r} is now called {_dotted(prefix, name)!r}"
+            )
         if key not in fields:
             raise ConfigError(
                 f"{where}: unknown key {_dotted(prefix, key)!r}{_nearest(key, list(fields))}"

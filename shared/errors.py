@@ -3,7 +3,7 @@
     SftError
      |- ConfigError            3  unknown key, bad value, sections that contradict each other
      |- DataError              4  a row, a message or a source that cannot be used
-     |   |- TemplateError         the chat template cannot render the row, or its spans cannot be proved
+     |   |- TemplateError         the template cannot render the row, or its spans cannot be proved
      |   '- SampleTooLongError    a sample over max_seq_len where the policy says "error"
      |- ArtifactError          5  a shard set, sample store, run or checkpoint that cannot be used
      |   |- FormatVersionError

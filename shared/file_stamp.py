@@ -14,7 +14,7 @@ from shared.errors import ArtifactError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FileStamp:
+class MappedFileStamp:
     """A file as it was when it was opened."""
 
     path: Path
@@ -48,12 +48,12 @@ _WAY_OUT = (
 )
 
 
-def stamp(path: Path, opened: IO[bytes]) -> FileStamp:
+def stamp(path: Path, opened: IO[bytes]) -> MappedFileStamp:
     """Return the stamp of a file that is open."""
     return _stamp(path, os.fstat(opened.fileno()))
 
 
-def _stamp(path: Path, stat: os.stat_result) -> FileStamp:
-    return FileStamp(
+def _stamp(path: Path, stat: os.stat_result) -> MappedFileStamp:
+    return MappedFileStamp(
         path=path, num_bytes=stat.st_size, inode=stat.st_ino, changed_ns=stat.st_mtime_ns
     )

@@ -5,13 +5,13 @@ The bytes are specified in FORMAT.md; a change of bytes bumps FORMAT_VERSION.
     sequence    0        1    2          3
     tokens    [ a a a a | b b | c c c c c | d d d ]      one flat array per shard
     seq_offsets 0         4     6           11    14     in tokens
-    pack_offsets 0              2                 4      in sequences: pack 0 = {a, b}, pack 1 = {c, d}
+    pack_offsets 0              2                 4      in sequences: pack 0 = a b, pack 1 = c d
 """
 
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from shared import config
 from shared.errors import ArtifactError, ChecksumError, ConfigError, FormatVersionError
@@ -24,8 +24,8 @@ REJECTS_NAME = "rejects.jsonl.zst"
 TOKENIZER_DIR = "tokenizer"
 SHARDS_DIR = "shards"
 EVAL_DIR = "eval"
-OTHER_PARTS = (  # in rows_dropped of a part of a split source: the rows of its other parts
-    "other_parts"
+OTHER_GROUPS = (  # in rows_dropped of a part of a split source: the rows of its other parts
+    "other_groups"
 )
 
 # name -> (dtype string, trailing shape); the first dimension is T, S+1, P+1, P or S
@@ -124,7 +124,8 @@ class SourceEntry:
     rows_used: int
     rows_rejected: dict[str, int]
     """Malformed and unverifiable rows, by reason: what the reject budget counts."""
-    rows_uncarried: dict[str, int]
+    RENAMED: ClassVar = {"rows_uncarried": "rows_unrendered"}
+    rows_unrendered: dict[str, int]
     """Rows with a message or field that the template would drop, by reason."""
     rows_dropped: dict[str, int]
     """Good rows left out by a policy of the mixture (over-length, no loss tokens, sampling), by
@@ -142,14 +143,14 @@ class SourceEntry:
     def own_rows(self) -> int:
         """How many of the rows read are its own: all, unless it is a part of a source that was
         split."""
-        return self.rows_read - self.rows_dropped.get(OTHER_PARTS, 0)
+        return self.rows_read - self.rows_dropped.get(OTHER_GROUPS, 0)
 
     @property
     def origin(self) -> str:
         """Where its rows come from, for people: the hub data set if it is one, and which part of
         it."""
-        whole = self.hub_id or str(self.details.get("part_of", self.name))
-        return f"{self.name} of {whole}" if "part_of" in self.details else whole
+        whole = self.hub_id or str(self.details.get("group_of", self.name))
+        return f"{self.name} of {whole}" if "group_of" in self.details else whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
-from shared.file_stamp import FileStamp, stamp
+from shared.file_stamp import MappedFileStamp, stamp
 from shared.hashing import sha256_file
 from shared.shard_format import (
     COLUMNS,
@@ -52,7 +52,7 @@ class ShardSet:
     pack_starts: tuple[int, ...]  # number of the first pack of each shard
     seq_starts: tuple[int, ...]  # number of the first sequence of each shard
     stamps: tuple[
-        tuple[FileStamp, ...], ...
+        tuple[MappedFileStamp, ...], ...
     ]  # the mapped files of each shard, as they were when they were opened
 
     @property
@@ -259,7 +259,7 @@ def _check_size(file: Path, entry: FileEntry) -> None:
 
 def _map_column(
     folder: Path, name: str, files: dict[str, FileEntry], counts: dict[str, int]
-) -> tuple[npt.NDArray[Any], FileStamp]:
+) -> tuple[npt.NDArray[Any], MappedFileStamp]:
     file = folder / f"{name}.npy"
     _check_size(file, files[file.name])
     dtype, tail = COLUMNS[name]

@@ -124,7 +124,8 @@ def choose_encoder(
             if encoder.batch_ids(CANARY_TEXT) == encoder.ids_of(CANARY_TEXT):
                 return encoder
             reason = "it gives other ids"
-        except Exception as exc:  # gigatoken refuses with plain exceptions of its own; the referee then does the work
+        except Exception as exc:
+            # gigatoken refuses with plain exceptions of its own; the referee then does the work
             reason = str(exc)
         logger.warning(
             "gigatoken cannot encode for this tokenizer (%s); transformers does, more slowly",

@@ -12,7 +12,7 @@ from prep.build.tokenise import encoder_for, tokenise_sources
 from prep.inputs import resolve_inputs
 from prep.tokenization.tokenizer import load_tokenizer
 from prep.writing.shard_set import PackedSequences, pack_sequences
-from shared.shard_format import EVAL_DIR, OTHER_PARTS
+from shared.shard_format import EVAL_DIR, OTHER_GROUPS
 
 
 def dry_run(request: BuildRequest) -> list[str]:
@@ -30,8 +30,8 @@ def dry_run(request: BuildRequest) -> list[str]:
     lines = [_size_line(request.out, packed, max_seq_len)]
     for selected in selections.train:
         counts, dropped = selected.source.counts, Counter(selected.selection.dropped)
-        rows = counts.rows - dropped.pop(OTHER_PARTS, 0)
-        lost = [f"rejected {len(counts.rejects):,}", f"uncarried {len(counts.uncarried):,}"]
+        rows = counts.rows - dropped.pop(OTHER_GROUPS, 0)
+        lost = [f"rejected {len(counts.rejects):,}", f"unrendered {len(counts.unrendered):,}"]
         lost += [f"{reason} {number:,}" for reason, number in sorted(dropped.items())]
         sequences = len(selected.selection.sequences)
         lines.append(

@@ -8,7 +8,7 @@ from prep.config import MixtureConfig
 from prep.selection.mixture import Selections
 from prep.selection.source import Source
 from shared.errors import DataError
-from shared.shard_format import OTHER_PARTS
+from shared.shard_format import OTHER_GROUPS
 
 _EXAMPLES = 5
 _FAR = 0.25  # of the fraction to hold out
@@ -25,8 +25,8 @@ def check_row(source: Source, mixture: MixtureConfig, template: str) -> None:
             f"{detail} ({reason}); correct the row, or leave such rows out with rows.on_error ="
             ' "skip"'
         )
-    if mixture.rows.unknown == "error" and counts.uncarried:
-        row, reason = counts.uncarried[0]
+    if mixture.rows.unknown == "error" and counts.unrendered:
+        row, reason = counts.unrendered[0]
         raise DataError(
             f"source {source.name!r} row {row}: the template {template!r} does not render all of it"
             f' ({reason}); use one that does, or set rows.unknown = "leave_out"'
@@ -45,12 +45,12 @@ def check_budgets(sources: Sequence[Source], mixture: MixtureConfig, template: s
             f" rows.reject_budget = {policy.reject_budget} allows. {_in_words(reasons)}. For"
             f" example: {'; '.join(detail for *_, detail in rejects[:_EXAMPLES])}"
         )
-    lost = [(source.name, *loss) for source in sources for loss in source.counts.uncarried]
-    if len(lost) > policy.max_uncarried * rows:
+    lost = [(source.name, *loss) for source in sources for loss in source.counts.unrendered]
+    if len(lost) > policy.max_unrendered * rows:
         reasons = Counter(f"{name}: {reason}" for name, _, reason in lost)
         raise DataError(
             f"{len(lost):,} of {rows:,} rows hold something that the template {template!r} would"
-            f" drop, more than rows.max_uncarried = {policy.max_uncarried} allows."
+            f" drop, more than rows.max_unrendered = {policy.max_unrendered} allows."
             f" {_in_words(reasons)}. Use a template that renders them"
         )
 
@@ -70,11 +70,11 @@ def check_selections(
         reasons = Counter(
             reason
             for source in sources
-            for _, reason, *_ in [*source.counts.rejects, *source.counts.uncarried]
+            for _, reason, *_ in [*source.counts.rejects, *source.counts.unrendered]
         )
         for source in selections.train:
             reasons += source.selection.dropped
-        del reasons[OTHER_PARTS]
+        del reasons[OTHER_GROUPS]
         why = ", ".join(f"{reason} {rows:,}" for reason, rows in reasons.most_common())
         details = (detail for source in sources for *_, detail in source.counts.rejects)
         first = next((f"; the first: {detail}" for detail in details), "")

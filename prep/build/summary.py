@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from prep.selection.eval_split import num_held_out
-from shared.shard_format import EVAL_DIR, OTHER_PARTS, Manifest
+from shared.shard_format import EVAL_DIR, OTHER_GROUPS, Manifest
 from shared.shard_reader import read_manifest
 
 
@@ -28,9 +28,9 @@ def summary_lines(manifest: Manifest, out: Path) -> list[str]:
     ]
     for source in manifest.sources:
         left_out = {f"rejected ({k})": v for k, v in source.rows_rejected.items()}
-        left_out |= {f"uncarried ({k})": v for k, v in source.rows_uncarried.items()}
+        left_out |= {f"unrendered ({k})": v for k, v in source.rows_unrendered.items()}
         left_out |= {
-            f"left out ({k})": v for k, v in source.rows_dropped.items() if k != OTHER_PARTS
+            f"left out ({k})": v for k, v in source.rows_dropped.items() if k != OTHER_GROUPS
         }
         left_out |= {"truncated": source.rows_truncated} if source.rows_truncated else {}
         left_out |= (
@@ -55,8 +55,7 @@ def summary_lines(manifest: Manifest, out: Path) -> list[str]:
 
 
 def _held_out_line(manifest: Manifest, evaluation: Manifest) -> str:
-    """Return what share is held out: the fraction of the mixture is one of prompts, each with all its
-    rows."""
+    """Return what share is held out: eval.fraction is one of prompts, each with all its rows."""
     fraction = manifest.config["eval"]["fraction"]
     rows = sum(source.rows_used for source in evaluation.sources)
     kept = sum(

@@ -18,7 +18,7 @@ from prep.sources.reader import iter_chunks
 from prep.store.chunk_builder import ChunkSpec
 from prep.store.executors import chunk_workers
 from prep.store.sample_store import StoredChunk, StoreRequest, ensure_stores
-from prep.store.source_counts import Tally
+from prep.store.source_counts import SourceCounts
 from prep.tokenization.encoder import Encoder
 from prep.tokenization.tokenizer import LoadedTokenizer
 from shared.disk import writing_to
@@ -56,7 +56,7 @@ def tokenise_sources(
     """
     with writing_to(store):
         sources = [
-            Source(resolved, config, Tally(conversion_of(resolved, config, store)))
+            Source(resolved, config, SourceCounts(conversion_of(resolved, config, store)))
             for resolved, config in zip(inputs.sources, inputs.mixture.sources, strict=True)
         ]
         _fill_stores(sources, inputs, spec, store, workers, scheduler)

@@ -310,7 +310,9 @@ def _show(value: Any) -> str:
 def _hash16(value: Any) -> bytes:
     try:
         text = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
-    except TypeError:  # integers beyond 64 bits, or a type that only Arrow knows: spelled unambiguously, still stable
+    except TypeError:
+        # integers beyond 64 bits, or a type that only Arrow knows: spelled unambiguously, still
+        # stable
         text = repr(_sorted(value)).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(text, digest_size=16).digest()
 

@@ -47,7 +47,7 @@ class Conversion:
     columns: tuple[
         tuple[str, str], ...
     ] = ()  # (name in FIELDS, name in the source), where they differ
-    split_by: str = ""  # the column that names the part a row belongs to
+    split_by: str = ""  # the column that names the group a row belongs to
 
     def column(self, field: str) -> str:
         """Return what the source calls `field`."""
@@ -88,7 +88,7 @@ def read_conversation(
 
 
 def read_part(record: dict[str, Any], conversion: Conversion, *, where: str) -> str:
-    """Return which part of its source a record belongs to, "" where it does not say. Raises
+    """Return which group of its source a record belongs to, "" where it does not say. Raises
     DataError."""
     value = record.get(conversion.split_by, "") if conversion.split_by else ""
     if value is None:

@@ -1,9 +1,12 @@
 """JSON text of a row -> values, strictly: what a parser would lose or choke on is an error that
 says so.
 
-    duplicate keys   orjson keeps the last value without a word; here the row is refused, and the key is named
-    integers         of more than 64 bits stay exact (orjson makes them floats), what no double can hold is refused
-    depth            at most MAX_DEPTH arrays and objects within each other, whatever walks, hashes or dumps them
+    duplicate keys   orjson keeps the last value without a word; here the row is refused, and the
+                     key is named
+    integers         of more than 64 bits stay exact (orjson makes them floats), what no double can
+                     hold is refused
+    depth            at most MAX_DEPTH arrays and objects within each other, whatever walks, hashes
+                     or dumps them
 
 Looking for duplicates costs next to nothing where as many keys were parsed as the text can hold: a
 key is a string before a colon, so a count of colons behind a quote is never too small. Only where

@@ -2,7 +2,7 @@
 came from.
 
     header    set, fingerprint, density          legend   kinds with counts, the filter
-    pack 3    a map of the pack, to scale        cards    its sequences side by side: row, lengths, notes, tokens
+    pack 3    a map of the pack, to scale        cards    its sequences: row, lengths, notes, tokens
 
 The page needs no network and may hold anyone's text: all of it is escaped, and its own style and
 script are the only ones that its content security policy lets run.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prep.inspection.locate import ShownSequence, choose, notes_on, sequences_of
+from prep.inspection.locate import ShownSequence, choose, describe_truncation, sequences_of
 from prep.inspection.token_html import TokenHtml
 from prep.inspection.token_text import TokenText, printable
 from shared import atomic
@@ -87,7 +87,7 @@ class _Page:
             ]
             for pack_id, only in shown.items()
         }
-        self._notes = notes_on(
+        self._notes = describe_truncation(
             shard_set, [sequence for cards in self._cards.values() for sequence in cards]
         )
         self._classes = [self._class_of(byte) for byte in range(256)]

@@ -74,7 +74,7 @@ def sequences_of(shard_set: ShardSet, pack_id: int) -> Iterator[ShownSequence]:
         )
 
 
-def notes_on(
+def describe_truncation(
     shard_set: ShardSet, sequences: list[ShownSequence]
 ) -> dict[tuple[int, int, int], str]:
     """Return what became of the samples that are not whole, by (source index, row, start): cut, or
@@ -162,11 +162,11 @@ def _why_left_out(shard_set: ShardSet, name: str, row: int) -> str:
     """Return what the build's list of left-out rows says of a row, or which other part of its
     source has it."""
     sources = shard_set.manifest.sources
-    whole = next(source.details.get("part_of") for source in sources if source.name == name)
+    whole = next(source.details.get("group_of") for source in sources if source.name == name)
     parts = {
         source.name: i
         for i, source in enumerate(sources)
-        if whole and source.details.get("part_of") == whole
+        if whole and source.details.get("group_of") == whole
     }
     events: dict[str | int, dict[str, str | int]] = {}
     for event in left_out_events(shard_set):

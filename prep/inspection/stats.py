@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from prep.selection.eval_split import num_held_out
 from shared import config
-from shared.shard_format import EVAL_DIR, KIND_MASK, OTHER_PARTS, Manifest
+from shared.shard_format import EVAL_DIR, KIND_MASK, OTHER_GROUPS, Manifest
 from shared.shard_reader import ShardSet, read_manifest
 
 _PERCENTILES = (5, 25, 50, 75, 95, 99)
@@ -52,13 +52,13 @@ def stats(shard_set: ShardSet) -> dict[str, Any]:
                 "name": source.name,
                 "format": source.details.get("format", "messages"),
                 "epochs_used": source.details.get("epochs_used", 1.0),
-                "part_of": source.details.get("part_of"),
+                "group_of": source.details.get("group_of"),
                 "rows_read": source.own_rows,
                 "rows_used": source.rows_used,
                 "rows_rejected": source.rows_rejected,
-                "rows_uncarried": source.rows_uncarried,
+                "rows_unrendered": source.rows_unrendered,
                 "rows_dropped": {
-                    key: rows for key, rows in source.rows_dropped.items() if key != OTHER_PARTS
+                    key: rows for key, rows in source.rows_dropped.items() if key != OTHER_GROUPS
                 },
                 "rows_truncated": source.rows_truncated,
                 "rows_without_terminator": source.rows_without_terminator,
@@ -106,12 +106,14 @@ def stats_lines(shard_set: ShardSet) -> list[str]:
     lines += _table(
         ["", "mean", "min", *(f"p{p}" for p in _PERCENTILES), "max"],
         [[label, *_spread_cells(found[key])] for label, key in (
-            ("tokens per sequence", "sequence_length"), ("sequences per pack", "sequences_per_pack"),
+            ("tokens per sequence", "sequence_length"),
+            ("sequences per pack", "sequences_per_pack"),
         )],
     )  # fmt: skip
     lines += ["", *_table(
         ["kind", "tokens", "share", "trained"],
-        [[name, f"{kind['tokens']:,}", f"{_share(kind['tokens'], found['tokens']):.1%}", f"{kind['loss_tokens']:,}"]
+        [[name, f"{kind['tokens']:,}", f"{_share(kind['tokens'], found['tokens']):.1%}",
+          f"{kind['loss_tokens']:,}"]
          for name, kind in found["kinds"].items() if kind["tokens"]],
     )]  # fmt: skip
     columns = [
@@ -120,7 +122,7 @@ def stats_lines(shard_set: ShardSet) -> list[str]:
         "rows",
         "used",
         "rejected",
-        "uncarried",
+        "unrendered",
         "left out",
         "cut",
         "tokens",
@@ -142,7 +144,7 @@ def _held_out(manifest: Manifest) -> dict[str, Any]:
 
 def _source_cells(source: dict[str, Any]) -> list[str]:
     lost = [
-        sum(source[key].values()) for key in ("rows_rejected", "rows_uncarried", "rows_dropped")
+        sum(source[key].values()) for key in ("rows_rejected", "rows_unrendered", "rows_dropped")
     ]
     numbers = [source["rows_read"], source["rows_used"], *lost, source["rows_truncated"]]
     return [
@@ -159,7 +161,7 @@ def _reason_lines(sources: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{source['name']}: used {source['epochs_used']:g} times"
         for key, word in (
             ("rows_rejected", "rejected"),
-            ("rows_uncarried", "uncarried"),
+            ("rows_unrendered", "unrendered"),
             ("rows_dropped", "left out"),
         ):
             for reason, count in source[key].items():

@@ -114,7 +114,8 @@ def _draw_lengths(axes: Any, lengths: npt.NDArray[np.int64], found: dict[str, An
     ):  # each label on a line of its own: two may stand at one length
         axes.axvline(spread[name], color=_INK, linewidth=0.9, linestyle=(0, (3, 2)))
         axes.annotate(
-            f"{'median' if name == 'p50' else name} {spread[name]:,}", (spread[name], top * (0.98 - 0.055 * number)),
+            f"{'median' if name == 'p50' else name} {spread[name]:,}",
+            (spread[name], top * (0.98 - 0.055 * number)),
             xytext=(3, 0), textcoords="offset points", va="top", fontsize=8,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
         )  # fmt: skip

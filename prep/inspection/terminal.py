@@ -6,7 +6,7 @@ came from.
        user       | What is 2+2?
        template   | \\n
                   | <|assistant|>
-    +~ assistant  | >\\n\\n          + is trained, ~ also covers bytes outside the text that its kind names
+    +~ assistant  | >\\n\\n          + is trained, ~ also covers bytes of another kind
     +  assistant  | The answer is 4.
     +  terminator | <|endoftext|>
 

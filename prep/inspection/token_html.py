@@ -1,10 +1,10 @@
 """Token ids -> HTML that shows every byte and can do nothing: text escaped, whitespace and control
 characters visible.
 
-    <span class="user" title="id 9906, bytes 48 69">Hi</span>      a token; the text in it is the text it stands for
-    <i> </i>  <i class="n"></i>\\n  <i class="t">\\t</i>             white space, marked by the style sheet
-    <u>\\x1b</u>                                                   a character that has no shape of its own
-    <u class="part">e4 bd</u>                                     bytes of a character that goes on in another token
+    <span class="user" title="id 9906, bytes 48 69">Hi</span>   a token and its text
+    <i> </i>  <i class="n"></i>\\n  <i class="t">\\t</i>       white space, styled
+    <u>\\x1b</u>                                                a character without a shape
+    <u class="part">e4 bd</u>                                  bytes of a character in pieces
 
 A character that several tokens share stands in the one that completes it, behind that token's own
 bytes.

@@ -17,16 +17,18 @@ from prep.rendering.turns import SpanRules
 _TEXT = ("content", "reasoning_content", "function_calls", "functions")
 
 
-def uncarried(text: Traced, conversation: Conversation, rules: SpanRules) -> tuple[int, str] | None:
+def unrendered_fields(
+    text: Traced, conversation: Conversation, rules: SpanRules
+) -> tuple[int, str] | None:
     """Return (message index, reason) of the first message or field that the rendering lacks, or
     None.
 
     A reason is "ROLE message" for a message that is absent altogether, "ROLE.FIELD" for a field.
     """
-    return next(all_uncarried(text, conversation, rules), None)
+    return next(all_unrendered(text, conversation, rules), None)
 
 
-def all_uncarried(
+def all_unrendered(
     text: Traced, conversation: Conversation, rules: SpanRules
 ) -> Iterator[tuple[int, str]]:
     """Yield the same for every message that the rendering lacks or that lacks a field."""

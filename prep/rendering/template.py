@@ -214,8 +214,14 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
             )
         except (
-            jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError
-        ) as exc:  # fmt: skip
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as exc:
             raise TemplateError(f"the template {self.name!r} refuses it: {exc}") from exc
 
 

@@ -4,7 +4,7 @@ who wrote what.
 A `Traced` is a `str` with marks. Everything that a conversation brings into a template is traced;
 what templates do to text (`+`, `~`, slices, strip, split, replace, trim, tojson ...) carries the
 marks along, and the characters are the same as without tracing. Text of unknown origin has no mark:
-the row then counts as uncarried, it is never guessed.
+the row then counts as unrendered, it is never guessed.
 
     template   '<|user|>\\n' + message.content.strip() + '\\n'        content = ' Hi '
     rendered    <|user|>\\nHi\\n

@@ -5,10 +5,10 @@ Learnt once, from a few conversations with stand-in contents, before the first r
 what the template prints behind an answer when nothing follows. Where something follows, the first
 control token behind an answer counts as well if the next message does not begin with it:
 
-    when nothing follows   Yo.<|im_end|>\\n                        -> <|im_end|>
-    before a question      Yo.<|im_end|>\\n<|im_start|>user\\nHi    -> <|im_end|>; <|im_start|> opens the question
-    no terminator at all   Yo.\\n<|im_start|>user\\nHi              -> none
-    a run of them          Yo.<|END_RESPONSE|><|END_OF_TURN|>     -> both, for a model stops at the last
+    when nothing follows  Yo.<|im_end|>\\n                      -> <|im_end|>
+    before a question     Yo.<|im_end|>\\n<|im_start|>user\\nHi  -> <|im_end|>
+    no terminator at all  Yo.\\n<|im_start|>user\\nHi            -> none
+    a run of them         Yo.<|END_RESPONSE|><|END_OF_TURN|>   -> both: a model stops at the last
 
 Templates of the GLM family end a turn with the token that opens the next one:
 `template.terminators` names such tokens.
@@ -39,13 +39,15 @@ class SpanRules:
 
     has_generation_marks: bool
     generation_prompt: str
-    call_opening: str  # what precedes the first tool call of a turn where no generation prompt says where turns begin
+    # what precedes the first tool call of a turn where no generation prompt says where turns begin
+    call_opening: str
     control: re.Pattern[str]  # any control token of the tokenizer
     closing: frozenset[str]  # the control tokens that end an assistant's turn
     openings: tuple[
         str, ...
     ]  # how messages of other roles begin, from their first control token on
-    carries_reasoning: bool  # the template prints the reasoning of a last turn; earlier turns may lose it by design
+    # the template prints the reasoning of a last turn; earlier turns may lose it by design
+    carries_reasoning: bool
     carries_thinking: bool  # likewise for reasoning that stands in the content, <think>...</think>
 
 

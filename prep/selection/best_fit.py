@@ -2,7 +2,7 @@
 alone.
 
     lengths      5 3 3 2 2 1   capacity 8
-    pack 0     [ a a a a a b b b ]    longest first; each sample goes to the pack with the least room that holds it
+    pack 0     [ a a a a a b b b ]    longest first, into the fullest pack that has room
     pack 1     [ c c c d d e e f ]
     order        a b c d e f          pack_offsets 0 2 6
 
@@ -22,20 +22,21 @@ Ints = npt.NDArray[np.int64]
 
 
 def pack_best_fit(
-    lengths: Ints, *, capacity: int, tie: npt.NDArray[np.uint64]
+    lengths: Ints, *, capacity: int, tie_break: npt.NDArray[np.uint64]
 ) -> tuple[Ints, Ints]:
     """Return `order` int64 [N] (sample indices, pack after pack) and `pack_offsets` int64 [P+1]
     (bounds in `order`).
 
-    Samples of equal length are dealt out in the order of `tie` uint64 [N], then of index. Packs
-    come in the order of the tie of their longest sample: with hashed ties that is a shuffle, so
+    Samples of equal length are taken in the order of `tie_break` uint64 [N], then of index. Packs
+    come in the order of the tie-break of their longest sample: with hashes that is a shuffle, so
     that no shard holds only long samples. Inside a pack the longest sample comes first. The result
-    depends on (length, tie) pairs alone, not on input order, as long as no two samples agree in
+    depends on (length, tie_break) pairs alone, not on input order, unless two samples agree in
     both. Raises ValueError for a length below 1 or above `capacity`.
     """
-    if lengths.shape != tie.shape or lengths.ndim != 1:
+    if lengths.shape != tie_break.shape or lengths.ndim != 1:
         raise ValueError(
-            f"lengths {lengths.shape} and tie {tie.shape} must be one-dimensional and equally long"
+            f"lengths {lengths.shape} and tie_break {tie_break.shape} must be one-dimensional and"
+            " equally long"
         )
     if not len(lengths):
         return np.zeros(0, np.int64), np.zeros(1, np.int64)
@@ -44,10 +45,10 @@ def pack_best_fit(
             f"lengths span {lengths.min()} to {lengths.max()}; expected 1 to the capacity"
             f" {capacity}"
         )
-    by_tie = np.argsort(tie, kind="stable")  # int64 [N]
+    by_tie = np.argsort(tie_break, kind="stable")  # int64 [N]
     longest_first = by_tie[
         _stable_order(int(lengths.max()) - lengths[by_tie])
-    ]  # int64 [N], by falling length, then tie, index
+    ]  # int64 [N], by falling length, then tie_break, index
     pack_of, num_packs = _place(lengths[longest_first], capacity)
 
     first_of_pack = np.full(
@@ -57,7 +58,7 @@ def pack_best_fit(
         len(lengths) - 1, -1, -1
     )  # the last write wins: the smallest position
     rank_of_pack = np.empty(num_packs, np.int64)  # [P]
-    rank_of_pack[np.argsort(tie[longest_first[first_of_pack]], kind="stable")] = np.arange(
+    rank_of_pack[np.argsort(tie_break[longest_first[first_of_pack]], kind="stable")] = np.arange(
         num_packs
     )
 

@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.selection.filters import hashes_of
-from prep.selection.sequences import EligibleRows, mix
+from prep.selection.sequences import EligibleRows
 from prep.store.sample_store import SampleStore
 from shared.hashing import seed_from
 from shared.shard_format import EVAL_DIR, Manifest
+from shared.splitmix import splitmix64
 
 HELD_OUT = "held_out"  # why a row is not in the set itself
 _KEPT = "not_held_out"  # why a row is not in the eval set
@@ -35,7 +36,7 @@ class HeldOut:
         return self.held_out / self.total if self.total else 0.0
 
 
-def mark_held_out(
+def mark_eval(
     usables: Sequence[EligibleRows], stores: Sequence[SampleStore], *, fraction: float, seed: int
 ) -> tuple[HeldOut, HeldOut]:
     """Set `held_out` of the rows of every source. Return how many different prompts it is true of,
@@ -53,7 +54,7 @@ def mark_held_out(
     return HeldOut(num_held, len(prompts)), HeldOut(held_rows, num_rows)
 
 
-def hold_out(usables: Sequence[EligibleRows]) -> tuple[list[EligibleRows], list[EligibleRows]]:
+def split_eval(usables: Sequence[EligibleRows]) -> tuple[list[EligibleRows], list[EligibleRows]]:
     """Return what is left of every source to train on, and what is held out of it."""
     kept, held = [], []
     for usable in usables:
@@ -71,7 +72,7 @@ def is_held_out(
     prompts: npt.NDArray[np.uint64], *, fraction: float, seed: int
 ) -> npt.NDArray[np.bool_]:
     """Return for each prompt hash, uint64 [S], whether it is held out, bool [S]."""
-    drawn = mix(prompts ^ np.uint64(seed_from(seed, "held out")))
+    drawn = splitmix64(prompts ^ np.uint64(seed_from(seed, "held out")))
     return drawn < np.uint64(int(fraction * 2**64))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from prep.config import MixtureConfig
 from prep.selection.decontaminate import Overlap
-from prep.selection.eval_split import HeldOut, hold_out, mark_held_out
+from prep.selection.eval_split import HeldOut, mark_eval, split_eval
 from prep.selection.filters import without_duplicates, without_little_loss, without_overlaps
 from prep.selection.sequences import EligibleRows, choose, eligible_sequences
 from prep.selection.source import SelectedSource, Source
@@ -23,7 +23,8 @@ from prep.selection.split_sources import split_source
 logger = logging.getLogger(__name__)
 
 _MANY_EPOCHS = 10
-_DIGITS = 6  # of the epochs of a source: the last bits of a power differ between machines, these digits do not
+# of the epochs of a source: the last bits of a power differ between machines, these digits do not
+_DIGITS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def select_mixture(
         eligible = without_duplicates(eligible, stores, names)
     prompts = held_rows = HeldOut(0, 0)
     if mixture.eval.fraction:
-        prompts, held_rows = mark_held_out(
+        prompts, held_rows = mark_eval(
             eligible, stores, fraction=mixture.eval.fraction, seed=mixture.seed
         )
     groups = [
@@ -76,7 +77,7 @@ def select_mixture(
         for source, rows in zip(sources, eligible, strict=True)
         for group in split_source(source, rows)
     ]
-    kept, held = hold_out([rows for _, rows in groups])
+    kept, held = split_eval([rows for _, rows in groups])
     train, held_out = [], []
     for (source, _), epochs, train_rows, eval_rows in zip(
         groups, _epochs(mixture, groups, kept), kept, held, strict=True

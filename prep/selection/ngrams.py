@@ -19,6 +19,8 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+from shared.splitmix import splitmix64
+
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
@@ -48,7 +50,7 @@ def word_grams(texts: Sequence[str], n: int) -> Grams:
     first = np.flatnonzero((at + n <= ends[text_of]) | is_whole)
     text = text_of[first]
     last = np.minimum(first + n, ends[text])
-    hashes = _mix(_range_hashes(words, first, last) + (last - first).astype(np.uint64))
+    hashes = splitmix64(_range_hashes(words, first, last) + (last - first).astype(np.uint64))
     return Grams(hashes, text, first - starts[text])
 
 
@@ -91,7 +93,7 @@ def _word_hashes(texts: Sequence[str]) -> tuple[Hashes, Ints]:
     def close() -> None:
         points = np.frombuffer("\n".join(block).encode("utf-32-le", "surrogatepass"), np.uint32)
         starts, ends = _bounds(_classes()[points])
-        hashes.append(_mix(_range_hashes(_mix(points.astype(np.uint64)), starts, ends)))
+        hashes.append(splitmix64(_range_hashes(splitmix64(points.astype(np.uint64)), starts, ends)))
         piece_ends = np.cumsum([len(piece) + 1 for piece in block])
         text_of.append(
             np.asarray(owners, np.int64)[np.searchsorted(piece_ends, starts, side="right")]
@@ -168,11 +170,3 @@ def _classes() -> npt.NDArray[np.uint8]:
     for first, end in _ALONE:
         classes[first:end] *= _WORD_ALONE
     return classes
-
-
-def _mix(values: Hashes) -> Hashes:
-    """Hash 64-bit integers: the finaliser of splitmix64, a bijection."""
-    x = values + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -20,7 +20,7 @@ OverLength = Literal["truncate", "truncate_turns", "drop", "split", "error"]
 
 
 @dataclass(frozen=True, slots=True)
-class Stretches:
+class Slices:
     """F stretches of S samples, in the order of the samples; length 0 where nothing of a sample is
     left."""
 
@@ -29,7 +29,7 @@ class Stretches:
     length: Ints  # [F] in tokens
 
 
-def cut(samples: Samples, over_length: OverLength, max_seq_len: int) -> Stretches:
+def cut(samples: Samples, over_length: OverLength, max_seq_len: int) -> Slices:
     """Return what the policy leaves of each sample; "drop" and "error" samples keep length 0 if
     they are too long."""
     full = np.diff(samples.sample_offsets)
@@ -38,14 +38,14 @@ def cut(samples: Samples, over_length: OverLength, max_seq_len: int) -> Stretche
         sample = np.repeat(np.arange(len(full)), fragments)
         number = np.arange(len(sample)) - np.repeat(np.cumsum(fragments) - fragments, fragments)
         first = number * max_seq_len
-        return Stretches(sample, first, np.minimum(full[sample] - first, max_seq_len))
+        return Slices(sample, first, np.minimum(full[sample] - first, max_seq_len))
     length = np.minimum(full, max_seq_len)
     too_long = full > max_seq_len
     if over_length in ("drop", "error"):
         length[too_long] = 0
     elif over_length == "truncate_turns":
         length[too_long] = _whole_turns(samples, max_seq_len)[too_long]
-    return Stretches(np.arange(len(full)), np.zeros(len(full), np.int64), length)
+    return Slices(np.arange(len(full)), np.zeros(len(full), np.int64), length)
 
 
 def _whole_turns(samples: Samples, max_seq_len: int) -> Ints:

@@ -19,6 +19,7 @@ from prep.store.sample_store import SampleStore, StoredChunk
 from shared.errors import DataError, SampleTooLongError
 from shared.hashing import seed_from
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, Kind
+from shared.splitmix import splitmix64
 
 Ints = npt.NDArray[np.int64]
 
@@ -37,7 +38,7 @@ SEQUENCE = np.dtype(
         ("loss_tokens", "<i4"),
         ("terminated", "|b1"),  # the last trained token is a terminator
         ("held_out", "|b1"),  # its prompt is one to evaluate on
-        ("tie", "<u8"),  # hash of (seed, source, row, first, repeat)
+        ("tie_break", "<u8"),  # hash of (seed, source, row, first, repeat)
     ]
 )
 
@@ -47,7 +48,7 @@ class Selection:
     """What one source gives to the shard set."""
 
     sequences: npt.NDArray[np.void]  # SEQUENCE [S], by row, repeats of a row behind one another
-    epochs_asked: float | None = None  # by the source, or by the temperature of the mixture
+    epochs_configured: float | None = None  # by the source, or by the temperature of the mixture
     epochs_used: float = 1.0  # how often the eligible rows are used, on average
     dropped: Counter[str] = field(default_factory=Counter)  # rows left out by policy, by reason
     listed: list[tuple[int, str, str]] = field(default_factory=list)  # row, what happened, detail
@@ -82,9 +83,15 @@ class EligibleRows:
 
 
 def eligible_sequences(
-    store: SampleStore, source: SourceConfig, name: str, *, lengths: LengthsConfig, mask: MaskConfig,
-    max_seq_len: int, seed: int,
-) -> EligibleRows:  # fmt: skip
+    store: SampleStore,
+    source: SourceConfig,
+    name: str,
+    *,
+    lengths: LengthsConfig,
+    mask: MaskConfig,
+    max_seq_len: int,
+    seed: int,
+) -> EligibleRows:
     """Return the sequences of all rows that fit, render to something and carry enough loss."""
     parts = [
         _measure(index, chunk, mask, lengths.over_length, max_seq_len)
@@ -114,15 +121,18 @@ def eligible_sequences(
     rows = _leave_out(
         rows, few, reason, f"under {lengths.min_loss_tokens} loss tokens", dropped, listed
     )
-    rows["tie"] = mix(rows["row"].astype(np.uint64) ^ np.uint64(seed_from(seed, "order", name)))
+    rows["tie_break"] = splitmix64(
+        rows["row"].astype(np.uint64) ^ np.uint64(seed_from(seed, "order", name))
+    )
     first = rows["first"].astype(np.uint64)
-    rows["tie"] = np.where(first > 0, mix(rows["tie"] ^ first), rows["tie"])
+    rows["tie_break"] = np.where(
+        first > 0, splitmix64(rows["tie_break"] ^ first), rows["tie_break"]
+    )
     return EligibleRows(rows, dropped, listed)
 
 
 def choose(eligible: EligibleRows, source: SourceConfig, name: str, *, seed: int) -> Selection:
-    """Return as many of the eligible rows as `source` asks for. Raises DataError where there are too
-    few."""
+    """Return as many eligible rows as `source` takes. Raises DataError where there are too few."""
     dropped, listed = Counter(eligible.dropped), list(eligible.listed)
     chosen = _choose(eligible.rows, source, name, seed)
     rows, fragments = np.unique(eligible.rows["row"], return_counts=True)
@@ -199,9 +209,13 @@ def _measure(
 
 
 def _leave_out(
-    rows: npt.NDArray[np.void], which: npt.NDArray[np.bool_], reason: str, detail: str, dropped: Counter[str],
+    rows: npt.NDArray[np.void],
+    which: npt.NDArray[np.bool_],
+    reason: str,
+    detail: str,
+    dropped: Counter[str],
     listed: list[tuple[int, str, str]],
-) -> npt.NDArray[np.void]:  # fmt: skip
+) -> npt.NDArray[np.void]:
     if which.any():
         dropped[reason] += int(which.sum())
         listed += [(int(row), reason, detail) for row in rows["row"][which]]
@@ -217,14 +231,17 @@ def _choose(
     repeated = np.repeat(sequences, times)
     repeat = np.arange(len(repeated)) - np.repeat(np.cumsum(times) - times, times)
     again = repeat > 0
-    repeated["tie"][again] = mix(repeated["tie"][again] + repeat[again].astype(np.uint64))
+    repeated["tie_break"][again] = splitmix64(
+        repeated["tie_break"][again] + repeat[again].astype(np.uint64)
+    )
     return repeated
 
 
 def _times(rows: Ints, source: SourceConfig, name: str, seed: int) -> Ints:
     """Return how often each row is used, int64 [rows]."""
     draw = np.argsort(
-        mix(rows.astype(np.uint64) ^ np.uint64(seed_from(seed, "choose", name))), kind="stable"
+        splitmix64(rows.astype(np.uint64) ^ np.uint64(seed_from(seed, "choose", name))),
+        kind="stable",
     )
     total, whole, extra = len(rows), 0, len(rows)
     if source.rows is not None:
@@ -250,13 +267,3 @@ def _row_and_lengths(sequences: npt.NDArray[np.void]) -> list[tuple[int, int, in
     return [
         (int(row["row"]), int(row["length"]), int(row["full_length"])) for row in sequences[first]
     ]
-
-
-def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Hash 64-bit integers: the finaliser of splitmix64 (Steele, Lea and Flood 2014), a
-    bijection."""
-    with np.errstate(over="ignore"):
-        x = values + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))

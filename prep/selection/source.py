@@ -1,4 +1,4 @@
-"""One source of a set on its way through a build: what it is, its samples, what is taken of them."""
+"""One source on its way through a build: what it is, its samples, what is taken of them."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from prep.config import SourceConfig
 from prep.selection.sequences import Selection
 from prep.sources.resolve import ResolvedSource
 from prep.store.sample_store import SampleStore
-from prep.store.source_counts import Tally
+from prep.store.source_counts import SourceCounts
 
 
 @dataclass(slots=True)
@@ -17,7 +17,7 @@ class Source:
     """Which files it is, and what identifies their content."""
     config: SourceConfig
     """How the mixture uses it."""
-    counts: Tally
+    counts: SourceCounts
     """What its rows have become, as far as they are read."""
     store: SampleStore | None = None
     """Its samples, once they are tokenised; the groups of a split source share them."""

@@ -21,9 +21,9 @@ from prep.config import SourceConfig
 from prep.selection.sequences import EligibleRows
 from prep.selection.source import Source
 from prep.store.sample_store import SampleStore
-from prep.store.source_counts import Tally
+from prep.store.source_counts import SourceCounts
 from shared.errors import DataError
-from shared.shard_format import OTHER_PARTS
+from shared.shard_format import OTHER_GROUPS
 
 MAX_GROUPS = 1000  # of one source: a column with more values names rows, not groups
 
@@ -43,23 +43,23 @@ class Groups:
 def split_source(source: Source, eligible: EligibleRows) -> list[tuple[Source, EligibleRows]]:
     """Return the groups of a source with the rows of each; a source that is not split is its own.
 
-    Raises DataError where `split_by` or `part_epochs` do not fit the rows.
+    Raises DataError where `split_by` or `group_epochs` do not fit the rows.
     """
     if not source.config.split_by:
         return [(source, eligible)]
     _check_values(source)
     groups = _groups_of(source.samples, source.counts)
     rejects = _by_group(source.counts.rejects, groups)
-    uncarried = _by_group(source.counts.uncarried, groups)
+    unrendered = _by_group(source.counts.unrendered, groups)
     result = []
     for index, rows in enumerate(_split_rows(eligible, groups)):
         value = groups.values[index]
         result.append(
             (
                 Source(
-                    replace(source.resolved, name=_name(source, value), part_of=source.name),
+                    replace(source.resolved, name=_name(source, value), group_of=source.name),
                     _config_of(source.config, value),
-                    replace(source.counts, rejects=rejects[index], uncarried=uncarried[index]),
+                    replace(source.counts, rejects=rejects[index], unrendered=unrendered[index]),
                     source.store,
                 ),
                 rows,
@@ -73,7 +73,7 @@ def check_groups(sources: Sequence[Source]) -> None:
     one name."""
     names = []
     for source in sources:
-        split_by, values = source.config.split_by, source.counts.parts
+        split_by, values = source.config.split_by, source.counts.groups
         names += [_name(source, value) for value in (values if split_by else ("",))]
         if len(values - {""}) > MAX_GROUPS:
             raise DataError(
@@ -91,7 +91,7 @@ def check_groups(sources: Sequence[Source]) -> None:
 
 def warn_of_no_groups(source: Source) -> None:
     """Warn early of what would end the build: a column that no row has."""
-    if source.config.split_by and source.counts.parts == {""}:
+    if source.config.split_by and source.counts.groups == {""}:
         logger.warning(
             "%s: none of its first %d rows has a value in the column %r that split_by names",
             source.name,
@@ -102,16 +102,16 @@ def warn_of_no_groups(source: Source) -> None:
 
 def _check_values(source: Source) -> None:
     config, counts = source.config, source.counts
-    if counts.parts == {""} and counts.rows > len(counts.rejects):
+    if counts.groups == {""} and counts.rows > len(counts.rejects):
         raise DataError(
             f"source {source.name!r}: none of its {counts.rows:,} rows has a value in the column"
             f" {config.split_by!r}; correct split_by, or remove it"
         )
-    unknown = sorted(set(config.part_epochs) - counts.parts)
+    unknown = sorted(set(config.group_epochs) - counts.groups)
     if unknown:
         raise DataError(
-            f"source {source.name!r}: part_epochs names {unknown[0]!r}, which no row has in the"
-            f" column {config.split_by!r}; it has {', '.join(map(repr, sorted(counts.parts)))}"
+            f"source {source.name!r}: group_epochs names {unknown[0]!r}, which no row has in the"
+            f" column {config.split_by!r}; it has {', '.join(map(repr, sorted(counts.groups)))}"
         )
 
 
@@ -123,18 +123,18 @@ def _name(source: Source, value: str) -> str:
 
 def _config_of(config: SourceConfig, value: str) -> SourceConfig:
     """Return how the rows of a group are used: as those of the whole source, unless it is named."""
-    if value not in config.part_epochs:
+    if value not in config.group_epochs:
         return config
-    return replace(config, fraction=None, epochs=config.part_epochs[value])
+    return replace(config, fraction=None, epochs=config.group_epochs[value])
 
 
-def _groups_of(store: SampleStore, counts: Tally) -> Groups:
-    values = sorted(counts.parts) or [""]
+def _groups_of(store: SampleStore, counts: SourceCounts) -> Groups:
+    values = sorted(counts.groups) or [""]
     index = {value: number for number, value in enumerate(values)}
     rows = [np.zeros(0, np.int32)]
     for chunk in store.chunks:
-        of_chunk = np.asarray([index[value] for value in chunk.facts["parts"]], np.int32)
-        rows.append(of_chunk[chunk.column("row_part")])
+        of_chunk = np.asarray([index[value] for value in chunk.facts["groups"]], np.int32)
+        rows.append(of_chunk[chunk.column("row_group")])
     return Groups(tuple(values), np.concatenate(rows))
 
 
@@ -156,7 +156,7 @@ def _split_rows(eligible: EligibleRows, groups: Groups) -> list[EligibleRows]:
         dropped = Counter(reason for _, reason, _ in events)
         others = len(groups.of_row) - int(num_rows[index])
         if others:
-            dropped[OTHER_PARTS] = others
+            dropped[OTHER_GROUPS] = others
         rows = eligible.rows[order[bounds[index] : bounds[index + 1]]]
         result.append(EligibleRows(rows, dropped, events))
     return result

@@ -3,14 +3,14 @@ its manifest says."""
 
 import json
 
-from prep.sharing.wire_format import EVAL_MANIFEST, Contents
+from prep.sharing.wire_format import EVAL_MANIFEST, SetContents
 from shared.markdown import sources_table, table_cell
 from shared.shard_format import Manifest
 
 CARD_NAME = "README.md"
 
 
-def render_set_card(contents: Contents) -> bytes:
+def render_set_card(contents: SetContents) -> bytes:
     """Return the card as Markdown with the hub's YAML front matter, in UTF-8."""
     manifest, totals = contents.manifest, contents.manifest.totals
     evaluation = []
@@ -52,12 +52,13 @@ def render_set_card(contents: Contents) -> bytes:
 _USE = """## Use
 
 ```sh
-sft-prep pull user/name data_cache/name     # this repository: downloads, checks every digest, decompresses
+sft-prep pull user/name data_cache/name     # downloads, checks digests, decompresses
 sft-prep inspect data_cache/name
 sft-train --shards data_cache/name
 ```
 
-Each column is an ordinary `.npy` file as one zstd frame; `transfer.json` has its sha256 before and after. A repository
+Each column is an ordinary `.npy` file as one zstd frame; `transfer.json` has its sha256 before and
+after. A repository
 without `manifest.json` is a push that was not finished.
 
 ## License

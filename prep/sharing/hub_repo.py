@@ -53,8 +53,8 @@ class Visibility(StrEnum):
     PUBLIC = "public"
 
 
-class HubPlace:
-    """One revision of a data set of the hub. It need not exist before `begin`."""
+class HubRemote:
+    """One revision of a data set of the hub. It need not exist before `begin_write`."""
 
     def __init__(
         self, hub_id: str, *, revision: str | None, visibility: Visibility, workers: int
@@ -97,10 +97,10 @@ class HubPlace:
         return set(self._files)
 
     def read(self, path: str) -> bytes:
-        with tempfile.TemporaryDirectory() as scratch, self.fetched(path, Path(scratch)) as file:
+        with tempfile.TemporaryDirectory() as scratch, self.local_copy(path, Path(scratch)) as file:
             return file.read_bytes()
 
-    def holds(self, path: str, entry: FileEntry, local: Path | None = None) -> bool:
+    def has(self, path: str, entry: FileEntry, local: Path | None = None) -> bool:
         file = self._files.get(path)
         if file is None or file.size != entry.bytes:
             return False
@@ -109,7 +109,7 @@ class HubPlace:
         return local is not None and file.blob_id == _git_hash(local)
 
     @contextlib.contextmanager
-    def fetched(self, path: str, scratch: Path) -> Iterator[Path]:
+    def local_copy(self, path: str, scratch: Path) -> Iterator[Path]:
         with self._errors("download"):
             if path not in self._files:
                 raise IncompleteArtifactError(f"{self.label} has no {path}; push the set again")
@@ -123,7 +123,7 @@ class HubPlace:
         yield file
         file.unlink()
 
-    def begin(self) -> None:
+    def begin_write(self) -> None:
         with self._errors("create"):
             if self._head is None:
                 private = self._visibility is Visibility.PRIVATE
@@ -156,13 +156,18 @@ class HubPlace:
         with self._errors("push to"):
             done = self._retrying(
                 lambda: self._api.create_commit(
-                    self._id, operations, commit_message=message, repo_type=_KIND, revision=self._revision,
-                    parent_commit=self._head, num_threads=self._workers,
+                    self._id,
+                    operations,
+                    commit_message=message,
+                    repo_type=_KIND,
+                    revision=self._revision,
+                    parent_commit=self._head,
+                    num_threads=self._workers,
                 )
-            )  # fmt: skip
+            )
         self._head = done.oid
 
-    def finish(self) -> None:
+    def publish(self) -> None:
         """Nothing is left to do: the last commit put it in place."""
 
     def _look(self) -> None:

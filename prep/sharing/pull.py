@@ -16,18 +16,18 @@ from pathlib import Path
 
 from prep.inspection.verification.verify import verify
 from prep.progress import progress
-from prep.sharing.remote import DirectoryPlace, Place, parse_repo
+from prep.sharing.remote import DirectoryRemote, Remote, parse_repo
 from prep.sharing.wire_format import (
     SUFFIX,
     TRANSFER_NAME,
-    Contents,
-    Transfer,
+    SetContents,
+    TransferIndex,
     check_file,
     contents_of,
     contents_of_set,
     decompress,
     fingerprints,
-    is_file_of,
+    matches,
     transfer_from_json,
 )
 from prep.writing import replaceable_set
@@ -60,10 +60,10 @@ class PullOptions:
 class _Pushed:
     """A pushed set: where it is and what it says it is."""
 
-    place: Place
-    transfer: Transfer
+    place: Remote
+    transfer: TransferIndex
     manifests: dict[str, bytes]
-    contents: Contents
+    contents: SetContents
 
 
 def pull(repo: str, out: Path | None, options: PullOptions) -> list[str]:
@@ -80,7 +80,7 @@ def pull(repo: str, out: Path | None, options: PullOptions) -> list[str]:
     try:
         with atomic.exclusive_lock(out.parent / f".{out.name}.lock", f"writing {out}"):
             replaceable_set.clear(out)
-            if _is_there(out, pushed, options):
+            if _is_current(out, pushed, options):
                 return [f"{out} is up to date", fingerprint]
             replaceable_set.check_replaceable(out)
             bytes_fetched = _pull(pushed, out.resolve(), workers=options.workers)
@@ -100,15 +100,15 @@ def pull(repo: str, out: Path | None, options: PullOptions) -> list[str]:
     ]
 
 
-def _open_place(repo: str, options: PullOptions) -> Place:
+def _open_place(repo: str, options: PullOptions) -> Remote:
     target = parse_repo(repo)
     if isinstance(target, Path):
         if options.revision is not None:
             raise ConfigError(f"--revision is for hub data sets, {target} is a directory")
-        return DirectoryPlace(target)
-    from prep.sharing.hub_repo import HubPlace, Visibility
+        return DirectoryRemote(target)
+    from prep.sharing.hub_repo import HubRemote, Visibility
 
-    hub = HubPlace(
+    hub = HubRemote(
         target, revision=options.revision, visibility=Visibility.PRIVATE, workers=options.workers
     )
     hub.look()
@@ -120,7 +120,7 @@ def _name_of(repo: str) -> str:
     return target.resolve().name if isinstance(target, Path) else target.rpartition("/")[2]
 
 
-def _described(place: Place) -> _Pushed:
+def _described(place: Remote) -> _Pushed:
     """Return what the place says it holds, proved to agree with itself."""
     paths = place.paths()
     if TRANSFER_NAME not in paths:
@@ -150,7 +150,7 @@ def _described(place: Place) -> _Pushed:
     return _Pushed(place, transfer, manifests, contents)
 
 
-def _is_there(out: Path, pushed: _Pushed, options: PullOptions) -> bool:
+def _is_current(out: Path, pushed: _Pushed, options: PullOptions) -> bool:
     """Say whether `out` is the set, by its bytes. Raises where something else is in the way."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -195,7 +195,7 @@ def _pull(pushed: _Pushed, out: Path, *, workers: int) -> int:
     shutil.rmtree(scratch, ignore_errors=True)
 
     def bring(path: str) -> tuple[str, int]:
-        return path, _bring(pushed, path, staging, out, scratch)
+        return path, _fetch_file(pushed, path, staging, out, scratch)
 
     bytes_fetched = 0
     columns = pushed.contents.columns
@@ -214,23 +214,23 @@ def _pull(pushed: _Pushed, out: Path, *, workers: int) -> int:
     return bytes_fetched
 
 
-def _bring(pushed: _Pushed, path: str, staging: Path, out: Path, scratch: Path) -> int:
+def _fetch_file(pushed: _Pushed, path: str, staging: Path, out: Path, scratch: Path) -> int:
     """See to one file of the set; return how many bytes of a column were fetched for it."""
     place, target = pushed.place, staging / path
     where = f"{place.label}: {path}"
     expected = pushed.contents.columns.get(path) or pushed.contents.tokenizers[path]
-    if is_file_of(target, expected):
+    if matches(target, expected):
         return 0
     target.parent.mkdir(parents=True, exist_ok=True)
-    if is_file_of(out / path, expected):
+    if matches(out / path, expected):
         _link(out / path, target)
         return 0
     if path in pushed.contents.columns:
         entry = pushed.transfer.columns[path]
-        with place.fetched(path + SUFFIX, scratch) as stored:
+        with place.local_copy(path + SUFFIX, scratch) as stored:
             decompress(stored, target, entry, where=where + SUFFIX)
         return entry.zstd.bytes
-    with place.fetched(path, scratch) as stored:
+    with place.local_copy(path, scratch) as stored:
         check_file(stored, expected, where=where)
         shutil.copyfile(stored, target)
     return 0

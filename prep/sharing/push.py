@@ -18,7 +18,7 @@ from pathlib import Path
 from prep.inspection.verification.verify import verify
 from prep.progress import progress
 from prep.sharing.dataset_card import CARD_NAME, render_set_card
-from prep.sharing.remote import DirectoryPlace, Place, parse_repo
+from prep.sharing.remote import DirectoryRemote, Remote, parse_repo
 from prep.sharing.replaceable_push import is_of_the_set
 from prep.sharing.wire_format import (
     EVAL_MANIFEST,
@@ -26,8 +26,8 @@ from prep.sharing.wire_format import (
     TRANSFER_NAME,
     TRANSFER_VERSION,
     ColumnEntry,
-    Contents,
-    Transfer,
+    SetContents,
+    TransferIndex,
     compress,
     contents_of_set,
     fingerprints,
@@ -64,9 +64,9 @@ def push(shards: Path, repo: str, options: PushOptions) -> list[str]:
         if not options.replace:
             _refuse_another(place, contents, held)
         verify(shards)
-        place.begin()
+        place.begin_write()
         bytes_sent = _send(place, shards, contents, workers=options.workers)
-        place.finish()
+        place.publish()
     size = sum(entry.bytes for entry in contents.columns.values())
     return [
         (
@@ -79,26 +79,26 @@ def push(shards: Path, repo: str, options: PushOptions) -> list[str]:
 
 
 @contextlib.contextmanager
-def _open_place(repo: str, options: PushOptions) -> Iterator[Place]:
+def _open_place(repo: str, options: PushOptions) -> Iterator[Remote]:
     target = parse_repo(repo)
     if isinstance(target, Path):
         if options.revision is not None:
             raise ConfigError(f"--revision is for hub data sets, {target} is a directory")
-        directory = DirectoryPlace(target)
+        directory = DirectoryRemote(target)
         with directory.writing():
             yield directory
         return
-    from prep.sharing.hub_repo import HubPlace, Visibility
+    from prep.sharing.hub_repo import HubRemote, Visibility
 
     visibility = Visibility.PUBLIC if options.public else Visibility.PRIVATE
-    hub = HubPlace(
+    hub = HubRemote(
         target, revision=options.revision, visibility=visibility, workers=options.workers
     )
     with hub.writing():
         yield hub
 
 
-def _held(place: Place, *, damaged_is_none: bool) -> Transfer | None:
+def _held(place: Remote, *, damaged_is_none: bool) -> TransferIndex | None:
     """Return what earlier pushes say is there, if they say anything."""
     paths = place.paths()
     if TRANSFER_NAME not in paths:
@@ -116,23 +116,23 @@ def _held(place: Place, *, damaged_is_none: bool) -> Transfer | None:
         raise
 
 
-def _is_whole(place: Place, shards: Path, contents: Contents, held: Transfer) -> bool:
+def _is_whole(place: Remote, shards: Path, contents: SetContents, held: TransferIndex) -> bool:
     """Say whether every file of the set is in its place, as far as can be told without moving
     it."""
     if held.sets != contents.sets:
         return False
     small = contents.tokenizers | {path: entry.file for path, entry in contents.sets.items()}
-    return all(place.holds(path, entry, shards / path) for path, entry in small.items()) and all(
+    return all(place.has(path, entry, shards / path) for path, entry in small.items()) and all(
         _is_sent(place, path, entry, held) for path, entry in contents.columns.items()
     )
 
 
-def _is_sent(place: Place, path: str, entry: FileEntry, held: Transfer | None) -> bool:
+def _is_sent(place: Remote, path: str, entry: FileEntry, held: TransferIndex | None) -> bool:
     known = held.columns.get(path) if held is not None else None
-    return known is not None and known.raw == entry and place.holds(path + SUFFIX, known.zstd)
+    return known is not None and known.raw == entry and place.has(path + SUFFIX, known.zstd)
 
 
-def _refuse_another(place: Place, contents: Contents, held: Transfer | None) -> None:
+def _refuse_another(place: Remote, contents: SetContents, held: TransferIndex | None) -> None:
     if held is None or fingerprints(held.sets) == fingerprints(contents.sets):
         return
     state = "the set" if MANIFEST_NAME in place.paths() else "an unfinished push of the set"
@@ -142,7 +142,7 @@ def _refuse_another(place: Place, contents: Contents, held: Transfer | None) -> 
     )
 
 
-def _send(place: Place, shards: Path, contents: Contents, *, workers: int) -> int:
+def _send(place: Remote, shards: Path, contents: SetContents, *, workers: int) -> int:
     """Commit what is missing, the manifests last; return how many bytes of columns were sent."""
     held = _held(place, damaged_is_none=True)
     columns = {
@@ -165,7 +165,7 @@ def _send(place: Place, shards: Path, contents: Contents, *, workers: int) -> in
     ):  # a card beside a finished push may have been edited
         files[CARD_NAME] = render_set_card(contents)
     for path, entry in contents.tokenizers.items():
-        if not place.holds(path, entry, shards / path):
+        if not place.has(path, entry, shards / path):
             files[path] = shards / path
     files |= {path: shards / path for path in contents.sets}
     wanted = {path + SUFFIX for path in columns} | contents.tokenizers.keys() | contents.sets.keys()
@@ -179,7 +179,10 @@ def _send(place: Place, shards: Path, contents: Contents, *, workers: int) -> in
 
 
 def _make_room(
-    place: Place, contents: Contents, columns: dict[str, ColumnEntry], held: Transfer | None
+    place: Remote,
+    contents: SetContents,
+    columns: dict[str, ColumnEntry],
+    held: TransferIndex | None,
 ) -> set[str]:
     """Take the manifests of another set away first: its columns are about to go. Return the paths
     that are left."""
@@ -193,9 +196,9 @@ def _make_room(
 
 
 def _send_shard(
-    place: Place,
+    place: Remote,
     shards: Path,
-    contents: Contents,
+    contents: SetContents,
     columns: dict[str, ColumnEntry],
     paths: list[str],
     *,
@@ -213,7 +216,7 @@ def _send_shard(
         for path, entry in zip(missing, pool.map(packed, missing), strict=True):
             raw = contents.columns[path]
             columns[path] = ColumnEntry(bytes=raw.bytes, sha256=raw.sha256, zstd=entry)
-            if not place.holds(path + SUFFIX, entry, place.scratch / path):
+            if not place.has(path + SUFFIX, entry, place.scratch / path):
                 files[path + SUFFIX] = place.scratch / path
     if files:
         files[TRANSFER_NAME] = _transfer_bytes(contents, columns)
@@ -224,6 +227,6 @@ def _send_shard(
     return sum(columns[path].zstd.bytes for path in missing if path + SUFFIX in files)
 
 
-def _transfer_bytes(contents: Contents, columns: dict[str, ColumnEntry]) -> bytes:
-    listed = Transfer(transfer_version=TRANSFER_VERSION, sets=contents.sets, columns=columns)
+def _transfer_bytes(contents: SetContents, columns: dict[str, ColumnEntry]) -> bytes:
+    listed = TransferIndex(transfer_version=TRANSFER_VERSION, sets=contents.sets, columns=columns)
     return canonical_json(config.to_plain(listed))

@@ -1,7 +1,7 @@
 """Where a set is pushed to and pulled from: a Place, and the one that is a directory.
 
     ./NAME, ../NAME, /..., ~/..., or any directory that exists     a directory
-    hf://user/name, hf://datasets/user/name, user/name             a data set of the hub (hub_place.py)
+    hf://user/name, hf://datasets/user/name, user/name    a data set of the hub (hub_repo.py)
 
 A directory target is made in `.tmp-NAME-push` beside it and renamed when it is whole. A killed push
 is taken up there. It takes the place of what an earlier push put there, and of nothing else.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from prep.sharing import replaceable_push
-from prep.sharing.wire_format import TRANSFER_NAME, is_file_of
+from prep.sharing.wire_format import TRANSFER_NAME, matches
 from shared import atomic
 from shared.errors import ArtifactError, ConfigError, IncompleteArtifactError
 from shared.shard_format import MANIFEST_NAME, FileEntry
@@ -25,12 +25,12 @@ from shared.shard_format import MANIFEST_NAME, FileEntry
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
-class Place(Protocol):
-    """Files by path. Nothing is changed before `begin`; what `commit` takes, it may move away."""
+class Remote(Protocol):
+    """Files by path. Nothing changes before `begin_write`; `commit` may move what it takes."""
 
     label: str
     scratch: Path
-    """Where files for `commit` are made; valid from `begin` on."""
+    """Where files for `commit` are made; valid from `begin_write` on."""
 
     def paths(self) -> set[str]:
         """Return the paths of all files that are there."""
@@ -38,14 +38,14 @@ class Place(Protocol):
     def read(self, path: str) -> bytes:
         """Return a small file. Raises IncompleteArtifactError if it is not there."""
 
-    def holds(self, path: str, entry: FileEntry, local: Path | None = None) -> bool:
+    def has(self, path: str, entry: FileEntry, local: Path | None = None) -> bool:
         """Say whether the file at `path` is `entry`, without moving it; `local` is a copy to
         compare with."""
 
-    def fetched(self, path: str, scratch: Path) -> AbstractContextManager[Path]:
+    def local_copy(self, path: str, scratch: Path) -> AbstractContextManager[Path]:
         """Give the local path of a file for the length of the block."""
 
-    def begin(self) -> None:
+    def begin_write(self) -> None:
         """Make ready for `commit`, or raise ArtifactError. What was there may be out of sight from
         here on."""
 
@@ -54,7 +54,7 @@ class Place(Protocol):
     ) -> None:
         """Add files and remove others, all of them or none."""
 
-    def finish(self) -> None:
+    def publish(self) -> None:
         """Put what was committed in place."""
 
 
@@ -74,8 +74,8 @@ def parse_repo(repo: str) -> str | Path:
     return hub_id
 
 
-class DirectoryPlace:
-    """A pushed set in a directory: shown as it is until `begin`, then as the staged one that will
+class DirectoryRemote:
+    """A pushed set in a directory: as it is until `begin_write`, then as the staged one that will
     take its place."""
 
     def __init__(self, path: Path) -> None:
@@ -125,17 +125,17 @@ class DirectoryPlace:
                 f"{self.label} has no {path}; push the set again"
             ) from exc
 
-    def holds(self, path: str, entry: FileEntry, local: Path | None = None) -> bool:
-        return is_file_of(self._root / path, entry)
+    def has(self, path: str, entry: FileEntry, local: Path | None = None) -> bool:
+        return matches(self._root / path, entry)
 
     @contextlib.contextmanager
-    def fetched(self, path: str, scratch: Path) -> Iterator[Path]:
+    def local_copy(self, path: str, scratch: Path) -> Iterator[Path]:
         file = self._root / path
         if not file.is_file():
             raise IncompleteArtifactError(f"{self.label} has no {path}; push the set again")
         yield file
 
-    def begin(self) -> None:
+    def begin_write(self) -> None:
         replaceable_push.check_replaceable(self._final)
         replaceable_push.check_staging(self._staging)
         self._root = self._staging
@@ -157,7 +157,7 @@ class DirectoryPlace:
         for path in remove:
             (self._staging / path).unlink(missing_ok=True)
 
-    def finish(self) -> None:
+    def publish(self) -> None:
         shutil.rmtree(self.scratch)
         atomic.fsync_tree(self._staging)
         atomic.replace_dir(self._staging, self._final, remove_old=replaceable_push.remove)

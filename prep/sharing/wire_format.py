@@ -3,7 +3,7 @@ on the way.
 
     shards/00000/tokens.npy  --zstd-->  shards/00000/tokens.npy.zst      likewise below eval/
     manifest.json, tokenizer/*          as they are
-    transfer.json                       sha256 and size of each column, before and after; of each manifest
+    transfer.json              sha256 and size of each column, before and after; of each manifest
 
 What is no part of the content (build_info.json, rejects.jsonl.zst) stays where it was made: it has
 paths and rows.
@@ -67,7 +67,7 @@ class ColumnEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Transfer:
+class TransferIndex:
     """The contents of transfer.json. While a push is unfinished it lists the columns that have
     arrived."""
 
@@ -80,7 +80,7 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class SetContents:
     """The files of a set and of its eval set, by their paths in it."""
 
     manifest: Manifest
@@ -89,7 +89,7 @@ class Contents:
     tokenizers: dict[str, FileEntry]
 
 
-def contents_of(manifests: dict[str, bytes], where: str) -> Contents:
+def contents_of(manifests: dict[str, bytes], where: str) -> SetContents:
     """Return what the manifests (path -> bytes) list. Raises ArtifactError if one cannot be
     used."""
     sets, columns, tokenizers, parsed = {}, {}, {}, {}
@@ -108,10 +108,10 @@ def contents_of(manifests: dict[str, bytes], where: str) -> Contents:
             )
         for name, entry in sorted(manifest.tokenizer.files.items()):
             tokenizers[f"{folder}{TOKENIZER_DIR}/{name}"] = entry
-    return Contents(parsed[MANIFEST_NAME], sets, columns, tokenizers)
+    return SetContents(parsed[MANIFEST_NAME], sets, columns, tokenizers)
 
 
-def contents_of_set(path: Path) -> Contents:
+def contents_of_set(path: Path) -> SetContents:
     """Return what the set at `path` holds, its eval set included; only the manifests are read."""
     read_manifest(path)  # raises the errors that say what a directory without a manifest is
     manifests = {MANIFEST_NAME: (path / MANIFEST_NAME).read_bytes()}
@@ -121,7 +121,7 @@ def contents_of_set(path: Path) -> Contents:
     return contents_of(manifests, str(path))
 
 
-def transfer_from_json(data: bytes, where: str) -> Transfer:
+def transfer_from_json(data: bytes, where: str) -> TransferIndex:
     """Return the Transfer in `data`. Raises ArtifactError if it is damaged or of another
     version."""
     advice = "push the set again with --replace"
@@ -133,7 +133,7 @@ def transfer_from_json(data: bytes, where: str) -> Transfer:
             f" {advice}"
         )
     try:
-        transfer = config.build(Transfer, tables, where)
+        transfer = config.build(TransferIndex, tables, where)
     except ConfigError as exc:
         raise ArtifactError(f"{exc}; {advice}") from exc
     if not {MANIFEST_NAME} <= set(transfer.sets) <= {MANIFEST_NAME, EVAL_MANIFEST}:
@@ -226,7 +226,7 @@ def check_file(path: Path, expected: FileEntry, *, where: str) -> None:
         )
 
 
-def is_file_of(path: Path, expected: FileEntry) -> bool:
+def matches(path: Path, expected: FileEntry) -> bool:
     """Say whether the file at `path` is there and is `expected`."""
     return (
         path.is_file()

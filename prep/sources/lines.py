@@ -108,7 +108,8 @@ def _zstd_blocks(file: IO[bytes]) -> Iterator[bytes]:
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame = None  # a file may hold several frames; zstandard's stream_reader takes a cut frame for a whole one
+    # a file may hold several frames; zstandard's stream_reader takes a cut frame for a whole one
+    frame = None
     try:
         while data := file.read(_BLOCK_BYTES >> 4):
             while data:

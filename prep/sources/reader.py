@@ -15,7 +15,7 @@ from prep.conversations.formats import PLAIN_MESSAGES, Conversion
 from prep.sources import hub_dataset
 from prep.sources.chunk import Chunk
 from prep.sources.lines import MAX_BYTES, MAX_LINES, array_groups, decompressed_blocks, line_groups
-from prep.sources.resolve import FileStamp, ResolvedSource, SourceFile
+from prep.sources.resolve import ResolvedSource, SourceFile, SourceStamp
 from shared.errors import DataError
 
 _SLICE_ROWS = 256  # the step in which Arrow rows are added to a chunk
@@ -173,7 +173,7 @@ def _ipc_stream(batches: list[Any]) -> bytes:
 
 
 def _check_unchanged(file: SourceFile, status: os.stat_result) -> None:
-    if not FileStamp.of(status).same_content(file.stamp):
+    if not SourceStamp.of(status).same_content(file.stamp):
         raise DataError(
             f"{file.path} changed while it was being read; build again when nothing writes to it"
         )

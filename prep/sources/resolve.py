@@ -33,7 +33,7 @@ _GLOB = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, slots=True)
-class FileStamp:
+class SourceStamp:
     """What changes when somebody writes to a file."""
 
     size: int
@@ -42,10 +42,10 @@ class FileStamp:
     inode: int
 
     @classmethod
-    def of(cls, status: os.stat_result) -> "FileStamp":
+    def of(cls, status: os.stat_result) -> "SourceStamp":
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
-    def same_content(self, other: "FileStamp") -> bool:
+    def same_content(self, other: "SourceStamp") -> bool:
         """Say whether nobody wrote in between; a new name or mode, which only moves the change
         time, is no write."""
         return (self.size, self.mtime_ns, self.inode) == (other.size, other.mtime_ns, other.inode)
@@ -59,7 +59,7 @@ class SourceFile:
     share."""
     format: Format
     compression: Compression
-    stamp: FileStamp
+    stamp: SourceStamp
     sha256: str
 
 
@@ -78,8 +78,8 @@ class ResolvedSource:
     directory: Path | None
     """Set for a directory laid out like a hub data set."""
     split: str
-    part_of: str = ""
-    """The name of the whole source, where this is one of the parts that it was split into."""
+    group_of: str = ""
+    """The name of the whole source, where this is one of the groups that it was split into."""
 
     def identity(self) -> dict[str, str]:
         """Return what determines the rows, in terms that hold on any machine."""
@@ -201,8 +201,8 @@ def _resolve_files(
     return tuple(files)
 
 
-def _hash(path: Path, remembered: Any) -> tuple[FileStamp, str]:
-    stamp = FileStamp.of(path.stat())
+def _hash(path: Path, remembered: Any) -> tuple[SourceStamp, str]:
+    stamp = SourceStamp.of(path.stat())
     # all four are compared here: the change time catches a modification time that was set back
     if isinstance(remembered, list) and remembered[:-1] == [
         stamp.size,
@@ -215,7 +215,7 @@ def _hash(path: Path, remembered: Any) -> tuple[FileStamp, str]:
         sha256 = sha256_file(path)
     except OSError as exc:
         raise DataError(f"{path} cannot be read: {exc}; check its permissions") from exc
-    if not FileStamp.of(path.stat()).same_content(stamp):
+    if not SourceStamp.of(path.stat()).same_content(stamp):
         raise DataError(
             f"{path} changed while it was being read; build again when nothing writes to it"
         )

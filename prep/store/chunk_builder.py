@@ -1,7 +1,7 @@
 """One chunk of raw rows -> columns of the sample store. Runs in a worker process; knows no other
 chunk.
 
-What a row can become: a sample; a reject (malformed, or its spans cannot be proved); an uncarried
+What a row can become: a sample; a reject (malformed, or its spans cannot be proved); an unrendered
 row (the template would drop a part of it). Each is counted and listed with its reason.
 """
 
@@ -15,7 +15,7 @@ from prep.conversations.conversation import Conversation, calls_not_json, conten
 from prep.conversations.formats import read_conversation, read_part
 from prep.rendering.compiled.template import CompiledTemplate
 from prep.rendering.control.injection import ControlCheck
-from prep.rendering.coverage import all_uncarried, without_messages
+from prep.rendering.coverage import all_unrendered, without_messages
 from prep.rendering.mask_audit import NotComparableError, first_difference, windows
 from prep.rendering.spans import ROLE_KINDS, Rendered, find_spans
 from prep.rendering.template import ChatTemplate, TemplateText
@@ -46,10 +46,10 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "message_train": ("|u1", ()),  # [M] 0 no, 1 yes, 2 unset
     "prompt_hash": ("|u1", (16,)),  # [S, 16]
     "content_hash": ("|u1", (16,)),  # [S, 16]
-    "row_part": (
+    "row_group": (
         "<i4",
         (),
-    ),  # [R] of every row of a split source, rejected ones too: index into `parts`
+    ),  # [R] of every row of a split source, rejected ones too: index into `groups`
 }
 
 
@@ -128,14 +128,14 @@ class ChunkBuilder:
             "samples": len(columns["sample_row"]),
             "tokens": len(columns["tokens"]),
             "rejects": sorted(rejects),
-            "uncarried": missing,
+            "unrendered": missing,
             "messages_dropped": dropped_messages,
             "messages_untrained": int((columns["message_train"] == TRAIN_NO).sum()),
             "calls_not_json": sum(calls_not_json(row.conversation) for row in kept),
             **checked,
         }
         if chunk.conversion.split_by:
-            facts["parts"], columns["row_part"] = _named(parts)
+            facts["groups"], columns["row_group"] = _named(parts)
         return ChunkResult(columns, facts)
 
     def _render(self, conversation: Conversation) -> tuple[Conversation, Rendered | None, str, int]:
@@ -150,7 +150,7 @@ class ChunkBuilder:
                 text = self._template.render(conversation)
             except TemplateError as exc:
                 return conversation, None, str(exc), dropped
-            lost = dict(all_uncarried(text, conversation, self._rules))
+            lost = dict(all_unrendered(text, conversation, self._rules))
             if not lost:
                 break
             if not self._drop_messages or len(lost) == len(conversation.messages):
@@ -190,7 +190,7 @@ class ChunkBuilder:
             return self._columns([row for row in kept if row not in others], rejects)
         rows = [row.rendered for row in kept]
         aligned = align(encoded, rows)
-        refereed = self._referee(encoded, kept)
+        refereed = self._cross_check(encoded, kept)
         audited = self._audit(encoded, aligned, kept)
         conversations = [row.conversation for row in kept]
         order = [(row.conversation, m.message) for row in kept for m in row.rendered.messages]
@@ -214,8 +214,8 @@ class ChunkBuilder:
             if name in columns
         }
         return typed, {
-            "rows_by_hand": encoded.rows_by_hand,
-            "rows_refereed": refereed,
+            "rows_slow_path": encoded.rows_slow_path,
+            "rows_cross_checked": refereed,
             "rows_audited": audited,
         }
 
@@ -239,7 +239,7 @@ class ChunkBuilder:
             return True
         return False
 
-    def _referee(self, encoded: Encoded, kept: list[_Kept]) -> int:
+    def _cross_check(self, encoded: Encoded, kept: list[_Kept]) -> int:
         """Compare a sample of rows with the Hugging Face tokenizer, id by id."""
         checked = 0
         for index, row in enumerate(kept):

@@ -1,9 +1,9 @@
 """The sample store: every conversation of a source, tokenised once, untruncated, unmixed,
 content-addressed.
 
-    STORE/KEY/chunk-00000/{tokens,kind,...}.npy, facts.json      committed one by one, by rename
-    STORE/KEY/inputs.json                                        what KEY is the hash of
-    STORE/KEY/complete.json                                      written last: the source was read to its end
+    STORE/KEY/chunk-00000/{tokens,kind,...}.npy, facts.json    committed one by one, by rename
+    STORE/KEY/inputs.json                                      what KEY is the hash of
+    STORE/KEY/complete.json                                    written last, at the end
 
 KEY is a hash of all that decides the samples. Mixture ratio, max_seq_len, mask and length policy do
 not: changing them costs no tokenizer call. A killed build loses the chunks in flight and no more.
@@ -73,7 +73,8 @@ class StoredChunk:
             *(
                 self.column(name)
                 for name in (
-                    "kind", "sample_offsets", "sample_messages", "message_offsets", "message_role", "message_train"
+                    "kind", "sample_offsets", "sample_messages", "message_offsets",
+                    "message_role", "message_train"
                 )
             )
         )  # fmt: skip

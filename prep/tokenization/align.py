@@ -14,14 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.rendering.spans import Rendered
-from prep.tokenization.byte_offsets import in_bytes
+from prep.tokenization.byte_offsets import char_to_byte_offsets
 from prep.tokenization.encoder import Encoded, Ints, Places
 from shared.shard_format import STRADDLES, Kind
 
 # where one token covers text of two kinds, the later in this list names it: what the model must
 # produce wins
 _PRIORITY = (
-    Kind.TEMPLATE, Kind.SYSTEM, Kind.USER, Kind.TOOL, Kind.TERMINATOR, Kind.REASONING, Kind.TOOL_CALL, Kind.ASSISTANT,
+    Kind.TEMPLATE, Kind.SYSTEM, Kind.USER, Kind.TOOL, Kind.TERMINATOR, Kind.REASONING,
+    Kind.TOOL_CALL, Kind.ASSISTANT,
 )  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def _span_table(rows: Sequence[Rendered], byte_offsets: Ints) -> npt.NDArray[np.
     counts = np.fromiter((len(row.spans) for row in rows), np.int64, len(rows))
     fields = chain.from_iterable(span[:6] for row in rows for span in row.spans)
     flat = np.fromiter(fields, np.int64, 6 * int(counts.sum())).reshape(-1, 6)
-    places = in_bytes(rows, byte_offsets, counts, flat[:, [0, 1, 4, 5]])
+    places = char_to_byte_offsets(rows, byte_offsets, counts, flat[:, [0, 1, 4, 5]])
     first_message = np.cumsum([0, *(len(row.messages) for row in rows)])[:-1]
     names = ("start", "end", "kind", "message", "region_start", "region_end")
     table = np.zeros(
@@ -112,7 +113,7 @@ def _message_starts(
     begins = np.fromiter(
         (m.start for row in rows for m in row.messages), np.int64, int(counts.sum())
     )
-    bounds = in_bytes(rows, encoded.byte_offsets, counts, begins[:, None])[:, 0]
+    bounds = char_to_byte_offsets(rows, encoded.byte_offsets, counts, begins[:, None])[:, 0]
     starts = _search(encoded.token_end, bounds, "right")
     shared = np.flatnonzero(starts < len(message))
     shared = shared[encoded.token_start[starts[shared]] < bounds[shared]]

@@ -24,7 +24,9 @@ def byte_positions(text: str) -> Ints:
     return np.concatenate(([0], np.cumsum(widths)))
 
 
-def in_bytes(rows: Sequence[Rendered], byte_offsets: Ints, counts: Ints, places: Ints) -> Ints:
+def char_to_byte_offsets(
+    rows: Sequence[Rendered], byte_offsets: Ints, counts: Ints, places: Ints
+) -> Ints:
     """Turn characters of rows, int64 [K, n], into bytes of the chunk; `counts` says how many of K
     are each row's."""
     ends = np.cumsum(counts)

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from prep.rendering.control.tokens import is_markup
 from prep.rendering.intervals import Intervals
 from prep.rendering.spans import Rendered
-from prep.tokenization.byte_offsets import byte_positions, in_bytes
+from prep.tokenization.byte_offsets import byte_positions, char_to_byte_offsets
 from shared.errors import DataError
 from shared.shard_format import Kind
 
@@ -56,7 +56,8 @@ class Encoded:
     token_end: Places  # [N]
     row_offsets: Ints  # [R+1] in tokens
     byte_offsets: Ints  # [R+1] in bytes of text
-    rows_by_hand: int  # rows that took the Hugging Face path because of normalization or a typed control token
+    # rows that took the Hugging Face path because of normalization or a typed control token
+    rows_slow_path: int
 
 
 def encoder_spec(
@@ -144,7 +145,7 @@ class Encoder:
         ]
         for index, row in enumerate(rows):
             if by_hand[index]:
-                row_ids, row_start, row_end = self._encode_by_hand(row)
+                row_ids, row_start, row_end = self._encode_with_offsets(row)
                 pieces.append(
                     (row_ids, row_start + byte_offsets[index], row_end + byte_offsets[index])
                 )
@@ -165,7 +166,7 @@ class Encoder:
     def agrees_with_reference(self, row: Rendered, ids: npt.NDArray[np.int32]) -> bool:
         """Say whether `ids` are what the Hugging Face tokenizer makes of the row, message text kept
         plain."""
-        return np.array_equal(ids, self._encode_by_hand(row)[0])
+        return np.array_equal(ids, self._encode_with_offsets(row)[0])
 
     def rows_with_other_control(self, encoded: Encoded, rows: Sequence[Rendered]) -> Ints:
         """Return the rows whose control tokens are not, one by one, those that the template prints,
@@ -280,7 +281,7 @@ class Encoder:
         same_type = lengths.dtype == ends.dtype
         return np.subtract(ends, lengths, out=lengths if same_type else None), ends, exact
 
-    def _encode_by_hand(self, row: Rendered) -> tuple[npt.NDArray[np.int32], Ints, Ints]:
+    def _encode_with_offsets(self, row: Rendered) -> tuple[npt.NDArray[np.int32], Ints, Ints]:
         """Encode one row with the Hugging Face tokenizer, byte ranges from its offsets."""
         ids, offsets = self.reference(row)
         byte_at = byte_positions(row.text)
@@ -444,7 +445,7 @@ def _text_bounds(
     ]
     counts = np.fromiter(map(len, texts), np.int64, len(rows)) // 2
     places = np.fromiter(chain.from_iterable(texts), np.int64, 2 * int(counts.sum())).reshape(-1, 2)
-    starts, ends = in_bytes(rows, byte_offsets, counts, places).T
+    starts, ends = char_to_byte_offsets(rows, byte_offsets, counts, places).T
     return starts, ends
 
 

@@ -27,7 +27,8 @@ FILE_NAMES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "config.json",  # decides nothing, but transformers goes by it: see prep/tokenization/at_inference.py
+    # decides nothing, but transformers goes by it: see prep/tokenization/at_inference.py
+    "config.json",
     "merges.txt",
     "special_tokens_map.json",
     "tokenizer.json",

@@ -102,23 +102,27 @@ def _source_entry(selected: SelectedSource, loss_tokens: int, *, is_split: bool)
         rows_read=counts.rows,
         rows_used=len(rows),
         rows_rejected=_counts(reason for _, reason, _ in counts.rejects),
-        rows_uncarried=_counts(reason for _, reason in counts.uncarried),
+        rows_unrendered=_counts(reason for _, reason in counts.unrendered),
         rows_dropped=dict(sorted(selection.dropped.items())),
         rows_truncated=0 if is_split else int(cut_short.sum()),
         rows_without_terminator=int((~_last_of_each_row(used)["terminated"]).sum()),
         tokens=int(used["length"].sum(dtype=np.int64)),
         loss_tokens=loss_tokens,
         details={
-            **({"part_of": source.part_of, "split_by": config.split_by} if source.part_of else {}),
+            **(
+                {"group_of": source.group_of, "split_by": config.split_by}
+                if source.group_of
+                else {}
+            ),
             "format": counts.conversion.format,
             "columns": dict(counts.conversion.columns),
             "sequences": len(used),
             "epochs_used": round(selection.epochs_used, 6),
             "fraction": config.fraction,
             "rows": config.rows,
-            "epochs": selection.epochs_asked,
-            "rows_by_hand": counts.rows_by_hand,
-            "rows_refereed": counts.rows_refereed,
+            "epochs": selection.epochs_configured,
+            "rows_slow_path": counts.rows_slow_path,
+            "rows_cross_checked": counts.rows_cross_checked,
             "rows_audited": counts.rows_audited,
             "rows_split": int(cut_short.sum()) if is_split else 0,
             "messages_dropped": counts.messages_dropped,

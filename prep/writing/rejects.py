@@ -16,7 +16,7 @@ def write_rejects(out: Path, sources: Sequence[SelectedSource]) -> None:
     for selected in sources:
         counts = selected.source.counts
         events = [(row, reason, detail) for row, reason, detail in counts.rejects]
-        events += [(row, "uncarried", reason) for row, reason in counts.uncarried]
+        events += [(row, "unrendered", reason) for row, reason in counts.unrendered]
         events += selected.selection.listed
         for row, reason, detail in sorted(events):
             event = {

@@ -1,4 +1,4 @@
-"""What a set takes of its sources -> its files, all but manifest.json: packs, columns, tokenizer."""
+"""What a set takes of its sources -> its files but the manifest: packs, columns, tokenizer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def pack_sequences(sources: Sequence[SelectedSource], max_seq_len: int) -> Packe
     counts = [len(source.selection.sequences) for source in sources]
     source_of = np.repeat(np.arange(len(sources)), counts)
     order, pack_offsets = pack_best_fit(
-        sequences["length"].astype(np.int64), capacity=max_seq_len, tie=sequences["tie"]
+        sequences["length"].astype(np.int64), capacity=max_seq_len, tie_break=sequences["tie_break"]
     )
     return PackedSequences(sequences[order], source_of[order], pack_offsets)
 

@@ -1,4 +1,4 @@
-"""How unevenly the ranks work in a step, before and after `deal`, on the lengths of real
+"""How unevenly the ranks work in a step, before and after `assign_micro_batches`, on the lengths of real
 conversations.
 
 Cost is that of train/data/balance.py: per sequence its length squared plus 32,768 per token. Ranks
@@ -49,7 +49,7 @@ def build_set(conversations: str, tokenizer: str, folder: Path) -> Path:
         "max_seq_len": 4096,
         "tokenizer": {"name": tokenizer},
         "template": {"name": "tulu", "add_bos": True},
-        "rows": {"max_uncarried": 1.0},
+        "rows": {"max_unrendered": 1.0},
         "sources": [{"path": str(file)} for file in files],
     }
     mixture = config.build(MixtureConfig, tables, "bench")

@@ -24,7 +24,7 @@ def main(number: int = 1_000_000) -> None:
     for capacity in (1024, 2048, 4096, 8192, 32768):
         cut = np.minimum(lengths, capacity)
         start = time.perf_counter()
-        _, pack_offsets = pack_best_fit(cut, capacity=capacity, tie=tie)
+        _, pack_offsets = pack_best_fit(cut, capacity=capacity, tie_break=tie)
         seconds = time.perf_counter() - start
         packs = len(pack_offsets) - 1
         print(

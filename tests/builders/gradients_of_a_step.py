@@ -18,7 +18,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from shared.shard_reader import ShardSet, open_shard_set
 from train.config import EngineConfig, LossConfig, ModelConfig, OptimConfig
-from train.data.loader import Feed
+from train.data.loader import StepLoader
 from train.data.step_order import StepOrder, Unit, make_order
 from train.engine.engine import (
     accumulate,
@@ -112,7 +112,7 @@ def start(job: Job, shard_set: ShardSet, models: Path, ranks: Ranks) -> Any:
 def one_step(
     engine: Any, job: Job, shard_set: ShardSet, ranks: Ranks, *, is_last: bool
 ) -> dict[str, Any]:
-    feed = Feed(
+    feed = StepLoader(
         shard_set=shard_set, order=order_for(shard_set, job), loss=job.loss, rank=ranks.rank,
         world_size=ranks.world_size, packs_per_micro_batch=job.per_micro_batch,
     )  # fmt: skip

@@ -100,7 +100,7 @@ def write_lettered_set(
     }
     source = SourceEntry(
         name="chats", hub_id=None, revision=None, content_sha256=None, rows_read=row + 2, rows_used=row,
-        rows_rejected={"malformed": 1}, rows_uncarried={}, rows_dropped={"over_length": 1}, rows_truncated=0,
+        rows_rejected={"malformed": 1}, rows_unrendered={}, rows_dropped={"over_length": 1}, rows_truncated=0,
         rows_without_terminator=0, tokens=sums["tokens"], loss_tokens=sum(int(p["loss_mask"].sum()) for p in parts),
         details=details or {},
     )  # fmt: skip

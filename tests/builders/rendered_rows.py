@@ -5,7 +5,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from prep.conversations.conversation import Conversation, parse_conversation
-from prep.rendering.coverage import uncarried
+from prep.rendering.coverage import unrendered_fields
 from prep.rendering.spans import Rendered, find_spans
 from prep.rendering.template import ChatTemplate, TemplateText
 from prep.rendering.turns import SpanRules, learn_rules
@@ -53,9 +53,9 @@ def as_transformers(
 
 def spans_of(template: ChatTemplate, rules: SpanRules, conversation: Conversation) -> Rendered:
     text = template.render(conversation)
-    lost = uncarried(text, conversation, rules)
+    lost = unrendered_fields(text, conversation, rules)
     if lost is not None:
-        raise TemplateError(f"uncarried: {lost[1]}")
+        raise TemplateError(f"unrendered: {lost[1]}")
     return find_spans(text, conversation, rules)
 
 

@@ -71,7 +71,7 @@ def empty_source(name: str) -> SourceEntry:
     """A further source of a set; the totals of all are told of the first."""
     return SourceEntry(
         name=name, hub_id=None, revision=None, content_sha256=None, rows_read=0, rows_used=0, rows_rejected={},
-        rows_uncarried={}, rows_dropped={}, rows_truncated=0, rows_without_terminator=0, tokens=0, loss_tokens=0,
+        rows_unrendered={}, rows_dropped={}, rows_truncated=0, rows_without_terminator=0, tokens=0, loss_tokens=0,
     )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def write_shard_set(
     loss_total = sum(shard.loss_tokens for shard in shards)
     first = SourceEntry(
         name=source_names[0], hub_id=None, revision=None, content_sha256=None, rows_read=row, rows_used=row,
-        rows_rejected={}, rows_uncarried={}, rows_dropped={}, rows_truncated=0, rows_without_terminator=0,
+        rows_rejected={}, rows_unrendered={}, rows_dropped={}, rows_truncated=0, rows_without_terminator=0,
         tokens=tokens_total, loss_tokens=loss_total,
     )  # fmt: skip
     inputs = {"made": "by a test", "packs": len(packs)}

@@ -34,10 +34,11 @@ trap pass_on USR1
 trap 'cancelled=yes; pass_on' TERM
 
 # each task learns from SLURM which node it is: the first one hosts the rendezvous
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
-    --wait=600 --open-mode=append --output="$logs/node-%n.log" \
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    --cpu-bind=none --wait=600 --open-mode=append --output="$logs/node-%n.log" \
     bash -c '
-        exec "${@:1:4}" --rdzv-conf "is_host=$((SLURM_NODEID == 0))" --local-addr "$SLURMD_NODENAME" "${@:5}"
+        exec "${@:1:4}" --rdzv-conf "is_host=$((SLURM_NODEID == 0))" \
+            --local-addr "$SLURMD_NODENAME" "${@:5}"
     ' node /opt/venv/bin/python -P -m torch.distributed.run \
     --nnodes 2 \
     --nproc-per-node 1 \
@@ -54,7 +55,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per
     --output run \
     --set run.seed=3 &
 ranks=$!
-echo "started on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}; what the nodes say: $logs/node-*.log"
+echo "started on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}; logs: $logs/node-*.log"
 while true; do
     wait "$ranks"  # a trapped signal ends the wait, not the ranks
     kill -0 "$ranks" 2> /dev/null || break

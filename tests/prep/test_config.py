@@ -90,3 +90,18 @@ def test_a_bad_row_ends_the_command_with_its_code(
     printed = capsys.readouterr()
     assert (ended.value.code or 0) == code, printed
     assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("rows.max_uncarried=0.5", "'rows.max_uncarried' is now called 'rows.max_unrendered'"),
+        (
+            "sources.0.part_epochs={}",
+            "'sources.0.part_epochs' is now called 'sources.0.group_epochs'",
+        ),
+    ],
+)
+def test_a_key_of_an_older_release_is_an_error_that_names_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(SftError, match=new):
+        mixture_config.load_mixture("demo", (old,))

@@ -164,11 +164,11 @@ def test_rows_that_tulu_cannot_carry_are_left_out_and_counted_and_no_others(tulu
             for row in rows
         ]
         assert entry.rows_used == sum(carried)
-        assert sum(entry.rows_uncarried.values()) == len(rows) - sum(carried)
+        assert sum(entry.rows_unrendered.values()) == len(rows) - sum(carried)
         assert entry.rows_rejected == {}
     total = Counter()
     for entry in tulu.shards.manifest.sources:
-        total.update(entry.rows_uncarried)
+        total.update(entry.rows_unrendered)
     assert total == {"assistant.tool_calls": 6_321}
 
 

@@ -48,6 +48,7 @@ def third_party_after(statement: str) -> set[str]:
         ("shared.markdown", set()),
         ("shared.command", set()),
         ("shared.shard_format", set()),
+        ("shared.splitmix", {"numpy"}),
         ("shared.shard_reader", {"numpy"}),
         ("shared.shard_writer", {"numpy"}),
         ("prep.config", set()),

@@ -36,8 +36,8 @@ from train.run.checkpoint_layout import (
     check_digest,
     list_checkpoints,
     read_state_file,
+    recovery_hint,
     same_layout,
-    way_out,
 )
 from train.run.directory import RunDir
 from train.run.train_state import Counters, TrainState, WindowSums
@@ -174,7 +174,7 @@ def _load_as_written(engine: Any, path: Path, ranks: Ranks) -> None:
         load_module_strict=not has_frozen_weights(engine),
     )
     if loaded is None:
-        raise ArtifactError(f"DeepSpeed found no state in {path / ENGINE_DIR}{way_out(path)}")
+        raise ArtifactError(f"DeepSpeed found no state in {path / ENGINE_DIR}{recovery_hint(path)}")
     _restore_rng(load_file(path / "rng" / f"rank-{ranks.rank:05d}.safetensors"), ranks.device)
 
 
@@ -188,9 +188,13 @@ def _load_converted(
     problem: SftError | None = None
     if ranks.is_main:
         logger.info(
-            "converting %s: it was written by %d ranks with ZeRO stage %d, now %d with stage %d go on",
-            path, data["world_size"], data["zero_stage"], ranks.world_size, engine.zero_optimization_stage(),
-        )  # fmt: skip
+            "converting %s from %d ranks with ZeRO stage %d to %d ranks with stage %d",
+            path,
+            data["world_size"],
+            data["zero_stage"],
+            ranks.world_size,
+            engine.zero_optimization_stage(),
+        )
         shutil.rmtree(converted, ignore_errors=True)
         try:
             convert(path, converted, zero_stage=data["zero_stage"], trained=trained)

@@ -1,9 +1,9 @@
 """Go on with another number of ranks, or another ZeRO stage: through DeepSpeed's universal
 checkpoint.
 
-    converted/state/zero/PARAMETER/{fp32,exp_avg,exp_avg_sq,step}.pt    whole tensors, whoever trains them next
+    converted/state/zero/PARAMETER/{fp32,exp_avg,exp_avg_sq,step}.pt    whole tensors
     converted/state/zero/optimizer_state.pt                             steps done, hyperparameters
-    converted/state/*_model_states.pt                                   what DeepSpeed wants beside them
+    converted/state/*_model_states.pt                                   what DeepSpeed wants beside
 
 DeepSpeed's converter makes it from what several ranks wrote, this module from what one rank wrote
 (stage 0), and each stage reads it. The conversion is made aside by rank 0 from files whose digests

@@ -96,8 +96,10 @@ def plan(
 ) -> None:
     """Say before a run what it takes: steps, memory per GPU, time, cost. Needs no GPU and loads no
     weights."""
-    stated = (rows, tokens, loss_tokens)
-    if (shards is None) == (stated == (None, None, None)) or (shards is None and None in stated):
+    size_from_flags = (rows, tokens, loss_tokens)
+    if (shards is None) == (size_from_flags == (None, None, None)) or (
+        shards is None and None in size_from_flags
+    ):
         raise click.UsageError("Give --shards, or all of --rows, --tokens and --loss-tokens.")
     with reporting():
         from train.estimate import data_size, plan, report
@@ -112,7 +114,7 @@ def plan(
             max_steps=max_steps,
         )
         made = plan.make_plan(
-            plan.PlanRequest(
+            plan.EstimateRequest(
                 train=train,
                 sizes=sizes,
                 num_gpus=num_gpus,

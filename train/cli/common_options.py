@@ -47,9 +47,9 @@ def reporting(verbosity: int = 0, *, quiet_stop: bool = False) -> Iterator[None]
     from shared import log
     from shared.command import reporting_errors
     from shared.errors import StoppedOnRequest
-    from train.engine.launcher_env import launched, read_place
+    from train.engine.launcher_env import launched, read_launcher_env
 
-    rank = read_place().rank
+    rank = read_launcher_env().rank
     log.configure(verbosity, rank=rank if launched() else None)
     with reporting_errors(verbosity, rank=rank):
         try:

@@ -93,7 +93,7 @@ def cli(
         raise click.UsageError("Missing option '--shards'.", context)
     with reporting(verbosity_of(context.params), quiet_stop=under_launcher):
         from train.data.tokenizer_match import check_tokenizer
-        from train.engine.launcher_env import die_with_parent, read_place
+        from train.engine.launcher_env import die_with_parent, read_launcher_env
         from train.launch.local import run_or_launch
         from train.run.prepare import prepare
 
@@ -103,10 +103,10 @@ def cli(
         if not prepared.is_complete and not under_launcher:  # whoever launched has compared
             check_tokenizer(prepared.shard_set, prepared.recipe.model)
         done = "before" if prepared.is_complete else run_or_launch(prepared, nproc_per_node)
-        if done == "before" and read_place().rank == 0:
+        if done == "before" and read_launcher_env().rank == 0:
             click.echo(f"{prepared.run.path} is complete: the model is in {prepared.run.model}")
             push_all(prepared.run.path, checkpoints=push_checkpoints, model=push_to_hub)
-        elif done == "here" and read_place().rank == 0:
+        elif done == "here" and read_launcher_env().rank == 0:
             click.echo(prepared.run.model)
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 Positions = npt.NDArray[np.int64]  # places in the order of the step
 
-PAIRS_PER_TOKEN = 32768
+LINEAR_COST = 32768
 """What a token costs besides attention, in pairs of tokens that attend: 12 x the hidden size, here
 of 2,700."""
 
@@ -34,11 +34,11 @@ def costs_of(lengths: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
     gradient never.
     """
     return np.array(
-        [np.dot(length, length) + PAIRS_PER_TOKEN * length.sum() for length in lengths], np.int64
+        [np.dot(length, length) + LINEAR_COST * length.sum() for length in lengths], np.int64
     )
 
 
-def deal(
+def assign_micro_batches(
     sizes: npt.NDArray[np.int64], costs: npt.NDArray[np.int64], *, capacity: int, world_size: int
 ) -> list[list[Positions]]:
     """Return the positions of the units of every micro-batch of every rank,
@@ -52,13 +52,13 @@ def deal(
     bins = _balanced(sizes, costs, capacity=capacity, num_bins=num_bins) or fewest
     bins += [[] for _ in range(num_bins - len(bins))]
     loads = [int(costs[members].sum()) for members in bins]
-    dearest_first = sorted(range(num_bins), key=lambda number: (-loads[number], number))
+    costliest_first = sorted(range(num_bins), key=lambda number: (-loads[number], number))
     ranks: list[list[Positions]] = [[] for _ in range(world_size)]
     totals = [0] * world_size
     for start in range(0, num_bins, world_size):
-        idlest_first = sorted(range(world_size), key=lambda rank: (totals[rank], rank))
+        least_loaded_first = sorted(range(world_size), key=lambda rank: (totals[rank], rank))
         for rank, number in zip(
-            idlest_first, dearest_first[start : start + world_size], strict=True
+            least_loaded_first, costliest_first[start : start + world_size], strict=True
         ):
             ranks[rank].append(np.array(sorted(bins[number]), np.int64))
             totals[rank] += loads[number]

@@ -37,7 +37,7 @@ class StepBatch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Feed:
+class StepLoader:
     """Makes the batches of one rank. Needs no message from other ranks: all counts come from the
     shard set."""
 

@@ -7,7 +7,7 @@ positions.
     tokens         a  b  c  d | e  f  g        two sequences
     loss_mask      0  0  1  1 | 0  1  1        which tokens are targets
     position_ids   0  1  2  3 | 0  1  2
-    labels        -1  c  d -1 | f  g -1        shifted once, here, within each sequence (-1 stands for IGNORE)
+    labels        -1  c  d -1 | f  g -1        shifted here, within each sequence; -1 is IGNORE
     rows              1  2      4  5           positions whose hidden state goes through the head
     targets           c  d      f  g
     cu_seqlens    [0, 4, 7]

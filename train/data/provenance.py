@@ -35,7 +35,7 @@ def name_rows(origin: npt.NDArray[np.int64], manifest: Manifest) -> list[str]:
     return list(dict.fromkeys(named))
 
 
-def in_short(names: Sequence[str]) -> str:
+def first_few(names: Sequence[str]) -> str:
     """Return the first few of `names` and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from shared.errors import ConfigError
 from shared.hashing import seed_from
+from shared.splitmix import finalize
 from train.config import BatchConfig
 
 Ids = npt.NDArray[np.int64]
@@ -103,7 +104,7 @@ def permute(index: Ids, size: int, key: int) -> Ids:
     while pending.any():
         left, right = values[pending] >> np.uint64(half_bits), values[pending] & mask
         for round_key in keys:
-            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+            left, right = right, left ^ (finalize(right ^ round_key) & mask)
         values[pending] = left << np.uint64(half_bits) | right
         pending = values >= size
     return values.astype(np.int64)
@@ -155,10 +156,3 @@ def check_divides(*, packs_per_step: int, packs_per_micro_batch: int, world_size
         f" {same_training}use {steps} packs per step"
         + (f", or {', '.join(map(str, ranks))} ranks" if ranks else "")
     )
-
-
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of splitmix64: every input bit reaches every output bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from shared.errors import ConfigError, DataError
 from shared.shard_format import Manifest
 from shared.shard_reader import Pack, ShardSet
-from train.data.balance import Positions, costs_of, deal
+from train.data.balance import Positions, assign_micro_batches, costs_of
 from train.data.step_order import Ids, StepOrder, Unit
 
 
@@ -50,7 +50,7 @@ def plan_step(
     else:
         sizes = np.array([length.sum() for length in lengths], np.int64)
         capacity = packs_per_micro_batch * shard_set.manifest.max_seq_len
-    ranks = deal(sizes, costs_of(lengths), capacity=capacity, world_size=world_size)
+    ranks = assign_micro_batches(sizes, costs_of(lengths), capacity=capacity, world_size=world_size)
     return StepPlan(unit=order.unit, ids=ids, packs=packs, lengths=lengths, ranks=ranks)
 
 

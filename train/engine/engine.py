@@ -140,9 +140,9 @@ def shard_while_building(config: dict[str, Any]) -> HfDeepSpeedConfig | None:
 
 
 def start_engine(
-    model: LossModel, optim: OptimConfig, config: dict[str, Any], *, halts: bool = False
+    model: LossModel, optim: OptimConfig, config: dict[str, Any], *, stop_after_skip: bool = False
 ) -> Any:
-    """Return the DeepSpeed engine around `model` with AdamW; for `halts` see `OneRankAdamW`."""
+    """Return the engine around `model` with AdamW; for `stop_after_skip` see `OneRankAdamW`."""
     import deepspeed
 
     stage = config["zero_optimization"]["stage"]
@@ -159,7 +159,7 @@ def start_engine(
             betas=optim.betas,
             eps=optim.eps,
             max_grad_norm=optim.max_grad_norm,
-            halts=halts,
+            stop_after_skip=stop_after_skip,
         )
     else:
         # torch's own optimizer: DeepSpeed's default compiles a kernel first, 53 s against 4

@@ -18,7 +18,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RankPlace:
+class LauncherEnv:
     rank: int
     local_rank: int
     world_size: int
@@ -29,9 +29,9 @@ def launched() -> bool:
     return "RANK" in os.environ
 
 
-def read_place() -> RankPlace:
+def read_launcher_env() -> LauncherEnv:
     """Return what the launcher said; rank 0 of 1 without one."""
-    return RankPlace(
+    return LauncherEnv(
         rank=int(os.environ.get("RANK", "0")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
@@ -49,7 +49,7 @@ def die_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def described_as_single() -> Iterator[None]:
+def single_process_env() -> Iterator[None]:
     """Set, while the block runs, the variables that torch and DeepSpeed look for, for a process
     group of one."""
     with socket.socket() as probe:

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from train.engine.launcher_env import described_as_single, launched, read_place
+from train.engine.launcher_env import launched, read_launcher_env, single_process_env
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ def process_group(timeout: timedelta = timedelta(minutes=60)) -> Iterator[Ranks]
 
     A rank that waits for another longer than `timeout` fails.
     """
-    with contextlib.nullcontext() if launched() else described_as_single():
+    with contextlib.nullcontext() if launched() else single_process_env():
         ranks = _join(timeout)
         try:
             yield ranks
@@ -45,7 +45,7 @@ def process_group(timeout: timedelta = timedelta(minutes=60)) -> Iterator[Ranks]
 
 
 def _join(timeout: timedelta) -> Ranks:
-    place = read_place()
+    place = read_launcher_env()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", place.local_rank)

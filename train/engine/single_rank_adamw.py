@@ -27,14 +27,14 @@ class OneRankAdamW(torch.optim.AdamW):
         betas: tuple[float, float],
         eps: float,
         max_grad_norm: float,
-        halts: bool,
+        stop_after_skip: bool,
     ) -> None:
         """Take parameter groups as torch's AdamW does; a `max_grad_norm` of 0 does not clip.
 
-        `halts`: once a step is refused, so are all that follow; nobody may have looked by then.
+        `stop_after_skip`: a skipped step makes all that follow skip, until the host has looked.
         """
         self.max_grad_norm = max_grad_norm
-        self.halts = halts
+        self.stop_after_skip = stop_after_skip
         self.refused: Tensor | None = None  # whether the last step was; bool []
         self.overflow = False
         """DeepSpeed looks for this name, and would wait for a tensor."""
@@ -61,7 +61,9 @@ class OneRankAdamW(torch.optim.AdamW):
         norm = torch.nn.utils.get_total_norm(grads)
         self._global_grad_norm = norm
         refused = ~norm.isfinite()
-        self.refused = refused if self.refused is None or not self.halts else refused | self.refused
+        self.refused = (
+            refused if self.refused is None or not self.stop_after_skip else refused | self.refused
+        )
         self.found_inf = (
             self.refused.float()
         )  # the fused kernel leaves everything alone where it is 1

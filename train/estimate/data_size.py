@@ -56,7 +56,7 @@ def sizes_stated(
     return StatedSizes(rows=rows, tokens=tokens, loss_tokens=loss_tokens, max_seq_len=max_seq_len)
 
 
-def counted(shard_set: ShardSet) -> DataSize:
+def size_of_shard_set(shard_set: ShardSet) -> DataSize:
     """Return the size of a shard set; reads its offsets alone."""
     total = 0
     for columns in shard_set.shards:
@@ -65,7 +65,7 @@ def counted(shard_set: ShardSet) -> DataSize:
     return DataSize(manifest=shard_set.manifest, squared_lengths=float(total))
 
 
-def stated(sizes: StatedSizes) -> DataSize:
+def size_from_flags(sizes: StatedSizes) -> DataSize:
     """Return the size of a set that does not exist, with what is assumed of it.
 
     A mean length of m with lengths spread as an exponential distribution has them makes 2 m^2 the

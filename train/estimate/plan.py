@@ -8,7 +8,7 @@ from shared.errors import ConfigError
 from shared.shard_reader import ShardSet
 from train.config import TrainConfig
 from train.data.step_order import StepOrder
-from train.estimate.data_size import DataSize, StatedSizes, counted, stated
+from train.estimate.data_size import DataSize, StatedSizes, size_from_flags, size_of_shard_set
 from train.estimate.memory_advice import Change, changes, fits, setup_of
 from train.estimate.run_length import Division, Forecast, division, forecast
 from train.launch.multi_node import suggested_command
@@ -21,7 +21,7 @@ from train.sizing.model_size import ModelSize, model_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlanRequest:
+class EstimateRequest:
     """The command line of `sft-train plan`."""
 
     train: TrainRequest
@@ -44,8 +44,8 @@ class PlanRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    request: PlanRequest
+class RunEstimate:
+    request: EstimateRequest
     recipe: TrainConfig
     data: DataSize
     order: StepOrder
@@ -65,7 +65,7 @@ class Plan:
     command: str
 
 
-def make_plan(request: PlanRequest) -> Plan:
+def make_plan(request: EstimateRequest) -> RunEstimate:
     """Return the plan. Raises ConfigError, DataError or ArtifactError for what no number of GPUs
     can run."""
     recipe, data, shard_set = _inputs(request)
@@ -96,7 +96,7 @@ def make_plan(request: PlanRequest) -> Plan:
         recipe, max_seq_len, ranks, dtype=dtype, micro_batches=shared.micro_batches if shared else 1
     )
     memory = memory_of(size, setup)
-    return Plan(
+    return RunEstimate(
         request=request,
         recipe=recipe,
         data=data,
@@ -121,17 +121,17 @@ def make_plan(request: PlanRequest) -> Plan:
     )
 
 
-def _inputs(request: PlanRequest) -> tuple[TrainConfig, DataSize, ShardSet | None]:
+def _inputs(request: EstimateRequest) -> tuple[TrainConfig, DataSize, ShardSet | None]:
     if request.sizes is None:
         recipe, shard_set = open_inputs(request.train)
-        return recipe, counted(shard_set), shard_set
+        return recipe, size_of_shard_set(shard_set), shard_set
     train = request.train
     if train.recipe is None:
         raise ConfigError(
             "no recipe: without a shard set that names one, give --recipe NAME|FILE.toml"
         )
     recipe = load_recipe(train.recipe, train.settings, model=train.model, max_steps=train.max_steps)
-    return recipe, stated(request.sizes), None
+    return recipe, size_from_flags(request.sizes), None
 
 
 def _problem(recipe: TrainConfig, order: StepOrder, data: DataSize, ranks: int) -> str:
@@ -150,7 +150,7 @@ def _problem(recipe: TrainConfig, order: StepOrder, data: DataSize, ranks: int) 
     return ""
 
 
-def _command(request: PlanRequest) -> str:
+def _command(request: EstimateRequest) -> str:
     per_node = min(request.num_gpus, request.gpus_per_node)
     train = replace(request.train, verbosity=0)
     return suggested_command(train, num_nodes=request.num_gpus // per_node, gpus_per_node=per_node)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-from train.estimate.plan import Plan
+from train.estimate.plan import RunEstimate
 from train.sizing.memory import GIB
 
 _PARTS = {
@@ -21,12 +21,12 @@ _PARTS = {
 _TIGHT = 0.95  # of the room: beyond it the error of the estimate decides
 
 
-def as_json(plan: Plan) -> str:
+def as_json(plan: RunEstimate) -> str:
     """Return the plan as an indented JSON object: sizes in GiB, times in hours."""
     return json.dumps(_figures(plan), indent=2)
 
 
-def as_text(plan: Plan) -> str:
+def as_text(plan: RunEstimate) -> str:
     """Return the plan in lines."""
     request, forecast, order = plan.request, plan.forecast, plan.order
     lines = [
@@ -66,7 +66,7 @@ def as_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _figures(plan: Plan) -> dict[str, Any]:
+def _figures(plan: RunEstimate) -> dict[str, Any]:
     request, forecast, division = plan.request, plan.forecast, plan.division
     totals = plan.data.manifest.totals
     return {
@@ -117,7 +117,7 @@ def _figures(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _verdict(plan: Plan) -> str:
+def _verdict(plan: RunEstimate) -> str:
     total, room = plan.memory.total / GIB, plan.gpu.memory_gib
     memory = (
         "does not fit" if not plan.fits else "fits" if total <= _TIGHT * room else "fits barely"
@@ -126,7 +126,7 @@ def _verdict(plan: Plan) -> str:
     return f"does not run, see below ({text})" if plan.problems else text
 
 
-def _data(plan: Plan) -> str:
+def _data(plan: RunEstimate) -> str:
     totals = plan.data.manifest.totals
     where = "stated" if plan.request.sizes is not None else str(plan.request.train.shards)
     return (
@@ -136,7 +136,7 @@ def _data(plan: Plan) -> str:
     )
 
 
-def _division_lines(plan: Plan) -> list[str]:
+def _division_lines(plan: RunEstimate) -> list[str]:
     if plan.division is None:
         return []
     per_rank = plan.forecast.tokens / plan.forecast.steps / plan.request.num_gpus
@@ -147,7 +147,7 @@ def _division_lines(plan: Plan) -> list[str]:
     ]
 
 
-def _change_lines(plan: Plan) -> list[str]:
+def _change_lines(plan: RunEstimate) -> list[str]:
     if not plan.changes:
         return []
     head = "fits too, and computes nothing twice:" if plan.fits else "what would change it:"
@@ -164,15 +164,15 @@ def _change_lines(plan: Plan) -> list[str]:
     return [head, *rows, ""]
 
 
-def _gpu_hours(plan: Plan) -> float:
+def _gpu_hours(plan: RunEstimate) -> float:
     return plan.forecast.seconds / 3600 * plan.request.num_gpus
 
 
-def _cost(plan: Plan) -> float | None:
+def _cost(plan: RunEstimate) -> float | None:
     return None if plan.request.price is None else _gpu_hours(plan) * plan.request.price
 
 
-def _cost_text(plan: Plan) -> str:
+def _cost_text(plan: RunEstimate) -> str:
     cost = _cost(plan)
     return (
         ""
@@ -181,7 +181,7 @@ def _cost_text(plan: Plan) -> str:
     )
 
 
-def _tokens_per_second(plan: Plan) -> float:
+def _tokens_per_second(plan: RunEstimate) -> float:
     return plan.forecast.tokens / plan.forecast.seconds / plan.request.num_gpus
 
 

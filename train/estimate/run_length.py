@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from shared.shard_reader import ShardSet
 from train.config import TrainConfig
-from train.data.balance import costs_of, deal
+from train.data.balance import assign_micro_batches, costs_of
 from train.data.step_order import StepOrder
 from train.estimate.data_size import DataSize
 from train.sizing.flops import ModelCost
@@ -94,7 +94,7 @@ def division(
             [1 if order.unit == "pack" else length.sum() for length in lengths], np.int64
         )
         costs = costs_of(lengths)
-        ranks = deal(sizes, costs, capacity=capacity, world_size=world_size)
+        ranks = assign_micro_batches(sizes, costs, capacity=capacity, world_size=world_size)
         loads = np.array(
             [[costs[positions].sum() for positions in rank] for rank in ranks]
         )  # [W, micro-batches]

@@ -13,9 +13,9 @@ from train.launch.slurm import SlurmOptions
 from train.launch.torchrun import (
     DEFAULT_PORT,
     Cluster,
-    meeting_point,
     node_command,
     quote,
+    rendezvous_options,
     shell_line,
 )
 from train.run.command_line import request_arguments
@@ -65,7 +65,7 @@ def launch_by_hand(request: LaunchRequest, head: str | None) -> str:
 
     def line(*, is_head: bool) -> str:
         own = address if is_head else None
-        rendezvous = meeting_point(address, port, run_id, is_host=is_head, address=own)
+        rendezvous = rendezvous_options(address, port, run_id, is_host=is_head, address=own)
         words = node_command(cluster, prepared.request, rendezvous)
         return f"cd {quote(str(Path.cwd()))} && {shell_line(words, cluster.environment)}"
 

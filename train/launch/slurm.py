@@ -45,13 +45,14 @@ trap pass_on USR1
 trap 'cancelled=yes; pass_on' TERM
 
 # each task learns from SLURM which node it is: the first one hosts the rendezvous
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 {srun_cpus} \
-    --wait={seconds} --open-mode=append --output="$logs/node-%n.log" \
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    {srun_cpus} --wait={seconds} --open-mode=append --output="$logs/node-%n.log" \
     bash -c '
-        exec "${{@:1:4}}" --rdzv-conf "is_host=$((SLURM_NODEID == 0))" --local-addr "$SLURMD_NODENAME" "${{@:5}}"
+        exec "${{@:1:4}}" --rdzv-conf "is_host=$((SLURM_NODEID == 0))" \
+            --local-addr "$SLURMD_NODENAME" "${{@:5}}"
     ' node {command} &
 ranks=$!
-echo "started on $SLURM_JOB_NODELIST, start ${{SLURM_RESTART_COUNT:-0}}; what the nodes say: $logs/node-*.log"
+echo "started on $SLURM_JOB_NODELIST, start ${{SLURM_RESTART_COUNT:-0}}; logs: $logs/node-*.log"
 while true; do
     wait "$ranks"  # a trapped signal ends the wait, not the ranks
     kill -0 "$ranks" 2> /dev/null || break

@@ -22,9 +22,9 @@ from train.launch.hostfile import Hosts
 from train.launch.torchrun import (
     DEFAULT_PORT,
     Cluster,
-    meeting_point,
     node_command,
     quote,
+    rendezvous_options,
     shell_line,
 )
 from train.run.directory import RunDir
@@ -46,7 +46,7 @@ def ssh_commands(cluster: Cluster, prepared: Prepared, hosts: Hosts) -> list[lis
     commands = []
     port, run_id = cluster.port or DEFAULT_PORT, prepared.run.path.name
     for number, (host, address) in enumerate(zip(hosts.names, hosts.addresses, strict=True)):
-        rendezvous = meeting_point(
+        rendezvous = rendezvous_options(
             hosts.addresses[0], port, run_id, is_host=number == 0, address=address
         )
         line = shell_line(node_command(cluster, prepared.request, rendezvous), cluster.environment)
@@ -62,7 +62,8 @@ def run_on_hosts(commands: Sequence[Sequence[str]], prepared: Prepared, hosts: H
     """
     run = prepared.run
     with atomic.exclusive_lock(run.lock, f"training in {run.path}"):
-        pass  # said here, it is one line; a rank that finds the lock taken fails within torchrun's report
+        # said here, it is one line; a rank that finds the lock taken fails within torchrun's report
+        pass
     before = last_change(run)
     logs = [run.path / "logs" / f"{host}.log" for host in hosts.names]
     logs[0].parent.mkdir(parents=True, exist_ok=True)

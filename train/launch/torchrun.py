@@ -72,7 +72,7 @@ def node_command(cluster: Cluster, request: TrainRequest, rendezvous: Sequence[s
     ]
 
 
-def meeting_point(
+def rendezvous_options(
     head: str, port: int, run_id: str, *, is_host: bool, address: str | None = None
 ) -> list[str]:
     """Return torchrun's options for a rendezvous on `head`; `address` is where others reach this

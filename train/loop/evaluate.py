@@ -24,7 +24,7 @@ from train.model.source_loss import empty_totals, means
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalFeed:
+class EvalLoader:
     """The micro-batches of one rank over an evaluation set."""
 
     shard_set: ShardSet
@@ -70,7 +70,7 @@ class EvalFeed:
         )
 
 
-def evaluate(engine: Any, feed: EvalFeed, ranks: Ranks) -> dict[str, Any]:
+def evaluate(engine: Any, feed: EvalLoader, ranks: Ranks) -> dict[str, Any]:
     """Return the evaluation part of a record of metrics.jsonl, the same on every rank."""
     started = time.perf_counter()
     manifest = feed.shard_set.manifest

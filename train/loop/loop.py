@@ -13,20 +13,20 @@ import torch
 from shared.disk import library_writing_to
 from shared.errors import DataError, StoppedOnRequest
 from train.checkpoint.checkpoint import record_eval_loss, save_checkpoint
-from train.data.loader import Feed, StepBatch
+from train.data.loader import StepBatch, StepLoader
 from train.engine.engine import accumulate, is_refused, update
 from train.engine.process_group import Ranks, any_rank
-from train.loop.evaluate import EvalFeed, evaluate
+from train.loop.evaluate import EvalLoader, evaluate
 from train.loop.loss_spikes import SpikeLog
 from train.loop.metrics import MetricsLog, make_record
-from train.loop.metrics_window import StepResult, Window, open_window
-from train.loop.non_finite import judge_refused_update
+from train.loop.metrics_window import MetricsWindow, StepResult, open_window
+from train.loop.non_finite import handle_non_finite_step
 from train.loop.schedule import learning_rate
 from train.loop.watchdog import Watchdog
 from train.model.source_loss import empty_totals, means
 from train.publish.background_push import Pusher
 from train.run.prepare import Prepared
-from train.run.stop_request import StopWish
+from train.run.stop_request import StopRequest
 from train.run.train_state import Counters, TrainState, WindowSums
 from train.sizing.flops import ModelCost, peak_flops
 
@@ -39,8 +39,8 @@ class Training:
 
     engine: Any
     cost: ModelCost
-    feed: Feed
-    eval_feed: EvalFeed | None
+    feed: StepLoader
+    eval_feed: EvalLoader | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,13 +62,13 @@ class RunContext:
     """On rank 0."""
     pusher: Pusher | None
     """On rank 0."""
-    wish: StopWish
+    stop_request: StopRequest
     watchdog: Watchdog
 
 
 def train(context: RunContext, start: TrainState) -> None:
-    """Run the steps after `start.step` to the end. Raises StoppedOnRequest, with the state saved, on
-    a request to stop."""
+    """Run the steps after `start.step` to the end. Raises StoppedOnRequest, with the state
+    saved, on a request to stop."""
     recipe, total_steps = context.prepared.recipe, context.prepared.order.total_steps
     counters = start.counters
     num_sources = len(context.training.feed.shard_set.manifest.sources)
@@ -101,7 +101,7 @@ def train(context: RunContext, start: TrainState) -> None:
         if saves:
             saved = _save(context, TrainState(step=step, counters=counters, window=sums))
             if stopping or is_last:
-                context.wish.granted()
+                context.stop_request.clear()
             if stopping:
                 raise StoppedOnRequest(
                     f"stopped after step {step} of {total_steps}, saved in {saved}; run the same"
@@ -114,8 +114,7 @@ def train(context: RunContext, start: TrainState) -> None:
         # a pause to save or evaluate is no part of the training speed
         window.started += time.perf_counter() - pause_started
         if step == start.step + 1:
-            # what lives now lives to the end: freezing it keeps later collections, and their stalls,
-            # small
+            # what lives now lives to the end: frozen, it keeps later collections and stalls small
             gc.collect()
             gc.freeze()
         context.watchdog.step_ended()
@@ -145,7 +144,7 @@ def _run_step(context: RunContext, batch: StepBatch, *, rate: float) -> StepResu
     )
 
 
-def _read(context: RunContext, window: Window, counters: Counters) -> WindowSums:
+def _read(context: RunContext, window: MetricsWindow, counters: Counters) -> WindowSums:
     """Return the sums of the window. Raises DataError if it holds a refused step that may not be
     skipped."""
     sums, refused = window.read(context.ranks)
@@ -153,7 +152,7 @@ def _read(context: RunContext, window: Window, counters: Counters) -> WindowSums
     losses = sums.losses[len(sums.losses) - len(window.loss_steps) :]
     for result in refused:
         counters.skipped_steps += 1
-        judge_refused_update(
+        handle_non_finite_step(
             result.batch,
             result.losses,
             config=context.prepared.recipe.run,
@@ -171,7 +170,7 @@ def _read(context: RunContext, window: Window, counters: Counters) -> WindowSums
 
 
 def _log(
-    context: RunContext, window: Window, counters: Counters, *, step: int, rate: float
+    context: RunContext, window: MetricsWindow, counters: Counters, *, step: int, rate: float
 ) -> None:
     sums = _read(context, window, counters)
     if context.reports is None:
@@ -239,7 +238,7 @@ def _own_checkpoint(prepared: Prepared) -> Path | None:
 
 
 def _evaluate(context: RunContext, step: int, saved: Path | None) -> None:
-    """Evaluate the weights after `step` steps; `saved` is the checkpoint that holds them, if any."""
+    """Evaluate the weights after `step` steps; `saved` is their checkpoint, if there is one."""
     assert context.training.eval_feed is not None
     with context.watchdog.resting():
         result = evaluate(context.training.engine, context.training.eval_feed, context.ranks)
@@ -255,5 +254,5 @@ def _evaluate(context: RunContext, step: int, saved: Path | None) -> None:
 def _should_stop(context: RunContext, *, steps_done: int) -> bool:
     """Return the same answer on all ranks: a signal that only one of them got stops them all."""
     stop_after = context.prepared.request.stop_after
-    wished = context.wish.is_there() or (stop_after is not None and steps_done >= stop_after)
+    wished = context.stop_request.is_set() or (stop_after is not None and steps_done >= stop_after)
     return any_rank(wished, context.ranks)

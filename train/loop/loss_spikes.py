@@ -17,8 +17,8 @@ import statistics
 from collections import deque
 from pathlib import Path
 
-from train.data.loader import Feed
-from train.data.provenance import in_short, step_rows
+from train.data.loader import StepLoader
+from train.data.provenance import first_few, step_rows
 from train.run.records import keep_records
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class SpikeLog:
         self._sigma = sigma
         self._past: deque[float] = deque(maxlen=_PAST)
 
-    def look_at(self, steps: list[int], losses: list[float], feed: Feed) -> None:
+    def look_at(self, steps: list[int], losses: list[float], feed: StepLoader) -> None:
         """Report the spikes among the losses of `steps`, counted from 1."""
         for step, loss in zip(steps, losses, strict=True):
             limit = self._limit()
@@ -53,7 +53,7 @@ class SpikeLog:
         deviation = 1.4826 * statistics.median(abs(loss - median) for loss in self._past)
         return median + self._sigma * max(deviation, 0.01 * median)
 
-    def _report(self, step: int, loss: float, limit: float, feed: Feed) -> None:
+    def _report(self, step: int, loss: float, limit: float, feed: StepLoader) -> None:
         rows = step_rows(feed.plan(step - 1), feed.shard_set.manifest)
         expected = statistics.median(self._past)
         record = {"step": step, "loss": loss, "expected": expected, "limit": limit, "rows": rows}
@@ -62,5 +62,5 @@ class SpikeLog:
         logger.warning(
             "step %d: the loss spiked to %.4f (recent median %.4f, limit %.4f). Its rows: %s; all"
             " in %s",
-            *(step, loss, expected, limit, in_short(rows), self._path),
+            *(step, loss, expected, limit, first_few(rows), self._path),
         )

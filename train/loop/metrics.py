@@ -1,31 +1,34 @@
 """What a run reports: metrics.jsonl, the console line, and Weights & Biases if asked. All three
 show the same record.
 
-    step, epoch                              updates done; passes over the packs that lie behind
-    learning_rate                            of the last update
-    train_loss                               mean over the window's steps of the exact loss of the global batch,
-                                             normalised as loss.norm says; null if they held no loss token
-    grad_norm                                of the last step, before clipping; null if its update was left out
-    skipped_steps                            steps left out since the start of the run (`run.on_non_finite = "skip"`)
-    train_loss/SOURCE                        mean over the window's loss tokens of a source, whatever loss.norm is; null
-                                             if there were none
-    load_balancing_loss                      mean over the window's steps, without its weight; null where there is none
-    loss_tokens                              targets in the window
-    loss_tokens_per_second                   goodput: targets per second over all ranks, over the window
-    padding_share                            of the positions in the window: fillers of ranks without a micro-batch, and
-                                             what makes shared rows divide; packs themselves are not padded
-    total_tokens, total_tokens_including_padding      since the start of the run, over all ranks
+    step, epoch               updates done; passes over the packs that lie behind
+    learning_rate             of the last update
+    train_loss                mean over the window's steps of the exact loss of the global batch,
+                              normalised as loss.norm says; null if they held no loss token
+    grad_norm                 of the last step, before clipping; null if its update was left out
+    skipped_steps             steps left out since the start of the run (`run.on_non_finite =
+                              "skip"`)
+    train_loss/SOURCE         mean over the window's loss tokens of a source, whatever loss.norm is;
+                              null if there were none
+    load_balancing_loss       mean over the window's steps, without its weight; null where there is
+                              none
+    loss_tokens               targets in the window
+    loss_tokens_per_second    goodput: targets per second over all ranks, over the window
+    padding_share             of the positions in the window: fillers of ranks without a
+                              micro-batch, and what makes shared rows divide; packs themselves are
+                              not padded
+    total_tokens, total_tokens_including_padding  since the start of the run, over all ranks
     per_device_tps, per_device_tps_including_padding  tokens per second and rank, over the window
-    step_seconds, data_seconds               mean per step: all of it, and the wait for data
-    mfu                                      see train/sizing/flops.py; null where the device's peak is not known
-    memory_gib                               peak on this rank: of the GPU, or of the process on a CPU
+    step_seconds, data_seconds  mean per step: all of it, and the wait for data
+    mfu                       see train/sizing/flops.py; null where the device's peak is not known
+    memory_gib                peak on this rank: of the GPU, or of the process on a CPU
 
 An evaluation has a record of its own:
 
     step, epoch                              as above
-    eval_loss                                mean cross-entropy over the loss tokens of the evaluation set
-    eval_loss/SOURCE                         over those of one of its sources; null if it has none
-    eval_tokens, eval_seconds                how many those are; how long it took
+    eval_loss                 mean cross-entropy over the loss tokens of the evaluation set
+    eval_loss/SOURCE          over those of one of its sources; null if it has none
+    eval_tokens, eval_seconds  how many those are; how long it took
 
 A window is the steps since the last record (`log.every_steps`). Steps and counts are integers, all
 else fractions.
@@ -42,7 +45,7 @@ import torch
 
 from train.config import LogConfig
 from train.engine.process_group import Ranks
-from train.loop.metrics_window import Window
+from train.loop.metrics_window import MetricsWindow
 from train.run.records import keep_records
 from train.run.train_state import Counters, WindowSums
 from train.sizing.flops import ModelCost
@@ -51,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_record(
-    window: Window,
+    window: MetricsWindow,
     sums: WindowSums,
     counters: Counters,
     *,

@@ -35,7 +35,7 @@ class StepResult:
 
 
 @dataclass(kw_only=True, slots=True)
-class Window:
+class MetricsWindow:
     """Counts are known at once, and the same on every rank; losses are read together."""
 
     source_totals: (
@@ -125,14 +125,14 @@ def _as_numbers(result: StepResult, ranks: Ranks) -> torch.Tensor:
     return torch.cat([loss, balancing, result.refused.double().reshape(1), norm])
 
 
-def open_window(num_sources: int, ranks: Ranks, carried: WindowSums | None = None) -> Window:
+def open_window(num_sources: int, ranks: Ranks, carried: WindowSums | None = None) -> MetricsWindow:
     """Return an empty window, or one that goes on from what a checkpoint carried: sums by source,
     on rank 0 only."""
     if carried is None:
-        return Window(source_totals=empty_totals(num_sources, ranks.device))
+        return MetricsWindow(source_totals=empty_totals(num_sources, ranks.device))
     share = 1.0 if ranks.is_main else 0.0
     values = [carried.source_losses, carried.source_tokens]
-    return Window(
+    return MetricsWindow(
         source_totals=share * torch.tensor(values, dtype=torch.float64, device=ranks.device),
         losses=[*carried.losses],
         balancing=[*carried.balancing],

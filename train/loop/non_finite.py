@@ -11,20 +11,20 @@ import torch
 
 from shared.errors import DataError
 from train.config import RunConfig
-from train.data.loader import Feed, StepBatch
-from train.data.provenance import in_short, micro_batch_rows, step_rows
+from train.data.loader import StepBatch, StepLoader
+from train.data.provenance import first_few, micro_batch_rows, step_rows
 from train.engine.process_group import Ranks, broadcast_from_main, gather_to_main
 
 logger = logging.getLogger(__name__)
 
 
-def judge_refused_update(
+def handle_non_finite_step(
     batch: StepBatch,
     losses: torch.Tensor,
     *,
     config: RunConfig,
     skipped_steps: int,
-    feed: Feed,
+    feed: StepLoader,
     ranks: Ranks,
 ) -> None:
     """Log what the step held; raise DataError, the same on every rank, unless it may be left out.
@@ -56,7 +56,7 @@ def judge_refused_update(
     logger.warning("%s. Left out (%d of at most %d)", message, skipped_steps, config.max_skipped)
 
 
-def _in_words(batch: StepBatch, bad_micro_batches: list[object], feed: Feed) -> str:
+def _in_words(batch: StepBatch, bad_micro_batches: list[object], feed: StepLoader) -> str:
     """Name the packs, then the rows: those whose loss was not finite, or all where only a gradient
     was not."""
     manifest, plan = feed.shard_set.manifest, feed.plan(batch.step)
@@ -68,10 +68,10 @@ def _in_words(batch: StepBatch, bad_micro_batches: list[object], feed: Feed) -> 
             found += micro_batch_rows(plan, rank // feed.sequence_parallel, number, manifest)
             places.append(f"rank {rank} micro-batch {number + 1}")
     packs = (
-        f"Its packs: {in_short([str(unit) for unit in batch.ids])}. "
+        f"Its packs: {first_few([str(unit) for unit in batch.ids])}. "
         if batch.unit == "pack"
         else ""
     )
-    rows = in_short(list(dict.fromkeys(found))) if found else in_short(step_rows(plan, manifest))
-    where = f"The loss was not finite in {in_short(places)}, rows" if found else "Its rows:"
+    rows = first_few(list(dict.fromkeys(found))) if found else first_few(step_rows(plan, manifest))
+    where = f"The loss was not finite in {first_few(places)}, rows" if found else "Its rows:"
     return f"{packs}{where} {rows} (sft-prep inspect {feed.shard_set.path} --row SOURCE:ROW)"

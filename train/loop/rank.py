@@ -10,13 +10,13 @@ from typing import Any
 
 from shared import atomic, config
 from train.checkpoint.checkpoint import load_checkpoint, remove_older, set_aside_newer
-from train.data.loader import Feed
+from train.data.loader import StepLoader
 from train.engine.engine import (
     consolidated_weights,
 )
 from train.engine.process_group import Ranks, barrier, process_group
 from train.loop import loop
-from train.loop.evaluate import EvalFeed
+from train.loop.evaluate import EvalLoader
 from train.loop.loss_spikes import SpikeLog
 from train.loop.metrics import MetricsLog
 from train.loop.start import start_model
@@ -29,7 +29,7 @@ from train.run.hold import holding_run
 from train.run.prepare import Prepared, check_ranks
 from train.run.record_status import record_end, recorded_end
 from train.run.records import read_records
-from train.run.stop_request import StopWish, watching_signals
+from train.run.stop_request import StopRequest, watching_signals
 from train.run.train_state import Counters, TrainState
 
 logger = logging.getLogger(__name__)
@@ -46,17 +46,17 @@ def run_rank(prepared: Prepared) -> bool:
         faulthandler.enable(sys.__stderr__ or 2)  # shows where a truncated shard file raised SIGBUS
     longest_wait = 2 * _patience(prepared) + timedelta(minutes=1)  # the watchdog speaks first
     with (
-        watching_signals(prepared.run.stop) as wish,
+        watching_signals(prepared.run.stop) as stop_request,
         process_group(longest_wait) as ranks,
         holding_run(prepared, ranks) as decided,
     ):
         if decided is None:
             return False
-        _train(decided, ranks, wish)
+        _train(decided, ranks, stop_request)
         return True
 
 
-def _train(prepared: Prepared, ranks: Ranks, wish: StopWish) -> None:
+def _train(prepared: Prepared, ranks: Ranks, stop_request: StopRequest) -> None:
     """Do what `run_rank` does, with the run's lock held and `prepared` decided under it."""
     run = prepared.run
     with recorded_end(run), pushing(prepared.request, run, ranks) as pusher:
@@ -84,12 +84,12 @@ def _train(prepared: Prepared, ranks: Ranks, wish: StopWish) -> None:
                 training=training,
                 reports=reports,
                 pusher=pusher,
-                wish=wish,
+                stop_request=stop_request,
                 watchdog=watchdog,
             )
             loop.train(context, start)
         _finish(prepared, engine, ranks)
-        push_the_rest(pusher, ranks, wish)
+        push_the_rest(pusher, ranks, stop_request)
         _complete(prepared, ranks)
 
 
@@ -97,9 +97,9 @@ def _patience(prepared: Prepared) -> timedelta:
     return timedelta(minutes=prepared.recipe.run.hang_timeout_minutes)
 
 
-def _feed(prepared: Prepared, ranks: Ranks) -> Feed:
+def _feed(prepared: Prepared, ranks: Ranks) -> StepLoader:
     recipe = prepared.recipe
-    return Feed(
+    return StepLoader(
         shard_set=prepared.shard_set,
         order=prepared.order,
         loss=recipe.loss,
@@ -139,11 +139,11 @@ def _open_run(prepared: Prepared, world_size: int) -> None:
     atomic.write_json(run.config, description)
 
 
-def _eval_feed(prepared: Prepared, ranks: Ranks) -> EvalFeed | None:
+def _eval_feed(prepared: Prepared, ranks: Ranks) -> EvalLoader | None:
     if prepared.eval_set is None:
         return None
     recipe = prepared.recipe
-    feed = EvalFeed(
+    feed = EvalLoader(
         shard_set=prepared.eval_set,
         max_packs=recipe.eval.max_packs,
         rank=ranks.rank,

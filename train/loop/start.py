@@ -21,7 +21,7 @@ from train.engine.process_group import Ranks
 from train.engine.sequence_parallel import register_ulysses, sequence_group
 from train.model.attention import choose_attention
 from train.model.model import build_model, model_config
-from train.run.prepare import Prepared, moves
+from train.run.prepare import Prepared, needs_resharding
 from train.selftest.startup_check import check_isolation
 from train.sizing.flops import ModelCost, model_cost
 from train.sizing.zero_stage import ZeroStage, resolve_zero_stage
@@ -41,7 +41,7 @@ def start_model(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
         stage,
         recipe.optim,
         dtype=dtype,
-        load_universal=moves(prepared, ranks.world_size),
+        load_universal=needs_resharding(prepared, ranks.world_size),
         engine=recipe.engine,
     )
     _quiet_libraries()
@@ -63,7 +63,9 @@ def start_model(prepared: Prepared, ranks: Ranks) -> tuple[Any, ModelCost]:
         balancing_weight=recipe.loss.load_balancing_weight,
     )
     cost = model_cost(model.model)
-    engine = start_engine(model, recipe.optim, settings, halts=recipe.run.on_non_finite == "stop")
+    engine = start_engine(
+        model, recipe.optim, settings, stop_after_skip=recipe.run.on_non_finite == "stop"
+    )
     del sharding
     torch.manual_seed(seed_from("dropout", recipe.run.seed, ranks.rank))
     _announce(prepared, ranks, attention=attention, dtype=dtype, stage=stage)

@@ -89,7 +89,8 @@ class LossModel(torch.nn.Module):
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=None,
-            use_cache=False,  # with a cache transformers would build a mask that lets sequences see each other
+            # with a cache transformers would build a mask that lets sequences see each other
+            use_cache=False,
             cu_seq_lens_q=batch.cu_seqlens,
             cu_seq_lens_k=batch.cu_seqlens,
             max_length_q=batch.max_seqlen,

@@ -2,7 +2,7 @@
 (under LoRA).
 
     embedding and LM head   [ 0 1 2 ... first-1 | first ... first+n-1 | ... ]
-                              frozen              new_rows [n, D]       frozen (padding, if the model has any)
+                              frozen              new_rows [n, D]       frozen (padding)
 
 The base model has learned nothing for these tokens, whether it has rows for their ids or not, so
 their rows start random. They are parameters of their own beside the frozen matrix, which may be

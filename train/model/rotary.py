@@ -9,9 +9,9 @@ fixed, as most models' is, stays as it came. The others make the host wait for t
 forward pass: once for the bounds, and once a length in transformers' own code, which compares the
 longest position on the host.
 
-    length      3 3 3 | 9 9 9 9 9 9 9 9 9 | 2 2         up to an original length of 4 all are alike: they count as 4
-    calls       a a a | . . . . . . . . . | a a         one for the tokens of each length, with one more position that
-                . . . | b b b b b b b b b | . .         says it: length - 1. What is computed for it is dropped.
+    length      3 3 3 | 9 9 9 9 9 9 9 9 9 | 2 2   up to an original length of 4 all count as 4
+    calls       a a a | . . . . . . . . . | a a   one for the tokens of each length, with one more
+                . . . | b b b b b b b b b | . .   position, length - 1, whose result is dropped
 """
 
 from collections.abc import Callable

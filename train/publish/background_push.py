@@ -19,7 +19,7 @@ from train.run.command_line import console_script
 from train.run.directory import RunDir
 from train.run.prepare import TrainRequest
 from train.run.read_status import error_of
-from train.run.stop_request import StopWish
+from train.run.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def pushing(request: TrainRequest, run: RunDir, ranks: Ranks) -> Iterator[Pusher
         raise
 
 
-def push_the_rest(pusher: Pusher | None, ranks: Ranks, wish: StopWish) -> None:
+def push_the_rest(pusher: Pusher | None, ranks: Ranks, stop_request: StopRequest) -> None:
     """Push what is missing; all ranks wait. Raises the SftError of a push that failed,
     StoppedOnRequest if asked to."""
     while True:
@@ -147,8 +147,8 @@ def push_the_rest(pusher: Pusher | None, ranks: Ranks, wish: StopWish) -> None:
             raise answer
         if answer:
             return
-        if any_rank(wish.is_there(), ranks):
-            wish.granted()
+        if any_rank(stop_request.is_set(), ranks):
+            stop_request.clear()
             raise StoppedOnRequest(
                 "stopped while pushing, all steps done; run the same command again to go on"
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shared.errors import IncompleteArtifactError
 from train.publish.hub import Content, sync
-from train.run.checkpoint_layout import STATE_NAME, list_checkpoints, read_state_file, way_out
+from train.run.checkpoint_layout import STATE_NAME, list_checkpoints, read_state_file, recovery_hint
 from train.run.directory import RunDir
 
 
@@ -23,7 +23,7 @@ def push_checkpoint(path: Path, repo: str) -> str:
     for name, entry in entries.items():
         if not (path / name).is_file() or (path / name).stat().st_size != entry["bytes"]:
             raise IncompleteArtifactError(
-                f"{path / name} is missing or not of {entry['bytes']} bytes{way_out(path)}"
+                f"{path / name} is missing or not of {entry['bytes']} bytes{recovery_hint(path)}"
             )
     state = (
         path / STATE_NAME

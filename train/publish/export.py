@@ -296,7 +296,8 @@ def _offline_weights(
     """Return the full weights on one CPU, in the dtype that was trained."""
     if state["zero_stage"] == 3:
         found = _joined_masters(checkpoint_dir, frozen_left_out=frozen_left_out)
-    else:  # every rank had them whole, and rank 0 wrote them; unpickled only after its digest matched
+    else:
+        # every rank had them whole, and rank 0 wrote them; unpickled only after its digest matched
         file = checkpoint_dir / ENGINE_DIR / ENGINE_TAG / WHOLE_WEIGHTS_NAME
         found = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
     return {

@@ -116,13 +116,15 @@ path = "."  # the directory of this file
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
 messages = [{"role": "user", "content": "..."}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
 output = model.generate(**inputs, max_new_tokens=256)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-The chat template prints every special token that the model was trained with, BOS included where there was one:
-encode its text without adding any.
+The chat template prints every special token that the model was trained with, BOS included where
+there was one: encode its text without adding any.
 """
 
 
@@ -161,6 +163,6 @@ def _final_table(final: Mapping[str, Any]) -> str:
     if not shown:
         return "Nothing was logged.\n"
     lines = ["| metric | last record |", "|---|---:|"]
-    lines += [f"| {name} | {value:,.6g} |" if isinstance(value, float) else f"| {name} | {value:,} |"
+    lines += [f"| {name} | {value:{',.6g' if isinstance(value, float) else ','}} |"
               for name, value in shown.items()]  # fmt: skip
     return "\n".join(lines) + "\n"

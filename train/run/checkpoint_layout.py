@@ -1,9 +1,10 @@
 """What a checkpoint consists of on disk: found, described and checked without torch or DeepSpeed.
 
     checkpoints/step-00000500/
-      state.json            step, counters, identity of the run, number of ranks, evaluation loss or null, size and
-                            sha256 of every other file
-      run.json              a copy of the run's config.json, so that an export needs this directory only
+      state.json            step, counters, identity of the run, number of ranks, evaluation loss or
+                            null, size and sha256 of every other file
+      run.json              a copy of the run's config.json, so that an export needs this directory
+                            only
       model/config.json     the transformers config of the model
       engine/state/*.pt     DeepSpeed's state, one part per rank
       rng/rank-00000.safetensors
@@ -61,12 +62,12 @@ def read_state_file(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as exc:
         raise IncompleteArtifactError(_not_a_checkpoint(path)) from exc
     except ValueError as exc:
-        raise ArtifactError(f"{file} is not valid JSON ({exc}){way_out(path)}") from exc
+        raise ArtifactError(f"{file} is not valid JSON ({exc}){recovery_hint(path)}") from exc
     if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
         seen = data.get("format_version") if isinstance(data, dict) else None
         raise ArtifactError(
             f"{file}: format_version is {seen!r}; this program reads"
-            f" {FORMAT_VERSION}{way_out(path)}"
+            f" {FORMAT_VERSION}{recovery_hint(path)}"
         )
     return data
 
@@ -84,13 +85,15 @@ def check_digest(path: Path, name: str, entry: dict[str, Any]) -> None:
     try:
         size = file.stat().st_size
     except FileNotFoundError as exc:
-        raise IncompleteArtifactError(f"{file} is missing{way_out(path)}") from exc
+        raise IncompleteArtifactError(f"{file} is missing{recovery_hint(path)}") from exc
     if size != entry["bytes"]:
         raise IncompleteArtifactError(
-            f"{file} has {size} bytes, {STATE_NAME} says {entry['bytes']}{way_out(path)}"
+            f"{file} has {size} bytes, {STATE_NAME} says {entry['bytes']}{recovery_hint(path)}"
         )
     if sha256_file(file) != entry["sha256"]:
-        raise ChecksumError(f"{file}: its bytes have changed since it was written{way_out(path)}")
+        raise ChecksumError(
+            f"{file}: its bytes have changed since it was written{recovery_hint(path)}"
+        )
 
 
 def _not_a_checkpoint(path: Path) -> str:
@@ -102,7 +105,7 @@ def _not_a_checkpoint(path: Path) -> str:
         else "; give a checkpoint: RUN/checkpoints/step-N"
     )
     if path.name.removeprefix(PREFIX).isdigit() and path.is_dir():
-        return f"{path} is not a whole checkpoint: it has no {STATE_NAME}{way_out(path)}"
+        return f"{path} is not a whole checkpoint: it has no {STATE_NAME}{recovery_hint(path)}"
     if folder == path / "checkpoints":
         return f"{path} is a run{instead}"
     if path.name == BEST_NAME and found:
@@ -110,7 +113,7 @@ def _not_a_checkpoint(path: Path) -> str:
     return f"{path} {'is no checkpoint' if path.exists() else 'does not exist'}{instead}"
 
 
-def way_out(path: Path) -> str:
+def recovery_hint(path: Path) -> str:
     """Return what to do about a checkpoint that cannot be used: name the older one to fall back
     on."""
     older = [other for other in list_checkpoints(path.parent) if other.name < path.name]

@@ -9,7 +9,7 @@ runs/NAME/
   STOP            made by a user to stop the run after a save; removed when that is done
   checkpoints/    step-00000500/ ...
   model/          the trained model in Hugging Face format
-  model-old-N/    what was in model/ and is not of the run, kept when it was exported again; there only if so
+  model-old-N/    what was in model/ and is not of the run, kept by an export over it
   loss.png
 """
 

@@ -1,4 +1,4 @@
-"""One start at a time in a run directory: rank 0 holds its lock, and decides there what is left to do."""
+"""One start at a time in a run directory: rank 0 holds its lock and decides what is left to do."""
 
 import contextlib
 from collections.abc import Iterator

@@ -194,7 +194,7 @@ def check_division(recipe: TrainConfig, order: StepOrder, world_size: int) -> No
         )
 
 
-def moves(prepared: Prepared, world_size: int) -> bool:
+def needs_resharding(prepared: Prepared, world_size: int) -> bool:
     """Return whether the checkpoint to go on from was written by other ranks, or another ZeRO
     stage, than now run."""
     if prepared.resume_from is None:

@@ -14,27 +14,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from train.engine.launcher_env import launched, read_place
+from train.engine.launcher_env import launched, read_launcher_env
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 CTRL_C_LINE = "Ctrl-C: the run stops after this step, and saves; again ends it at once\n"
 
 
-class StopWish:
+class StopRequest:
     """Whether this process was asked to stop."""
 
     def __init__(self, file: Path) -> None:
         self.signal_name: str | None = None
         self._file = (
-            file if not launched() or read_place().rank == 0 else None
+            file if not launched() or read_launcher_env().rank == 0 else None
         )  # one rank looks, and tells the others
 
-    def is_there(self) -> bool:
+    def is_set(self) -> bool:
         """Return whether a signal has come, or the file lies there: one look at the directory."""
         return self.signal_name is not None or (self._file is not None and self._file.exists())
 
-    def granted(self) -> None:
+    def clear(self) -> None:
         """Remove the file, so that the next call goes on."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
@@ -51,12 +51,12 @@ class StopWish:
 
 
 @contextlib.contextmanager
-def watching_signals(file: Path) -> Iterator[StopWish]:
+def watching_signals(file: Path) -> Iterator[StopRequest]:
     """Note what asks for a stop while the block runs; afterwards signals act as before."""
-    wish = StopWish(file)
-    before = {number: signal.signal(number, wish.note) for number in _SIGNALS}
+    stop_request = StopRequest(file)
+    before = {number: signal.signal(number, stop_request.note) for number in _SIGNALS}
     try:
-        yield wish
+        yield stop_request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -4,7 +4,7 @@ what else changes.
     pack        a a a a | b b b | c c c c c
     neighbours  ? ? ? ? | b b b | ? ? ? ? ?     outputs of b must not change
     later       a a ? ? | b ? ? | c c c ? ?     outputs of a, b and c before the ? must not change
-    alone       b b b                           by the model's own forward pass and eager attention: the same outputs
+    alone       b b b                           unpacked, eager attention: the same outputs
 
 Differences are relative to the root mean square of the outputs. A leak moves them by a twentieth to
 more than one, rounding by far less than the tolerance.

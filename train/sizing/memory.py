@@ -16,8 +16,10 @@ from train.sizing.zero_stage import ZeroStage
 GIB = 2**30
 
 _BUCKET = 50_000_000  # elements; `reduce_bucket_size` of train/engine/engine.py
-_MAX_LIVE = 1_000_000_000  # elements; `stage3_max_live_parameters`, and DeepSpeed's default `sub_group_size`
-_QUANTIZED = 0.516  # bytes of a weight in 4 bits with its doubly quantised scales (Dettmers et al. 2023, section 3)
+# elements; `stage3_max_live_parameters`, and DeepSpeed's default `sub_group_size`
+_MAX_LIVE = 1_000_000_000
+# bytes of a weight in 4 bits with its doubly quantised scales (Dettmers et al. 2023, section 3)
+_QUANTIZED = 0.516
 _CONTEXT = 2.0 * GIB  # CUDA context, kernels, NCCL: an allowance
 _FRAGMENTED = 0.04  # of all else, lost between the blocks of torch's allocator: an allowance
 

@@ -5,8 +5,8 @@ What a layer keeps for its backward pass is not looked up by model type but coun
 pass runs on tensors without data, and each tensor that autograd saves is weighed once. For Llama in
 bf16 the count is, per token and layer,
 
-    16 D      two norms: the input in fp32 (4 D) and its normalised form, and the output, in bf16 (2 D each)
-    4 (H + K) h + 4 H     queries, keys, values and output of attention in bf16, its log-sums in fp32
+    16 D      two norms: input in fp32 (4 D); normalised input and output in bf16 (2 D each)
+    4 (H + K) h + 4 H   queries, keys, values, output of attention in bf16, log-sums in fp32
     8 I       gate, silu(gate), up and their product in bf16
 
 with hidden size D, intermediate size I, H query and K key heads of size h: the sum of Korthikanti

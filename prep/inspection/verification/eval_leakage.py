@@ -24,7 +24,7 @@ _ASKS = np.isin(np.arange(256) & KIND_MASK, (Kind.USER, Kind.TOOL))  # bool [256
 _ANSWERS = np.isin(np.arange(256) & KIND_MASK, ASSISTANT_KINDS)
 
 
-def compare_sides(train: ShardSet, held_out: ShardSet) -> str:
+def check_eval_leakage(train: ShardSet, held_out: ShardSet) -> str:
     """Return in a line what was compared. Raises ArtifactError for a row that is on both sides."""
     is_of_build = {**train.manifest.inputs, "part": EVAL_DIR} == held_out.manifest.inputs
     if is_of_build:

@@ -112,7 +112,7 @@ def _from_columns(shard_set: ShardSet, tokenizer: Any) -> dict[str, tuple[Any, A
 
 
 def _check_rows(source: SourceEntry, where: object) -> None:
-    reasons = [source.rows_rejected, source.rows_uncarried, source.rows_dropped]
+    reasons = [source.rows_rejected, source.rows_unrendered, source.rows_dropped]
     if any(count < 0 for counts in reasons for count in counts.values()):
         raise ArtifactError(
             f"{where}: source {source.name!r} counts fewer than 0 rows for a reason; build it again"

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.config import MaskConfig
-from prep.inspection.verification.eval_leakage import compare_sides
+from prep.inspection.verification.eval_leakage import check_eval_leakage
 from prep.inspection.verification.recount import recount
 from prep.inspection.verification.verify_mask import MaskFault, prove_mask
 from prep.selection.eval_split import num_held_out
@@ -81,7 +81,9 @@ def verify(path: Path) -> list[str]:
     lines += [f"  manifest     {recount(shard_set)}", masks]
     if num_held_out(manifest) or (path / EVAL_DIR).exists():
         lines += verify(path / EVAL_DIR)
-        lines.append(f"  both sides   {compare_sides(shard_set, open_shard_set(path / EVAL_DIR))}")
+        lines.append(
+            f"  both sides   {check_eval_leakage(shard_set, open_shard_set(path / EVAL_DIR))}"
+        )
     return lines
 
 

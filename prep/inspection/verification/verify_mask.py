@@ -1,10 +1,10 @@
 """Prove loss masks again from the shards alone: kinds, the sequence bounds and the mask policy of
 the manifest.
 
-    policy "assistant"     trained = what assistants wrote and the terminators; nothing else, and all of it
-    policy "all"           trained = every token but the first of a sequence
-    policy "last_assistant"  in each sequence the trained tokens are a tail of those that "assistant" would train, and
-                           no other author speaks between them
+    "assistant"       trained = what assistants wrote and the terminators, all of it, nothing else
+    "all"             trained = every token but the first of a sequence
+    "last_assistant"  trained = in each sequence a tail of what "assistant" would train, and no
+                      other author speaks within it
 
 Shards hold no message bounds. So where messages carried `train: false`, a turn of an assistant (a
 run of its kinds, up to and with its terminator) must be trained wholly or not at all; whether it is

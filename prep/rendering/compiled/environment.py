@@ -17,14 +17,14 @@ from jinja2.compiler import Frame
 from jinja2.runtime import Context
 from jinja2.tests import test_sameas
 
-from prep.rendering.compiled.recorded_str import Probe, plain
+from prep.rendering.compiled.recorded_str import RecordedStr, plain
 from prep.rendering.template import TracingCodeGenerator, TracingEnvironment
 from prep.rendering.traced_str import Traced, join
 
 # filters that pass contents on, or look at them through questions that a probe writes down
 _FOLLOWED_FILTERS = frozenset(
-    ("trim", "string", "default", "d", "list", "selectattr", "rejectattr", "map", "first", "last", "length", "count",
-     "join", "reverse", "items")
+    ("trim", "string", "default", "d", "list", "selectattr", "rejectattr", "map", "first", "last",
+     "length", "count", "join", "reverse", "items")
 )  # fmt: skip
 
 
@@ -63,10 +63,10 @@ class RecordingEnvironment(TracingEnvironment):
         parts = list(parts)
         text = join(plain(separator), map(plain, parts))
         record = next(
-            (part.record for part in [separator, *parts] if isinstance(part, Probe)), None
+            (part.record for part in [separator, *parts] if isinstance(part, RecordedStr)), None
         )
         return (
-            Probe.of(text, text.marks, record)
+            RecordedStr.of(text, text.marks, record)
             if record is not None and isinstance(text, Traced)
             else text
         )
@@ -93,7 +93,7 @@ class RecordingEnvironment(TracingEnvironment):
 
 
 def _is_in(value: Any, container: Any) -> bool:
-    if isinstance(container, str) and not isinstance(container, Probe):
+    if isinstance(container, str) and not isinstance(container, RecordedStr):
         _lose([value])
     return value in container
 
@@ -104,7 +104,7 @@ def _trim(value: Any, chars: str | None = None) -> str:
 
 
 def _length(value: Any) -> int:
-    if isinstance(value, Probe):
+    if isinstance(value, RecordedStr):
         value.record.followed = False
         return str.__len__(value)
     return len(value)
@@ -121,7 +121,7 @@ def _losing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _lose(values: Any) -> None:
     """End the following where a probe is among the values, at any depth."""
-    if isinstance(values, Probe):
+    if isinstance(values, RecordedStr):
         values.record.followed = False
     elif isinstance(values, dict):
         _lose(list(values.values()))

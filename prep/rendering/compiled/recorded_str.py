@@ -45,14 +45,16 @@ QUESTIONS: dict[str, Callable[[str, Any], bool]] = {
 }
 
 
-class Probe(Traced):
+class RecordedStr(Traced):
     """The content of message `message`; -1 for a string made from several."""
 
     record: Record
     message: int
 
     @classmethod
-    def of(cls, text: str, marks: tuple[Mark, ...], record: Record, message: int = -1) -> "Probe":
+    def of(
+        cls, text: str, marks: tuple[Mark, ...], record: Record, message: int = -1
+    ) -> "RecordedStr":
         """Return `text` as a probe that reports to `record`."""
         self = cls(text, marks)
         self.record = record
@@ -124,14 +126,14 @@ class Probe(Traced):
 
     def in_block(self) -> Traced:
         whole = Traced(plain(self), self.marks).in_block()
-        return Probe.of(whole, whole.marks, self.record)
+        return RecordedStr.of(whole, whole.marks, self.record)
 
     def _lose(self, value: Any) -> Any:
         self.record.followed = False
         return value
 
     def _derived(self, text: str) -> str:
-        return Probe.of(text, text.marks, self.record) if isinstance(text, Traced) else text
+        return RecordedStr.of(text, text.marks, self.record) if isinstance(text, Traced) else text
 
 
 def _is_plain_tuple(argument: Any) -> bool:
@@ -141,14 +143,16 @@ def _is_plain_tuple(argument: Any) -> bool:
 def plain(text: str) -> str:
     """Return the same text and marks without the questions."""
     return (
-        Traced(str.__getitem__(text, slice(None)), text.marks) if isinstance(text, Probe) else text
+        Traced(str.__getitem__(text, slice(None)), text.marks)
+        if isinstance(text, RecordedStr)
+        else text
     )
 
 
 def _unfollowed(name: str) -> Callable[..., Any]:
     original = getattr(str, name)
 
-    def method(self: Probe, *args: Any, **kwargs: Any) -> Any:
+    def method(self: RecordedStr, *args: Any, **kwargs: Any) -> Any:
         self.record.followed = False
         return original(self, *args, **kwargs)
 
@@ -156,10 +160,10 @@ def _unfollowed(name: str) -> Callable[..., Any]:
 
 
 _HARMLESS = {
-    "__class__", "__new__", "__init__", "__init_subclass__", "__subclasshook__", "__getattribute__", "__setattr__",
-    "__delattr__", "__doc__", "__dir__", "__str__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getstate__",
-    "__sizeof__",
+    "__class__", "__new__", "__init__", "__init_subclass__", "__subclasshook__",
+    "__getattribute__", "__setattr__", "__delattr__", "__doc__", "__dir__", "__str__",
+    "__reduce__", "__reduce_ex__", "__getnewargs__", "__getstate__", "__sizeof__",
 }  # fmt: skip
 for _name in dir(str):
-    if _name not in vars(Probe) and _name not in _HARMLESS:
-        setattr(Probe, _name, _unfollowed(_name))
+    if _name not in vars(RecordedStr) and _name not in _HARMLESS:
+        setattr(RecordedStr, _name, _unfollowed(_name))

@@ -16,8 +16,8 @@ from itertools import accumulate, pairwise
 
 from prep.conversations.conversation import Conversation
 from prep.rendering.compiled.environment import RecordingEnvironment
-from prep.rendering.compiled.recorded_str import QUESTIONS, Guard, Probe, Record
-from prep.rendering.coverage import uncarried
+from prep.rendering.compiled.recorded_str import QUESTIONS, Guard, Record, RecordedStr
+from prep.rendering.coverage import unrendered_fields
 from prep.rendering.spans import Rendered, RenderedMessage, Span, find_spans
 from prep.rendering.template import ChatTemplate
 from prep.rendering.traced_str import Mark, Traced
@@ -33,7 +33,7 @@ _MAX_MESSAGES = 64  # longer conversations are too rare to share a shape
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class RoleSequenceTemplate:
     """Rendered pieces: text, or the index of the message whose content stands there."""
 
     pieces: tuple[str | int, ...]
@@ -71,7 +71,7 @@ class CompiledTemplate:
     def __init__(self, template: ChatTemplate, rules: SpanRules) -> None:
         self._template = template
         self._rules = rules
-        self._shapes: dict[tuple[str, ...], Shape | None] = {}
+        self._shapes: dict[tuple[str, ...], RoleSequenceTemplate | None] = {}
 
     def render(self, conversation: Conversation) -> Rendered | None:
         """Return what the template prints, or None where only Jinja can say."""
@@ -85,13 +85,13 @@ class CompiledTemplate:
         shape = self._shapes[roles]
         return None if shape is None else shape.render(conversation)
 
-    def _compile(self, roles: tuple[str, ...]) -> Shape | None:
+    def _compile(self, roles: tuple[str, ...]) -> RoleSequenceTemplate | None:
         probe = _conversation(roles, _STAND_INS[0])
         record = Record()
         messages = [
             {
                 "role": role,
-                "content": Probe.of(
+                "content": RecordedStr.of(
                     text, (Mark(0, len(text), index, "content", 0),), record, index
                 ),
             }
@@ -101,7 +101,7 @@ class CompiledTemplate:
             text = self._template.render_messages(messages, RecordingEnvironment)
             if not isinstance(text, Traced) or not record.followed:
                 return None
-            if uncarried(text, probe, self._rules) is not None:
+            if unrendered_fields(text, probe, self._rules) is not None:
                 return None
             rendered = find_spans(text, probe, self._rules)
             rendered = replace(rendered, control=tuple(self._rules.control.findall(rendered.text)))
@@ -114,7 +114,7 @@ class CompiledTemplate:
         except TemplateError:
             return None
 
-    def _agrees(self, shape: Shape, conversation: Conversation) -> bool:
+    def _agrees(self, shape: RoleSequenceTemplate, conversation: Conversation) -> bool:
         rendered = shape.render(conversation)
         text = self._template.render(conversation)
         control = tuple(self._rules.control.findall(text))  # of stand-ins, which hold none
@@ -130,7 +130,7 @@ def _conversation(roles: tuple[str, ...], text: str) -> Conversation:
 
 def _shape(
     text: Traced, rendered: Rendered, probe: Conversation, guards: tuple[Guard, ...]
-) -> Shape | None:
+) -> RoleSequenceTemplate | None:
     order = [message.message for message in rendered.messages]
     if order != sorted(order):
         return None  # empty contents would tie, and a tie goes by the order of the conversation
@@ -164,7 +164,7 @@ def _shape(
             pieces.append(mark.message)
             cursor = mark.end
     boundary = {position: index for index, position in enumerate([*starts, len(rendered.text)])}
-    return Shape(
+    return RoleSequenceTemplate(
         pieces=tuple(pieces),
         spans=tuple(
             (

@@ -24,7 +24,8 @@ _WORDS = (
     ("assistant", "epsilon"),
 )
 _FORMS = re.compile(
-    r"<(?P<bar>[|\uff5c])[^<>\n]{1,60}?(?P=bar)>"  # <|im_start|>, and with DeepSeek's full-width bars
+    # <|im_start|>, and with DeepSeek's full-width bars
+    r"<(?P<bar>[|\uff5c])[^<>\n]{1,60}?(?P=bar)>"
     r"|</?[A-Za-z][\w.:-]{0,60}>"  # <start_of_turn>, </s>
     r"|\[/?[A-Z][A-Z_]{1,60}\]"  # [INST]
 )

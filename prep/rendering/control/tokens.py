@@ -6,7 +6,7 @@ would become one all the same. So the template says what its markers are: the ad
 prints around inert contents. What it prints within an answer, such as <think>, is none: models
 write these themselves, and they match as in Hugging Face.
 
-    <｜User｜>  question  <｜Assistant｜>  answer  <｜end｜>        of an assistant's opening only what every turn has
+    <｜User｜>  question  <｜Assistant｜>  answer  <｜end｜>     of an opening what every turn has
     marker               marker                  terminator
 """
 

@@ -231,14 +231,14 @@ def test_a_row_that_the_template_cannot_carry_is_left_out_listed_or_refused(
     rows = write_rows(tmp_path / "rows.jsonl", [chat("a", "b"), tool])
     tables = mixture_of([rows], tokenizer, template="tulu")
     shards = build_set(tables, tmp_path / "out")
-    assert shards.manifest.sources[0].rows_uncarried == {"tool message": 1}
+    assert shards.manifest.sources[0].rows_unrendered == {"tool message": 1}
     assert [(event["row"], event["detail"]) for event in listed(tmp_path / "out")] == [
         (1, "tool message")
     ]
     with pytest.raises(DataError, match=r"row 1.*tool message"):
         build_set({**tables, "rows": {"unknown": "error"}}, tmp_path / "error")
-    with pytest.raises(DataError, match="max_uncarried"):
-        build_set({**tables, "rows": {"max_uncarried": 0.4}}, tmp_path / "budget")
+    with pytest.raises(DataError, match="max_unrendered"):
+        build_set({**tables, "rows": {"max_unrendered": 0.4}}, tmp_path / "budget")
     kept = build_set(
         {**tables, "rows": {"unknown": "drop_message"}}, tmp_path / "kept"
     ).manifest.sources[0]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rendered_rows import LOOP, ODD_CONTENTS, conversation_of, custom, spans_of, trained_characters
 
 from prep.conversations.conversation import Conversation
-from prep.rendering.coverage import uncarried
+from prep.rendering.coverage import unrendered_fields
 from prep.rendering.template import ChatTemplate, TemplateText
 from prep.rendering.turns import SpanRules, learn_rules
 from shared.errors import TemplateError
@@ -132,7 +132,7 @@ def test_a_refusal_carries_the_words_of_the_template(
 def test_what_a_foreign_template_drops_is_named(text: str, reason: str) -> None:
     template, rules = custom(text)
     row = conversation_of(("system", "Sys"), ("user", "Q"), ("assistant", "<think>hm</think>Yes"))
-    found = uncarried(template.render(row), row, rules)
+    found = unrendered_fields(template.render(row), row, rules)
     assert found is not None
     assert found[1] == reason
 
@@ -172,7 +172,7 @@ def test_only_the_reasoning_of_earlier_turns_may_be_forgotten(
     row = conversation_of(
         ("user", "x"), ("assistant", answers[0]), ("user", "y"), ("assistant", answers[1])
     )
-    found = uncarried(template.render(row), row, rules)
+    found = unrendered_fields(template.render(row), row, rules)
     assert (found and found[1]) == reason
 
 

@@ -35,7 +35,7 @@ from repository import SHARED_DATA
 
 from prep.config import TemplateConfig
 from prep.conversations.conversation import Conversation, parse_conversation
-from prep.rendering.coverage import uncarried
+from prep.rendering.coverage import unrendered_fields
 from prep.rendering.template import ChatTemplate, load_template, shipped_templates
 from prep.rendering.turns import SpanRules, learn_rules
 from shared.errors import TemplateError
@@ -173,7 +173,7 @@ def test_what_a_known_format_cannot_carry_is_named(
 ) -> None:
     template, rules = READY[name]
     conversation = parse_conversation({"messages": messages}, where="row")
-    found = uncarried(template.render(conversation), conversation, rules)
+    found = unrendered_fields(template.render(conversation), conversation, rules)
     assert found is not None
     assert found[1] == reason
 

@@ -79,7 +79,7 @@ def test_the_mask_of_a_row_is_what_transformers_says_its_generation_blocks_print
     )
     made = builder(template, family).build(chunk)
     columns = made.columns
-    left_out = {row for row, *_ in [*made.facts["rejects"], *made.facts["uncarried"]]}
+    left_out = {row for row, *_ in [*made.facts["rejects"], *made.facts["unrendered"]]}
     assert columns["sample_row"].tolist() == [
         row for row in range(len(rows)) if row not in left_out
     ]

@@ -19,7 +19,7 @@ from repository import SHARED_DATA
 
 from prep.config import TemplateConfig
 from prep.conversations.conversation import Conversation, parse_conversation
-from prep.rendering.coverage import uncarried
+from prep.rendering.coverage import unrendered_fields
 from prep.rendering.template import ChatTemplate, TemplateText, load_template
 from prep.rendering.traced_str import Traced
 from prep.rendering.turns import SpanRules, learn_rules
@@ -176,7 +176,7 @@ def test_what_a_shipped_template_drops_is_named(
     conversation = parse_conversation(
         {"messages": [{"role": "user", "content": "Q"}, message]}, where="row"
     )
-    found = uncarried(
+    found = unrendered_fields(
         template.render(conversation), conversation, learn_rules(template, CHATML_TOKENS)
     )
     assert found == (1, reason)
@@ -250,9 +250,12 @@ def test_qwen3_trains_reasoning_and_calls_and_no_tool_answers(
     assert isinstance(template.render(parse_conversation(row, where="row")), Traced)
 
 
-def test_qwen3_reasoning_that_its_template_would_cut_is_uncarried(
+def test_qwen3_reasoning_that_its_template_would_cut_is_unrendered(
     qwen3: tuple[ChatTemplate, SpanRules],
 ) -> None:
     template, rules = qwen3
     conversation = conversation_of(("user", "Q"), ("assistant", "say <think>a</think>b"))
-    assert uncarried(template.render(conversation), conversation, rules) == (1, "assistant.content")
+    assert unrendered_fields(template.render(conversation), conversation, rules) == (
+        1,
+        "assistant.content",
+    )

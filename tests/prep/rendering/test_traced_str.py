@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from prep.conversations.conversation import Conversation
-from prep.rendering.coverage import uncarried
+from prep.rendering.coverage import unrendered_fields
 from prep.rendering.spans import find_spans
 from prep.rendering.template import ChatTemplate, TemplateText
 from prep.rendering.traced_str import GENERATION, Mark, Traced, TracedDict, join, traced
@@ -300,7 +300,7 @@ def test_traced_rendering_is_that_of_transformers(name: str) -> None:
 def test_what_a_template_carries_is_marked_with_its_own_text(name: str) -> None:
     template = compiled(CARRIED[name])
     text = template.render(MESSAGES)
-    assert uncarried(text, MESSAGES, learn_rules(template, ["</s>"])) is None
+    assert unrendered_fields(text, MESSAGES, learn_rules(template, ["</s>"])) is None
     for mark in text.marks:
         if mark.message != GENERATION and mark.source_start >= 0:
             source = MESSAGES.messages[mark.message]["content"]
@@ -310,9 +310,9 @@ def test_what_a_template_carries_is_marked_with_its_own_text(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOST)
-def test_what_loses_its_origin_leaves_the_row_uncarried(name: str) -> None:
+def test_what_loses_its_origin_leaves_the_row_unrendered(name: str) -> None:
     template = compiled(LOST[name])
-    found = uncarried(template.render(MESSAGES), MESSAGES, learn_rules(template, ["</s>"]))
+    found = unrendered_fields(template.render(MESSAGES), MESSAGES, learn_rules(template, ["</s>"]))
     assert found in ((0, "user message"), (0, "user.content"))
 
 

@@ -43,7 +43,7 @@ def number_of_packs_sample_by_sample(lengths: list[int], capacity: int) -> int:
 @settings(deadline=None)
 def test_every_sample_is_in_exactly_one_pack(lengths: list[int]) -> None:
     order, offsets = pack_best_fit(
-        np.array(lengths, np.int64), capacity=CAPACITY, tie=distinct_ties(len(lengths))
+        np.array(lengths, np.int64), capacity=CAPACITY, tie_break=distinct_ties(len(lengths))
     )
     assert sorted(order.tolist()) == list(range(len(lengths)))
     assert offsets[0] == 0
@@ -55,7 +55,7 @@ def test_every_sample_is_in_exactly_one_pack(lengths: list[int]) -> None:
 @settings(deadline=None)
 def test_no_pack_exceeds_the_capacity(lengths: list[int]) -> None:
     array = np.array(lengths, np.int64)
-    order, offsets = pack_best_fit(array, capacity=CAPACITY, tie=distinct_ties(len(lengths)))
+    order, offsets = pack_best_fit(array, capacity=CAPACITY, tie_break=distinct_ties(len(lengths)))
     assert all(sum(pack) <= CAPACITY for pack in pack_lengths(array, order, offsets))
 
 
@@ -63,7 +63,7 @@ def test_no_pack_exceeds_the_capacity(lengths: list[int]) -> None:
 @settings(max_examples=300, deadline=None)
 def test_the_number_of_packs_is_that_of_plain_best_fit_decreasing(lengths: list[int]) -> None:
     _, offsets = pack_best_fit(
-        np.array(lengths, np.int64), capacity=CAPACITY, tie=distinct_ties(len(lengths))
+        np.array(lengths, np.int64), capacity=CAPACITY, tie_break=distinct_ties(len(lengths))
     )
     assert len(offsets) - 1 == number_of_packs_sample_by_sample(lengths, CAPACITY)
 
@@ -73,16 +73,18 @@ def test_the_number_of_packs_is_that_of_plain_best_fit_decreasing(lengths: list[
 def test_the_packs_do_not_depend_on_the_order_of_the_input(lengths: list[int], seed: int) -> None:
     array, tie = np.array(lengths, np.int64), distinct_ties(len(lengths))
     shuffled = np.random.default_rng(seed).permutation(len(lengths))
-    order, offsets = pack_best_fit(array, capacity=CAPACITY, tie=tie)
+    order, offsets = pack_best_fit(array, capacity=CAPACITY, tie_break=tie)
     other_order, other_offsets = pack_best_fit(
-        array[shuffled], capacity=CAPACITY, tie=tie[shuffled]
+        array[shuffled], capacity=CAPACITY, tie_break=tie[shuffled]
     )
     assert np.array_equal(order, shuffled[other_order])
     assert np.array_equal(offsets, other_offsets)
 
 
 def test_equal_ties_fall_back_to_the_index() -> None:
-    order, offsets = pack_best_fit(np.full(6, 3, np.int64), capacity=6, tie=np.zeros(6, np.uint64))
+    order, offsets = pack_best_fit(
+        np.full(6, 3, np.int64), capacity=6, tie_break=np.zeros(6, np.uint64)
+    )
     assert order.tolist() == [0, 1, 2, 3, 4, 5]
     assert offsets.tolist() == [0, 2, 4, 6]
 
@@ -90,7 +92,7 @@ def test_equal_ties_fall_back_to_the_index() -> None:
 def test_neighbours_of_equal_length_are_dealt_to_different_packs() -> None:
     number = 10_000
     order, offsets = pack_best_fit(
-        np.full(number, 10, np.int64), capacity=100, tie=distinct_ties(number)
+        np.full(number, 10, np.int64), capacity=100, tie_break=distinct_ties(number)
     )
     pack_of = np.empty(number, np.int64)
     pack_of[order] = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
@@ -99,7 +101,7 @@ def test_neighbours_of_equal_length_are_dealt_to_different_packs() -> None:
 
 def test_packs_are_not_sorted_by_length() -> None:
     lengths = np.random.default_rng(0).integers(1, 1000, 5000)
-    order, offsets = pack_best_fit(lengths, capacity=1000, tie=distinct_ties(len(lengths)))
+    order, offsets = pack_best_fit(lengths, capacity=1000, tie_break=distinct_ties(len(lengths)))
     longest = lengths[order[offsets[:-1]]]
     assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.1
 
@@ -108,13 +110,13 @@ def test_packs_are_not_sorted_by_length() -> None:
 def test_a_chat_length_histogram_packs_to_99_9_percent(capacity: int) -> None:
     drawn = np.random.default_rng(0).lognormal(np.log(168), 1.13, 300_000)
     lengths = np.clip(drawn, 8, capacity).astype(np.int64)
-    _, offsets = pack_best_fit(lengths, capacity=capacity, tie=distinct_ties(len(lengths)))
+    _, offsets = pack_best_fit(lengths, capacity=capacity, tie_break=distinct_ties(len(lengths)))
     assert lengths.sum() / ((len(offsets) - 1) * capacity) >= 0.999
 
 
 def test_more_than_65536_packs_keep_their_samples() -> None:
     order, offsets = pack_best_fit(
-        np.full(70_000, 2, np.int64), capacity=3, tie=distinct_ties(70_000)
+        np.full(70_000, 2, np.int64), capacity=3, tie_break=distinct_ties(70_000)
     )
     assert len(offsets) == 70_001
     assert len(np.unique(order)) == 70_000
@@ -123,7 +125,9 @@ def test_more_than_65536_packs_keep_their_samples() -> None:
 @pytest.mark.parametrize("length", [0, -1, CAPACITY + 1])
 def test_a_length_that_no_pack_can_hold_is_refused(length: int) -> None:
     with pytest.raises(ValueError, match="expected 1 to the capacity 50"):
-        pack_best_fit(np.array([1, length], np.int64), capacity=CAPACITY, tie=distinct_ties(2))
+        pack_best_fit(
+            np.array([1, length], np.int64), capacity=CAPACITY, tie_break=distinct_ties(2)
+        )
 
 
 def packs_sample_by_sample(
@@ -174,7 +178,7 @@ def packs_sample_by_sample(
 @settings(max_examples=300, deadline=None)
 def test_the_packs_are_those_of_placing_sample_by_sample(lengths: list[int], seed: int) -> None:
     array, tie = np.array(lengths, np.int64), distinct_ties(len(lengths), seed=seed)
-    order, offsets = pack_best_fit(array, capacity=CAPACITY, tie=tie)
+    order, offsets = pack_best_fit(array, capacity=CAPACITY, tie_break=tie)
     expected_order, expected_offsets = packs_sample_by_sample(array, CAPACITY, tie)
     assert order.tolist() == expected_order
     assert offsets.tolist() == expected_offsets
@@ -185,7 +189,7 @@ import resource, numpy as np
 from prep.selection.best_fit import pack_best_fit
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-order, offsets = pack_best_fit(np.array([90, 30_000_000, 7]), capacity=10**9, tie=np.arange(3, dtype=np.uint64))
+order, offsets = pack_best_fit(np.array([90, 30_000_000, 7]), capacity=10**9, tie_break=np.arange(3, dtype=np.uint64))
 assert offsets.tolist() == [0, 3]
 print(peak() - before)
 """

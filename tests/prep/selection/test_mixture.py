@@ -107,7 +107,7 @@ def test_the_choice_has_the_exact_count_and_does_not_depend_on_chunks(
         select_from(store, seed=seed, **choice),
         select_from(cut_store, seed=seed, **choice),
     )
-    names = ["row", "length", "full_length", "loss_tokens", "terminated", "tie"]
+    names = ["row", "length", "full_length", "loss_tokens", "terminated", "tie_break"]
     assert found.sequences[names].tolist() == other.sequences[names].tolist()
     assert (found.dropped, found.listed) == (other.dropped, other.listed)
     times = Counter(found.sequences["row"].tolist())
@@ -121,7 +121,7 @@ def test_the_choice_has_the_exact_count_and_does_not_depend_on_chunks(
         assert times.total() == int(epochs) * total + round((epochs - int(epochs)) * total)
         assert set(times.values()) <= {int(epochs), int(epochs) + 1}
     assert found.dropped["not_chosen"] == total - len(times)
-    assert len(set(found.sequences["tie"].tolist())) == len(found.sequences)
+    assert len(set(found.sequences["tie_break"].tolist())) == len(found.sequences)
 
 
 def test_another_seed_or_source_name_chooses_other_rows(store: SampleStore) -> None:
@@ -193,7 +193,7 @@ def test_every_sequence_is_written_once_within_the_bounds(
     sequences = np.concatenate(chosen)
     source_of = np.repeat([0, 1], [len(part) for part in chosen])
     order, pack_offsets = pack_best_fit(
-        sequences["length"].astype(np.int64), capacity=MAX_SEQ_LEN, tie=sequences["tie"]
+        sequences["length"].astype(np.int64), capacity=MAX_SEQ_LEN, tie_break=sequences["tie_break"]
     )
     copied: list[int] = []
     found = assemble(

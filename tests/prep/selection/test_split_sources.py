@@ -22,7 +22,7 @@ from prep.inspection.verification.verify import verify
 from prep.sharing.dataset_card import render_set_card
 from prep.sharing.wire_format import contents_of_set
 from shared.errors import ConfigError, DataError, SftError
-from shared.shard_format import OTHER_PARTS, SourceEntry
+from shared.shard_format import OTHER_GROUPS, SourceEntry
 from shared.shard_reader import ShardSet, open_shard_set
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -69,7 +69,7 @@ def accounts_for_all(source: SourceEntry) -> bool:
         for reason, count in source.rows_dropped.items()
         if not reason.startswith("fragments")
     }
-    lost = [*source.rows_rejected.values(), *source.rows_uncarried.values(), *dropped.values()]
+    lost = [*source.rows_rejected.values(), *source.rows_unrendered.values(), *dropped.values()]
     return source.rows_read == source.rows_used + sum(lost)
 
 
@@ -214,7 +214,7 @@ def test_single_parts_are_left_out_thinned_and_repeated(tokenizer: Path, tmp_pat
     file = write_rows(tmp_path / "rows.jsonl", rows_of(["a.1/x", "b", "c", "d", None] * 20))
     times = {"a.1/x": 0, "b": 0.5, "c": 2.25, "": 1}
     tables = mixture_of(
-        [split_source(file, fraction=0.25, part_epochs=times)], tokenizer, eval={"fraction": 0.2}
+        [split_source(file, fraction=0.25, group_epochs=times)], tokenizer, eval={"fraction": 0.2}
     )
     split = build_set(tables, tmp_path / "out")
     usable = {
@@ -270,7 +270,7 @@ def test_of_duplicates_in_two_parts_the_first_row_stays(tokenizer: Path, tmp_pat
         mixture_of([split_source(file)], tokenizer, dedup={"exact": True}), tmp_path / "out"
     )
     assert rows_in(split) == {"a": set(), "b": {0}}
-    assert by_name(split)["a"].rows_dropped == {OTHER_PARTS: 1, "duplicate": 1}
+    assert by_name(split)["a"].rows_dropped == {OTHER_GROUPS: 1, "duplicate": 1}
     with pytest.raises(ConfigError, match="duplicate: the same as row 0 of rows"):
         choose(split, row="a:1")
 
@@ -287,12 +287,12 @@ def test_of_duplicates_in_two_parts_the_first_row_stays(tokenizer: Path, tmp_pat
         (["a"], {"rows": 3}, "rows = 3 and split_by = 'origin' are both set"),
         (
             ["a"],
-            {"part_epochs": {"b": 2}},
-            "part_epochs names 'b', which no row has in the column 'origin'; it has",
+            {"group_epochs": {"b": 2}},
+            "group_epochs names 'b', which no row has in the column 'origin'; it has",
         ),
-        (["a"], {"part_epochs": {"a": -1}}, "part_epochs: 'a' = -1.0; expected 0"),
-        (["a"], {"part_epochs": {"a": float("nan")}}, "part_epochs.a = nan; expected a finite"),
-        (["a"], {"part_epochs": {"a": 2}, "split_by": ""}, "part_epochs is set but not split_by"),
+        (["a"], {"group_epochs": {"a": -1}}, "group_epochs: 'a' = -1.0; expected 0"),
+        (["a"], {"group_epochs": {"a": float("nan")}}, "group_epochs.a = nan; expected a finite"),
+        (["a"], {"group_epochs": {"a": 2}, "split_by": ""}, "group_epochs is set but not split_by"),
         (
             ["other"],
             {},
@@ -336,7 +336,7 @@ def test_a_part_of_which_nothing_is_chosen_is_told(
 ) -> None:
     file = write_rows(tmp_path / "rows.jsonl", rows_of(["many"] * 20 + ["few", "none"]))
     build_set(
-        mixture_of([split_source(file, fraction=0.25, part_epochs={"none": 0})], tokenizer),
+        mixture_of([split_source(file, fraction=0.25, group_epochs={"none": 0})], tokenizer),
         tmp_path / "out",
     )
     told = [record.getMessage() for record in caplog.records if "is chosen" in record.getMessage()]
@@ -366,12 +366,12 @@ def test_people_see_parts_and_not_the_rows_of_others(tokenizer: Path, tmp_path: 
     tables = mixture_of([split_source(file)], tokenizer)
     split = build_set(tables, tmp_path / "out")
     shown = "\n".join(stats_lines(split))
-    assert OTHER_PARTS not in shown
-    assert [(s["name"], s["part_of"], s["rows_read"], s["rows_dropped"]) for s in stats(split)["sources"]] == [
+    assert OTHER_GROUPS not in shown
+    assert [(s["name"], s["group_of"], s["rows_read"], s["rows_dropped"]) for s in stats(split)["sources"]] == [
         ("a", "rows", 2, {}), ("b|<b>[x](y)", "rows", 1, {})
     ]  # fmt: skip
     lines = dry_run(plan_of(tables, tmp_path / "out"))
-    assert "  a: 2 rows, 2 sequences; rejected 0, uncarried 0" in lines
+    assert "  a: 2 rows, 2 sequences; rejected 0, unrendered 0" in lines
     assert r"| b\|&lt;b>\[x\](y) of rows |" in render_set_card(contents_of_set(split.path)).decode()
     assert choose(split, row="a:2")
     with pytest.raises(
@@ -389,4 +389,4 @@ def test_a_mixture_without_a_split_has_the_inputs_it_had(tokenizer: Path, tmp_pa
     file = write_rows(tmp_path / "rows.jsonl", rows_of(["a"]))
     manifest = build_set(mixture_of([file], tokenizer), tmp_path / "out").manifest
     assert "split_by" not in json.dumps(manifest.inputs)
-    assert "part_of" not in manifest.sources[0].details
+    assert "group_of" not in manifest.sources[0].details

@@ -1,4 +1,4 @@
-"""Rows of every format, bent at random: each becomes a sample, a reject or an uncarried row, and
+"""Rows of every format, bent at random: each becomes a sample, a reject or an unrendered row, and
 never a traceback.
 
 The mutations are those that found something, and more: nesting, odd numbers, duplicate keys, wrong
@@ -121,7 +121,7 @@ def mutated_line(row: dict[str, Any], draw: random.Random) -> bytes:
 
 def check_accounts(chunk: Chunk, made: Any) -> None:
     facts = made.facts
-    rows = [row for row, *_ in [*facts["rejects"], *facts["uncarried"]]] + made.columns[
+    rows = [row for row, *_ in [*facts["rejects"], *facts["unrendered"]]] + made.columns[
         "sample_row"
     ].tolist()
     assert sorted(rows) == list(range(chunk.num_rows))
@@ -132,7 +132,7 @@ def check_accounts(chunk: Chunk, made: Any) -> None:
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", SEEDS)
-def test_a_bent_row_is_a_sample_a_reject_or_uncarried(name: str, template: str) -> None:
+def test_a_bent_row_is_a_sample_a_reject_or_unrendered(name: str, template: str) -> None:
     draw = random.Random(f"{name} {template}")
     lines = [mutated_line(SEEDS[name], draw) for _ in range(60)] + [dumps(SEEDS[name]).encode()]
     chunk = chunk_of(lines, name)

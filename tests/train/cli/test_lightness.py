@@ -21,7 +21,7 @@ from shared.hashing import digest, sha256_bytes
 from shared.shard_format import COLUMNS, Manifest, fingerprint_of_manifest, npy_header
 from shared.shard_reader import open_shard_set
 from train.config import LossConfig
-from train.data.loader import Feed
+from train.data.loader import StepLoader
 from train.data.step_order import Unit, make_order
 
 GIB = 2**30
@@ -142,7 +142,7 @@ def test_a_step_reads_the_pages_of_its_packs_only(unit: Unit, tmp_path: Path) ->
         unit=unit, fingerprint=shard_set.manifest.fingerprint, seed=0, num_units=num_units, units_per_step=num_units,
         epochs=1, max_steps=None,
     )  # fmt: skip
-    feed = Feed(
+    feed = StepLoader(
         shard_set=shard_set,
         order=order,
         loss=LossConfig(),

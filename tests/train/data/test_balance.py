@@ -8,19 +8,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.balance import Positions, costs_of, deal
+from train.data.balance import Positions, assign_micro_batches, costs_of
 
 
 def deal_packs(costs: list[int], *, world_size: int, per_micro_batch: int) -> list[list[Positions]]:
     sizes = np.ones(len(costs), np.int64)
-    return deal(sizes, np.array(costs, np.int64), capacity=per_micro_batch, world_size=world_size)
+    return assign_micro_batches(
+        sizes, np.array(costs, np.int64), capacity=per_micro_batch, world_size=world_size
+    )
 
 
 def deal_conversations(
     lengths: list[int], *, world_size: int, capacity: int
 ) -> list[list[Positions]]:
     costs = costs_of([np.array([length]) for length in lengths])
-    return deal(np.array(lengths, np.int64), costs, capacity=capacity, world_size=world_size)
+    return assign_micro_batches(
+        np.array(lengths, np.int64), costs, capacity=capacity, world_size=world_size
+    )
 
 
 def flat(ranks: list[list[Positions]]) -> list[int]:

@@ -15,7 +15,7 @@ from shared.hashing import digest
 from shared.shard_format import npy_header
 from shared.shard_reader import ShardSet, open_shard_set
 from train.config import LossConfig
-from train.data.loader import Feed
+from train.data.loader import StepLoader
 from train.data.micro_batch import MicroBatch
 from train.data.step_order import Unit, make_order
 from train.data.step_plan import check_conversations, origins, plan_step
@@ -42,7 +42,7 @@ def feed_of(
     rank: int = 0,
     world_size: int = 1,
     per_micro_batch: int = 1,
-) -> Feed:
+) -> StepLoader:
     num_units = shard_set.num_packs if unit == "pack" else shard_set.num_sequences
     order = make_order(
         unit=unit,
@@ -53,7 +53,7 @@ def feed_of(
         epochs=1,
         max_steps=None,
     )
-    return Feed(
+    return StepLoader(
         shard_set=shard_set, order=order, loss=LossConfig(), rank=rank, world_size=world_size,
         packs_per_micro_batch=per_micro_batch,
     )  # fmt: skip

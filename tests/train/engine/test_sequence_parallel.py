@@ -11,7 +11,7 @@ from train_runs import VOCAB, losses, train_apart, train_here, weights, write_in
 
 from shared.shard_reader import open_shard_set
 from train.config import LossConfig
-from train.data.loader import Feed
+from train.data.loader import StepLoader
 from train.data.micro_batch import make_micro_batch
 from train.data.sequence_slice import take_slice
 from train.data.step_order import make_order
@@ -62,7 +62,7 @@ def test_a_step_counts_the_fillers_of_shared_rows(tmp_path: Path) -> None:
         max_steps=None,
     )  # fmt: skip
     feeds = [
-        Feed(
+        StepLoader(
             shard_set=shard_set, order=order, loss=LossConfig(), rank=rank, world_size=4, packs_per_micro_batch=1,
             sequence_parallel=2,
         )

@@ -21,13 +21,18 @@ def weights(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
 
 
 def optimizer_of(
-    parameters: list[torch.nn.Parameter], *, max_grad_norm: float = 0.5, halts: bool = False
+    parameters: list[torch.nn.Parameter],
+    *,
+    max_grad_norm: float = 0.5,
+    stop_after_skip: bool = False,
 ) -> OneRankAdamW:
     groups = [
         {"params": [parameters[0]], "weight_decay": 0.1},
         {"params": [parameters[1]], "weight_decay": 0.0},
     ]
-    return OneRankAdamW(groups, **SETTINGS, max_grad_norm=max_grad_norm, halts=halts)  # type: ignore[arg-type]
+    return OneRankAdamW(
+        groups, **SETTINGS, max_grad_norm=max_grad_norm, stop_after_skip=stop_after_skip
+    )  # type: ignore[arg-type]
 
 
 def was_refused(optimizer: OneRankAdamW) -> bool:
@@ -72,7 +77,9 @@ def test_fp32_weights_are_their_own_masters() -> None:
 def test_bf16_gradients_are_summed_in_fp32() -> None:
     """One large gradient and many small ones: a bf16 sum would lose every one of them."""
     parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
-    optimizer = OneRankAdamW([{"params": [parameter]}], **SETTINGS, max_grad_norm=0.0, halts=False)  # type: ignore[arg-type]
+    optimizer = OneRankAdamW(
+        [{"params": [parameter]}], **SETTINGS, max_grad_norm=0.0, stop_after_skip=False
+    )  # type: ignore[arg-type]
     (parameter * 1.0).sum().backward()
     for _ in range(256):
         (parameter * 2.0**-10).sum().backward()
@@ -124,7 +131,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype: torch.dtype, bad: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_after_a_refused_step_nothing_changes_any_more_if_it_halts(dtype: torch.dtype) -> None:
     parameters = weights(dtype)
-    optimizer = optimizer_of(parameters, halts=True)
+    optimizer = optimizer_of(parameters, stop_after_skip=True)
     backward(parameters, 1)
     optimizer.step()
     assert not was_refused(optimizer)

@@ -8,7 +8,7 @@ import pytest
 
 from shared.errors import ArtifactError, ConfigError, SftError
 from train.cli.main import cli
-from train.engine.launcher_env import RankPlace, described_as_single, launched, read_place
+from train.engine.launcher_env import LauncherEnv, launched, read_launcher_env, single_process_env
 from train.launch.local import ranks_on, torchrun_command
 from train.run.command_line import rank_arguments
 from train.run.prepare import TrainRequest
@@ -55,16 +55,16 @@ def test_torchrun_forwards_signals_waits_for_a_save_and_imports_nothing_from_her
 
 def test_one_process_describes_itself_and_cleans_up() -> None:
     assert not launched()
-    with described_as_single():
+    with single_process_env():
         assert launched()
-        assert read_place() == RankPlace(rank=0, local_rank=0, world_size=1)
+        assert read_launcher_env() == LauncherEnv(rank=0, local_rank=0, world_size=1)
     assert not launched()
 
 
 def test_ranks_may_not_start_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     from train.launch.local import run_or_launch
 
-    with described_as_single(), pytest.raises(ConfigError, match="is one already"):
+    with single_process_env(), pytest.raises(ConfigError, match="is one already"):
         run_or_launch(None, 2)  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ from train_runs import RECIPE, VOCAB, records, train_apart, train_here, weights
 from transformers import AutoModelForCausalLM
 
 from shared.shard_reader import open_shard_set
-from train.loop.evaluate import EvalFeed
+from train.loop.evaluate import EvalLoader
 
 NAMES = ("algebra", "chat")
 NUM_EVAL_PACKS = 5
@@ -174,7 +174,7 @@ def test_a_set_finds_what_was_held_out_of_it(whole: Path, inputs: Inputs, tmp_pa
 
 
 def test_a_sample_of_packs_is_the_same_on_every_rank(inputs: Inputs) -> None:
-    feed = EvalFeed(
+    feed = EvalLoader(
         shard_set=open_shard_set(inputs[2]), max_packs=3, rank=0, world_size=1, packs_per_micro_batch=2,
         sequence_parallel=1,
     )  # fmt: skip

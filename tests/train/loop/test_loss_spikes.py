@@ -11,14 +11,14 @@ from train_runs import train_here, write_inputs
 
 from shared.shard_reader import open_shard_set
 from train.config import LossConfig
-from train.data.loader import Feed
+from train.data.loader import StepLoader
 from train.data.provenance import step_rows
 from train.data.step_order import make_order
 from train.loop.loss_spikes import SpikeLog
 
 
 @pytest.fixture(scope="module")
-def feed(tmp_path_factory: pytest.TempPathFactory) -> Feed:
+def feed(tmp_path_factory: pytest.TempPathFactory) -> StepLoader:
     packs = random_packs(num_packs=6, max_seq_len=32, vocab_size=61)
     shard_set = open_shard_set(
         write_shard_set(
@@ -29,7 +29,7 @@ def feed(tmp_path_factory: pytest.TempPathFactory) -> Feed:
         unit="pack", fingerprint=shard_set.manifest.fingerprint, seed=0, num_units=6, units_per_step=2, epochs=1,
         max_steps=1000,
     )  # fmt: skip
-    return Feed(
+    return StepLoader(
         shard_set=shard_set,
         order=order,
         loss=LossConfig(),
@@ -44,7 +44,7 @@ def found(path: Path) -> list[dict[str, object]]:
 
 
 def test_a_jump_is_reported_with_the_rows_of_its_step_and_noise_is_not(
-    feed: Feed, tmp_path: Path
+    feed: StepLoader, tmp_path: Path
 ) -> None:
     noise = random.Random(0)
     losses = [2.0 + noise.gauss(0, 0.1) for _ in range(300)]
@@ -59,7 +59,9 @@ def test_a_jump_is_reported_with_the_rows_of_its_step_and_noise_is_not(
     assert spike["expected"] == pytest.approx(2.0, abs=0.05)
 
 
-def test_a_falling_loss_is_no_spike_and_sigma_0_reports_none(feed: Feed, tmp_path: Path) -> None:
+def test_a_falling_loss_is_no_spike_and_sigma_0_reports_none(
+    feed: StepLoader, tmp_path: Path
+) -> None:
     falling = [10.0 * 0.98**step for step in range(200)]
     SpikeLog(tmp_path / "falling", sigma=6.0, after_step=0).look_at(
         list(range(1, 201)), falling, feed
@@ -70,7 +72,7 @@ def test_a_falling_loss_is_no_spike_and_sigma_0_reports_none(feed: Feed, tmp_pat
     assert found(tmp_path / "falling") == found(tmp_path / "off") == []
 
 
-def test_too_short_a_past_judges_nothing(feed: Feed, tmp_path: Path) -> None:
+def test_too_short_a_past_judges_nothing(feed: StepLoader, tmp_path: Path) -> None:
     log = SpikeLog(tmp_path / "spikes.jsonl", sigma=6.0, after_step=0)
     log.look_at(list(range(1, 21)), [1.0] * 19 + [50.0], feed)
     assert found(tmp_path / "spikes.jsonl") == []
@@ -79,7 +81,7 @@ def test_too_short_a_past_judges_nothing(feed: Feed, tmp_path: Path) -> None:
 
 
 def test_spikes_after_the_step_that_a_run_goes_on_from_are_forgotten(
-    feed: Feed, tmp_path: Path
+    feed: StepLoader, tmp_path: Path
 ) -> None:
     path = tmp_path / "spikes.jsonl"
     SpikeLog(path, sigma=6.0, after_step=0).look_at(

@@ -16,7 +16,7 @@ from train_runs import RECIPE, train_here, write_inputs
 from shared import config
 from shared.shard_reader import open_shard_set
 from train.config import TrainConfig
-from train.data.loader import Feed
+from train.data.loader import StepLoader
 from train.results.which import _marked
 from train.run.prepare import make_run_order
 
@@ -55,7 +55,7 @@ def test_the_rows_are_those_that_each_rank_trains_on(
     order = make_run_order(recipe, shard_set.manifest)
     for step in (1, order.total_steps):
         for rank in range(world_size):
-            feed = Feed(
+            feed = StepLoader(
                 shard_set=shard_set, order=order, loss=recipe.loss, rank=rank, world_size=world_size,
                 packs_per_micro_batch=1,
             )  # fmt: skip

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from prep.conversations.conversation import Conversation
 from prep.rendering.compiled.template import CompiledTemplate
 from prep.rendering.control.injection import ControlCheck
-from prep.rendering.coverage import uncarried
+from prep.rendering.coverage import unrendered_fields
 from prep.rendering.spans import find_spans
 from prep.rendering.template import ChatTemplate, TemplateText, shipped_templates
 from prep.rendering.turns import learn_rules
@@ -138,7 +138,7 @@ def test_a_compiled_rendering_equals_the_traced_one(name: str, data: st.DataObje
         return
     rules = learn_rules(template, CONTROL)
     text = template.render(row)
-    assert uncarried(text, row, rules) is None
+    assert unrendered_fields(text, row, rules) is None
     assert found == ControlCheck(template, rules, CONTROL).check(row, find_spans(text, row, rules))
 
 

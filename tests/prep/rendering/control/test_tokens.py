@@ -134,7 +134,7 @@ def test_the_control_ids_of_a_row_are_those_of_the_same_row_with_inert_contents(
     assert (
         len(result.columns["sample_row"])
         + len(result.facts["rejects"])
-        + len(result.facts["uncarried"])
+        + len(result.facts["unrendered"])
         == 1
     )
 
