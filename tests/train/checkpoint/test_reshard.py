@@ -81,7 +81,7 @@ def test_two_ranks_then_one_then_two_learn_the_same(
         assert done.returncode == 75, done.stderr
     done = train_apart(*arguments(inputs, run), "--nproc-per-node", 2)
     assert done.returncode == 0, done.stderr
-    assert "was written by 1 ranks with ZeRO stage 0, now 2 with stage 3 go on" in done.stderr
+    assert "from 1 ranks with ZeRO stage 0 to 2 ranks with stage 3" in done.stderr
     assert_same_learning(run, undisturbed)
 
 
