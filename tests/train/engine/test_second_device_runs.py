@@ -194,12 +194,12 @@ def test_two_ranks_train_and_evaluate_as_the_cpu_alone(
 
 
 MICRO_BATCHES, EVALUATED, LAYERS = 4 * STEPS, 2 * 3, 2
-ALWAYS = {"window.read: copy to the host": STEPS, "evaluate.evaluate: copy to the host": 2}
+ALWAYS = {"metrics_window.read: copy to the host": STEPS, "evaluate.evaluate: copy to the host": 2}
 WAITS = {
     ("one", "bf16"): ALWAYS,
     ("one", "lora"): {
         **ALWAYS,
-        "window.read: copy to the host": 3,
+        "metrics_window.read: copy to the host": 3,
     },  # after steps 3 and 6, and for the checkpoint
     ("one", "fp32"): {
         **ALWAYS,
