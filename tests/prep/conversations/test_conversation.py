@@ -195,7 +195,7 @@ def test_train_and_weight_become_flags_and_leave_the_message() -> None:
             "messages[0].train is 'no'; expected true or false",
         ),
         ({"messages": [{**HI, "weight": 0.5}]}, "messages[0].weight is 0.5; expected 0 or 1"),
-        ({"messages": [{**HI, "weight": 0, "train": True}]}, "says train = true and weight = 0"),
+        ({"messages": [{**HI, "weight": 0, "train": True}]}, "has train = true and weight = 0"),
         (
             {
                 "messages": [
