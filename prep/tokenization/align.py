@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from prep.rendering.spans import Rendered
 from prep.tokenization.byte_offsets import char_to_byte_offsets
-from prep.tokenization.encoder import Encoded, Ints, Places
+from prep.tokenization.encoder import Encoded
+from prep.tokenization.guarded_tokens import BytePositions, Ints
 from shared.shard_format import STRADDLES, Kind
 
 # where one token covers text of two kinds, the later in this list names it: what the model must
@@ -81,7 +82,7 @@ def _blocks(first: Ints, last: Ints) -> Iterator[tuple[slice, Ints, Ints]]:
         start = stop
 
 
-def _search(places: Places, wanted: Ints, side: Literal["left", "right"]) -> Ints:
+def _search(places: BytePositions, wanted: Ints, side: Literal["left", "right"]) -> Ints:
     """Search as numpy does, which would copy `places` if `wanted` were of another type."""
     return np.searchsorted(places, wanted.astype(places.dtype), side=side)
 
