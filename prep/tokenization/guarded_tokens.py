@@ -166,8 +166,8 @@ class GuardedTokens:
         plain: Intervals,
         ids: npt.NDArray[np.int32],
         offsets: Ints,
-    ) -> list[tuple[int, int]]:
-        """Return the characters of the guarded tokens that may stay, in order.
+    ) -> list[tuple[int, int, str]]:
+        """Return the characters of the guarded tokens that may stay, with stand-ins, in order.
 
         These are the control tokens that the template printed, and other markup outside the plain
         texts.
@@ -178,22 +178,25 @@ class GuardedTokens:
             if texts.touch(*match.span()):
                 position = match.start() + 1
             else:
-                allowed.append(match.span())
+                allowed.append((*match.span(), self._stand_ins[match.group()]))
                 position = match.end()
-        control = Intervals(allowed)
+        control = Intervals((first, last) for first, last, _ in allowed)
         for token in np.flatnonzero(self._is_markup[ids]).tolist():
             first, last = offsets[token].tolist()
             if not plain.touch(first, last) and not control.touch(first, last):
-                allowed.append((first, last))
+                # By id: the text of <unk> is any unknown character.
+                name = self._tokenizer.id_to_token(int(ids[token]))
+                allowed.append((first, last, self._stand_ins[name]))
         return sorted(allowed)
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
         longest_first = sorted(self._control_tokens, key=lambda token: (-len(token), token))
-        return re.compile("|".join(map(re.escape, longest_first)))
+        # (?!) matches nothing; the empty pattern of no tokens would match everywhere
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def _encode_with_stand_ins(
-        self, row: Rendered, allowed: list[tuple[int, int]]
+        self, row: Rendered, allowed: list[tuple[int, int, str]]
     ) -> tuple[npt.NDArray[np.int32], Ints]:
         """Return ids and character offsets; no guarded token is made outside `allowed`."""
         if any(stand_in in row.text for stand_in in self._stand_ins.values()):
@@ -205,8 +208,8 @@ class GuardedTokens:
         # for every character of the encoded text, its position in the row's text
         positions: list[Ints] = []
         cursor = 0
-        for first, last in allowed:
-            pieces += [row.text[cursor:first], self._stand_ins[row.text[first:last]]]
+        for first, last, stand_in in allowed:
+            pieces += [row.text[cursor:first], stand_in]
             positions.append(np.arange(cursor, first + 1))
             cursor = last
         pieces.append(row.text[cursor:])

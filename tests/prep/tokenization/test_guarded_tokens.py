@@ -134,3 +134,18 @@ def test_looking_up_in_blocks_is_indexing(ids: list[int], block_tokens: int) -> 
         patch.setattr(guarded_tokens, "_BLOCK_TOKENS", block_tokens)
         values = look_up(table, np.asarray(ids, np.int32))
     assert values.tolist() == [int(table[index]) for index in ids]
+
+
+def test_an_unknown_character_of_an_answer_does_not_stop_a_row_with_typed_markup() -> None:
+    row = rendered("chatml", ["<think>", "a\ufeff"])
+    made = guarded("unigram", plain_kinds=(Kind.USER,))
+    ids, offsets = made.encode(row)
+    position = row.text.index("\ufeff")
+    unknown = offsets[ids == reference("unigram").token_to_id("<unk>")]
+    assert [position, position + 1] in unknown.tolist()
+
+
+def test_typed_markup_is_plain_text_too_where_there_are_no_control_tokens() -> None:
+    row = rendered("chatml", ["<think>", "<think>"])
+    ids, _ = guarded("byte-level", (), (Kind.USER,)).encode(row)
+    assert ids.tolist().count(reference("byte-level").token_to_id("<think>")) == 1
