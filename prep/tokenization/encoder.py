@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.rendering.spans import Rendered
-from prep.tokenization.byte_offsets import byte_positions
-from prep.tokenization.guarded_tokens import BytePositions, GuardedTokens, Ints, look_up
+from prep.tokenization.byte_offsets import Ints, byte_positions
+from prep.tokenization.guarded_tokens import BytePositions, GuardedTokens, look_up
 from shared.shard_format import Kind
 
 

@@ -21,11 +21,10 @@ import numpy.typing as npt
 from prep.rendering.control.tokens import is_markup
 from prep.rendering.intervals import Intervals
 from prep.rendering.spans import Rendered
-from prep.tokenization.byte_offsets import char_to_byte_offsets
+from prep.tokenization.byte_offsets import Ints, char_to_byte_offsets
 from shared.errors import DataError
 from shared.shard_format import Kind
 
-Ints = npt.NDArray[np.int64]
 # positions of bytes in a chunk: 32 bits unless it is larger
 BytePositions = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
