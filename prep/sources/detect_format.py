@@ -35,16 +35,17 @@ def conversion_of(source: ResolvedSource, entry: SourceConfig, store: Path) -> C
     # Detection can be repeated, so an unreadable memory is no error.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(memory.read_bytes())
-        return Conversion(known["format"], tuple(sorted(known["columns"].items())), entry.split_by)
+        columns = dict(known["columns"])
+        return Conversion(known["format"], tuple(sorted(columns.items())), entry.split_by)
     first = next(iter_chunks(source, source_index=0), None)
     records = (record for *_, record in parse_chunk(first)) if first else ()
     conversion = detect(records, entry.columns)
     if conversion is not None:
         logger.info("%s: its first rows are %s", source.name, conversion)
     elif entry.columns and first:
-        columns = ", ".join(f"{field} = {name!r}" for field, name in sorted(entry.columns.items()))
+        mapping = ", ".join(f"{field} = {name!r}" for field, name in sorted(entry.columns.items()))
         raise DataError(
-            f"source {source.name!r}: none of its first rows fits columns {columns}; correct them,"
+            f"source {source.name!r}: none of its first rows fits columns {mapping}; correct them,"
             " or state the format"
         )
     else:

@@ -388,9 +388,16 @@ ODD = [
     {"0": 3},
 ]
 KEYS = (
-    "eos_token", "pad_token", "added_tokens_decoder", "extra_special_tokens", "additional_special_tokens",
-    "model_max_length", "image_token", "chat_template", "tokenizer_class",
-)  # fmt: skip
+    "eos_token",
+    "pad_token",
+    "added_tokens_decoder",
+    "extra_special_tokens",
+    "additional_special_tokens",
+    "model_max_length",
+    "image_token",
+    "chat_template",
+    "tokenizer_class",
+)
 
 
 @pytest.mark.parametrize("key", KEYS)
