@@ -53,6 +53,7 @@ def parse(
     """
     try:
         value = orjson.loads(data)
+        # orjson has refused integers beyond 1.8e308, so int() never meets its limit of 4300 digits
         if exact_integers and _LONG_INTEGER.search(data):
             value = json.loads(data)
     except orjson.JSONDecodeError as exc:
@@ -67,9 +68,6 @@ def parse(
         raise DataError(f"{at}: not valid {fault}; correct the row") from exc
     except RecursionError as exc:
         raise DataError(_too_deep(at, "it")) from exc
-    except ValueError as exc:
-        # json.loads, which reads integers of at most 4300 digits
-        raise DataError(f"{at}: a number in it cannot be read: {exc}; correct the row") from exc
     # The objects of most rows are the row and its messages: their keys are counted without a walk.
     keys = -1
     messages = value.get("messages") if type(value) is dict else None
