@@ -40,7 +40,7 @@ def parsed(text: str) -> Any:
 
 
 @given(value=a_value, indent=st.none() | st.integers(0, 1), ascii_only=st.booleans())
-@settings(max_examples=300)
+@settings(deadline=None, max_examples=300)
 def test_a_value_is_the_one_that_was_written(
     value: Any, indent: int | None, ascii_only: bool
 ) -> None:
@@ -49,7 +49,7 @@ def test_a_value_is_the_one_that_was_written(
 
 
 @given(values=st.lists(a_value, min_size=1, max_size=4), separators=st.sampled_from([":", " \t: "]))
-@settings(max_examples=200)
+@settings(deadline=None, max_examples=200)
 def test_no_text_has_more_keys_than_are_counted_before_it_is_parsed(
     values: list[Any], separators: str
 ) -> None:
@@ -68,7 +68,7 @@ def test_no_text_has_more_keys_than_are_counted_before_it_is_parsed(
     outer=st.sampled_from(["%s", '{"messages": [%s, {"role": "x"}]}', '[[], {"": [%s]}]']),
     escaped=st.booleans(),
 )
-@settings(max_examples=300)
+@settings(deadline=None, max_examples=300)
 def test_an_object_with_a_key_twice_is_refused_wherever_it_is(
     pairs: list[tuple[str, Any]], space: str, outer: str, escaped: bool
 ) -> None:
@@ -148,6 +148,7 @@ def test_an_integer_is_exact_or_refused_however_long(digits: int) -> None:
 
 
 @given(value=a_value)
+@settings(deadline=None)
 def test_no_key_is_null_and_nothing_else_is_lost(value: Any) -> None:
     def expected(item: Any) -> Any:
         if isinstance(item, dict):
@@ -160,6 +161,7 @@ def test_no_key_is_null_and_nothing_else_is_lost(value: Any) -> None:
 
 
 @given(value=st.text(max_size=100))
+@settings(deadline=None)
 def test_a_value_in_a_message_has_at_most_60_characters(value: str) -> None:
     text = short_repr(value)
     assert len(text) <= 60

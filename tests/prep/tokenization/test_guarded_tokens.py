@@ -128,6 +128,7 @@ def test_plain_added_tokens_match_in_messages() -> None:
     ids=st.lists(st.integers(0, 99), max_size=40),
     block_tokens=st.integers(1, 50),
 )
+@settings(deadline=None)
 def test_looking_up_in_blocks_is_indexing(ids: list[int], block_tokens: int) -> None:
     table = np.arange(100)[::-1] ** 2
     with pytest.MonkeyPatch.context() as patch:
