@@ -58,6 +58,13 @@ def test_what_was_detected_is_remembered_with_the_rows_and_not_read_again(
     assert len(memories(tmp_path)) == 2
 
 
+def test_what_was_detected_for_other_columns_is_not_taken(tmp_path: Path) -> None:
+    write(tmp_path, PAIR)
+    exchanged = {"prompt": "answer", "completion": "question"}
+    for columns in (COLUMNS, exchanged, COLUMNS):
+        assert dict(detected(tmp_path, columns=columns).columns) == columns
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": "alpaca", "columns": 1}'])
 def test_a_broken_memory_is_replaced(content: str, tmp_path: Path) -> None:
     write(tmp_path, ALPACA)
