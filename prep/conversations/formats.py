@@ -183,7 +183,20 @@ def _from_sharegpt(record: dict[str, Any], conversion: Conversion, where: str) -
             if key not in (from_key, value_key, "role", "content")
         }
         if speaker == "function_call":
-            message["tool_calls"] = _calls(value, f"{at}.{value_key}")
+            # one call or a list of calls, mostly as JSON text
+            calls = loads(value, f"{at}.{value_key}") if isinstance(value, str) else value
+            calls = [calls] if isinstance(calls, dict) else calls
+            if not (calls and isinstance(calls, list)) or not all(
+                isinstance(call, dict)
+                and isinstance(function := call.get("function", call), dict)
+                and isinstance(function.get("name"), str)
+                for call in calls
+            ):
+                raise DataError(
+                    f"{at}.{value_key} is {short_repr(value)}; expected"
+                    ' {"name": ..., "arguments": ...} or a list of such calls'
+                )
+            message["tool_calls"] = calls
             value = ""
         elif not isinstance(value, str):
             seen = f"is {short_repr(value)}" if value_key in turn else "is missing"
@@ -235,6 +248,7 @@ def _from_prompt_completion(
             continue
         if not isinstance(value, list) or not value:
             raise _other_shape(record, column, where, conversion, "a string or a list of messages")
+        # messages in OpenAI's form, whose roles parse_conversation checks
         for index, message in enumerate(value):
             if not isinstance(message, dict) or "role" not in message:
                 raise DataError(
@@ -296,27 +310,6 @@ def _other_shape(
     return DataError(
         f"{where}: {seen}; expected {expected}, because the format of this source is {conversion}"
     )
-
-
-def _calls(value: Any, at: str) -> list[Any]:
-    """Return the calls of a function_call turn: one or a list of them, mostly as JSON text."""
-    calls = loads(value, at) if isinstance(value, str) else value
-    calls = [calls] if isinstance(calls, dict) else calls
-    if (
-        not isinstance(calls, list)
-        or not calls
-        or not all(isinstance(call, dict) and _is_named(call) for call in calls)
-    ):
-        raise DataError(
-            f'{at} is {short_repr(value)}; expected {{"name": ..., "arguments": ...}} or a list of'
-            " such calls"
-        )
-    return calls
-
-
-def _is_named(call: dict[str, Any]) -> bool:
-    function = call.get("function", call)
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _nested_tools(record: dict[str, Any], conversion: Conversion, where: str) -> Any:

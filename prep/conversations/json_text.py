@@ -104,7 +104,19 @@ def check_depth(value: Any, at: str, *, brackets: int = MAX_DEPTH + 1) -> None:
         level = _containers(level)
         if not level:
             return
-    raise DataError(_too_deep(at, _path_to_depth(value)))
+    # Name it by its first steps, messages[1].tool_calls[0].function: walk in depth until there.
+    path: list[tuple[Any, str]] = [(value, "")]
+    stack = [iter(_children(value))]
+    while len(stack) <= MAX_DEPTH:
+        child = next(stack[-1], None)
+        if child is None:
+            stack.pop()
+            path.pop()
+            continue
+        path.append(child)
+        stack.append(iter(_children(child[0])))
+    steps = "".join(step for _, step in path[1:7])
+    raise DataError(_too_deep(at, steps.removeprefix(".") or "the row"))
 
 
 def without_nulls(value: Any) -> Any:
@@ -160,23 +172,8 @@ def _too_deep(at: str, what: str) -> str:
     )
 
 
-def _path_to_depth(value: Any) -> str:
-    """Return the first steps to where a value is too deep: messages[1].tool_calls[0].function."""
-    path: list[tuple[Any, str]] = [(value, "")]
-    stack = [iter(_children(value))]
-    while len(stack) <= MAX_DEPTH:
-        child = next(stack[-1], None)
-        if child is None:
-            stack.pop()
-            path.pop()
-            continue
-        path.append(child)
-        stack.append(iter(_children(child[0])))
-    steps = [step for _, step in path[1:]]
-    return "".join(steps[:6]).removeprefix(".") or "the row"
-
-
 def _children(value: Any) -> list[tuple[Any, str]]:
+    """Return the objects and arrays directly inside `value`, each with the step to it."""
     is_dict = type(value) is dict
     return [
         (child, f".{key:.60}" if is_dict else f"[{key}]")

@@ -105,7 +105,12 @@ def resolve_source(source: SourceConfig, base: Path, known: Mapping[str, Any]) -
         if not paths:
             raise DataError(f"no file matches {source.path!r} below {base}; check the glob")
         root = Path(os.path.commonpath([path.parent for path in paths]))
-        return _local(source, _glob_name(source.path), _resolve_files(paths, root, known))
+        # named after the words of the last component, or its directory: conversations/*.jsonl.gz
+        *folders, last = Path(source.path).parts
+        words = re.sub(r"\[[^]]*\]|[*?]+", "-", _stem(last)).strip("-_.")
+        plain = [n for n in folders if not _GLOB.search(n) and n not in ("/", ".", "..")]
+        name = words or (plain[-1] if plain else "rows")
+        return _local(source, name, _resolve_files(paths, root, known))
     if not _HUB_ID.fullmatch(source.path) or _format_of(source.path)[0]:
         raise DataError(
             f"no file {source.path!r} below {base}; give a file, a glob, a directory or the id of a"
@@ -211,14 +216,6 @@ def _stem(name: str) -> str:
     if path.suffix.lower() in _COMPRESSIONS:
         path = path.with_suffix("")
     return path.stem if path.suffix.lower() in _FORMATS else path.name
-
-
-def _glob_name(pattern: str) -> str:
-    """Return the words of a glob's last component, or its directory: `conversations/*.jsonl.gz`."""
-    *folders, last = Path(pattern).parts
-    words = re.sub(r"\[[^]]*\]|[*?]+", "-", _stem(last)).strip("-_.")
-    plain = [name for name in folders if not _GLOB.search(name) and name not in ("/", ".", "..")]
-    return words or (plain[-1] if plain else "rows")
 
 
 def _hub_key(hub_id: str, revision: str) -> str:

@@ -20,7 +20,10 @@ TEXTS = (
     " leading, trailing ",
     "two  blanks,   three\ttab\n\n\nlines\r\n",
     "def f(self, x_1):\n    return {'a': [x_1**2, -1]}  # ok\n",
-    "\u6771\u4eac\u90fd\u306f\u65e5\u672c\u306e\u9996\u90fd\u3067\u3059\u3002\u4f60\u597d\uff0c\u4e16\u754c\uff01",
+    (
+        "\u6771\u4eac\u90fd\u306f\u65e5\u672c\u306e\u9996\u90fd\u3067\u3059\u3002"
+        "\u4f60\u597d\uff0c\u4e16\u754c\uff01"
+    ),
     (
         "\uc548\ub155\ud558\uc138\uc694 \u041f\u0440\u0438\u0432\u0435\u0442"
         " \u0645\u0631\u062d\u0628\u0627"

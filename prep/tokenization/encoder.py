@@ -78,10 +78,20 @@ class Encoder:
         self._hf = tokenizers.Tokenizer.from_str(spec.tokenizer_json)
         normalizer = self._json.get("normalizer")
         self._normal_form = normalizer["type"] if normalizer else None
-        # A normal form leaves most rows as they are, which unicodedata proves row by row. Of other
-        # normalizers nothing is known.
-        forms = (None, "NFC", "NFKC", "NFD", "NFKD")
-        self._has_byte_lengths = _is_byte_level(self._json) and self._normal_form in forms
+        # The bytes of each token are known if tokens spell bytes, one character each, and together
+        # the whole text. A normal form leaves most texts as they are, which unicodedata proves row
+        # by row; of other normalizers nothing is known.
+        pre = self._json.get("pre_tokenizer") or {}
+        steps = pre.get("pretokenizers", [pre])
+        byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
+        self._has_byte_lengths = (
+            self._json["model"]["type"] == "BPE"
+            and bool(byte_level)
+            and all(step.get("type") in ("ByteLevel", "Split", "Digits") for step in steps)
+            and not any(step.get("add_prefix_space") for step in byte_level)
+            and not any(token["lstrip"] or token["rstrip"] for token in self._json["added_tokens"])
+            and self._normal_form in (None, "NFC", "NFKC", "NFD", "NFKD")
+        )
         vocab = self._json["model"]["vocab"]
         added_ids = [token["id"] for token in self._json["added_tokens"]]
         last_id = max(vocab.values(), default=0) if isinstance(vocab, dict) else len(vocab) - 1
@@ -220,14 +230,3 @@ class Encoder:
             )
         same_type = lengths.dtype == ends.dtype
         return np.subtract(ends, lengths, out=lengths if same_type else None), ends, exact
-
-
-def _is_byte_level(data: dict[str, Any]) -> bool:
-    """Say whether tokens spell bytes, one character each, and together spell the whole text."""
-    pre = data.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", [pre])
-    byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
-    plain = all(step.get("type") in ("ByteLevel", "Split", "Digits") for step in steps)
-    plain &= not any(step.get("add_prefix_space") for step in byte_level)
-    plain &= not any(token["lstrip"] or token["rstrip"] for token in data["added_tokens"])
-    return bool(data["model"]["type"] == "BPE" and byte_level and plain)

@@ -46,7 +46,6 @@ class GuardedTokens:
         token without an id."""
         self._tokenizer = tokenizer
         self._data = tokenizer_data
-        self._control_tokens = control_tokens
         self._plain_kinds = plain_kinds
         added = (token["content"] for token in tokenizer_data["added_tokens"])
         markup = [token for token in added if plain_kinds and is_markup(token)]
@@ -67,6 +66,9 @@ class GuardedTokens:
         self._is_markup = np.zeros(vocab_size, np.bool_)
         self._is_markup[[self._ids[token] for token in markup]] = True
         self._is_markup &= ~self.is_control
+        longest_first = sorted(control_tokens, key=lambda token: (-len(token), token))
+        # (?!) matches nothing; the empty pattern of no tokens would match everywhere
+        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._control_arrays: dict[tuple[str, ...], npt.NDArray[np.int32]] = {}
 
     def control_ids(self, names: tuple[str, ...]) -> npt.NDArray[np.int32]:
@@ -187,12 +189,6 @@ class GuardedTokens:
                 name = self._tokenizer.id_to_token(int(ids[token]))
                 allowed.append((first, last, self._stand_ins[name]))
         return sorted(allowed)
-
-    @cached_property
-    def _control_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self._control_tokens, key=lambda token: (-len(token), token))
-        # (?!) matches nothing; the empty pattern of no tokens would match everywhere
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def _encode_with_stand_ins(
         self, row: Rendered, allowed: list[tuple[int, int, str]]

@@ -134,8 +134,7 @@ def remember_tokenizer(config: TokenizerConfig, files: TokenizerFiles) -> dict[s
 
 
 def load_tokenizer(files: TokenizerFiles, add_tokens: Sequence[str] = ()) -> LoadedTokenizer:
-    """Load tokenizer.json, with `add_tokens` behind its vocabulary. Raises DataError,
-    ConfigError."""
+    """Load tokenizer.json and put `add_tokens` behind it. Raises DataError, ConfigError."""
     import tokenizers
 
     file = files.directory / "tokenizer.json"
@@ -156,28 +155,33 @@ def load_tokenizer(files: TokenizerFiles, add_tokens: Sequence[str] = ()) -> Loa
     tokenizer.no_padding()
     _warn_of_tokens_left_out(tokenizer, files, add_tokens)
     new_ids = _add_new(tokenizer, files.name, add_tokens)
-    special = _known_names(tokenizer, files)
+    special, special_ids = {}, {}
+    for name, content in files.names.special.items():
+        index = tokenizer.token_to_id(content)
+        if index is not None:
+            special[name], special_ids[name] = content, index
+            continue
+        what = f"{files.name} names {content!r} as its {name}, but tokenizer.json has no such token"
+        if name in ("bos_token", "eos_token"):
+            raise DataError(f"{what}; correct the files, or name it in tokenizer.add_tokens")
+        logger.warning("%s: left out", what)
     # A token with a name is matched whole, as in transformers, even if the file has it in its
     # vocabulary only.
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    whole = [c for c in dict.fromkeys([*special.values(), *files.names.further]) if c not in added]
+    named = dict.fromkeys([*special.values(), *files.names.further])
     _add_special(
-        tokenizer, [content for content in whole if tokenizer.token_to_id(content) is not None]
+        tokenizer,
+        [c for c in named if c not in added and tokenizer.token_to_id(c) is not None],
     )
-    flags = {
-        token.content: bool(token.special)
-        for token in tokenizer.get_added_tokens_decoder().values()
-    }
-    control = {content for content, is_special in flags.items() if is_special} | set(
-        special.values()
-    )
+    tokens = tokenizer.get_added_tokens_decoder().values()
+    control = {token.content for token in tokens if token.special} | set(special.values())
     return LoadedTokenizer(
         tokenizer=tokenizer,
         tokenizer_json=tokenizer.to_str(),
         special_tokens=special,
-        special_ids={name: _id_of(tokenizer, content) for name, content in special.items()},
+        special_ids=special_ids,
         control_tokens=tuple(sorted(control)),
-        added_tokens=dict(sorted(flags.items())),
+        added_tokens=dict(sorted((token.content, bool(token.special)) for token in tokens)),
         new_ids=new_ids,
         model_max_length=files.names.model_max_length,
     )
@@ -186,8 +190,7 @@ def load_tokenizer(files: TokenizerFiles, add_tokens: Sequence[str] = ()) -> Loa
 def write_tokenizer(
     out: Path, loaded: LoadedTokenizer, encoder_json: str, template: TemplateText
 ) -> dict[str, FileEntry]:
-    """Write the tokenizer that was used, with the template that was used, as transformers loads
-    them.
+    """Write the tokenizer and the template that were used, as files that transformers loads.
 
     The copy adds nothing: BOS is in the ids only if the template printed it, so there is no
     post-processor. Its class uses tokenizer.json unchanged, also beside the config.json of a model;
@@ -224,25 +227,10 @@ def _files(
     }
     if not hashes.keys() & {"tokenizer.model", "vocab.json"}:
         raise ConfigError(
-            f"tokenizer.name: {directory} holds no tokenizer.json, tokenizer.model or vocab.json"
+            f"tokenizer.name: {directory} has no tokenizer.json, tokenizer.model or vocab.json"
         )
     key, sha256 = converted_sha256(directory, hashes, known)
     return TokenizerFiles(name, revision, directory, sha256, names, key)
-
-
-def _known_names(tokenizer: Any, files: TokenizerFiles) -> dict[str, str]:
-    """Return the named tokens that have an id. Raises DataError if BOS or EOS has none."""
-    special = {
-        name: c for name, c in files.names.special.items() if tokenizer.token_to_id(c) is not None
-    }
-    for name, content in files.names.special.items():
-        if name in special:
-            continue
-        what = f"{files.name} names {content!r} as its {name}, but tokenizer.json has no such token"
-        if name in ("bos_token", "eos_token"):
-            raise DataError(f"{what}; correct the files, or name it in tokenizer.add_tokens")
-        logger.warning("%s: left out", what)
-    return special
 
 
 def _add_new(tokenizer: Any, name: str, wanted: Sequence[str]) -> tuple[int, ...]:
@@ -261,17 +249,13 @@ def _add_new(tokenizer: Any, name: str, wanted: Sequence[str]) -> tuple[int, ...
     new = [content for content in wanted if content not in added]
     first = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     _add_special(tokenizer, new)
-    ids = tuple(_id_of(tokenizer, content) for content in new)
+    ids = tuple(map(tokenizer.token_to_id, new))
     if ids != tuple(range(first, first + len(new))):
         raise ConfigError(
             f"tokenizer.add_tokens: the vocabulary of {name} has gaps, so that new tokens get the"
             f" ids {list(ids)} instead of {first} and up; add them to its tokenizer.json by hand"
         )
     return ids
-
-
-def _id_of(tokenizer: Any, content: str) -> int:
-    return int(tokenizer.token_to_id(content))
 
 
 def _add_special(tokenizer: Any, contents: Sequence[str]) -> None:
