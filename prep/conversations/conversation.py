@@ -20,7 +20,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "enviro
 # who can ask the question that the first answer follows; a greeting before it is part of the prompt
 _ASKING_ROLES = frozenset(ROLES) - {"system", "developer", "assistant"}
 
+# keys of a message that must be strings, besides its content
 _STRING_KEYS = ("reasoning_content", "function_calls", "functions", "tool_call_id", "name")
+# types of content parts that are reasoning -> the keys that may have their text
 _REASONING_PARTS = {
     "reasoning": ("text", "reasoning", "value"),
     "thinking": ("text", "thinking", "value"),
@@ -158,6 +160,7 @@ def _parse_message(message: dict[str, Any], at: str) -> dict[str, Any]:
             raise DataError(f"{at} has {what} both in content and in {key}; keep one of them")
         if value:
             parsed[key] = value
+    # Calls and reasoning are an assistant's; an empty reasoning of another role is dropped.
     if parsed["role"] != "assistant":
         for key in ("tool_calls", "reasoning_content"):
             if parsed.get(key):
@@ -225,6 +228,7 @@ def _parse_tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
             raise DataError(
                 f"{at}[{index}] is {short_repr(call)}; expected an object with a function"
             )
+        # OpenAI nests name and arguments in `function`, other data sets have them side by side
         nested = isinstance(call.get("function"), dict)
         function = call["function"] if nested else call
         name, arguments = function.get("name"), function.get("arguments")
@@ -255,6 +259,7 @@ def _parse_tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
 
 
 def _train_flag(message: dict[str, Any], at: str) -> bool | None:
+    # `weight` is OpenAI's name for the same flag, as 0 or 1
     train, weight = message.get("train"), message.get("weight")
     if train is not None and not isinstance(train, bool):
         raise DataError(f"{at}.train is {short_repr(train)}; expected true or false")

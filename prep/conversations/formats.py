@@ -83,6 +83,7 @@ def read_conversation(
 ) -> Conversation:
     """Return the conversation in a record. Raises DataError, which names the field as the source
     does."""
+    # A plain record is not copied: its messages are checked where they are.
     messages, tools = _CONVERTERS[conversion.format](record, conversion, where)
     if messages is None:
         return parse_conversation(record, where=where)
@@ -173,6 +174,7 @@ def _from_sharegpt(record: dict[str, Any], conversion: Conversion, where: str) -
         if role is None:
             seen = f"is {short_repr(speaker)}" if from_key in turn else "is missing"
             raise DataError(f"{at}.{from_key} {seen}; expected {', '.join(_SHAREGPT_ROLES)}")
+        # a system turn comes first, and only if there is no system column
         if role == "system" and messages:
             raise DataError(
                 f"{at}.{from_key} is 'system'; expected it at most once, before all others"

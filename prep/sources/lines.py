@@ -129,6 +129,7 @@ def _drop_mark(pending: bytearray) -> None:
 
 def _group_end(pending: bytearray, searched: int) -> int:
     """Return the end of the first group of `pending`, 0 if its first line is not whole yet."""
+    # The last newline within both limits; else the line is longer than MAX_BYTES and ends later.
     if searched < MAX_BYTES:
         newlines = _newlines(pending[:MAX_BYTES])
         if len(newlines):
@@ -169,8 +170,8 @@ def _array_elements(text: str, name: str) -> Iterator[str]:
             f"{name} {seen}; expected a JSON array of rows (a file of JSON lines is named .jsonl)"
         )
     position = skip(position + 1)
-    closed = text[position : position + 1] == "]"
-    while not closed:
+    separator = text[position : position + 1]
+    while separator != "]":
         try:
             _, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as exc:
@@ -179,18 +180,17 @@ def _array_elements(text: str, name: str) -> Iterator[str]:
             ) from exc
         yield text[position:end]
         position = skip(end)
-        closed = text[position : position + 1] == "]"
-        if not closed:
-            separator = text[position : position + 1]
-            if separator != ",":
-                seen = f"{separator!r} at character {position + 1}"
-                raise DataError(
-                    f"{name} has {seen if separator else 'the end of the file'}; expected ',' or"
-                    " ']' between its rows"
-                )
+        separator = text[position : position + 1]
+        if separator == ",":
             position = skip(position + 1)
+        elif separator != "]":
+            seen = f"{separator!r} at character {position + 1}"
+            raise DataError(
+                f"{name} has {seen if separator else 'the end of the file'}; expected ',' or ']'"
+                " between its rows"
+            )
     if skip(position + 1) < len(text):
         raise DataError(
-            f"{name} goes on after its array, at character {position + 2}; expected one array of"
-            " rows"
+            f"{name} has more text after its array, at character {position + 2}; expected one array"
+            " of rows"
         )

@@ -38,6 +38,7 @@ def iter_chunks(
     """Yield the chunks of `source`. Raises DataError for a file that is damaged, cut off or being
     written to."""
     first_row = 0
+    # of every file, the bytes of the files before it
     names = (file.name for file in source.files)
     sizes = (file.stamp.size for file in source.files)
     bytes_before = dict(zip(names, accumulate(sizes, initial=0), strict=False))
@@ -81,6 +82,7 @@ def _line_pieces(file: SourceFile, stream: IO[bytes]) -> Iterator[_Piece]:
             yield _Piece(file.name, None, group.num_rows, "lines", group.payload, stream.tell())
         return
     first_line = 1
+    # blank lines are no rows, but they count when a row is located
     for group in line_groups(blocks):
         if group.num_rows:
             yield _Piece(
@@ -107,6 +109,7 @@ def _table_pieces(source: ResolvedSource, location: str) -> Iterator[_Piece]:
         location, split=source.split, revision=source.revision, batch_rows=MAX_LINES
     )
     batches = (batch for table in tables for batch in table.to_batches())
+    # `datasets` opens the files by itself: only their paths can be looked at
     for piece in _arrow_pieces(source.name, batches):
         for file in source.files:
             _check_unchanged(file, file.path.stat())
@@ -115,6 +118,7 @@ def _table_pieces(source: ResolvedSource, location: str) -> Iterator[_Piece]:
 
 def _arrow_pieces(name: str, batches: Iterable[Any]) -> Iterator[_Piece]:
     """Yield Arrow IPC streams of at most MAX_LINES rows and about MAX_BYTES bytes."""
+    # Slices are gathered until one more would exceed a limit.
     rows: list[Any] = []
     num_rows = num_bytes = 0
     for batch in batches:

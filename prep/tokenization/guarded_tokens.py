@@ -58,7 +58,7 @@ class GuardedTokens:
                     " correct its files"
                 )
             self._ids[token] = index
-        # the last private-use characters of Unicode, as many as there are guarded tokens
+        # private-use characters of plane 16, which ends at 0x10FFFD
         first = min(0x10F000, 0x10FFFE - len(self._ids))
         self._stand_ins = {token: chr(first + index) for index, token in enumerate(self._ids)}
         self.is_control = np.zeros(vocab_size, np.bool_)
@@ -116,7 +116,7 @@ class GuardedTokens:
     def encode(self, row: Rendered) -> tuple[npt.NDArray[np.int32], Ints]:
         """Return ids, int32 [N], and their characters, int64 [N, 2]; typed tokens are plain text.
 
-        Raises DataError where the tokenizer makes a guarded token all the same.
+        Raises DataError if the tokenizer makes a guarded token all the same.
         """
         encoding = self._tokenizer.encode(row.text, add_special_tokens=False)
         ids = np.asarray(encoding.ids, np.int32)
@@ -237,7 +237,7 @@ class GuardedTokens:
 
 
 def _texts(row: Rendered, kinds: Sequence[Kind] | None = None) -> Intervals:
-    """Return where the row has text of the conversation, of some kinds or of all."""
+    """Return the ranges of the conversation's texts in a row, of some kinds or of all."""
     return Intervals(
         (s.start, s.end) for s in row.spans if s.is_text and (kinds is None or s.kind in kinds)
     )
