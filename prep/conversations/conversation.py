@@ -1,11 +1,9 @@
-"""A raw record -> a validated conversation, ready for a chat template. Errors name file, line, row
-and field.
+"""Check a raw record and turn it into a conversation. Errors name file, line, row and field.
 
-What a template sees is plain dicts: `content` is always a string, keys whose value is null are
-absent (a Parquet file and a JSON file of the same rows give the same conversation), in tools and
-arguments too unless these are JSON text, flat tool calls have become `{"function": {...}}`, and
-keys that we do not know are passed through. Text is never changed: no strip, no special-token
-handling.
+A template sees plain dicts. `content` is always a string; flat tool calls have become
+`{"function": {...}}`; unknown keys pass through; and keys whose value is null are absent, so that
+the same rows in Parquet and in JSON give the same conversation. Text is never changed: no strip, no
+handling of special tokens.
 """
 
 import hashlib
@@ -14,21 +12,22 @@ from typing import Any
 
 import orjson
 
-from prep.conversations.json_text import loads
+from prep.conversations.json_text import loads, short_repr
 from shared.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment", "ipython")
 
-# who can put the question that the first assistant turn answers; a greeting before it is part of
-# the prompt
+# who can ask the question that the first answer follows; a greeting before it is part of the prompt
 _ASKING_ROLES = frozenset(ROLES) - {"system", "developer", "assistant"}
 
+# keys of a message that must be strings, besides its content
 _STRING_KEYS = ("reasoning_content", "function_calls", "functions", "tool_call_id", "name")
+# types of content parts that are reasoning -> the keys that may have their text
 _REASONING_PARTS = {
     "reasoning": ("text", "reasoning", "value"),
     "thinking": ("text", "thinking", "value"),
 }
-# what makes two prompts the same question; ids and other keys of a data set's own do not
+# two prompts are equal if these are; ids and other keys of a data set do not count
 _PROMPT_KEYS = (
     "role",
     "content",
@@ -45,16 +44,24 @@ class Conversation:
     messages: tuple[dict[str, Any], ...]
     tools: list[dict[str, Any]] | None
     train: tuple[bool | None, ...]
-    """Per message: what its own `train` or `weight` says, None where it leaves that to the mask
-    policy."""
+    """Per message: its `train` or `weight` as a flag; None leaves it to the mask policy."""
 
 
 def parse_conversation(record: dict[str, Any], *, where: str) -> Conversation:
     """Return the conversation in `record`; `where` locates it, e.g. `chat.jsonl line 3 (row 2)`.
-    Raises DataError."""
+
+    Raises DataError.
+    """
     messages = record.get("messages")
     if not isinstance(messages, list):
-        raise DataError(_not_messages(record, where))
+        if "messages" in record:
+            seen = f"messages is {short_repr(messages)}"
+        else:
+            seen = f"no messages; the row has {', '.join(map(str, record)) or 'no columns'}"
+        raise DataError(
+            f'{where}: {seen}; expected "messages": [{{"role": ..., "content": ...}}, ...], '
+            "or a format or columns that the mixture states for the source"
+        )
     if not messages:
         raise DataError(f"{where}: messages is empty; expected at least one message")
     parsed = []
@@ -62,67 +69,72 @@ def parse_conversation(record: dict[str, Any], *, where: str) -> Conversation:
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise DataError(
-                f"{where}: messages[{index}] is {_show(message)}; expected an object with role and"
-                " content"
+                f"{where}: messages[{index}] is {short_repr(message)}; expected an object with role"
+                " and content"
             )
         role = message.get("role")
         if role not in ROLES:
             raise DataError(
                 f"{where}: messages[{index}].role {_is(message, 'role')}; expected {_or(ROLES)}"
             )
-        if (
-            len(message) == 2 and type(message.get("content")) is str
-        ):  # what nearly every message is
+        # nearly every message has a role and a text, and nothing else to check
+        if len(message) == 2 and type(message.get("content")) is str:
             parsed.append({"role": role, "content": message["content"]})
             train.append(None)
             continue
         at = f"{where}: messages[{index}]"
         train.append(_train_flag(message, at))
         parsed.append(_parse_message(message, at))
-    tools = record.get("tools")
-    return Conversation(tuple(parsed), _parse_tools(tools, where) if tools else None, tuple(train))
+    tools = _from_json_text(record.get("tools"), f"{where}: tools") or None
+    if not isinstance(tools, list | None):
+        raise DataError(
+            f"{where}: tools is {short_repr(tools)}; expected a list of tool descriptions or its"
+            " JSON text"
+        )
+    for index, tool in enumerate(tools or ()):
+        if not isinstance(tool, dict):
+            raise DataError(f"{where}: tools[{index}] is {short_repr(tool)}; expected an object")
+    return Conversation(tuple(parsed), tools, tuple(train))
 
 
 def prompt_hash(conversation: Conversation) -> bytes:
-    """Return 16 bytes that are equal for equal prompts, whatever the answers: the eval split goes
-    by them.
+    """Return 16 bytes that are equal for equal prompts, whatever the answers. The eval split uses
+    them.
 
-    A prompt is the messages before the first assistant turn that answers something; a conversation
-    without one is all prompt. Tools and unknown keys do not count.
+    The prompt is all messages before the first assistant message that answers one; a conversation
+    without an answer is all prompt. Tools and unknown keys do not count.
     """
-    asked = False
+    has_question = False
     prompt = []
     for message in conversation.messages:
-        if asked and message["role"] == "assistant":
+        if has_question and message["role"] == "assistant":
             break
-        asked = asked or message["role"] in _ASKING_ROLES
+        has_question = has_question or message["role"] in _ASKING_ROLES
         prompt.append({key: message[key] for key in _PROMPT_KEYS if key in message})
     return _hash16(prompt)
 
 
 def content_hash(conversation: Conversation) -> bytes:
-    """Return 16 bytes that are equal for exactly equal conversations: messages, tools and train
-    flags."""
+    """Return 16 bytes that are equal for equal messages, tools and train flags, and only then."""
     return _hash16([conversation.messages, conversation.tools, conversation.train])
 
 
 def calls_not_json(conversation: Conversation) -> int:
-    """Return how many tool calls have arguments that are text but not that of a JSON object:
-    printed as they are."""
-    texts = [
+    """Return how many tool calls have arguments that are text but no JSON object. Templates print
+    them unchanged."""
+    arguments = [
         call["function"]["arguments"]
         for message in conversation.messages
         if len(message) > 2
         for call in message.get("tool_calls", ())
     ]
-    return sum(isinstance(text, str) and not _is_json_object(text) for text in texts)
-
-
-def _is_json_object(text: str) -> bool:
-    try:
-        return isinstance(orjson.loads(text), dict)
-    except orjson.JSONDecodeError:
-        return False
+    count = 0
+    for text in arguments:
+        try:
+            count += isinstance(text, str) and not isinstance(orjson.loads(text), dict)
+        except orjson.JSONDecodeError:
+            count += 1
+    return count
 
 
 def _parse_message(message: dict[str, Any], at: str) -> dict[str, Any]:
@@ -133,21 +145,22 @@ def _parse_message(message: dict[str, Any], at: str) -> dict[str, Any]:
     }
     for key in _STRING_KEYS:
         if key in parsed and not isinstance(parsed[key], str):
-            raise DataError(f"{at}.{key} is {_show(parsed[key])}; expected a string")
+            raise DataError(f"{at}.{key} is {short_repr(parsed[key])}; expected a string")
     calls = parsed.pop("tool_calls", None)
     if calls:
         parsed["tool_calls"] = _parse_tool_calls(calls, f"{at}.tool_calls")
     if "content" not in message and not calls and "function_calls" not in parsed:
         raise DataError(f"{at} has no content (null counts as none); it has {', '.join(message)}")
-    parsed["content"], reasoning, called = _parse_content(parsed.get("content"), f"{at}.content")
-    for key, what, found in (
+    parsed["content"], reasoning, calls = _parse_content(parsed.get("content"), f"{at}.content")
+    for key, what, value in (
         ("reasoning_content", "reasoning", reasoning),
-        ("tool_calls", "tool calls", called),
+        ("tool_calls", "tool calls", calls),
     ):
-        if found and parsed.get(key):
+        if value and parsed.get(key):
             raise DataError(f"{at} has {what} both in content and in {key}; keep one of them")
-        if found:
-            parsed[key] = found
+        if value:
+            parsed[key] = value
+    # Calls and reasoning are an assistant's; an empty reasoning of another role is dropped.
     if parsed["role"] != "assistant":
         for key in ("tool_calls", "reasoning_content"):
             if parsed.get(key):
@@ -159,26 +172,21 @@ def _parse_message(message: dict[str, Any], at: str) -> dict[str, Any]:
 
 
 def _parse_content(content: Any, at: str) -> tuple[str, str, list[dict[str, Any]]]:
-    """Return (text, reasoning, tool calls) of a message's content: a string, null, or a list of
-    typed parts."""
-    if content is None:
-        return "", "", []
-    if isinstance(content, str):
-        return content, "", []
-    if isinstance(content, list):
-        return _join_parts(content, at)
-    raise DataError(f"{at} is {_show(content)}; expected a string, null or a list of text parts")
+    """Return (text, reasoning, tool calls) of a message's content: a string, null or typed parts.
 
-
-def _join_parts(parts: list[Any], at: str) -> tuple[str, str, list[dict[str, Any]]]:
-    """Return (text, reasoning, tool calls) of typed content parts; texts are joined as they stand.
-
-    Templates print calls after the text, so text after a call has no place.
+    Texts of parts are joined without change. A template prints calls after the text, so text may
+    not follow a call.
     """
+    if not isinstance(content, list):
+        if not isinstance(content, str | None):
+            raise DataError(
+                f"{at} is {short_repr(content)}; expected a string, null or a list of text parts"
+            )
+        return content or "", "", []
     text: list[str] = []
     reasoning: list[str] = []
     calls: list[dict[str, Any]] = []
-    for index, part in enumerate(parts):
+    for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             text.append(_part_string(part, ("text", "value"), f"{at}[{index}]"))
@@ -190,12 +198,14 @@ def _join_parts(parts: list[Any], at: str) -> tuple[str, str, list[dict[str, Any
         elif isinstance(kind, str) and kind in _REASONING_PARTS:
             reasoning.append(_part_string(part, _REASONING_PARTS[kind], f"{at}[{index}]"))
         elif kind == "tool_call":
-            called = _from_json_text(part.get("tool_call", part.get("value")), f"{at}[{index}]")
-            calls += _parse_tool_calls([called], f"{at}[{index}]")
+            call = _from_json_text(part.get("tool_call", part.get("value")), f"{at}[{index}]")
+            calls += _parse_tool_calls([call], f"{at}[{index}]")
         else:
-            seen = f"of type {_show(kind)}" if kind is not None else _show(part)
-            expected = "a part of type 'text', 'reasoning', 'thinking' or 'tool_call'"
-            raise DataError(f"{at}[{index}] is {seen}; expected {expected}")
+            seen = f"of type {short_repr(kind)}" if kind is not None else short_repr(part)
+            raise DataError(
+                f"{at}[{index}] is {seen}; expected a part of type 'text', 'reasoning', 'thinking'"
+                " or 'tool_call'"
+            )
     return "".join(text), "".join(reasoning), calls
 
 
@@ -207,15 +217,18 @@ def _part_string(part: dict[str, Any], keys: tuple[str, ...], at: str) -> str:
 
 
 def _parse_tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
-    """Return calls in OpenAI's nested form. Arguments stay a string or an object, as they came;
-    absent ones are {}."""
+    """Return calls in OpenAI's nested form. Arguments stay a string or an object; absent ones are
+    {}."""
     calls = _from_json_text(calls, at)
     if not isinstance(calls, list):
-        raise DataError(f"{at} is {_show(calls)}; expected a list of calls")
+        raise DataError(f"{at} is {short_repr(calls)}; expected a list of calls")
     parsed = []
     for index, call in enumerate(calls):
         if not isinstance(call, dict):
-            raise DataError(f"{at}[{index}] is {_show(call)}; expected an object with a function")
+            raise DataError(
+                f"{at}[{index}] is {short_repr(call)}; expected an object with a function"
+            )
+        # OpenAI nests name and arguments in `function`, other data sets have them side by side
         nested = isinstance(call.get("function"), dict)
         function = call["function"] if nested else call
         name, arguments = function.get("name"), function.get("arguments")
@@ -228,7 +241,7 @@ def _parse_tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
             arguments = {}
         if not isinstance(arguments, str | dict):
             raise DataError(
-                f"{at}[{index}] has arguments {_show(arguments)}; expected an object or a JSON"
+                f"{at}[{index}] has arguments {short_repr(arguments)}; expected an object or a JSON"
                 " string"
             )
         if nested:
@@ -245,32 +258,18 @@ def _parse_tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
     return parsed
 
 
-def _parse_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
-    tools = _from_json_text(tools, f"{where}: tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list):
-        raise DataError(
-            f"{where}: tools is {_show(tools)}; expected a list of tool descriptions or its JSON"
-            " text"
-        )
-    for index, tool in enumerate(tools):
-        if not isinstance(tool, dict):
-            raise DataError(f"{where}: tools[{index}] is {_show(tool)}; expected an object")
-    return tools
-
-
 def _train_flag(message: dict[str, Any], at: str) -> bool | None:
+    # `weight` is OpenAI's name for the same flag, as 0 or 1
     train, weight = message.get("train"), message.get("weight")
     if train is not None and not isinstance(train, bool):
-        raise DataError(f"{at}.train is {_show(train)}; expected true or false")
+        raise DataError(f"{at}.train is {short_repr(train)}; expected true or false")
     if weight is None:
         return train
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise DataError(f"{at}.weight is {_show(weight)}; expected 0 or 1")
+        raise DataError(f"{at}.weight is {short_repr(weight)}; expected 0 or 1")
     if train is not None and train != bool(weight):
         raise DataError(
-            f"{at} says train = {str(train).lower()} and weight = {weight}; keep one of them"
+            f"{at} has train = {str(train).lower()} and weight = {weight}; keep one of them"
         )
     return bool(weight)
 
@@ -283,36 +282,19 @@ def _from_json_text(value: Any, at: str) -> Any:
     return loads(value, at)
 
 
-def _not_messages(record: dict[str, Any], where: str) -> str:
-    if "messages" in record:
-        seen = f"messages is {_show(record['messages'])}"
-    else:
-        seen = f"no messages; the row has {', '.join(map(str, record)) or 'no columns'}"
-    return (
-        f'{where}: {seen}; expected "messages": [{{"role": ..., "content": ...}}, ...], '
-        "or another format or columns stated for the source"
-    )
-
-
 def _is(table: dict[str, Any], key: str) -> str:
-    return f"is {_show(table[key])}" if key in table else "is missing"
+    return f"is {short_repr(table[key])}" if key in table else "is missing"
 
 
 def _or(choices: tuple[str, ...]) -> str:
     return f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _hash16(value: Any) -> bytes:
     try:
         text = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
     except TypeError:
-        # integers beyond 64 bits, or a type that only Arrow knows: spelled unambiguously, still
-        # stable
+        # integers beyond 64 bits, and types that only Arrow has: any unambiguous, stable text does
         text = repr(_sorted(value)).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(text, digest_size=16).digest()
 

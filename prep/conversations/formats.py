@@ -1,13 +1,14 @@
-"""A raw record -> messages and tools. A source has one format, stated or detected once; other rows
-are errors.
+"""Read a raw record of any format as messages and tools.
+
+A source has one format, stated in the mixture or detected once; a row of another one is an error.
 
     messages            messages: [{role, content, ...}], tools                     OpenAI's
     sharegpt            conversations: [{from, value}], system, tools
     alpaca              instruction, input, output, system, history: [[user, assistant], ...], tools
     prompt_completion   prompt, completion: text or lists of messages, system, tools
 
-`columns` says under which names a data set has these: {messages = "dialog", role = "speaker"}. Text
-is never changed, except that Alpaca's input follows its instruction on a new line.
+`columns` maps these names to those of a data set: {messages = "dialog", role = "speaker"}. Text is
+never changed, except that Alpaca's input follows its instruction on a new line.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,14 +18,16 @@ from typing import Any
 
 from prep.config import FIELDS, Format
 from prep.conversations.conversation import Conversation, parse_conversation
-from prep.conversations.json_text import loads
+from prep.conversations.json_text import loads, short_repr
 from shared.errors import DataError
 
-_LIST_COLUMNS = (
-    "messages",
-    "conversations",
-    "conversation",
-)  # where messages are looked for, in this order
+# the columns in which messages are searched for, in this order
+_LIST_COLUMNS = ("messages", "conversations", "conversation")
+# the columns by which the formats without such a list are recognised
+_TEXT_FIELDS = {
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+}
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -35,8 +38,8 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-_ROWS_LOOKED_AT = 64
-_LONGEST_PART = 200
+_MAX_ROWS_TO_DETECT = 64
+_MAX_GROUP_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +47,13 @@ class Conversion:
     """What the rows of one source look like."""
 
     format: Format = "messages"
-    columns: tuple[
-        tuple[str, str], ...
-    ] = ()  # (name in FIELDS, name in the source), where they differ
-    split_by: str = ""  # the column that names the group a row belongs to
+    # (name in FIELDS, name in the source), where they differ
+    columns: tuple[tuple[str, str], ...] = ()
+    # the column that names the group a row belongs to
+    split_by: str = ""
 
     def column(self, field: str) -> str:
-        """Return what the source calls `field`."""
+        """Return the source's name for `field`."""
         return dict(self.columns).get(field, field)
 
     def __str__(self) -> str:
@@ -62,22 +65,25 @@ PLAIN_MESSAGES = Conversion()
 
 
 def detect(records: Iterable[Any], columns: Mapping[str, str]) -> Conversion | None:
-    """Return the format of the first record that fits one, under the names of `columns`; None if
-    none of 64 does."""
-    for record in islice(records, _ROWS_LOOKED_AT):
+    """Return the format of the first record that fits one, with its names mapped by `columns`.
+
+    None if none of the first 64 records does.
+    """
+    for record in islice(records, _MAX_ROWS_TO_DETECT):
         if isinstance(record, dict):
             for name, fields in FIELDS.items():
-                found = _fit(record, name, columns) if set(columns) <= set(fields) else None
-                if found is not None:
-                    return found
+                conversion = _fit(record, name, columns) if set(columns) <= set(fields) else None
+                if conversion is not None:
+                    return conversion
     return None
 
 
 def read_conversation(
     record: dict[str, Any], conversion: Conversion, *, where: str
 ) -> Conversation:
-    """Return the conversation in a record of a source. Raises DataError, which names the source's
-    own field."""
+    """Return the conversation in a record. Raises DataError, which names the field as the source
+    does."""
+    # A plain record is not copied: its messages are checked where they are.
     messages, tools = _CONVERTERS[conversion.format](record, conversion, where)
     if messages is None:
         return parse_conversation(record, where=where)
@@ -87,49 +93,41 @@ def read_conversation(
         raise DataError(f"{exc} (messages as read from {conversion})") from exc
 
 
-def read_part(record: dict[str, Any], conversion: Conversion, *, where: str) -> str:
-    """Return which group of its source a record belongs to, "" where it does not say. Raises
+def read_group(record: dict[str, Any], conversion: Conversion, *, where: str) -> str:
+    """Return the group of its source that a record belongs to, "" if it names none. Raises
     DataError."""
     value = record.get(conversion.split_by, "") if conversion.split_by else ""
     if value is None:
         return ""
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if not isinstance(text, str) or not text.isprintable() or len(text) > _LONGEST_PART:
+    if not isinstance(text, str) or not text.isprintable() or len(text) > _MAX_GROUP_CHARACTERS:
         raise DataError(
-            f"{where}: {conversion.split_by} is {_show(value)}; expected a name of at most"
-            f" {_LONGEST_PART} printable characters, for the source is split by it"
+            f"{where}: {conversion.split_by} is {short_repr(value)}; expected a name of at most"
+            f" {_MAX_GROUP_CHARACTERS} printable characters, because split_by names this column"
         )
     return text
 
 
 def _fit(record: dict[str, Any], name: Format, columns: Mapping[str, str]) -> Conversion | None:
     """Return how `record` is a row of format `name`, or None."""
-    stated = Conversion(name, tuple(sorted(columns.items())))
-    if name == "alpaca":
-        needed = ("instruction", "output")
-    elif name == "prompt_completion":
-        needed = ("prompt", "completion")
-    else:
-        return _fit_list(record, stated)
-    return stated if all(stated.column(field) in record for field in needed) else None
-
-
-def _fit_list(record: dict[str, Any], stated: Conversion) -> Conversion | None:
-    field, key = ("messages", "role") if stated.format == "messages" else ("conversations", "from")
-    known = dict(stated.columns)
-    for column in [known[field]] if field in known else _LIST_COLUMNS:
+    conversion = Conversion(name, tuple(sorted(columns.items())))
+    if name in _TEXT_FIELDS:
+        has_all = all(conversion.column(field) in record for field in _TEXT_FIELDS[name])
+        return conversion if has_all else None
+    # The other formats are a list of messages, which data sets keep under one of three names.
+    field, key = ("messages", "role") if name == "messages" else ("conversations", "from")
+    for column in [columns[field]] if field in columns else _LIST_COLUMNS:
         messages = record.get(column)
-        if isinstance(messages, list) and messages and isinstance(messages[0], dict):
-            if stated.column(key) not in messages[0]:
-                continue
-            renamed = {**known, field: column} if column != field else known
-            return Conversion(stated.format, tuple(sorted(renamed.items())))
+        if not isinstance(messages, list) or not messages or not isinstance(messages[0], dict):
+            continue
+        if conversion.column(key) in messages[0]:
+            renamed = {**columns, field: column} if column != field else columns
+            return Conversion(name, tuple(sorted(renamed.items())))
     return None
 
 
-_Converted = tuple[
-    list[Any] | None, Any
-]  # messages, tools; None for a record that is as it should be
+# messages and tools; None for the messages of a record that needs no conversion
+_Converted = tuple[list[Any] | None, Any]
 
 
 def _from_messages(record: dict[str, Any], conversion: Conversion, where: str) -> _Converted:
@@ -142,21 +140,21 @@ def _from_messages(record: dict[str, Any], conversion: Conversion, where: str) -
         for index, message in enumerate(messages):
             if not isinstance(message, dict) or role not in message:
                 raise DataError(
-                    f"{where}: {column}[{index}] is {_show(message)}; expected an object with"
+                    f"{where}: {column}[{index}] is {short_repr(message)}; expected an object with"
                     f" {role}"
                 )
-        messages = [_renamed(message, role, content) for message in messages]
+        # A key that was called role or content before gives way to the renamed one.
+        messages = [
+            {"role": message[role]}
+            | ({"content": message[content]} if content in message else {})
+            | {
+                key: value
+                for key, value in message.items()
+                if key not in (role, content, "role", "content")
+            }
+            for message in messages
+        ]
     return messages, record.get(conversion.column("tools"))
-
-
-def _renamed(message: dict[str, Any], role: str, content: str) -> dict[str, Any]:
-    others = {
-        key: value
-        for key, value in message.items()
-        if key not in (role, content, "role", "content")
-    }
-    named = {"content": message[content]} if content in message else {}
-    return {"role": message[role], **named, **others}
 
 
 def _from_sharegpt(record: dict[str, Any], conversion: Conversion, where: str) -> _Converted:
@@ -169,13 +167,14 @@ def _from_sharegpt(record: dict[str, Any], conversion: Conversion, where: str) -
         at = f"{where}: {column}[{index}]"
         if not isinstance(turn, dict):
             raise DataError(
-                f"{at} is {_show(turn)}; expected an object with {from_key} and {value_key}"
+                f"{at} is {short_repr(turn)}; expected an object with {from_key} and {value_key}"
             )
         speaker, value = turn.get(from_key), turn.get(value_key)
         role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            seen = f"is {_show(speaker)}" if from_key in turn else "is missing"
+            seen = f"is {short_repr(speaker)}" if from_key in turn else "is missing"
             raise DataError(f"{at}.{from_key} {seen}; expected {', '.join(_SHAREGPT_ROLES)}")
+        # a system turn comes first, and only if there is no system column
         if role == "system" and messages:
             raise DataError(
                 f"{at}.{from_key} is 'system'; expected it at most once, before all others"
@@ -186,17 +185,23 @@ def _from_sharegpt(record: dict[str, Any], conversion: Conversion, where: str) -
             if key not in (from_key, value_key, "role", "content")
         }
         if speaker == "function_call":
-            messages.append(
-                {
-                    **message,
-                    "role": role,
-                    "content": "",
-                    "tool_calls": _calls(value, f"{at}.{value_key}"),
-                }
-            )
-            continue
-        if not isinstance(value, str):
-            seen = f"is {_show(value)}" if value_key in turn else "is missing"
+            # one call or a list of calls, mostly as JSON text
+            calls = loads(value, f"{at}.{value_key}") if isinstance(value, str) else value
+            calls = [calls] if isinstance(calls, dict) else calls
+            if not (calls and isinstance(calls, list)) or not all(
+                isinstance(call, dict)
+                and isinstance(function := call.get("function", call), dict)
+                and isinstance(function.get("name"), str)
+                for call in calls
+            ):
+                raise DataError(
+                    f"{at}.{value_key} is {short_repr(value)}; expected"
+                    ' {"name": ..., "arguments": ...} or a list of such calls'
+                )
+            message["tool_calls"] = calls
+            value = ""
+        elif not isinstance(value, str):
+            seen = f"is {short_repr(value)}" if value_key in turn else "is missing"
             raise DataError(f"{at}.{value_key} {seen}; expected a string")
         messages.append({**message, "role": role, "content": value})
     return messages, _nested_tools(record, conversion, where)
@@ -208,7 +213,7 @@ def _from_alpaca(record: dict[str, Any], conversion: Conversion, where: str) -> 
     history = record.get(column)
     if not isinstance(history, list | None):
         raise DataError(
-            f"{where}: {column} is {_show(history)}; expected a list of pairs of strings"
+            f"{where}: {column} is {short_repr(history)}; expected a list of pairs of strings"
         )
     for index, pair in enumerate(history or ()):
         if not (
@@ -217,8 +222,8 @@ def _from_alpaca(record: dict[str, Any], conversion: Conversion, where: str) -> 
             and all(isinstance(text, str) for text in pair)
         ):
             raise DataError(
-                f"{where}: {column}[{index}] is {_show(pair)}; expected [what the user said, the"
-                " answer]"
+                f"{where}: {column}[{index}] is {short_repr(pair)}; expected [what the user said,"
+                " the answer]"
             )
         messages += [
             {"role": "user", "content": pair[0]},
@@ -228,8 +233,8 @@ def _from_alpaca(record: dict[str, Any], conversion: Conversion, where: str) -> 
         _text(record, name, where, conversion) for name in ("instruction", "output")
     )
     context = _text(record, "input", where, conversion, default="")
-    asked = "\n".join(text for text in (instruction, context) if text)
-    messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
+    question = "\n".join(text for text in (instruction, context) if text)
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
     return messages, _nested_tools(record, conversion, where)
 
 
@@ -245,14 +250,16 @@ def _from_prompt_completion(
             continue
         if not isinstance(value, list) or not value:
             raise _other_shape(record, column, where, conversion, "a string or a list of messages")
+        # messages in OpenAI's form, whose roles parse_conversation checks
         for index, message in enumerate(value):
             if not isinstance(message, dict) or "role" not in message:
                 raise DataError(
-                    f"{where}: {column}[{index}] is {_show(message)}; expected an object with role,"
-                    " content"
+                    f"{where}: {column}[{index}] is {short_repr(message)}; expected an object with"
+                    " role, content"
                 )
-            own = message.get("train") is not None or message.get("weight") is not None
-            if field == "prompt" and message["role"] == "assistant" and not own:
+            # what an assistant wrote in a prompt is not to be learnt, unless the row asks for it
+            has_flag = message.get("train") is not None or message.get("weight") is not None
+            if field == "prompt" and message["role"] == "assistant" and not has_flag:
                 message = {**message, "train": False}
             messages.append(message)
     return messages, _nested_tools(record, conversion, where)
@@ -299,58 +306,25 @@ def _other_shape(
     record: dict[str, Any], column: str, where: str, conversion: Conversion, expected: str
 ) -> DataError:
     if column in record:
-        seen = f"{column} is {_show(record[column])}"
+        seen = f"{column} is {short_repr(record[column])}"
     else:
         seen = f"no {column}; the row has {', '.join(map(str, record)) or 'no columns'}"
     return DataError(
-        f"{where}: {seen}; expected {expected}, for the format of this source is {conversion}"
+        f"{where}: {seen}; expected {expected}, because the format of this source is {conversion}"
     )
 
 
-def _calls(value: Any, at: str) -> list[Any]:
-    """Return the calls of a function_call turn: an object or a list of them, mostly as JSON
-    text."""
-    calls = value
-    if isinstance(value, str):
-        calls = loads(value, at)
-    calls = [calls] if isinstance(calls, dict) else calls
-    if (
-        not isinstance(calls, list)
-        or not calls
-        or not all(isinstance(c, dict) and _is_named(c) for c in calls)
-    ):
-        raise DataError(
-            f'{at} is {_show(value)}; expected {{"name": ..., "arguments": ...}} or a list of such'
-            " calls"
-        )
-    return calls
-
-
-def _is_named(call: dict[str, Any]) -> bool:
-    function = call.get("function", call)
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
-
-
 def _nested_tools(record: dict[str, Any], conversion: Conversion, where: str) -> Any:
-    """Return tools in OpenAI's nested form, which is what the templates of models print."""
+    """Return tools in OpenAI's nested form, which the templates of models print."""
     column = conversion.column("tools")
     tools = record.get(column)
     if isinstance(tools, str) and tools.strip():
         tools = loads(tools, f"{where}: {column}")
     if not isinstance(tools, list):
         return tools
-    return [_nested_tool(tool) if isinstance(tool, dict) else tool for tool in tools]
-
-
-def _nested_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    if "function" in tool or "name" not in tool:
-        return tool
-    return {
-        "type": "function",
-        "function": {key: value for key, value in tool.items() if key != "type"},
-    }
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return [
+        {"type": "function", "function": {key: tool[key] for key in tool if key != "type"}}
+        if isinstance(tool, dict) and "function" not in tool and "name" in tool
+        else tool
+        for tool in tools
+    ]

@@ -1,4 +1,9 @@
-"""File bytes -> decompressed blocks -> groups of whole lines. Lines end at LF and nowhere else."""
+"""Turn the bytes of a file into decompressed blocks, and these into groups of whole lines.
+
+    file -> decompressed_blocks -> line_groups, or array_groups for a JSON array
+
+A line ends at LF and nowhere else. Groups depend on the content alone, not on the blocks.
+"""
 
 import gzip
 import re
@@ -33,10 +38,14 @@ def decompressed_blocks(
 ) -> Iterator[bytes]:
     """Yield the content of `file` block by block. Raises DataError, naming the file, if it is
     damaged or cut off."""
-    blocks = {"": _plain_blocks, "gz": _gzip_blocks, "zst": _zstd_blocks}[compression](file)
     remedy = "fetch or write the file again"
     try:
-        yield from blocks
+        if compression == "zst":
+            yield from _zstd_blocks(file)
+            return
+        stream = gzip.GzipFile(fileobj=file, mode="rb") if compression == "gz" else file
+        while block := stream.read(_BLOCK_BYTES):
+            yield block
     except EOFError as exc:
         raise DataError(f"{name} ends in the middle of its compressed data; {remedy}") from exc
     except (OSError, zlib.error) as exc:
@@ -44,15 +53,15 @@ def decompressed_blocks(
 
 
 def line_groups(blocks: Iterator[bytes]) -> Iterator[LineGroup]:
-    """Yield groups of at most MAX_LINES whole lines and MAX_BYTES bytes; a longer line is a group
-    of its own.
+    """Yield groups of at most MAX_LINES whole lines and MAX_BYTES bytes; a longer line is alone.
 
-    A byte order mark at the start of the file is dropped. The groups do not depend on the size of
-    the blocks.
+    A byte order mark at the start of the file is dropped.
     """
     pending = bytearray()
     at_start = True
-    searched = 0  # no newline before here, where pending is longer than MAX_BYTES
+    # No newline before here, if pending is longer than MAX_BYTES: a line of 100 MB arrives in a
+    # hundred blocks, and each of its bytes is searched once.
+    searched = 0
     for block in blocks:
         pending += block
         if at_start and len(pending) >= len(_BYTE_ORDER_MARK):
@@ -72,8 +81,8 @@ def line_groups(blocks: Iterator[bytes]) -> Iterator[LineGroup]:
 
 
 def array_groups(blocks: Iterator[bytes], *, name: str) -> Iterator[LineGroup]:
-    """Yield the elements of a JSON array as lines. The whole text is held in memory: lines scale,
-    arrays do not."""
+    """Yield the elements of a JSON array as lines. The whole text is in memory: arrays do not
+    scale."""
     try:
         text = b"".join(blocks).decode("utf-8-sig")
     except UnicodeDecodeError as exc:
@@ -81,9 +90,8 @@ def array_groups(blocks: Iterator[bytes], *, name: str) -> Iterator[LineGroup]:
     lines: list[bytes] = []
     num_bytes = 0
     for element in _array_elements(text, name):
-        line = element.encode().replace(
-            b"\n", b" "
-        )  # in valid JSON a raw newline stands between tokens only
+        # in valid JSON a raw newline is between tokens only
+        line = element.encode().replace(b"\n", b" ")
         if lines and (len(lines) == MAX_LINES or num_bytes + len(line) >= MAX_BYTES):
             yield LineGroup(b"\n".join(lines), len(lines), len(lines))
             lines, num_bytes = [], 0
@@ -93,22 +101,12 @@ def array_groups(blocks: Iterator[bytes], *, name: str) -> Iterator[LineGroup]:
         yield LineGroup(b"\n".join(lines), len(lines), len(lines))
 
 
-def _plain_blocks(file: IO[bytes]) -> Iterator[bytes]:
-    while block := file.read(_BLOCK_BYTES):
-        yield block
-
-
-def _gzip_blocks(file: IO[bytes]) -> Iterator[bytes]:
-    with gzip.open(file) as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            yield block
-
-
 def _zstd_blocks(file: IO[bytes]) -> Iterator[bytes]:
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    # a file may hold several frames; zstandard's stream_reader takes a cut frame for a whole one
+    # A file may hold several frames. zstandard's stream_reader would take a cut frame for a whole
+    # one, so each is decompressed by hand.
     frame = None
     try:
         while data := file.read(_BLOCK_BYTES >> 4):
@@ -130,7 +128,8 @@ def _drop_mark(pending: bytearray) -> None:
 
 
 def _group_end(pending: bytearray, searched: int) -> int:
-    """Return where the first group of `pending` ends, 0 if its first line is not whole yet."""
+    """Return the end of the first group of `pending`, 0 if its first line is not whole yet."""
+    # The last newline within both limits; else the line is longer than MAX_BYTES and ends later.
     if searched < MAX_BYTES:
         newlines = _newlines(pending[:MAX_BYTES])
         if len(newlines):
@@ -139,9 +138,10 @@ def _group_end(pending: bytearray, searched: int) -> int:
 
 
 def _group(payload: bytes) -> LineGroup:
-    newlines = _newlines(payload)
-    starts = np.concatenate(([0], newlines + 1))  # int64 [lines], and perhaps one past the end
+    # int64 [lines], and one past the end if the payload ends in a newline
+    starts = np.concatenate(([0], _newlines(payload) + 1))
     starts = starts[starts < len(payload)]
+    # Only a line that begins with a space can be blank, so few lines are looked at one by one.
     first_bytes = np.frombuffer(payload, np.uint8)[starts]
     suspects = starts[np.isin(first_bytes, np.frombuffer(JSON_SPACE + b"\n", np.uint8))]
     num_blank = 0
@@ -156,7 +156,8 @@ def _newlines(data: bytes | bytearray) -> "np.ndarray[tuple[int], np.dtype[np.in
 
 
 def _array_elements(text: str, name: str) -> Iterator[str]:
-    decoder = JSONDecoder(parse_int=len)  # no value is looked at, so none may be too long to read
+    # Values are not used here: `len` stands for int(), which refuses more than 4300 digits.
+    decoder = JSONDecoder(parse_int=len)
 
     def skip(position: int) -> int:
         match = _SPACE.match(text, position)
@@ -169,29 +170,27 @@ def _array_elements(text: str, name: str) -> Iterator[str]:
             f"{name} {seen}; expected a JSON array of rows (a file of JSON lines is named .jsonl)"
         )
     position = skip(position + 1)
-    closed = text[position : position + 1] == "]"
-    while not closed:
+    separator = text[position : position + 1]
+    while separator != "]":
         try:
             _, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as exc:
             raise DataError(
-                f"{name} is not valid JSON: {exc}; the rows after this place cannot be found"
+                f"{name} is not valid JSON: {exc}; the rows behind it cannot be found"
             ) from exc
         yield text[position:end]
         position = skip(end)
-        closed = text[position : position + 1] == "]"
-        if not closed:
-            _expect_comma(text, position, name)
+        separator = text[position : position + 1]
+        if separator == ",":
             position = skip(position + 1)
+        elif separator != "]":
+            seen = f"{separator!r} at character {position + 1}"
+            raise DataError(
+                f"{name} has {seen if separator else 'the end of the file'}; expected ',' or ']'"
+                " between its rows"
+            )
     if skip(position + 1) < len(text):
         raise DataError(
-            f"{name} goes on after its array, at character {position + 2}; expected one array of"
-            " rows"
+            f"{name} has more text after its array, at character {position + 2}; expected one array"
+            " of rows"
         )
-
-
-def _expect_comma(text: str, position: int, name: str) -> None:
-    seen = text[position : position + 1]
-    if seen != ",":
-        where = f"{seen!r} at character {position + 1}" if seen else "the end of the file"
-        raise DataError(f"{name} has {where}; expected ',' or ']' between its rows")

@@ -1,14 +1,13 @@
-"""A resolved source -> its chunks, in order. Decompresses and cuts, parses nothing: workers do
-that.
+"""Read the chunks of a resolved source, in order. Decompresses and cuts; workers parse.
 
-No chunk leaves here unless the file it came from is still the one that was hashed, so that nothing
-read from a changed file can be stored under the old hash.
+A chunk is handed out only if its file is still the one that was hashed, so that nothing read from a
+changed file can be stored under the old hash.
 """
 
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import IO, Any, Literal
 
 from prep.conversations.formats import PLAIN_MESSAGES, Conversion
@@ -18,7 +17,8 @@ from prep.sources.lines import MAX_BYTES, MAX_LINES, array_groups, decompressed_
 from prep.sources.resolve import ResolvedSource, SourceFile, SourceStamp
 from shared.errors import DataError
 
-_SLICE_ROWS = 256  # the step in which Arrow rows are added to a chunk
+# Arrow rows are added to a chunk in steps of so many
+_SLICE_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,8 @@ class _Piece:
     num_rows: int
     kind: Literal["lines", "arrow"]
     payload: bytes
-    position: int = 0  # bytes of the file that are read
+    position: int = 0
+    """Bytes of the file read so far."""
 
 
 def iter_chunks(
@@ -37,10 +38,15 @@ def iter_chunks(
     """Yield the chunks of `source`. Raises DataError for a file that is damaged, cut off or being
     written to."""
     first_row = 0
-    size_before = {
-        file.name: before for file, before in zip(source.files, _sizes_before(source), strict=True)
-    }
-    for index, piece in enumerate(_pieces(source)):
+    # of every file, the bytes of the files before it
+    names = (file.name for file in source.files)
+    sizes = (file.stamp.size for file in source.files)
+    bytes_before = dict(zip(names, accumulate(sizes, initial=0), strict=False))
+    if source.hub_id is not None or source.directory is not None:
+        pieces = _table_pieces(source, source.hub_id or str(source.directory))
+    else:
+        pieces = chain.from_iterable(map(_file_pieces, source.files))
+    for index, piece in enumerate(pieces):
         yield Chunk(
             source=source_index,
             index=index,
@@ -51,28 +57,9 @@ def iter_chunks(
             kind=piece.kind,
             payload=piece.payload,
             conversion=conversion,
-            source_bytes_read=size_before.get(piece.file, 0) + piece.position,
+            source_bytes_read=bytes_before.get(piece.file, 0) + piece.position,
         )
         first_row += piece.num_rows
-
-
-def _sizes_before(source: ResolvedSource) -> Iterator[int]:
-    """Yield for every file the bytes of the files before it."""
-    return (
-        accumulate((file.stamp.size for file in source.files[:-1]), initial=0)
-        if source.files
-        else iter(())
-    )
-
-
-def _pieces(source: ResolvedSource) -> Iterator[_Piece]:
-    if source.hub_id is not None:
-        yield from _table_pieces(source, source.hub_id)
-    elif source.directory is not None:
-        yield from _table_pieces(source, str(source.directory))
-    else:
-        for file in source.files:
-            yield from _file_pieces(file)
 
 
 def _file_pieces(file: SourceFile) -> Iterator[_Piece]:
@@ -82,11 +69,8 @@ def _file_pieces(file: SourceFile) -> Iterator[_Piece]:
         raise DataError(f"{file.name} cannot be read: {exc}") from exc
     with stream:
         _check_unchanged(file, os.fstat(stream.fileno()))
-        for piece in (
-            _parquet_pieces(file, stream)
-            if file.format == "parquet"
-            else _line_pieces(file, stream)
-        ):
+        read = _parquet_pieces if file.format == "parquet" else _line_pieces
+        for piece in read(file, stream):
             _check_unchanged(file, os.fstat(stream.fileno()))
             yield piece
 
@@ -98,6 +82,7 @@ def _line_pieces(file: SourceFile, stream: IO[bytes]) -> Iterator[_Piece]:
             yield _Piece(file.name, None, group.num_rows, "lines", group.payload, stream.tell())
         return
     first_line = 1
+    # blank lines are no rows, but they count when a row is located
     for group in line_groups(blocks):
         if group.num_rows:
             yield _Piece(
@@ -124,6 +109,7 @@ def _table_pieces(source: ResolvedSource, location: str) -> Iterator[_Piece]:
         location, split=source.split, revision=source.revision, batch_rows=MAX_LINES
     )
     batches = (batch for table in tables for batch in table.to_batches())
+    # `datasets` opens the files by itself: only their paths can be looked at
     for piece in _arrow_pieces(source.name, batches):
         for file in source.files:
             _check_unchanged(file, file.path.stat())
@@ -131,35 +117,37 @@ def _table_pieces(source: ResolvedSource, location: str) -> Iterator[_Piece]:
 
 
 def _arrow_pieces(name: str, batches: Iterable[Any]) -> Iterator[_Piece]:
-    """Yield Arrow IPC streams of at most MAX_LINES rows, closed at about MAX_BYTES."""
+    """Yield Arrow IPC streams of at most MAX_LINES rows and about MAX_BYTES bytes."""
+    # Slices are gathered until one more would exceed a limit.
     rows: list[Any] = []
     num_rows = num_bytes = 0
     for batch in batches:
-        for part in _slices(batch):
+        for batch_slice in _slices(batch):
             if rows and (
-                num_rows + part.num_rows > MAX_LINES or num_bytes + part.nbytes > MAX_BYTES
+                num_rows + batch_slice.num_rows > MAX_LINES
+                or num_bytes + batch_slice.nbytes > MAX_BYTES
             ):
                 yield _Piece(name, None, num_rows, "arrow", _ipc_stream(rows))
                 rows, num_rows, num_bytes = [], 0, 0
-            rows.append(part)
-            num_rows += part.num_rows
-            num_bytes += part.nbytes
+            rows.append(batch_slice)
+            num_rows += batch_slice.num_rows
+            num_bytes += batch_slice.nbytes
     if rows:
         yield _Piece(name, None, num_rows, "arrow", _ipc_stream(rows))
 
 
 def _slices(batch: Any) -> Iterator[Any]:
-    """Yield a batch in slices; rows that are large together are taken apart, so that a huge one is
-    alone."""
+    """Yield a batch in slices of at most MAX_BYTES; a larger row is alone in its slice."""
     for start in range(0, batch.num_rows, _SLICE_ROWS):
-        waiting = [batch.slice(start, _SLICE_ROWS)]
-        while waiting:
-            part = waiting.pop()
-            if part.num_rows == 1 or part.nbytes <= MAX_BYTES:
-                yield part
+        # Halve what is too large. The stack has the first half on top, so rows keep their order.
+        stack = [batch.slice(start, _SLICE_ROWS)]
+        while stack:
+            rows = stack.pop()
+            if rows.num_rows == 1 or rows.nbytes <= MAX_BYTES:
+                yield rows
                 continue
-            half = part.num_rows // 2
-            waiting += [part.slice(half), part.slice(0, half)]
+            half = rows.num_rows // 2
+            stack += [rows.slice(half), rows.slice(0, half)]
 
 
 def _ipc_stream(batches: list[Any]) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.conversations.conversation import Conversation, calls_not_json, content_hash, prompt_hash
-from prep.conversations.formats import read_conversation, read_part
+from prep.conversations.formats import read_conversation, read_group
 from prep.rendering.compiled.template import CompiledTemplate
 from prep.rendering.control.injection import ControlCheck
 from prep.rendering.coverage import all_unrendered, without_messages
@@ -104,7 +104,7 @@ class ChunkBuilder:
             try:
                 if isinstance(record, DataError):
                     raise record
-                parts[-1] = read_part(record, chunk.conversion, where=where)
+                parts[-1] = read_group(record, chunk.conversion, where=where)
                 conversation = read_conversation(record, chunk.conversion, where=where)
             except DataError as exc:
                 rejects.append((row, "malformed", str(exc)))

@@ -1,9 +1,8 @@
-"""tokenizer.model or vocabulary files without a tokenizer.json: transformers converts them, once,
-and it is said.
+"""Convert tokenizer.model or vocabulary files to a tokenizer.json, with transformers.
 
-The inputs of a build hold the hash of what came out: the same files and a release of transformers
-that converts them otherwise are other inputs. What hash a conversion gave is remembered, so that a
-later look needs no transformers.
+The inputs of a build contain the hash of the result: a release of transformers that converts the
+same files differently changes the inputs. The hash is remembered, so that the next build need not
+import transformers to know it.
 """
 
 import logging
@@ -24,8 +23,8 @@ logger = logging.getLogger(__name__)
 def converted_sha256(
     directory: Path, files: dict[str, str], known: Mapping[str, Any]
 ) -> tuple[str, str]:
-    """Return what the conversion of `files` (name -> hash) hangs on, and the hash of its
-    outcome."""
+    """Return the key of what the conversion of `files` (name -> hash) depends on, and the hash of
+    its result."""
     versions = {name: metadata.version(name) for name in _LIBRARIES}
     key = f"tokenizer-converted:{digest({'files': files, 'versions': versions})}"
     remembered = known.get(key)
@@ -44,7 +43,8 @@ def converted_json(directory: Path) -> str:
         tokenizer = AutoTokenizer.from_pretrained(
             str(directory), trust_remote_code=False, local_files_only=True
         )
-    except Exception as exc:  # of any library that has a hand in it
+    except Exception as exc:
+        # from any of the libraries that read such files
         raise DataError(
             f"{directory} has no tokenizer.json, and transformers cannot make one: {exc}"
         ) from exc

@@ -1,7 +1,6 @@
-"""What a tokenizer's directory says beside tokenizer.json: names of special tokens, further tokens,
-longest input.
+"""Read the files beside tokenizer.json: names of special tokens, further tokens, longest input.
 
-Read as JSON, with the precedence of transformers, so that it is known without importing anything.
+They are read as JSON, with the precedence of transformers, so that nothing need be imported.
 """
 
 import json
@@ -20,23 +19,23 @@ NAMED_TOKENS = (
     "cls_token",
     "mask_token",
 )
-UNLIMITED = 1 << 62  # what `model_max_length` is where the files state none
+# `model_max_length` if the files state none
+UNLIMITED = 1 << 62
 _PLAIN_KEYS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerNames:
     special: dict[str, str]
-    """bos_token, eos_token, ... -> content, as chat templates see them."""
+    """bos_token, eos_token, ... -> content, as in chat templates."""
     further: tuple[str, ...]
     """Contents of special tokens without one of these names, sorted."""
     declared: tuple[str, ...]
-    """Contents that transformers would add to tokenizer.json if they were not in it; they decide
-    nothing here."""
+    """Contents that transformers would add if tokenizer.json lacked them; here they are ignored."""
     model_max_length: int
 
     def plain(self) -> dict[str, Any]:
-        """Return what of it decides a build, for its inputs."""
+        """Return the part that decides a build, for its inputs."""
         return {
             "special_tokens": self.special,
             "further_special_tokens": list(self.further),
@@ -46,30 +45,35 @@ class TokenizerNames:
 
 def read_names(directory: Path) -> TokenizerNames:
     """Read tokenizer_config.json, special_tokens_map.json and added_tokens.json. Raises DataError
-    for broken ones."""
+    if one is broken."""
     config, token_map, added = (read_json(directory / name) for name in _PLAIN_KEYS)
     if "added_tokens_decoder" in config:
         declared = [_content(token) for token in _values(config["added_tokens_decoder"])]
-    else:  # the older layout, in which special_tokens_map.json has the last word
+    else:
+        # the older layout, in which special_tokens_map.json wins
         config = {**config, **token_map}
         declared = list(added)
     special = {name: content for name in NAMED_TOKENS if (content := _content(config.get(name)))}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
-    own = [
+    # names of a model's own, such as image_token
+    others = [
         value for key, value in config.items() if key.endswith("_token") and key not in NAMED_TOKENS
     ]
-    further = {content for value in [*_values(extra), *own] if (content := _content(value))}
+    further = {content for value in [*_values(extra), *others] if (content := _content(value))}
+    limit = config.get("model_max_length")
     return TokenizerNames(
         special=special,
         further=tuple(sorted(further - set(special.values()))),
         declared=tuple(sorted({content for content in declared if content})),
-        model_max_length=_limit(config.get("model_max_length")),
+        # files state no limit as 1e30
+        model_max_length=(
+            int(limit) if isinstance(limit, int | float) and 1 <= limit < UNLIMITED else UNLIMITED
+        ),
     )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file, {} where there is no file. Raises DataError for anything
-    else."""
+    """Return the object in a file, {} if there is no file. Raises DataError for anything else."""
     if not path.is_file():
         return {}
     try:
@@ -81,13 +85,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _limit(value: Any) -> int:
-    """Return a length that the files state, UNLIMITED for none and for what cannot be one, such as
-    1e30."""
-    is_length = isinstance(value, int | float) and 1 <= value < UNLIMITED
-    return int(value) if is_length else UNLIMITED
-
-
 def _values(tokens: Any) -> list[Any]:
     if isinstance(tokens, dict):
         return list(tokens.values())
@@ -95,8 +92,7 @@ def _values(tokens: Any) -> list[Any]:
 
 
 def _content(token: Any) -> str:
-    """Return the text of a token that is given as a string or as an object; "" for anything
-    else."""
+    """Return the text of a token, which may be a string or an object; "" for anything else."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else ""

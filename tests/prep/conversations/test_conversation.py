@@ -1,4 +1,4 @@
-"""Conversations: what a template gets to see, and what a bad row is told."""
+"""Conversations: what a template sees, and the error of a bad row."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def answer(**keys: Any) -> dict[str, Any]:
     return parse(HI, {"role": "assistant", **keys}).messages[1]
 
 
-def test_text_is_handed_on_unchanged() -> None:
+def test_text_is_not_changed() -> None:
     text = "  \n\u2028 <|im_end|> \x00 "
     assert parse({"role": "user", "content": text}).messages == ({"role": "user", "content": text},)
 
@@ -195,7 +195,7 @@ def test_train_and_weight_become_flags_and_leave_the_message() -> None:
             "messages[0].train is 'no'; expected true or false",
         ),
         ({"messages": [{**HI, "weight": 0.5}]}, "messages[0].weight is 0.5; expected 0 or 1"),
-        ({"messages": [{**HI, "weight": 0, "train": True}]}, "says train = true and weight = 0"),
+        ({"messages": [{**HI, "weight": 0, "train": True}]}, "has train = true and weight = 0"),
         (
             {
                 "messages": [
@@ -210,7 +210,9 @@ def test_train_and_weight_become_flags_and_leave_the_message() -> None:
         ),
     ],
 )
-def test_a_bad_row_is_told_where_and_what(record: dict[str, Any], expected: str) -> None:
+def test_a_bad_row_is_refused_with_its_location_and_its_fault(
+    record: dict[str, Any], expected: str
+) -> None:
     with pytest.raises(DataError) as caught:
         parse_conversation(record, where=WHERE)
     assert str(caught.value).startswith(f"{WHERE}: ")
@@ -238,7 +240,7 @@ def test_a_greeting_before_the_question_belongs_to_the_prompt() -> None:
     assert prompt_hash(parse(HELLO, HI, HELLO)) != prompt_hash(parse(HELLO, other, HELLO))
 
 
-def test_content_hash_tells_apart_what_differs_anywhere() -> None:
+def test_any_difference_changes_the_content_hash() -> None:
     conversations = [
         parse(HI, HELLO),
         parse(HI, {**HELLO, "content": "Hello!"}),
@@ -251,7 +253,7 @@ def test_content_hash_tells_apart_what_differs_anywhere() -> None:
     assert content_hash(reordered) == content_hash(conversations[0])
 
 
-def test_integers_beyond_64_bits_hash_stably_and_apart() -> None:
+def test_integers_beyond_64_bits_have_stable_and_different_hashes() -> None:
     def hashed(number: int) -> bytes:
         return content_hash(
             parse(HI, {**HELLO, "tool_calls": [{"name": "f", "arguments": {"b": number, "a": 1}}]})

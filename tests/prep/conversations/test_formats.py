@@ -20,6 +20,7 @@ from shared.errors import ConfigError, DataError
 SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
 ALPACA = {"instruction": "Add", "input": "2 3", "output": "5"}
 PAIR = {"prompt": "2 + 3?", "completion": "5"}
+CHAT = chat("a", "b")
 CALL = '{"name": "add", "arguments": {"a": 2}}'
 
 
@@ -28,39 +29,38 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_tokenizer(tmp_path_factory.mktemp("tokenizer") / "small")
 
 
-def turns(record: dict[str, Any], conversion: Conversion | str) -> list[tuple[Any, ...]]:
-    """Return (role, content) of every message."""
-    conversion = conversion if isinstance(conversion, Conversion) else Conversion(conversion)  # type: ignore[arg-type]
-    return [
-        (m["role"], m["content"])
-        for m in read_conversation(record, conversion, where="here").messages
-    ]
+def turns(record: dict[str, Any], name: Any) -> list[tuple[Any, ...]]:
+    """Return (role, content) of every message of a record of format `name`."""
+    messages = read_conversation(record, Conversion(name), where="here").messages
+    return [(message["role"], message["content"]) for message in messages]
 
 
 @pytest.mark.parametrize(
     ("records", "columns", "expected"),
     [
-        ([chat("a", "b")], {}, "messages"),
-        ([{"conversations": chat("a", "b")["messages"]}], {}, "messages (messages = 'conversations')"),
+        ([CHAT], {}, "messages"),
+        ([{"conversations": CHAT["messages"]}], {}, "messages (messages = 'conversations')"),
         ([SHAREGPT], {}, "sharegpt"),
         ([{"messages": SHAREGPT["conversations"]}], {}, "sharegpt (conversations = 'messages')"),
         ([ALPACA], {}, "alpaca"),
         ([PAIR], {}, "prompt_completion"),
-        ([{**PAIR, **chat("a", "b")}], {}, "messages"),  # as in ultrachat, whose prompt repeats the first message
-        ([{"question": "q", "answer": "a"}], {"prompt": "question", "completion": "answer"}, "prompt_completion"),
-        ([{"instruction": "i", "response": "r", "context": "c"}], {"output": "response", "input": "context"}, "alpaca"),
-        ([{"dialog": [{"speaker": "user", "text": "t"}]}], {"messages": "dialog", "role": "speaker"}, "messages"),
-        ([{"id": 1}, "no object", {"messages": []}, ALPACA, PAIR], {}, "alpaca"),  # the first that fits
+        # as in ultrachat, whose prompt repeats the first message
+        ([{**PAIR, **CHAT}], {}, "messages"),
+        ([{"q": "?", "a": "!"}], {"prompt": "q", "completion": "a"}, "prompt_completion"),
+        ([{"instruction": "i", "r": "!", "c": "?"}], {"output": "r", "input": "c"}, "alpaca"),
+        ([{"dialog": [{"from": "user"}]}], {"messages": "dialog", "role": "from"}, "messages"),
+        # the first that fits
+        ([{"id": 1}, "no object", {"messages": []}, ALPACA, PAIR], {}, "alpaca"),
         ([{"id": 1}] * 64 + [ALPACA], {}, "None"),
     ],
-)  # fmt: skip
+)
 def test_the_first_row_that_fits_a_format_decides(
     records: list[Any], columns: dict[str, str], expected: str
 ) -> None:
     assert str(detect(records, columns)).startswith(expected)
 
 
-def test_what_sharegpt_says_keeps_its_words_and_its_speakers() -> None:
+def test_a_sharegpt_row_keeps_its_texts_and_their_roles() -> None:
     record = {
         "system": "Be brief.",
         "conversations": [
@@ -73,19 +73,17 @@ def test_what_sharegpt_says_keeps_its_words_and_its_speakers() -> None:
             '[{"name": "add", "parameters": {}}, {"type": "function", "function": {"name": "sub"}}]'
         ),
     }
-    found = read_conversation(record, Conversion("sharegpt"), where="here")
-    assert list(found.messages) == [
+    conversation = read_conversation(record, Conversion("sharegpt"), where="here")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    assert list(conversation.messages) == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": " Hi "},
-        {
-            "role": "assistant", "content": "",
-            "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}],
-        },
+        {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "5"},
         {"role": "assistant", "content": "Five."},
-    ]  # fmt: skip
-    assert found.train == (None, None, None, None, False)
-    assert found.tools == [
+    ]
+    assert conversation.train == (None, None, None, None, False)
+    assert conversation.tools == [
         {"type": "function", "function": {"name": "add", "parameters": {}}},
         {"type": "function", "function": {"name": "sub"}},
     ]
@@ -129,7 +127,7 @@ def test_an_input_follows_its_instruction_on_a_new_line(
     assert turns(record, "alpaca") == expected
 
 
-def test_a_prompt_is_never_trained_not_even_what_an_assistant_says_in_it() -> None:
+def test_an_assistants_message_in_a_prompt_is_trained_only_if_the_row_asks_for_it() -> None:
     prompt = [
         *chat("a", "b", "c")["messages"],
         {"role": "assistant", "content": "d", "train": True},
@@ -139,9 +137,9 @@ def test_a_prompt_is_never_trained_not_even_what_an_assistant_says_in_it() -> No
         "completion": [{"role": "assistant", "content": "e"}],
         "system": "S",
     }
-    found = read_conversation(record, Conversion("prompt_completion"), where="here")
-    assert [m["content"] for m in found.messages] == ["S", "a", "b", "c", "d", "e"]
-    assert found.train == (None, None, False, None, True, None)
+    conversation = read_conversation(record, Conversion("prompt_completion"), where="here")
+    assert [m["content"] for m in conversation.messages] == ["S", "a", "b", "c", "d", "e"]
+    assert conversation.train == (None, None, False, None, True, None)
     assert turns(PAIR, "prompt_completion") == [("user", "2 + 3?"), ("assistant", "5")]
 
 
@@ -153,58 +151,66 @@ def test_columns_rename_fields_and_the_keys_of_messages() -> None:
         ]
     }
     columns = (("content", "text"), ("messages", "dialog"), ("role", "speaker"))
-    found = read_conversation(record, Conversion("messages", columns), where="here")
-    assert list(found.messages) == [
+    conversation = read_conversation(record, Conversion("messages", columns), where="here")
+    assert list(conversation.messages) == [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
     ]
-    assert found.train == (None, True)
+    assert conversation.train == (None, True)
 
 
-def test_a_plain_row_is_read_as_it_was_before_there_were_formats() -> None:
+def test_columns_of_other_formats_in_a_row_of_messages_are_ignored() -> None:
     record = {
         **chat("a", "b"),
         "tools": [{"name": "add"}],
         "instruction": "ignored",
         "output": "ignored",
     }
-    found = read_conversation(record, PLAIN_MESSAGES, where="here")
-    assert found.tools == [{"name": "add"}]
-    assert [m["content"] for m in found.messages] == ["a", "b"]
+    conversation = read_conversation(record, PLAIN_MESSAGES, where="here")
+    assert conversation.tools == [{"name": "add"}]
+    assert [m["content"] for m in conversation.messages] == ["a", "b"]
+
+
+def sharegpt(*turns: Any) -> dict[str, Any]:
+    return {"conversations": list(turns)}
+
+
+def completion(*messages: Any) -> dict[str, Any]:
+    return {"prompt": "x", "completion": list(messages)}
 
 
 @pytest.mark.parametrize(
     ("name", "record", "expected"),
     [
-        ("sharegpt", chat("a", "b"), "here: no conversations; the row has messages; expected a list of messages"),
-        ("sharegpt", {"conversations": []}, "conversations is []; expected a list of messages"),
-        ("sharegpt", {"conversations": ["hi"]}, "conversations[0] is 'hi'; expected an object with from and value"),
-        ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "conversations[0].from is 'bot'; expected"),
-        ("sharegpt", {"conversations": [{"from": "gpt"}]}, "conversations[0].value is missing; expected a string"),
-        ("sharegpt", {"conversations": [{"from": "gpt", "value": 5}]}, "conversations[0].value is 5"),
-        ("sharegpt", {"conversations": [{"from": "function_call", "value": "add(2)"}]}, "[0].value is text but not"),
-        ("sharegpt", {"conversations": [{"from": "function_call", "value": '{"args": 1}'}]}, 'expected {"name"'),
+        ("sharegpt", CHAT, "here: no conversations; the row has messages; expected a list of"),
         ("sharegpt", {**SHAREGPT, "tools": "[{"}, "tools is text but not JSON"),
         ("sharegpt", {**SHAREGPT, "system": 1}, "system is 1; expected a string"),
+        ("sharegpt", sharegpt(), "conversations is []; expected a list of messages"),
+        ("sharegpt", sharegpt("hi"), "[0] is 'hi'; expected an object with from and value"),
+        ("sharegpt", sharegpt({"from": "bot", "value": "x"}), "[0].from is 'bot'; expected"),
+        ("sharegpt", sharegpt({"from": "gpt"}), "[0].value is missing; expected a string"),
+        ("sharegpt", sharegpt({"from": "gpt", "value": 5}), "conversations[0].value is 5"),
+        ("sharegpt", sharegpt({"from": "function_call", "value": "add(2)"}), "is text but not"),
+        ("sharegpt", sharegpt({"from": "function_call", "value": "{}"}), 'expected {"name"'),
         (
             "sharegpt",
-            {"conversations": [*SHAREGPT["conversations"], {"from": "system", "value": "x"}]},
-            "conversations[2].from is 'system'; expected it at most once, before all others",
+            sharegpt({"from": "human", "value": "x"}, {"from": "system", "value": "x"}),
+            "conversations[1].from is 'system'; expected it at most once, before all others",
         ),
         ("alpaca", {"instruction": "x"}, "no output; the row has instruction; expected a string"),
         ("alpaca", {**ALPACA, "output": ["a", "b"]}, "output is ['a', 'b']; expected a string"),
-        ("alpaca", {**ALPACA, "history": [["a"]]}, "history[0] is ['a']; expected [what the user said, the answer]"),
+        ("alpaca", {**ALPACA, "history": [["a"]]}, "history[0] is ['a']; expected [what the user"),
         ("alpaca", {**ALPACA, "history": "a"}, "history is 'a'; expected a list of pairs"),
-        ("prompt_completion", {"prompt": "x"}, "no completion; the row has prompt; expected a string or a list"),
-        ("prompt_completion", {"prompt": "x", "completion": ["y"]}, "completion[0] is 'y'; expected an object"),
+        ("prompt_completion", {"prompt": "x"}, "no completion; the row has prompt; expected a"),
+        ("prompt_completion", completion("y"), "completion[0] is 'y'; expected an object"),
         (
             "prompt_completion",
-            {"prompt": "x", "completion": [{"role": "bot", "content": "y"}]},
+            completion({"role": "bot", "content": "y"}),
             "messages[1].role is 'bot'; expected system, developer",
         ),
     ],
-)  # fmt: skip
-def test_a_row_of_another_shape_is_refused_by_its_own_field(
+)
+def test_a_row_of_another_shape_is_refused_with_the_name_of_its_field(
     name: Any, record: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(DataError) as raised:
@@ -268,7 +274,9 @@ def test_formats_are_stated_in_the_manifest_and_in_stats(tmp_path: Path, tokeniz
     assert any("stanford" in line and "alpaca" in line for line in stats_lines(built))
 
 
-def test_stating_what_was_detected_tokenises_nothing_again(tmp_path: Path, tokenizer: Path) -> None:
+def test_stating_the_detected_format_tokenises_nothing_again(
+    tmp_path: Path, tokenizer: Path
+) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [SHAREGPT])
     detected = build_set(mixture_of([path], tokenizer), tmp_path / "a", store=tmp_path / "s")
     before = {
@@ -285,9 +293,7 @@ def test_stating_what_was_detected_tokenises_nothing_again(tmp_path: Path, token
     assert stated.manifest.fingerprint == detected.manifest.fingerprint
 
 
-def test_another_format_of_the_same_file_has_samples_of_its_own(
-    tmp_path: Path, tokenizer: Path
-) -> None:
+def test_the_same_file_in_another_format_has_other_samples(tmp_path: Path, tokenizer: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{**ALPACA, **PAIR}])
     sets = [
         build_set(
@@ -311,7 +317,7 @@ def test_another_format_of_the_same_file_has_samples_of_its_own(
         ({"columns": {"prompt": 1}}, "sources.0.columns.prompt = 1; expected text"),
     ],
 )
-def test_a_format_or_column_that_cannot_be_is_a_config_error(
+def test_an_impossible_format_or_column_is_a_config_error(
     stated: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(ConfigError, match=expected):
@@ -336,7 +342,7 @@ needs_real_data = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "name", ["alpaca_en.json", "sharegpt_tools_en.json", "reason_tool_use.jsonl"]
 )
-def test_every_text_of_the_real_rows_is_there_and_in_order(name: str) -> None:
+def test_every_text_of_the_real_rows_is_read_in_order(name: str) -> None:
     data = (REAL_DATA / "raw" / name).read_bytes()
     rows = (
         orjson.loads(data)
@@ -346,19 +352,19 @@ def test_every_text_of_the_real_rows_is_there_and_in_order(name: str) -> None:
     conversion = detect(rows, {})
     assert conversion is not None
     for row in rows:
-        assert said(read_conversation(row, conversion, where=name)) == expected_texts(row)
+        assert texts(read_conversation(row, conversion, where=name)) == expected_texts(row)
 
 
-def said(conversation: Any) -> list[Any]:
-    """Return all that is said, in order: reasoning before text, text before calls."""
-    found: list[Any] = []
+def texts(conversation: Any) -> list[Any]:
+    """Return all texts in order: reasoning before content, content before calls."""
+    result: list[Any] = []
     for message in conversation.messages:
-        found += [message[key] for key in ("reasoning_content", "content") if message.get(key)]
-        found += [
+        result += [message[key] for key in ("reasoning_content", "content") if message.get(key)]
+        result += [
             [c["function"]["name"], c["function"]["arguments"]]
             for c in message.get("tool_calls", ())
         ]
-    return found
+    return result
 
 
 def expected_texts(row: dict[str, Any]) -> list[Any]:

@@ -1,5 +1,5 @@
 """Hub ids through the real client, against a hub on the loopback device: the commit is resolved
-once and then holds."""
+once and then stays."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROWS = [
     for number in range(30)
 ]
 
-# the client reads its settings when it is imported: each case is a process of its own
+# the client reads its settings when it is imported, so each case needs a new process
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -46,8 +46,8 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     pq.write_table(pa.Table.from_pylist(ROWS[:20]), root / "data" / "train-00000-of-00002.parquet")
     pq.write_table(pa.Table.from_pylist(ROWS[20:]), root / "data" / "train-00001-of-00002.parquet")
     (root / "README.md").write_text("# Chats\n")
-    with serve_dataset(root) as found:
-        yield found
+    with serve_dataset(root) as url:
+        yield url
 
 
 def read(
@@ -65,8 +65,13 @@ def read(
     arguments = json.dumps([{"path": REPOSITORY, **keys}, known or {}])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, arguments],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 
@@ -94,8 +99,8 @@ def test_what_the_hub_does_not_have_is_named(
     assert expected in read(tmp_path, endpoint, **keys)["error"]
 
 
-def test_a_hub_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
-    """Not the traceback of the client, which is not the class that its release before raised."""
+def test_a_hub_that_does_not_answer_is_reported_in_one_line(tmp_path: Path) -> None:
+    """No traceback: the client's error has another class than in the release before."""
     (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
     (tmp_path / "m.toml").write_text(
         'name = "m"\nmax_seq_len = 64\ntokenizer.name = "org/tokenizer"\ntemplate.name = "tulu"\n'
@@ -107,10 +112,16 @@ def test_a_hub_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
         "HF_HOME": str(tmp_path / "home"),
         "NO_PROXY": "127.0.0.1",
     }
+    command = [Path(sys.executable).with_name("sft-prep"), "build", "--mixture", "m.toml"]
     done = subprocess.run(
-        [Path(sys.executable).with_name("sft-prep"), "build", "--mixture", "m.toml", "--out", "set"], cwd=tmp_path,
-        env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        [*command, "--out", "set"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 4
     assert "Traceback" not in done.stderr
     assert (

@@ -1,5 +1,5 @@
-"""Sources that are odd, damaged, huge or changing, through a whole build: the set of the clean
-source, or one line."""
+"""Whole builds from odd, damaged, huge or changing sources: the clean source's set, or an error of
+one line."""
 
 import gzip
 import json
@@ -36,10 +36,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_tokenizer(tmp_path_factory.mktemp("tokenizer") / "small")
 
 
-def set_of(content: bytes, tokenizer: Path, place: Path, name: str = "rows.jsonl") -> Any:
-    place.mkdir()
-    (place / name).write_bytes(content)
-    return build_set(mixture_of([place / name], tokenizer), place / "out")
+def set_of(content: bytes, tokenizer: Path, folder: Path, name: str = "rows.jsonl") -> Any:
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    return build_set(mixture_of([folder / name], tokenizer), folder / "out")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def set_of(content: bytes, tokenizer: Path, place: Path, name: str = "rows.jsonl
     ],
     ids=["U+2028", "BOM", "CRLF", "blank lines", "gzip of BOM and CRLF", "JSON array"],
 )
-def test_the_same_rows_spelled_otherwise_give_the_same_fingerprint(
+def test_the_same_rows_in_another_spelling_give_the_same_fingerprint(
     content: bytes, name: str, tokenizer: Path, tmp_path: Path
 ) -> None:
     clean = set_of(ESCAPED, tokenizer, tmp_path / "clean")
@@ -66,7 +66,7 @@ def test_the_same_rows_spelled_otherwise_give_the_same_fingerprint(
 @pytest.mark.parametrize(
     "content", [b"", b"\xef\xbb\xbf", b"\r\n\n"], ids=["nothing", "BOM", "blank lines"]
 )
-def test_an_empty_source_counts_as_no_rows_and_alone_is_an_error(
+def test_an_empty_source_has_no_rows_and_is_an_error_if_it_is_the_only_one(
     content: bytes, tokenizer: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty.jsonl").write_bytes(content)
@@ -92,7 +92,7 @@ def test_rows_that_are_all_left_out_are_counted_by_reason(tokenizer: Path, tmp_p
         build(plan_of(tables, tmp_path / "out"), rebuild=False)
 
 
-def test_where_no_row_can_be_used_the_reason_of_the_first_is_told(
+def test_if_no_row_can_be_used_the_error_names_the_reason_of_the_first(
     tokenizer: Path, tmp_path: Path
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ['{"messages": 1}', '{"messages": 2}'])
@@ -103,7 +103,9 @@ def test_where_no_row_can_be_used_the_reason_of_the_first_is_told(
         build(plan_of(tables, tmp_path / "out"), rebuild=False)
 
 
-def test_a_lone_surrogate_is_named_or_skipped_and_listed(tokenizer: Path, tmp_path: Path) -> None:
+def test_a_row_with_a_lone_surrogate_is_refused_or_skipped_and_counted(
+    tokenizer: Path, tmp_path: Path
+) -> None:
     lines = [
         *ROWS,
         (
@@ -126,7 +128,7 @@ def case(forked: ForkedPrep, tmp_path_factory: pytest.TempPathFactory) -> PrepCa
     return case
 
 
-def test_a_source_cut_off_in_its_gzip_is_one_line_and_the_whole_one_then_builds(
+def test_a_truncated_gzip_is_an_error_of_one_line_and_the_whole_file_then_builds(
     case: PrepCase, forked: ForkedPrep, tmp_path: Path
 ) -> None:
     whole = gzip.compress((case.folder / "a.jsonl").read_bytes(), mtime=0)
@@ -141,12 +143,12 @@ def test_a_source_cut_off_in_its_gzip_is_one_line_and_the_whole_one_then_builds(
     (tmp_path / "a.jsonl.gz").write_bytes(whole)
     ended = forked.run(case.arguments(tmp_path, file=file), chunk_lines=50)
     assert ended.code == 0, ended.output
-    made, expected = (open_shard_set(place / "out").manifest for place in (tmp_path, case.folder))
+    made, expected = (open_shard_set(f / "out").manifest for f in (tmp_path, case.folder))
     assert made.fingerprint == expected.fingerprint
 
 
 @pytest.mark.parametrize("at", [0.3, 0.6])
-def test_a_source_written_to_during_a_build_is_one_line_and_then_the_set_of_the_new_source(
+def test_a_source_that_changes_during_a_build_stops_it_and_the_next_build_reads_it_all(
     at: float, case: PrepCase, forked: ForkedPrep, tmp_path: Path
 ) -> None:
     source = tmp_path / "a.jsonl"
@@ -156,9 +158,8 @@ def test_a_source_written_to_during_a_build_is_one_line_and_then_the_set_of_the_
     arguments = case.arguments(tmp_path, file=file)
     row = json.dumps(chat("new", "row"))
     append = f"open({str(source)!r}, 'a').write({row + chr(10)!r})"
-    ended = forked.run(
-        arguments, chunk_lines=20, at=int(at * 200), then=append
-    )  # a chunk is some 13 of 300 changes
+    # a chunk is about 13 of 300 changes of files
+    ended = forked.run(arguments, chunk_lines=20, at=int(at * 200), then=append)
     assert ended.code == 4, ended.output
     assert f"{source} changed while it was being read; build again" in ended.output
     assert "Traceback" not in ended.output
@@ -172,7 +173,7 @@ def test_a_source_written_to_during_a_build_is_one_line_and_then_the_set_of_the_
     assert open_shard_set(tmp_path / "out").manifest.sources[0].rows_read == 301
 
 
-def test_a_source_replaced_after_a_kill_is_read_anew(
+def test_a_source_replaced_after_a_killed_build_is_read_again(
     case: PrepCase, forked: ForkedPrep, tmp_path: Path
 ) -> None:
     source = write_rows(tmp_path / "a.jsonl", short_rows(250))
@@ -186,12 +187,11 @@ def test_a_source_replaced_after_a_kill_is_read_anew(
     assert manifest_bytes(tmp_path) == manifest_bytes(case.folder)
 
 
-def test_a_source_that_cannot_be_read_is_one_line(
+def test_a_source_that_cannot_be_read_is_an_error_of_one_line(
     case: PrepCase, forked: ForkedPrep, tmp_path: Path
 ) -> None:
-    (tmp_path / "a.jsonl").symlink_to(
-        "/proc/self/mem"
-    )  # a file that nobody can read, not even root
+    # a file that nobody can read, not even root
+    (tmp_path / "a.jsonl").symlink_to("/proc/self/mem")
     tables = {**case.tables, "sources": [{"path": str(tmp_path / "a.jsonl")}]}
     ended = forked.run(
         case.arguments(tmp_path, file=write_toml(tmp_path / "unreadable.toml", tables))

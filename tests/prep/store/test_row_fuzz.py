@@ -185,7 +185,7 @@ def test_the_deepest_row_that_is_read_is_rendered_and_hashed(template: str) -> N
 def test_a_key_that_stands_twice_is_refused_and_named(line: str) -> None:
     ((_, _, record),) = parse_chunk(chunk_of([line.encode()]))
     assert isinstance(record, DataError)
-    assert "stands twice in one object" in str(record)
+    assert "occurs twice in one object" in str(record)
     assert "messages" in str(record) or "content" in str(record)
 
 
