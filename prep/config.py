@@ -249,7 +249,7 @@ class DecontaminateConfig:
     fields: tuple[str, ...] = ()
     """The columns that hold the questions; default: what users say in the conversations there."""
     ngram: int = 13
-    """A row goes if it shares so many words on end with a question; prep/selection/ngrams.py says
+    """A row goes if it shares so many words on end with a question; prep/selection/decontamination/ngrams.py says
     what a word is."""
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from prep.build.limits import check_selections
 from prep.build.request import BuildRequest
 from prep.config import SourceConfig
 from prep.inputs import Inputs
-from prep.selection.decontaminate import Overlap, find_overlaps, read_questions
+from prep.selection.decontamination.overlaps import Overlap, find_overlaps, read_questions
 from prep.selection.mixture import Selections, select_mixture
 from prep.selection.source import Source
 from prep.sources.detect_format import conversion_of
