@@ -16,7 +16,7 @@ from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, w
 
 import prep.selection.split_sources
 from prep.build.dry_run import dry_run
-from prep.inspection.locate import choose
+from prep.inspection.locate import locate_sequences
 from prep.inspection.stats import stats, stats_lines
 from prep.inspection.verification.verify import verify
 from prep.sharing.dataset_card import render_set_card
@@ -188,7 +188,7 @@ def test_bad_rows_are_counted_where_they_belong(tokenizer: Path, tmp_path: Path)
     with pytest.raises(
         ConfigError, match=r"rows:5.*malformed: .*origin is \['a'\]; expected a name of at most 200"
     ):
-        choose(split, row="rows:5")
+        locate_sequences(split, row="rows:5")
 
 
 def test_each_part_is_mixed_as_a_source(tokenizer: Path, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_of_duplicates_in_two_parts_the_first_row_stays(tokenizer: Path, tmp_pat
     assert rows_in(split) == {"a": set(), "b": {0}}
     assert by_name(split)["a"].rows_dropped == {OTHER_GROUPS: 1, "duplicate": 1}
     with pytest.raises(ConfigError, match="duplicate: the same as row 0 of rows"):
-        choose(split, row="a:1")
+        locate_sequences(split, row="a:1")
 
 
 @pytest.mark.parametrize(
@@ -373,16 +373,17 @@ def test_people_see_parts_and_not_the_rows_of_others(tokenizer: Path, tmp_path: 
     lines = dry_run(plan_of(tables, tmp_path / "out"))
     assert "  a: 2 rows, 2 sequences; rejected 0, unrendered 0" in lines
     assert r"| b\|&lt;b>\[x\](y) of rows |" in render_set_card(contents_of_set(split.path)).decode()
-    assert choose(split, row="a:2")
+    assert locate_sequences(split, row="a:2")
     with pytest.raises(
         ConfigError,
-        match=r"no sequence .* it is in b\|<b>\[x\]\(y\), another part of rows: --row b\|<b>\[x\]",
+        match=r"no sequence .* it is in b\|<b>\[x\]\(y\), another group of rows: --row b\|<b>\[x\]",
     ):
-        choose(split, row="a:1")
+        locate_sequences(split, row="a:1")
     with pytest.raises(
-        ConfigError, match="rows 0 to 2, and this one was not chosen, or is of another part of rows"
+        ConfigError,
+        match="rows 0 to 2, and this one was not chosen, or is of another group of rows",
     ):
-        choose(split, row="a:9")
+        locate_sequences(split, row="a:9")
 
 
 def test_a_mixture_without_a_split_has_the_inputs_it_had(tokenizer: Path, tmp_path: Path) -> None:

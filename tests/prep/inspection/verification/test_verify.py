@@ -12,7 +12,7 @@ from lettered_sets import Columns, kinds_of, mask_of, write_lettered_set
 
 from prep.config import MaskConfig
 from prep.inspection.verification.verify import verify
-from prep.inspection.verification.verify_mask import MaskProof, prove_mask
+from prep.inspection.verification.verify_mask import MaskResult, verify_mask
 from prep.selection.loss_mask import loss_mask_of
 from prep.store.samples import TRAIN_NO, TRAIN_UNSET, Samples
 from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
@@ -201,8 +201,8 @@ def test_rows_may_repeat_as_often_as_epochs_say(tmp_path: Path) -> None:
 
 def test_a_mask_that_the_policy_does_not_give_is_named_with_its_token(tmp_path: Path) -> None:
     for name, mask, expected in (
-        ("more", "001111", "is trained, but its kind and place say that it must not be"),
-        ("less", "000101", "is not trained, but its kind and place say that it must be"),
+        ("more", "001111", "is trained, but its kind and position say that it must not be"),
+        ("less", "000101", "is not trained, but its kind and position say that it must be"),
     ):
         path = write_lettered_set(
             tmp_path / name,
@@ -223,8 +223,8 @@ def test_turns_left_out_by_their_messages_are_counted(tmp_path: Path) -> None:
         verify(strict)
 
 
-def test_a_set_without_a_policy_says_that_masks_are_not_proved(tmp_path: Path) -> None:
-    assert "not proved" in verify(write_lettered_set(tmp_path / "set", [PACKS], settings={}))[-1]
+def test_a_set_without_a_policy_says_that_masks_are_not_checked(tmp_path: Path) -> None:
+    assert "not checked" in verify(write_lettered_set(tmp_path / "set", [PACKS], settings={}))[-1]
 
 
 def test_places_are_right_beyond_the_first_block_and_shard(
@@ -245,9 +245,9 @@ def test_places_are_right_beyond_the_first_block_and_shard(
 
 def prove(
     kinds: str, mask: str, *, flagged: bool = False, offsets: tuple[int, ...] = (), **policy: Any
-) -> MaskProof:
+) -> MaskResult:
     bounds = np.array([0, *offsets, len(kinds)], np.int64)
-    return prove_mask(
+    return verify_mask(
         kinds_of(kinds), mask_of(mask), bounds, policy=MaskConfig(**policy), may_be_flagged=flagged
     )
 
@@ -269,7 +269,7 @@ def prove(
 def test_a_mask_that_follows_its_policy_is_proved(
     kinds: str, mask: str, policy: dict[str, Any]
 ) -> None:
-    assert prove(kinds, mask, **policy) == MaskProof(None, 0)
+    assert prove(kinds, mask, **policy) == MaskResult(None, 0)
 
 
 @pytest.mark.parametrize(
@@ -295,15 +295,15 @@ def test_a_mask_that_breaks_its_policy_is_found_at_its_first_token(
 
 
 def test_a_turn_is_left_out_whole_or_not_at_all() -> None:
-    assert prove("tuaaTtuaT", "000000011", flagged=True) == MaskProof(None, 1)
-    assert prove("aaTaTuaT", "00011000", flagged=True) == MaskProof(None, 2)
+    assert prove("tuaaTtuaT", "000000011", flagged=True) == MaskResult(None, 1)
+    assert prove("aaTaTuaT", "00011000", flagged=True) == MaskResult(None, 2)
     proof = prove("tuaaTtuaT", "000100011", flagged=True)
     assert proof.fault is not None
     assert proof.fault.token == 2
 
 
 def test_last_assistant_is_judged_sequence_by_sequence() -> None:
-    assert prove("tuaTtuaT", "00110011", offsets=(4,), train_on="last_assistant") == MaskProof(
+    assert prove("tuaTtuaT", "00110011", offsets=(4,), train_on="last_assistant") == MaskResult(
         None, 0
     )
     assert prove("tuaTtuaT", "00110011", train_on="last_assistant").fault is not None
@@ -349,7 +349,7 @@ def test_every_mask_that_prep_makes_is_proved_even_cut_short(
         kinds.append(kind[:cut])
         masks.append(loss_mask_of(one, policy)[:cut])
         bounds.append(bounds[-1] + len(kinds[-1]))
-    proof = prove_mask(
+    proof = verify_mask(
         np.concatenate(kinds),
         np.concatenate(masks),
         np.array(bounds),
