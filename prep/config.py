@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 from shared import config
 from shared.errors import ConfigError
 
-MAX_EPOCHS = 10_000  # of one source
+# of one source: each repeat is written to the shards
+MAX_EPOCHS = 10_000
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
 
@@ -179,6 +180,7 @@ class SourceConfig:
             raise ConfigError(
                 "group_epochs is set but not split_by, the column that names the groups; set both"
             )
+        # With "auto" the format is not known yet: the columns must fit one of them.
         formats = FIELDS if self.format == "auto" else {self.format: FIELDS[self.format]}
         if not any(set(self.columns) <= set(fields) for fields in formats.values()):
             known = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in formats.items())
@@ -303,6 +305,7 @@ class MixtureConfig:
             raise ConfigError(
                 f"name = {self.name!r}; expected a plain file name, it becomes data_cache/NAME"
             )
+        # A temperature computes the epochs, so no source may set how often it is used.
         for index, source in enumerate(self.sources if self.mixing.temperature is not None else ()):
             for key in ("fraction", "rows", "epochs", "group_epochs"):
                 if getattr(source, key) not in (None, {}):

@@ -71,6 +71,7 @@ class Inputs:
         self, source: ResolvedSource, conversion: Conversion, backend: str
     ) -> dict[str, Any]:
         """Return everything that decides the samples of a source; its hash names their store."""
+        # Only where it is set: the stores of other sources keep their names.
         split_by = [["split_by", conversion.split_by]] if conversion.split_by else []
         return {
             "source": source.identity(),
@@ -152,6 +153,7 @@ def _with_date(
     """
     if mixture.template.date or not template.asks_for_date:
         return mixture
+    # A set that is built again tomorrow has the same tokens: its first date stays.
     date = known.get(KNOWN_DATE)
     if not date:
         date = today()

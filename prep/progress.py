@@ -63,6 +63,7 @@ def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
+    # The rate is an average since the start: chunks end in bursts, and a momentary rate would jump.
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total or None, rate="")
         started, done = time.monotonic(), 0

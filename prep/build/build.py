@@ -39,9 +39,11 @@ def build(request: BuildRequest, *, rebuild: bool) -> Manifest:
     """
     out = request.out
     replaceable_set.place_of(out)
+    # The lock lies beside the set, because a rebuild renames the directory itself.
     lock = out.parent / f".{out.name}.lock"
     with writing_to(out), atomic.exclusive_lock(lock, f"building {out}"):
         replaceable_set.clear(out)
+        # Refuse what may not be replaced now, and not after hours of work.
         if rebuild or (out.is_symlink() and not out.exists()):
             replaceable_set.check_replaceable(out)
         inputs = resolve_inputs(request.mixture, request.base, known_facts(request))
@@ -71,6 +73,7 @@ def _build(request: BuildRequest, inputs: Inputs) -> Manifest:
     sources = tokenise_sources(
         inputs, spec, store=request.store, workers=request.workers, scheduler=request.scheduler
     )
+    # From here on only integers move, and no tokenizer is called.
     stage_ends["tokenise"] = time.monotonic()
     selections = select(request, inputs, sources)
     packed = pack_sequences(selections.train, mixture.max_seq_len)
@@ -78,6 +81,7 @@ def _build(request: BuildRequest, inputs: Inputs) -> Manifest:
     vocabulary = Vocabulary(loaded, encoder, split_markers)
     with atomic.staged_dir(request.out, remove_old=replaceable_set.remove) as staging:
         if selections.num_held_out:
+            # The eval set is whole before the set that it belongs to.
             eval_dir = staging / EVAL_DIR
             eval_dir.mkdir()
             eval_packed = pack_sequences(selections.held_out, mixture.max_seq_len)
@@ -93,7 +97,8 @@ def _build(request: BuildRequest, inputs: Inputs) -> Manifest:
             "tokenizer_at_inference": at_inference,
         }
         atomic.write_json(staging / BUILD_INFO_NAME, info)
-        atomic.write_json(staging / MANIFEST_NAME, sealed(manifest))  # the set is complete
+        # The manifest comes last: a directory that has one is a whole set.
+        atomic.write_json(staging / MANIFEST_NAME, sealed(manifest))
     return manifest
 
 

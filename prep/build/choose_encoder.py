@@ -24,6 +24,7 @@ def check_compatibility(inputs: Inputs, loaded: LoadedTokenizer) -> dict[str, in
     """
     mixture, limit = inputs.mixture, loaded.model_max_length
     compiled = ChatTemplate(inputs.template, loaded.special_tokens, mixture.template.date)
+    # A missing BOS, or two of them, would change every sample and be visible in none.
     if mixture.template.add_bos:
         bos = loaded.special_tokens.get("bos_token")
         if bos is None:
@@ -53,6 +54,8 @@ def _check_markers(
     """Refuse split markers of a template that ships; warn of those of others and return them."""
     template = inputs.template
     markers = required_markers(template.name) if template.is_shipped else printed_markers(compiled)
+    # A marker of a template that ships is known to be one token to its models; of another template
+    # it may be meant as plain text.
     split = split_markers(markers, loaded.tokenizer)
     listed = ", ".join(
         f"{marker} ({f'{count} tokens' if count else 'unknown'})" for marker, count in split.items()

@@ -30,6 +30,7 @@ def dry_run(request: BuildRequest) -> list[str]:
     lines = [_size_line(request.out, packed, max_seq_len)]
     for selected in selections.train:
         counts, dropped = selected.source.counts, Counter(selected.selection.dropped)
+        # Rows of the other groups of a split source are none of this one.
         rows = counts.rows - dropped.pop(OTHER_GROUPS, 0)
         reasons = [f"rejected {len(counts.rejects):,}", f"unrendered {len(counts.unrendered):,}"]
         reasons += [f"{reason} {number:,}" for reason, number in sorted(dropped.items())]

@@ -1,9 +1,6 @@
 """`sft-prep explain`: field by field, why an existing shard set or sample store does or does not
 match."""
 
-from pathlib import Path
-from typing import Any
-
 from prep.build.request import BuildRequest, known_facts
 from prep.inputs import difference_lines, resolve_inputs
 from prep.sources.detect_format import conversion_of
@@ -35,19 +32,17 @@ def explain(request: BuildRequest) -> list[str]:
             lines.append(f"samples of {source.name}: begun in {begun[0]}, a build resumes there")
         else:
             lines.append(f"samples of {source.name}: to be tokenised")
-            lines += _nearest(trees[0], stores, request.store)
+            # Say how the most similar store differs, if one has the same source or settings.
+            tree = trees[0]
+            related = {
+                path: difference_lines(other, tree)
+                for path, other in stores.items()
+                if other.get("source") == tree["source"]
+                or {**other, "source": None} == {**tree, "source": None}
+            }
+            if not related:
+                lines.append(f"  {request.store} has none of this source")
+                continue
+            path = min(related, key=lambda path: (len(related[path]), path.name))
+            lines += [f"  {path.name[:12]}... differs: {line}" for line in related[path]]
     return lines
-
-
-def _nearest(tree: dict[str, Any], stores: dict[Path, dict[str, Any]], store: Path) -> list[str]:
-    """Return how the most similar store differs from `tree`, if one has its source or settings."""
-    related = {
-        path: difference_lines(other, tree)
-        for path, other in stores.items()
-        if other.get("source") == tree["source"]
-        or {**other, "source": None} == {**tree, "source": None}
-    }
-    if not related:
-        return [f"  {store} has none of this source"]
-    path = min(related, key=lambda path: (len(related[path]), path.name))
-    return [f"  {path.name[:12]}... differs: {line}" for line in related[path]]

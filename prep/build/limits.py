@@ -76,7 +76,7 @@ def check_selections(
         )
         for source in selections.train:
             reasons += source.selection.dropped
-        del reasons[OTHER_GROUPS]
+        del reasons[OTHER_GROUPS]  # each row is counted in its own group
         why = ", ".join(f"{reason} {rows:,}" for reason, rows in reasons.most_common())
         rejects = (reject for source in sources for reject in source.counts.rejects)
         first = next((f"; the first: {detail}" for *_, detail in rejects), "")
@@ -84,19 +84,16 @@ def check_selections(
             f"no row of {names} can be used ({why or 'there is none'}{first}); look at the rows, at"
             " max_seq_len, at the template and at lengths.min_loss_tokens"
         )
-    if selections.num_held_out:
-        _report_held_out(fraction, selections)
-    elif fraction:
+    if not fraction:
+        return
+    if not selections.num_held_out:
         logger.warning(
             "eval.fraction = %s holds none of the prompts of %s out: there are too few, so there is"
             " no eval set",
             fraction,
             names,
         )
-
-
-def _report_held_out(fraction: float, selections: Selections) -> None:
-    """Log how many prompts are held out; warn where prompts or rows are far from that fraction."""
+        return
     prompts, rows = selections.prompts, selections.rows
     message = (
         f"eval.fraction = {fraction} holds out {prompts.held_out:,} of {prompts.total:,} prompts"

@@ -43,6 +43,7 @@ def pin(mixture: str, out: Path | None) -> list[str]:
             for number, source in enumerate(tables["sources"])
         ),
     ):
+        # The same rule as for a source: what exists, or looks like a path, is no hub id.
         if (base / Path(name).expanduser()).exists() or name.startswith((".", "/", "~")):
             if target.resolve().parent != base:
                 raise ConfigError(
@@ -58,6 +59,7 @@ def pin(mixture: str, out: Path | None) -> list[str]:
         table["revision"] = commit
         _set_revision(lines, header, number, commit)
         report.append(f"{name}: {revision} is {commit}")
+    # TOML has many spellings, and the edit knows one: the result must parse to what is meant.
     text = "\n".join(lines)
     if tomllib.loads(text) != tables:
         raise ConfigError(

@@ -29,6 +29,7 @@ def known_facts(request: BuildRequest) -> dict[str, Any]:
 
     An unreadable record is no error: the files are hashed again.
     """
+    # The date outlives --rehash: it is no hash, but an input that the set has fixed.
     known: dict[str, Any] = {}
     unreadable = (OSError, ValueError, KeyError, TypeError)
     with contextlib.suppress(*unreadable):

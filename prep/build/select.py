@@ -16,6 +16,7 @@ def select(request: BuildRequest, inputs: Inputs, sources: list[Source]) -> Sele
     mixture = inputs.mixture
     overlaps: list[list[Overlap]] = [[] for _ in sources]
     if mixture.decontaminate.files:
+        # Questions are read like any source, in whatever format their first rows have.
         config = SourceConfig(path="")
         question_files = [
             (source, conversion_of(source, config, request.store)) for source in inputs.questions

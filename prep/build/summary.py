@@ -26,6 +26,7 @@ def summary_lines(manifest: Manifest, out: Path) -> list[str]:
             "truncated": source.rows_truncated,
             "without terminator": source.rows_without_terminator,
         }
+        # What a split source gives to its other groups is not left out of this one.
         left_out.pop(f"left out ({OTHER_GROUPS})", None)
         notes = "".join(f"; {what} {count:,}" for what, count in left_out.items() if count)
         if calls := source.details.get("calls_not_json", 0):
@@ -41,20 +42,18 @@ def summary_lines(manifest: Manifest, out: Path) -> list[str]:
             f" tokens, {source.loss_tokens:,} loss tokens{notes}"
         )
     if num_held_out(manifest):
+        # eval.fraction is one of prompts, each with all its rows: say what that is in rows.
         evaluation = read_manifest(out / EVAL_DIR)
-        lines.append(_held_out_line(manifest, evaluation))
+        tokens = evaluation.totals.tokens
+        rows = sum(source.rows_used for source in evaluation.sources)
+        usable = rows + sum(
+            source.rows_used + source.rows_dropped.get("not_chosen", 0)
+            for source in manifest.sources
+        )
+        lines.append(
+            f"held out by eval.fraction = {manifest.config['eval']['fraction']} of the prompts:"
+            f" {rows:,} of {usable:,} usable rows ({rows / usable:.1%}),"
+            f" {tokens / (tokens + totals.tokens):.1%} of the tokens"
+        )
         lines += summary_lines(evaluation, out / EVAL_DIR)
     return lines
-
-
-def _held_out_line(manifest: Manifest, evaluation: Manifest) -> str:
-    """Return the share of rows and tokens; eval.fraction is one of prompts, with all their rows."""
-    rows, tokens = sum(source.rows_used for source in evaluation.sources), evaluation.totals.tokens
-    usable = rows + sum(
-        source.rows_used + source.rows_dropped.get("not_chosen", 0) for source in manifest.sources
-    )
-    return (
-        f"held out by eval.fraction = {manifest.config['eval']['fraction']} of the prompts:"
-        f" {rows:,} of {usable:,} usable rows ({rows / usable:.1%}),"
-        f" {tokens / (tokens + manifest.totals.tokens):.1%} of the tokens"
-    )

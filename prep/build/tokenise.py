@@ -92,6 +92,7 @@ def _fill_stores(
 
         def on_chunk(index: int, chunk: StoredChunk) -> None:
             source, number = sources[index], int(chunk.path.name.rpartition("-")[2])
+            # Every limit is checked with each chunk: a build that must fail does so in seconds.
             source.counts.add(chunk.facts)
             check_row(source, inputs.mixture, inputs.template.name)
             check_groups(sources)

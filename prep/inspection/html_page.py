@@ -116,6 +116,7 @@ class _Page:
             f"<title>{name}: {shown}</title>\n<style>{style}</style>\n</head>\n<body>\n"
             f'<header>\n<h1><bdi>{name}</bdi></h1>\n<dl class="facts">'
         )
+        # Everything from a manifest is escaped: a set may come from anyone.
         facts = {
             "fingerprint": f"<code>{_escape(manifest.fingerprint)}</code>",
             "shown": f"{shown} of {totals.packs:,}",
@@ -204,6 +205,7 @@ class _Page:
     def _map(self, pack_id: int) -> Iterator[str]:
         """Yield the pack to scale: a bar for each run of tokens of one kind and mask, and a line
         where a sequence begins."""
+        # One unit of the drawing is one token, so that space left at the end shows as such.
         size, position = self._set.manifest.max_seq_len, 0
         shown = {sequence.index for sequence in self._cards[pack_id]}
         yield (

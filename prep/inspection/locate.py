@@ -57,6 +57,7 @@ def locate_sequences(
             raise ConfigError(f"--pack {pack}: the set has packs 0 to {shard_set.num_packs - 1}")
         return [(pack, None)]
     if row is None:
+        # Without any choice, one pack: the first.
         count = min(sample or 1, shard_set.num_packs)
         return [(index * shard_set.num_packs // count, None) for index in range(count)]
     name, separator, number = row.rpartition(":")
@@ -141,6 +142,7 @@ def _sequences_of(shard_set: ShardSet, source: int, row: int) -> Locations:
         sequences = np.flatnonzero((origin[:, 0] == source) & (origin[:, 1] == row))
         packs = np.searchsorted(columns["pack_offsets"], sequences, side="right") - 1
         within = sequences - columns["pack_offsets"][packs]
+        # A row may have several sequences: fragments, or repeats.
         locations += zip((packs + first_pack).tolist(), within.tolist(), strict=True)
     return locations
 
@@ -154,6 +156,7 @@ def _why_left_out(shard_set: ShardSet, name: str, row: int) -> str:
     for event in left_out_events(shard_set):
         if event["row"] == row:
             events.setdefault(event["source"], event)
+    # The groups of a split source share row numbers, so the row may be in another of them.
     for index, source in enumerate(sources):
         is_sibling = whole and source.details.get("group_of") == whole and source.name != name
         if is_sibling and (source.name in events or _sequences_of(shard_set, index, row)):

@@ -126,6 +126,7 @@ def _draw_fill(axes: Any, fill: npt.NDArray[np.float64], numbers: dict[str, Any]
     if not len(fill):
         return
     low = float(np.floor(fill.min() * 20) * 5)
+    # Bins of at most 5 %, from the emptiest pack up to full.
     axes.hist(fill * 100, bins=np.linspace(min(low, 95.0), 100, 26), color=_TOKENS)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7)
@@ -163,6 +164,7 @@ def _bars(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the sources in order; of more than fit, the largest, and the others as one."""
     if len(sources) <= _MAX_BARS:
         return sources
+    # Of equally large sources the first have a bar.
     by_size = sorted(range(len(sources)), key=lambda index: (-sources[index]["tokens"], index))
     largest = [sources[index] for index in sorted(by_size[: _MAX_BARS - 1])]
     rest = [sources[index] for index in by_size[_MAX_BARS - 1 :]]

@@ -93,9 +93,9 @@ class _Printer:
                     f"-- sequence {sequence.index}: {sequence.source} row {sequence.row}{position},"
                     f" {len(sequence.tokens)} tokens, {sequence.num_loss_tokens} trained"
                 )
-                yield from self._sequence(sequence)
+                yield from self._runs(sequence)
 
-    def _sequence(self, sequence: ShownSequence) -> Iterator[str]:
+    def _runs(self, sequence: ShownSequence) -> Iterator[str]:
         """Yield the text line by line, for each run of tokens of one kind and mask."""
         tokens, kinds, mask = sequence.tokens, sequence.kinds, sequence.loss_mask
         changes = (np.diff(kinds) != 0) | (np.diff(mask) != 0)

@@ -98,6 +98,7 @@ def _character(character: str) -> str:
 
 def _cut(group: list[bytes]) -> Iterator[tuple[list[str], str]]:
     """Yield for each token the characters that it shares with others, and its HTML."""
+    # Bytes that are no UTF-8 decode to one surrogate each, so every byte belongs to a character.
     data = b"".join(group)
     characters = data.decode("utf-8", "surrogateescape")
     starts = [
@@ -114,6 +115,7 @@ def _cut(group: list[bytes]) -> Iterator[tuple[list[str], str]]:
         ):
             if at >= end:
                 break
+            # Bytes of a shared character stand in each of its tokens, itself only in the last.
             if at < start or to > end:
                 shared.append(character)
                 body += f'<u class="part">{data[max(at, start) : min(to, end)].hex(" ")}</u>'

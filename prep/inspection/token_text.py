@@ -50,6 +50,7 @@ class TokenText:
             return f"<unknown id {token_id}>".encode()
         if self._byte_alphabet:
             return b"".join(self._byte_alphabet.get(c, c.encode("utf-8")) for c in token)
+        # The rest are SentencePiece's <0x0A> and U+2581 for a space, and WordPiece's ##.
         if match := _BYTE_TOKEN.fullmatch(token):
             return bytes([int(match[1], 16)])
         if self._is_word_piece:

@@ -49,6 +49,7 @@ def mark_eval(
         # A row that was split has several sequences.
         num_rows += len(np.unique(rows["row"]))
         num_held_out += len(np.unique(rows["row"][rows["held_out"]]))
+    # Sources may share prompts: each counts once over all of them.
     prompts = np.unique(np.concatenate(hashes))
     num_prompts = int(is_held_out(prompts, fraction=fraction, seed=seed).sum())
     return HeldOutShare(num_prompts, len(prompts)), HeldOutShare(num_held_out, num_rows)
@@ -72,6 +73,7 @@ def is_held_out(
     prompts: npt.NDArray[np.uint64], *, fraction: float, seed: int
 ) -> npt.NDArray[np.bool_]:
     """Return for each prompt hash, uint64 [S], whether it is held out, bool [S]."""
+    # The hash of a prompt is a uniform 64-bit number, so it falls below a share of the range.
     draw = splitmix64(prompts ^ np.uint64(seed_from(seed, "held out")))
     return draw < np.uint64(int(fraction * 2**64))
 

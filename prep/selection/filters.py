@@ -79,6 +79,7 @@ def hashes_of(
     """Return a hash of the sample of every sequence, as two numbers, uint64 [S, 2]."""
     result = np.zeros((len(eligible.rows), 2), np.uint64)
     for chunk in np.unique(eligible.rows["chunk"]).tolist():
+        # 16 bytes of hash per sample, read as two numbers.
         of_chunk = eligible.rows["chunk"] == chunk
         hashes = np.ascontiguousarray(store.chunks[chunk].column(column))
         result[of_chunk] = hashes.view("<u8")[eligible.rows["sample"][of_chunk]]

@@ -19,11 +19,27 @@ def loss_mask_of(samples: Samples, policy: MaskConfig) -> Bytes:
     of them. Reasoning, tool calls and terminators of assistants can be left out by kind; a token
     that covers text of two kinds has the kind of one.
     """
-    mask = _trained_by_kind(policy)[samples.kind]
+    # By kind alone, as a table of all values of the kind column.
+    is_trained = np.ones(256, np.bool_)
+    if policy.train_on != "all":
+        is_left_out = {
+            Kind.REASONING: not policy.reasoning,
+            Kind.TOOL_CALL: not policy.tool_calls,
+            Kind.TERMINATOR: policy.terminator == "none",
+        }
+        values = np.arange(256)
+        kinds = [kind for kind in ASSISTANT_KINDS if not is_left_out.get(kind)]
+        is_trained = np.isin(values & KIND_MASK, kinds)
+        if policy.boundary == "inside":
+            is_trained &= (values & STRADDLES) == 0
+    mask = is_trained.astype(np.uint8)[samples.kind]
+
     untrained = samples.message_train == TRAIN_NO
+    # By message.
     if policy.train_on == "last_assistant":
         untrained |= ~_is_last_assistant(samples)
     if policy.terminator == "last" and policy.train_on != "all":
+        # A terminator belongs to the last message that begins before it.
         terminators = np.flatnonzero((samples.kind & KIND_MASK) == Kind.TERMINATOR)
         message_of = np.searchsorted(samples.message_offsets, terminators, side="right") - 1
         mask[terminators[~_is_last_assistant(samples)[message_of]]] = 0
@@ -37,23 +53,6 @@ def loss_mask_of(samples: Samples, policy: MaskConfig) -> Bytes:
     # Nothing comes before the first token that could predict it.
     mask[samples.sample_offsets[:-1][np.diff(samples.sample_offsets) > 0]] = 0
     return mask
-
-
-def _trained_by_kind(policy: MaskConfig) -> Bytes:
-    """Return 1 for every value of the kind column that is trained, uint8 [256]."""
-    if policy.train_on == "all":
-        return np.ones(256, np.uint8)
-    is_left_out = {
-        Kind.REASONING: not policy.reasoning,
-        Kind.TOOL_CALL: not policy.tool_calls,
-        Kind.TERMINATOR: policy.terminator == "none",
-    }
-    values = np.arange(256)
-    kinds = [kind for kind in ASSISTANT_KINDS if not is_left_out.get(kind)]
-    trained = np.isin(values & KIND_MASK, kinds)
-    if policy.boundary == "inside":
-        trained &= (values & STRADDLES) == 0
-    return trained.astype(np.uint8)
 
 
 def _is_last_assistant(samples: Samples) -> npt.NDArray[np.bool_]:

@@ -37,7 +37,8 @@ def cut(samples: Samples, over_length: OverLength, max_seq_len: int) -> Slices:
     """
     full = np.diff(samples.sample_offsets)
     if over_length == "split":
-        fragments = np.maximum(-(-full // max_seq_len), 1)  # an empty sample has one, too
+        # As many as it takes, rounded up; an empty sample has one, too.
+        fragments = np.maximum(-(-full // max_seq_len), 1)
         sample = np.repeat(np.arange(len(full)), fragments)
         number = np.arange(len(sample)) - np.repeat(np.cumsum(fragments) - fragments, fragments)
         first = number * max_seq_len

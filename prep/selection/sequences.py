@@ -20,8 +20,6 @@ from shared.hashing import seed_from
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, Kind
 from shared.splitmix import splitmix64
 
-Ints = npt.NDArray[np.int64]
-
 # bool [256], by the value of the kind column
 _IS_ANSWER = np.isin(np.arange(256) & KIND_MASK, ASSISTANT_KINDS)
 
@@ -67,6 +65,7 @@ class EligibleRows:
 
         `detail` gets an index into `rows`, that of the first marked sequence of a row.
         """
+        # Other sequences of a marked row go with it.
         removed, first = np.unique(self.rows["row"][which], return_index=True)
         if not len(removed):
             return self
@@ -135,6 +134,7 @@ def eligible_sequences(
     detail = f"under {lengths.min_loss_tokens} loss tokens"
     rows = _leave_out(rows, few, reason, detail, dropped, listed)
 
+    # A later fragment has another hash than the row, so fragments are dealt to different packs.
     tie_break = splitmix64(
         rows["row"].astype(np.uint64) ^ np.uint64(seed_from(seed, "order", name))
     )
@@ -148,7 +148,23 @@ def choose(eligible: EligibleRows, source: SourceConfig, name: str, *, seed: int
     dropped, listed = Counter(eligible.dropped), list(eligible.listed)
     # Whole rows are chosen: all fragments of a row are used, and equally often.
     rows, row_of = np.unique(eligible.rows["row"], return_inverse=True)
-    times = _times(rows, source, name, seed)  # int64 [rows]
+    total, whole, extra = len(rows), 0, len(rows)
+    if source.rows is not None:
+        if source.rows > total:
+            raise DataError(
+                f"source {name!r}: rows = {source.rows}, but only {total} rows can be used; ask for"
+                " fewer, or set epochs to repeat them"
+            )
+        extra = source.rows
+    elif source.fraction is not None:
+        extra = round(source.fraction * total)
+    elif source.epochs is not None:
+        whole = int(source.epochs)
+        extra = round((source.epochs - whole) * total)
+    # The extra rows are the first in a fixed order: a larger share keeps the rows of a smaller one.
+    draw = splitmix64(rows.astype(np.uint64) ^ np.uint64(seed_from(seed, "choose", name)))
+    times = np.full(total, whole, np.int64)  # [rows]
+    times[np.argsort(draw, kind="stable")[:extra]] += 1
     copies = times[row_of]  # int64 [S]
     chosen = np.repeat(eligible.rows, copies)
     # A repeat gets another tie-break, so that the copies of a row are dealt to different packs.
@@ -166,7 +182,7 @@ def choose(eligible: EligibleRows, source: SourceConfig, name: str, *, seed: int
         else (row, "truncated", f"{full} tokens cut to {used}")
         for row, used, full in _row_and_lengths(chosen[chosen["length"] < chosen["full_length"]])
     ]
-    epochs_used = float(times.sum() / max(len(rows), 1))
+    epochs_used = float(times.sum() / max(total, 1))
     return Selection(chosen, source.epochs, epochs_used, dropped, sorted(listed))
 
 
@@ -215,28 +231,6 @@ def _leave_out(
         dropped[reason] += int(which.sum())
         listed += [(row, reason, detail) for row in rows["row"][which].tolist()]
     return rows[~which]
-
-
-def _times(rows: Ints, source: SourceConfig, name: str, seed: int) -> Ints:
-    """Return how often each row is used, int64 [rows]."""
-    total, whole, extra = len(rows), 0, len(rows)
-    if source.rows is not None:
-        if source.rows > total:
-            raise DataError(
-                f"source {name!r}: rows = {source.rows}, but only {total} rows can be used; ask for"
-                " fewer, or set epochs to repeat them"
-            )
-        extra = source.rows
-    elif source.fraction is not None:
-        extra = round(source.fraction * total)
-    elif source.epochs is not None:
-        whole = int(source.epochs)
-        extra = round((source.epochs - whole) * total)
-    # The first rows of one fixed order: a larger share keeps the rows of a smaller one.
-    draw = splitmix64(rows.astype(np.uint64) ^ np.uint64(seed_from(seed, "choose", name)))
-    times = np.full(total, whole, np.int64)
-    times[np.argsort(draw, kind="stable")[:extra]] += 1
-    return times
 
 
 def _row_and_lengths(sequences: npt.NDArray[np.void]) -> list[tuple[int, int, int]]:

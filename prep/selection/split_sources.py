@@ -67,6 +67,7 @@ def split_source(source: Source, eligible: EligibleRows) -> list[tuple[Source, E
             replace(counts, rejects=rejects[number], unrendered=unrendered[number]),
             source.store,
         )
+        # Dropped rows are counted again from the list, which names every one of them.
         dropped = Counter(reason for _, reason, _ in listed[number])
         if others := len(group_of) - num_rows[number]:
             dropped[OTHER_GROUPS] = others
@@ -111,6 +112,7 @@ def warn_of_no_groups(source: Source) -> None:
 def _check_values(source: Source) -> None:
     """Raise DataError for a column that no row has, and for epochs of a group that is not there."""
     config, counts = source.config, source.counts
+    # Where every row is malformed nothing is known of the column: another check reports those.
     if counts.groups == {""} and counts.rows > len(counts.rejects):
         raise DataError(
             f"source {source.name!r}: none of its {counts.rows:,} rows has a value in the column"

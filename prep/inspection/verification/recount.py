@@ -25,45 +25,43 @@ Values = dict[str, tuple[Any, Any]]  # name -> (what the manifest states, what t
 
 def recount(shard_set: ShardSet) -> str:
     """Return in a few words what was checked. Raises ArtifactError for the first wrong value."""
-    if "config" not in shard_set.manifest.inputs:
+    manifest, inputs, where = shard_set.manifest, shard_set.manifest.inputs, shard_set.path
+    if "config" not in inputs:
         return "not checked: the manifest's inputs are not those of a build"
-    where = shard_set.path
     try:
-        values = {**_from_inputs(shard_set), **_from_files(shard_set)}
+        config = inputs["config"]
+        suffix = "-eval" if inputs.get("part") == EVAL_DIR else ""
+        tokenizer, template = manifest.tokenizer, manifest.chat_template
+        # What the manifest repeats from its inputs, then what its other files give.
+        values: Values = {
+            "config": (manifest.config, config),
+            "name": (manifest.name, config["name"] + suffix),
+            "recipe": (manifest.recipe, config["recipe"]),
+            "max_seq_len": (manifest.max_seq_len, config["max_seq_len"]),
+            "inputs.format_version": (inputs["format_version"], FORMAT_VERSION),
+            "tokenizer.name": (tokenizer.name, config["tokenizer"]["name"]),
+            "tokenizer.revision": (tokenizer.revision, inputs["tokenizer"]["revision"]),
+            "chat_template.name": (template.name, config["template"]["name"]),
+            "inputs.template": (inputs["template"], template.sha256),
+            "kinds": (manifest.kinds, {kind.name.lower(): int(kind) for kind in Kind}),
+            **_from_files(shard_set),
+        }
         for name, (stated, expected) in values.items():
             if canonical_json(stated) != canonical_json(expected):
                 raise ArtifactError(
                     f"{where}: {name} is {stated!r}, the set's files give {expected!r}; build it"
                     " again"
                 )
-        for source in shard_set.manifest.sources:
+        for source in manifest.sources:
             _check_rows(source, where)
     except SftError:
         raise
+    # `inputs` may hold anything: where it lacks the expected shape, it is not from a build.
     except (KeyError, TypeError, ValueError, AttributeError, OSError, RecursionError) as exc:
         raise ArtifactError(
             f"{where}: the manifest's inputs are not those of a build ({exc!r}); build it again"
         ) from exc
     return f"{len(values)} values and the rows of every source follow from the files"
-
-
-def _from_inputs(shard_set: ShardSet) -> Values:
-    """Compare entries of the manifest that repeat what its inputs say."""
-    manifest, inputs = shard_set.manifest, shard_set.manifest.inputs
-    config = inputs["config"]
-    suffix = "-eval" if inputs.get("part") == EVAL_DIR else ""
-    return {
-        "config": (manifest.config, config),
-        "name": (manifest.name, config["name"] + suffix),
-        "recipe": (manifest.recipe, config["recipe"]),
-        "max_seq_len": (manifest.max_seq_len, config["max_seq_len"]),
-        "inputs.format_version": (inputs["format_version"], FORMAT_VERSION),
-        "tokenizer.name": (manifest.tokenizer.name, config["tokenizer"]["name"]),
-        "tokenizer.revision": (manifest.tokenizer.revision, inputs["tokenizer"]["revision"]),
-        "chat_template.name": (manifest.chat_template.name, config["template"]["name"]),
-        "inputs.template": (inputs["template"], manifest.chat_template.sha256),
-        "kinds": (manifest.kinds, {kind.name.lower(): int(kind) for kind in Kind}),
-    }
 
 
 def _from_files(shard_set: ShardSet) -> Values:
@@ -81,6 +79,7 @@ def _from_files(shard_set: ShardSet) -> Values:
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     canary_ids = tokenizer.encode(CANARY_TEXT, add_special_tokens=False).ids
     template_sha256 = entry.files["chat_template.jinja"].sha256
+    # The terminators are the added tokens that end trained turns, the most frequent first.
     is_added = np.zeros(shard_set.manifest.max_token_id + 1, np.bool_)
     for token in tokenizer.get_added_tokens_decoder():
         is_added[token : token + 1] = True  # nothing where the id is beyond all that occur
@@ -109,6 +108,7 @@ def _check_rows(source: SourceEntry, where: object) -> None:
         raise ArtifactError(
             f"{where}: source {source.name!r} counts fewer than 0 rows for a reason; build it again"
         )
+    # No equality: a row that was left out fragment by fragment is counted under none of them.
     left_out = sum(
         count for counts in reasons for reason, count in counts.items() if reason != _PER_FRAGMENT
     )

@@ -69,7 +69,8 @@ def verify(path: Path) -> list[str]:
         raise ChecksumError(
             f"{manifest_path} is not canonical JSON; it was changed by hand, build again"
         )
-    policy = None  # a set that `sft-prep build` did not make need not have one
+    # A set that `sft-prep build` did not make need not have a mask policy.
+    policy = None
     if "mask" in manifest.config:
         try:
             policy = config.build(
@@ -78,6 +79,7 @@ def verify(path: Path) -> list[str]:
         except ConfigError as exc:
             raise ArtifactError(f"{exc}; verify with the sft-prep that built the set") from exc
     _check_manifest_counts(manifest, path)
+    # Bounds before content: what follows indexes by offsets and sources.
     sums = _Sums(-1, *np.zeros((2, len(manifest.sources)), np.int64))
     for shard in range(len(shard_set.shards)):
         _check_bounds(shard_set, shard)
@@ -129,9 +131,11 @@ def _report(shard_set: ShardSet, policy: MaskConfig | None, sums: _Sums) -> list
 def _check_manifest_counts(manifest: Manifest, path: Path) -> None:
     totals = manifest.totals
     space = totals.packs * manifest.max_seq_len
-    if abs(totals.density - (totals.tokens / space if space else 0.0)) > 1e-9:
+    density = totals.tokens / space if space else 0.0
+    if abs(totals.density - density) > 1e-9:
         raise ArtifactError(
-            f"{path}: density is {totals.density}; tokens / (packs x max_seq_len) is not"
+            f"{path}: density is {totals.density}, tokens / (packs x max_seq_len) is {density};"
+            " build the set again"
         )
     # Numbers in free-form tables, which the checks below compute with.
     numbers = [
@@ -141,13 +145,14 @@ def _check_manifest_counts(manifest: Manifest, path: Path) -> None:
     lengths = manifest.config.get("lengths", {})
     minimum = lengths.get("min_loss_tokens", 0) if isinstance(lengths, dict) else lengths
     for owner, key, value in [*numbers, ("config", "lengths.min_loss_tokens", minimum)]:
+        # `type`, because a bool is an int; the bound keeps what is computed with it within int64.
         if type(value) not in (int, float) or not 0 <= value < 1 << 62:
             raise ArtifactError(
                 f"{path}: {owner}: {key} is {value!r}; expected a number. Build the set again"
             )
     names = [source.name for source in manifest.sources]
     if len(set(names)) != len(names):
-        raise ArtifactError(f"{path}: source names {names} are not distinct")
+        raise ArtifactError(f"{path}: source names {names} are not distinct; build the set again")
 
 
 def _check_bounds(shard_set: ShardSet, shard: int) -> None:
@@ -163,7 +168,7 @@ def _check_bounds(shard_set: ShardSet, shard: int) -> None:
     if len(long):
         raise ArtifactError(
             f"{where} pack {long[0]} has {lengths[long[0]]} tokens; max_seq_len is"
-            f" {shard_set.manifest.max_seq_len}"
+            f" {shard_set.manifest.max_seq_len}. Build the set again"
         )
     origin, sources = columns["seq_origin"], shard_set.manifest.sources
     wrong = (origin < 0).any(axis=1) | (origin[:, 0] >= len(sources))
@@ -173,7 +178,8 @@ def _check_bounds(shard_set: ShardSet, shard: int) -> None:
     if wrong.any():
         sequence = int(np.flatnonzero(wrong)[0])
         raise ArtifactError(
-            f"{where} sequence {sequence}: origin {origin[sequence].tolist()} is no row of a source"
+            f"{where} sequence {sequence}: origin {origin[sequence].tolist()} is no row of a"
+            " source; build the set again"
         )
 
 
@@ -182,10 +188,9 @@ def _blocks(shard_set: ShardSet, shard: int) -> Iterator[_Block]:
     pack_ends = columns["seq_offsets"][columns["pack_offsets"]]  # int64 [P+1] in tokens
     first = 0
     while first < len(pack_ends) - 1:
-        last = max(
-            first + 1,
-            int(np.searchsorted(pack_ends, pack_ends[first] + _BLOCK_TOKENS, side="right")) - 1,
-        )
+        # One pack at least, however long, and otherwise no more than _BLOCK_TOKENS.
+        end = int(np.searchsorted(pack_ends, pack_ends[first] + _BLOCK_TOKENS, side="right")) - 1
+        last = max(first + 1, end)
         sequences = slice(columns["pack_offsets"][first], columns["pack_offsets"][last])
         tokens = slice(pack_ends[first], pack_ends[last])
         yield _Block(
@@ -222,6 +227,7 @@ def _check_block(
         if wrong.any():
             raise _fault(shard_set, block, MaskFault(int(np.flatnonzero(wrong)[0]), what))
 
+    # Differences of one running sum give the loss tokens of every sequence and pack.
     running = np.concatenate(([0], np.cumsum(block.mask, dtype=np.int64)))  # [T+1]
     per_sequence = np.diff(running[block.seq_offsets])
     per_pack = np.diff(running[block.seq_offsets][block.pack_offsets])
@@ -263,14 +269,14 @@ def _check_totals(shard_set: ShardSet, sums: _Sums) -> None:
     if manifest.totals.tokens and sums.max_token_id != manifest.max_token_id:
         raise ArtifactError(
             f"{path}: max_token_id is {manifest.max_token_id}, the largest id is"
-            f" {sums.max_token_id}"
+            f" {sums.max_token_id}; build the set again"
         )
     for columns, shard in zip(shard_set.shards, manifest.shards, strict=True):
         loss_tokens = int(columns["pack_loss_tokens"].sum(dtype=np.int64))
         if loss_tokens != shard.loss_tokens:
             raise ArtifactError(
                 f"{path}/{shard.path}: loss_tokens is {shard.loss_tokens}, its packs hold"
-                f" {loss_tokens}"
+                f" {loss_tokens}; build the set again"
             )
     origins = [np.zeros((0, 3), np.int64), *(shard["seq_origin"] for shard in shard_set.shards)]
     distinct, counts = np.unique(np.concatenate(origins), axis=0, return_counts=True)
@@ -282,7 +288,7 @@ def _check_totals(shard_set: ShardSet, sums: _Sums) -> None:
             if stated != actual:
                 raise ArtifactError(
                     f"{path}: source {source.name!r} has {name} = {stated}, its sequences hold"
-                    f" {actual}"
+                    f" {actual}; build the set again"
                 )
         # Each (source, row, start) occurs once, or as often as the epochs of the source repeat it.
         of_source = distinct[:, 0] == index
@@ -292,17 +298,18 @@ def _check_totals(shard_set: ShardSet, sums: _Sums) -> None:
         if len(often):
             raise ArtifactError(
                 f"{path}: source {source.name!r} row {distinct[often[0], 1]} is used"
-                f" {counts[often[0]]} times; expected at most {allowed}"
+                f" {counts[often[0]]} times; expected at most {allowed}. Build the set again"
             )
         rows = len(np.unique(distinct[of_source, 1]))
         if rows != source.rows_used:
             raise ArtifactError(
                 f"{path}: source {source.name!r} has rows_used = {source.rows_used}, its"
-                f" sequences come from {rows} rows"
+                f" sequences come from {rows} rows; build the set again"
             )
 
 
 def _fault(shard_set: ShardSet, block: _Block, fault: MaskFault) -> ArtifactError:
+    """Return the error that names the pack, the sequence, the row and the token of a fault."""
     sequence = int(np.searchsorted(block.seq_offsets, fault.token, side="right")) - 1
     pack = int(np.searchsorted(block.pack_offsets, sequence, side="right")) - 1
     within = sequence - int(block.pack_offsets[pack])

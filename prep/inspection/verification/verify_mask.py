@@ -47,12 +47,14 @@ def verify_mask(
     messages with `train: false`.
     """
     trainable = _trainable(kind, seq_offsets, policy)
+    # Trained although it may not be: wrong under every policy, with or without flags.
     extra = np.flatnonzero(mask > trainable)
     if len(extra):
         what = "is trained, but its kind and position say that it must not be"
         return MaskResult(MaskFault(int(extra[0]), what), 0)
     if policy.train_on == "last_assistant":
         return MaskResult(_fault_of_tail(kind, mask, trainable, seq_offsets), 0)
+    # Not trained although it could be: right only where a message has `train: false`.
     missing = np.flatnonzero(trainable > mask)
     if policy.terminator == "last" and policy.train_on == "assistant":
         # The last terminator of a sequence that was cut belongs to an earlier turn of its sample.
@@ -64,7 +66,24 @@ def verify_mask(
         return MaskResult(MaskFault(int(missing[0]), what), 0)
     if policy.train_on == "all":
         return MaskResult(None, len(missing))
-    return _check_whole_turns(kind, mask, trainable, seq_offsets)
+    # What is missing must be whole turns. Number the runs of assistant kinds, each closed by its
+    # terminator: what lies between two runs has the number of the one before, and is not trainable.
+    plain = kind & KIND_MASK
+    is_assistant = np.isin(plain, ASSISTANT_KINDS)
+    begins = is_assistant.copy()
+    begins[1:] &= ~is_assistant[:-1] | (
+        (plain[:-1] == Kind.TERMINATOR) & (plain[1:] != Kind.TERMINATOR)
+    )
+    begins[seq_offsets[:-1]] = True
+    turn_of = np.cumsum(begins)  # [T]
+    num_trainable = np.bincount(turn_of, weights=trainable)
+    num_trained = np.bincount(turn_of, weights=mask)
+    partial = np.flatnonzero((num_trained > 0) & (num_trained < num_trainable))
+    if len(partial):
+        token = np.flatnonzero((turn_of == partial[0]) & (trainable > mask))[0]
+        what = "is not trained, but other parts of its turn are"
+        return MaskResult(MaskFault(int(token), what), 0)
+    return MaskResult(None, int(((num_trained == 0) & (num_trainable > 0)).sum()))
 
 
 def _trainable(kind: Bytes, seq_offsets: Ints, policy: MaskConfig) -> Bytes:
@@ -96,6 +115,7 @@ def _fault_of_tail(
     kind: Bytes, mask: Bytes, trainable: Bytes, seq_offsets: Ints
 ) -> MaskFault | None:
     """Return why the trained tokens of a sequence are not a tail of its trainable ones."""
+    # Once training begins in a sequence, every trainable token behind is trained...
     candidates = np.flatnonzero(trainable)  # [C] tokens
     sequence_of = np.searchsorted(seq_offsets, candidates, side="right") - 1  # [C]
     trained = mask[candidates] == 1
@@ -104,6 +124,7 @@ def _fault_of_tail(
     if len(gaps):
         what = "is not trained, but an earlier part of its turn is"
         return MaskFault(int(candidates[gaps[0] + 1]), what)
+    # ... and nobody else speaks between two of them: it is one message.
     foreign_before = np.cumsum(np.isin(kind & KIND_MASK, _FOREIGN_KINDS))  # [T]
     crossed = np.diff(foreign_before[candidates]) > 0
     mixed = np.flatnonzero(same & trained[:-1] & crossed)
@@ -111,26 +132,3 @@ def _fault_of_tail(
         what = "is trained, but it is not in the last assistant turn"
         return MaskFault(int(candidates[mixed[0]]), what)
     return None
-
-
-def _check_whole_turns(kind: Bytes, mask: Bytes, trainable: Bytes, seq_offsets: Ints) -> MaskResult:
-    """Check that every turn is trained wholly or not at all; count those that are left out."""
-    # Number the runs of assistant kinds, each closed by its terminator. What lies between two runs
-    # has the number of the one before, and nothing trainable.
-    plain = kind & KIND_MASK
-    is_assistant = np.isin(plain, ASSISTANT_KINDS)
-    begins = is_assistant.copy()
-    begins[1:] &= ~is_assistant[:-1] | (
-        (plain[:-1] == Kind.TERMINATOR) & (plain[1:] != Kind.TERMINATOR)
-    )
-    begins[seq_offsets[:-1]] = True
-    turn_of = np.cumsum(begins)  # [T]
-    num_trainable = np.bincount(turn_of, weights=trainable)
-    num_trained = np.bincount(turn_of, weights=mask)
-    partial = np.flatnonzero((num_trained > 0) & (num_trained < num_trainable))
-    if len(partial):
-        token = np.flatnonzero((turn_of == partial[0]) & (trainable > mask))[0]
-        return MaskResult(
-            MaskFault(int(token), "is not trained, but other parts of its turn are"), 0
-        )
-    return MaskResult(None, int(((num_trained == 0) & (num_trainable > 0)).sum()))

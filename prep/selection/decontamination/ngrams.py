@@ -60,6 +60,7 @@ def word_ngrams(texts: Sequence[str], n: int) -> Ngrams:
     index = np.arange(len(words))
     is_short = (ends - starts < n) & (ends - starts >= n // 2)  # [texts]
     is_whole = (index == starts[text_of]) & is_short[text_of]
+    # `last - first` is in the hash: n words are never equal to a whole text of fewer.
     first = np.flatnonzero((index + n <= ends[text_of]) | is_whole)
     text = text_of[first]
     last = np.minimum(first + n, ends[text])

@@ -91,6 +91,7 @@ def find_overlaps(
     # The pool starts processes as work comes in: none where all overlaps are stored.
     with WorkerPool(workers, _start_worker, questions) as pool:
         for source, conversion in sources:
+            # Everything that decides the overlaps of a source, and nothing of its samples.
             key = digest(
                 {
                     "source": source.identity(),
@@ -128,6 +129,7 @@ def overlaps_of(chunk: Chunk, questions: Questions) -> list[Overlap]:
             ]
             rows += [row] * len(row_texts)
             texts += row_texts
+    # All texts of a chunk at once, then back from n-grams to texts to rows.
     ngrams = word_ngrams(texts, questions.ngram)
     hits = np.flatnonzero(questions.ngrams.contains(ngrams.hashes))
     row_of_hit = np.asarray(rows, np.int64)[ngrams.text[hits]]
@@ -170,6 +172,7 @@ def _stored_overlaps(
     path: Path, source: ResolvedSource, comparisons: Iterator[tuple[Chunk, list[Overlap]]]
 ) -> list[Overlap]:
     """Return what the file at `path` holds, or compare the source and write it."""
+    # A file that is missing or unreadable is written again.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return [(row, count, words) for row, count, words in json.loads(path.read_bytes())["rows"]]
     overlaps: list[Overlap] = []
