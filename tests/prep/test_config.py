@@ -105,3 +105,12 @@ def test_a_bad_row_ends_the_command_with_its_code(
 def test_a_key_of_an_older_release_is_an_error_that_names_the_new_one(old: str, new: str) -> None:
     with pytest.raises(SftError, match=new):
         mixture_config.load_mixture("demo", (old,))
+
+
+@pytest.mark.parametrize(
+    "date", ["2024-02-30", "20240229", "2024-W01-1", "2024-1-1", "today", "2024-02-29T00:00"]
+)
+def test_a_date_that_does_not_exist_is_refused(date: str) -> None:
+    with pytest.raises(SftError, match="expected a day as YYYY-MM-DD"):
+        mixture_config.TemplateConfig(name="chatml", date=date)
+    mixture_config.TemplateConfig(name="chatml", date="2024-02-29")

@@ -1,7 +1,6 @@
 """Holding out: every row of a prompt on one side, all rows on one of them, the same side under
 every other setting."""
 
-import hashlib
 import json
 import random
 import shutil
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lettered_sets import write_lettered_set
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows
 
 from prep.build.build import build
@@ -21,13 +19,9 @@ from prep.build.dry_run import dry_run
 from prep.build.explain import explain
 from prep.build.summary import summary_lines
 from prep.inspection.stats import stats, stats_lines
-from prep.inspection.verification.eval_leakage import prompts_of
 from prep.inspection.verification.verify import verify
-from prep.rendering.control.markers import required_markers
 from prep.selection.eval_split import is_held_out
-from shared import atomic
-from shared.errors import ArtifactError, ConfigError, DataError, IncompleteArtifactError
-from shared.hashing import digest
+from shared.errors import ArtifactError, ConfigError, IncompleteArtifactError
 from shared.shard_format import EVAL_DIR
 from shared.shard_reader import ShardSet, open_shard_set, read_manifest
 
@@ -246,94 +240,12 @@ def test_a_fraction_that_holds_nothing_out_is_said(
     build(plan_of(tables, shards.path), rebuild=False)
 
 
-def test_a_fraction_that_holds_everything_out_is_an_error(tokenizer: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "one.jsonl", [chat("Hi", "Hello there!")] * 5)
-    tables = {**mixture_of([rows], tokenizer), "eval": {"fraction": 0.999999}}
-    with pytest.raises(DataError, match="every prompt of one is held out by eval"):
-        build_set(tables, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 2.0])
 def test_a_fraction_that_is_none_is_refused(
     fraction: float, tables: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="less than 1"):
         plan_of({**tables, "eval": {"fraction": fraction}}, tmp_path / "out")
-
-
-# verify
-
-
-def test_verify_says_what_the_sides_share(tables: dict[str, Any], tmp_path: Path) -> None:
-    shards = build_set(tables, tmp_path / "out")
-    num_prompts = len({prompt_of(tables, row) for row in sides(shards)[1]})
-    line = f"no row is on both sides; 0 of {num_prompts} prompts read like one that is trained on"
-    assert line in verify(shards.path)[-1]
-
-
-def test_prompts_that_differ_only_in_what_the_template_drops_are_counted(
-    tokenizer: Path, tmp_path: Path
-) -> None:
-    questions = [f"What is {number}?" for number in range(40)]
-    rows = [
-        chat(question + space, "The answer is 4.") for question in questions for space in ("", " ")
-    ]
-    tables = {
-        **mixture_of([write_rows(tmp_path / "rows.jsonl", rows)], tokenizer),
-        "eval": {"fraction": 0.5},
-        "template": {"name": "llama3"},
-        "tokenizer": {"name": str(tokenizer), "add_tokens": list(required_markers("llama3"))},
-    }
-    line = verify(build_set(tables, tmp_path / "out").path)[-1]
-    assert " 0 of" not in line
-
-
-def test_a_row_on_both_sides_is_named(tables: dict[str, Any], tmp_path: Path) -> None:
-    whole = build_set({**tables, "eval": {"fraction": 0.0}}, tmp_path / "whole")
-    shards = build_set(tables, tmp_path / "out")
-    manifest, other = (
-        json.loads((path / "manifest.json").read_bytes()) for path in (whole.path, shards.path)
-    )
-    del manifest["seal"]
-    manifest |= {
-        key: other[key] for key in ("inputs", "inputs_digest", "config")
-    }  # as if the build had erred
-    atomic.write_json(whole.path / "manifest.json", {**manifest, "seal": digest(manifest)})
-    shutil.copytree(shards.path / EVAL_DIR, whole.path / EVAL_DIR)
-    with pytest.raises(ArtifactError, match=r"source 'first' row \d+ is held out and trained on"):
-        verify(whole.path)
-
-
-@pytest.mark.parametrize(
-    ("letters", "length"),
-    [
-        ("tutaaT", 3),
-        ("tstutraTt", 5),
-        ("tataTutaT", 7),
-        ("uT", 1),
-        ("tttaaT", None),
-        ("tuut", None),
-        ("tuotcT", 4),
-    ],
-)
-def test_a_prompt_ends_where_the_first_answer_to_something_begins(
-    letters: str, length: int | None, tmp_path: Path
-) -> None:
-    mask = "0" * len(letters)
-    path = write_lettered_set(
-        tmp_path / "set", [[[("uaT", "000"), (letters, mask), ("utaT", "0000")]]], max_seq_len=99
-    )
-    columns = dict(open_shard_set(path).shards[0])
-    others = [
-        tokens.tobytes()
-        for tokens in (columns["tokens"][:1], columns["tokens"][len(letters) + 3 :][:2])
-    ]
-    expected = [columns["tokens"][3:][:length].tobytes()] if length else []
-    prompts = [others[0], *expected, others[1]]
-    assert list(prompts_of(columns)) == [
-        hashlib.blake2b(prompt, digest_size=16).digest() for prompt in prompts
-    ]
 
 
 def test_the_share_that_is_held_out_is_said_with_the_prompts_and_a_warning_where_it_is_far(

@@ -1,5 +1,4 @@
-"""No word of a manifest can be changed unnoticed: every leaf is sealed, and most are found again in
-the files."""
+"""No value of a manifest can be changed unnoticed: all are sealed, and most follow from the files."""
 
 import copy
 import json
@@ -112,13 +111,13 @@ def test_every_edit_of_every_leaf_is_refused_by_verify(name: str, copied: Path) 
         open_shard_set(where)
 
 
-# Nothing in the set's files says these otherwise: the seal alone guards them. (`inputs_digest`
-# follows `inputs`.)
+# These follow from nothing in the set's files: the seal alone guards them. (`inputs_digest` follows
+# `inputs`.)
 SEALED_ONLY = {
     "chat_template.split_markers",
     "inputs.code", "inputs.sources", "inputs.tokenizer", "inputs.versions", "inputs.questions",
-    "sources.content_sha256", "sources.details", "sources.hub_id", "sources.revision", "sources.rows_read",
-    "sources.rows_truncated",    "sources.rows_without_terminator",
+    "sources.content_sha256", "sources.details", "sources.hub_id", "sources.revision",
+    "sources.rows_read", "sources.rows_truncated", "sources.rows_without_terminator",
 }  # fmt: skip
 
 
