@@ -57,6 +57,10 @@ def test_every_row_of_a_source_has_a_number_in_its_line(
     tables: dict[str, Any], tmp_path: Path
 ) -> None:
     lines = dry_run(plan_of(tables, tmp_path / "out"))
-    for line in lines[1 : 1 + len("xyz") + 1]:  # the groups, and the source for rows without one
+    sources = build_set(tables, tmp_path / "out").manifest.sources
+    assert [source.name for source in sources] == ["rows", "x", "y", "z"]
+    for source, line in zip(sources, lines[1:], strict=False):
         rows, sequences, *left_out = numbers_in(line)
-        assert rows == sequences + sum(left_out), line
+        assert line.startswith(f"  {source.name}: ")
+        assert (rows, sequences) == (source.own_rows, source.rows_used)
+        assert rows == sequences + sum(left_out)

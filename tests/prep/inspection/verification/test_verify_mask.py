@@ -15,7 +15,7 @@ from prep.store.samples import TRAIN_NO, TRAIN_UNSET, Samples
 from shared.shard_format import Kind
 
 
-def prove(
+def check(
     kinds: str, mask: str, *, flagged: bool = False, offsets: tuple[int, ...] = (), **policy: Any
 ) -> MaskResult:
     bounds = np.array([0, *offsets, len(kinds)], np.int64)
@@ -38,10 +38,10 @@ def prove(
         ("tusto", "00000", {}),
     ],
 )
-def test_a_mask_that_follows_its_policy_is_proved(
+def test_a_mask_that_follows_its_policy_passes(
     kinds: str, mask: str, policy: dict[str, Any]
 ) -> None:
-    assert prove(kinds, mask, **policy) == MaskResult(None, 0)
+    assert check(kinds, mask, **policy) == MaskResult(None, 0)
 
 
 @pytest.mark.parametrize(
@@ -58,27 +58,28 @@ def test_a_mask_that_follows_its_policy_is_proved(
         ("tuaT", "0011", {"train_on": "all"}, 1),
     ],
 )
-def test_a_mask_that_breaks_its_policy_is_found_at_its_first_token(
+def test_a_mask_that_breaks_its_policy_is_reported_at_its_first_token(
     kinds: str, mask: str, policy: dict[str, Any], token: int
 ) -> None:
-    proof = prove(kinds, mask, **policy)
-    assert proof.fault is not None
-    assert proof.fault.token == token
+    result = check(kinds, mask, **policy)
+    assert result.fault is not None
+    assert result.fault.token == token
 
 
 def test_a_turn_is_left_out_whole_or_not_at_all() -> None:
-    assert prove("tuaaTtuaT", "000000011", flagged=True) == MaskResult(None, 1)
-    assert prove("aaTaTuaT", "00011000", flagged=True) == MaskResult(None, 2)
-    proof = prove("tuaaTtuaT", "000100011", flagged=True)
-    assert proof.fault is not None
-    assert proof.fault.token == 2
+    assert check("tuaaTtuaT", "000000011", flagged=True) == MaskResult(None, 1)
+    assert check("aaTaTuaT", "00011000", flagged=True) == MaskResult(None, 2)
+    for mask in ("000100011", "000110011"):
+        result = check("tuaaTtuaT", mask, flagged=True)
+        assert result.fault is not None
+        assert result.fault.token == 2
 
 
 def test_last_assistant_is_judged_sequence_by_sequence() -> None:
-    assert prove("tuaTtuaT", "00110011", offsets=(4,), train_on="last_assistant") == MaskResult(
+    assert check("tuaTtuaT", "00110011", offsets=(4,), train_on="last_assistant") == MaskResult(
         None, 0
     )
-    assert prove("tuaTtuaT", "00110011", train_on="last_assistant").fault is not None
+    assert check("tuaTtuaT", "00110011", train_on="last_assistant").fault is not None
 
 
 @st.composite
@@ -102,7 +103,7 @@ def conversations(draw: st.DrawFn) -> tuple[str, list[int], list[int], list[bool
     st.integers(1, 30),
 )
 @settings(deadline=None, max_examples=200)
-def test_every_mask_that_prep_makes_is_proved_even_cut_short(
+def test_every_mask_that_prep_makes_passes_even_cut_short(
     samples: list[tuple[str, list[int], list[int], list[bool]]],
     train_on: Any,
     boundary: Any,
@@ -121,12 +122,12 @@ def test_every_mask_that_prep_makes_is_proved_even_cut_short(
         kinds.append(kind[:cut])
         masks.append(loss_mask_of(one, policy)[:cut])
         bounds.append(bounds[-1] + len(kinds[-1]))
-    proof = verify_mask(
+    result = verify_mask(
         np.concatenate(kinds),
         np.concatenate(masks),
         np.array(bounds),
         policy=policy,
         may_be_flagged=flags,
     )
-    assert proof.fault is None
-    assert flags or proof.turns_left_out == 0
+    assert result.fault is None
+    assert flags or result.turns_left_out == 0
