@@ -284,7 +284,7 @@ class MixtureConfig:
     template: TemplateConfig
     sources: tuple[SourceConfig, ...]
     recipe: str = ""
-    """What sft-train uses unless it is told otherwise."""
+    """The recipe that sft-train uses by default."""
     seed: int = 0
     mask: MaskConfig = field(default_factory=MaskConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)

@@ -73,7 +73,7 @@ def pin(mixture: str, out: Path | None) -> list[str]:
 def _set_revision(lines: list[str], table: str, number: int, commit: str) -> None:
     """Change the line `revision = ...` of a table, or add one below its first key.
 
-    Where the table has no header or no key of its own, nothing changes, and `pin` finds that the
+    Where the table has no header or no key, nothing changes, and `pin` finds that the
     text does not have the intended tables.
     """
     headers = [

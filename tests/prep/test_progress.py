@@ -1,4 +1,4 @@
-"""Progress: a line in a log every ten seconds, a bar on a terminal, and the right numbers in both."""
+"""Progress: a log line every ten seconds or a bar on a terminal, with the right numbers."""
 
 import io
 import logging
@@ -35,7 +35,7 @@ def test_a_log_has_the_work_done_and_at_most_a_line_every_ten_seconds(
     clock: list[float], caplog: pytest.LogCaptureFixture, steps: list[tuple[int, float]]
 ) -> None:
     caplog.clear()
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="prep.progress")
     done, started, last, expected = 0, clock[0], clock[0], []
     with progress("reading", 10**6, "bytes") as advance:
         for number, seconds in steps:
@@ -53,7 +53,7 @@ def test_a_log_has_the_work_done_and_at_most_a_line_every_ten_seconds(
 def test_an_unknown_total_has_no_share_and_no_time_left(
     clock: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="prep.progress")
     with progress("reading 100%", 0, "rows") as advance:
         clock[0] += 10
         advance(50)
@@ -64,7 +64,7 @@ def test_an_unknown_total_has_no_share_and_no_time_left(
 def test_a_terminal_has_a_bar_and_no_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="prep.progress")
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with progress("reading", 100, "rows") as advance:
@@ -74,7 +74,7 @@ def test_a_terminal_has_a_bar_and_no_line(
     assert caplog.records == []
     quiet = Terminal()
     monkeypatch.setattr(sys, "stderr", quiet)
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.WARNING, logger="prep.progress")
     with progress("reading", 100, "rows") as advance:
         advance(100)
     assert quiet.getvalue() == ""

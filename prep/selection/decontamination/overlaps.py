@@ -1,7 +1,7 @@
 """Rows that share a passage with questions that must not be trained on.
 
-Compares raw text, without a tokenizer. The rows are kept in the store beside the samples, under a
-key of their own: adding, changing or dropping the questions never touches a sample.
+Compares raw text, without a tokenizer. The rows are stored beside the samples, under a separate
+key: adding, changing or dropping the questions never touches a sample.
 
     STORE/overlap-KEY.json     {"rows": [[row, number of shared n-grams, words of the first], ...]}
 """

@@ -74,7 +74,7 @@ def test_workers_do_not_change_the_fingerprint(tables: dict[str, Any], tmp_path:
     ).read_bytes()
 
 
-def test_the_same_bytes_at_another_place_give_the_same_manifest(
+def test_the_same_bytes_elsewhere_give_the_same_manifest(
     tables: dict[str, Any], tmp_path: Path
 ) -> None:
     build_set(tables, tmp_path / "here")
@@ -140,15 +140,15 @@ def change_tokenizer(tables: dict[str, Any]) -> str:
 
 
 def change_template(tables: dict[str, Any]) -> str:
-    own = Path(tables["sources"][0]["path"]).parent / "chatml.jinja"
+    template = Path(tables["sources"][0]["path"]).parent / "chatml.jinja"
     from prep.rendering.template import shipped_templates
 
-    own.write_text(
+    template.write_text(
         shipped_templates()["chatml"]
         .read_text()
         .replace("if add_generation_prompt", "if  add_generation_prompt")
     )
-    tables["template"]["name"] = str(own)
+    tables["template"]["name"] = str(template)
     return "template"
 
 
@@ -266,11 +266,11 @@ def test_add_bos_without_a_bos_or_with_a_second_one_is_refused(
     tokenizer: Path, tmp_path: Path
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [chat("a", "b")])
-    own = tmp_path / "own.jinja"
-    own.write_text(
+    template = tmp_path / "own.jinja"
+    template.write_text(
         "{{ bos_token }}{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
     )
-    tables = {**mixture_of([rows], tokenizer), "template": {"name": str(own), "add_bos": True}}
+    tables = {**mixture_of([rows], tokenizer), "template": {"name": str(template), "add_bos": True}}
     with pytest.raises(ConfigError, match="prints '<|endoftext|>' itself".replace("|", r"\|")):
         build(plan_of(tables, tmp_path / "out"), rebuild=False)
     bare = shutil.copytree(tokenizer, tmp_path / "bare")

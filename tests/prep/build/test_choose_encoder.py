@@ -130,9 +130,9 @@ def test_markers_that_are_one_token_are_not_mentioned(
 def test_a_marker_is_whole_where_it_is_a_token_and_split_or_unknown_elsewhere(family: str) -> None:
     tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json(family))
     assert split_markers([*CONTROL, "<think>"], tokenizer) == {}
-    found = split_markers(["<|eot_id|>", "\U0001f9d9"], tokenizer)
-    assert found.keys() == {"<|eot_id|>", "\U0001f9d9"}
-    assert min(found.values()) != 1 or found["\U0001f9d9"] == 0
+    split = split_markers(["<|eot_id|>", "\U0001f9d9"], tokenizer)
+    assert split.keys() == {"<|eot_id|>", "\U0001f9d9"}
+    assert min(split.values()) != 1 or split["\U0001f9d9"] == 0
 
 
 def test_max_seq_len_over_what_the_tokenizer_says_is_a_warning(

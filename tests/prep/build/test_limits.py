@@ -37,10 +37,10 @@ def test_a_row_that_the_template_cannot_render_is_left_out_listed_or_refused(
         build_set({**tables, "rows": {"unknown": "error"}}, tmp_path / "error")
     with pytest.raises(DataError, match="max_unrendered"):
         build_set({**tables, "rows": {"max_unrendered": 0.4}}, tmp_path / "budget")
-    kept = build_set(
+    source = build_set(
         {**tables, "rows": {"unknown": "drop_message"}}, tmp_path / "kept"
     ).manifest.sources[0]
-    assert (kept.rows_used, kept.details["messages_dropped"]) == (2, 1)
+    assert (source.rows_used, source.details["messages_dropped"]) == (2, 1)
 
 
 def test_a_malformed_row_stops_the_build_or_is_skipped_within_the_budget(

@@ -42,8 +42,8 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (root / "README.md").write_text("# nothing\n")
     names = ("models/org/model", "datasets/org/chats", "models/meta-llama/Llama-3.1-8B",
              "datasets/allenai/tulu-3-sft-mixture")  # fmt: skip
-    with serve_repositories(dict.fromkeys(names, root)) as found:
-        yield found
+    with serve_repositories(dict.fromkeys(names, root)) as address:
+        yield address
 
 
 def pin(folder: Path, endpoint: str, *arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -73,7 +73,8 @@ def test_the_eval_set_follows_with_its_share_of_the_usable_rows(out: Path) -> No
     lines = summary_lines(manifest, out)
     rows = evaluation.sources[0].rows_used
     assert lines[-4].startswith(
-        f"held out by eval.fraction = 0.3 of the prompts: {rows} of 40 usable rows ({rows / 40:.1%})"
+        f"held out by eval.fraction = 0.3 of the prompts: {rows} of 40 usable rows"
+        f" ({rows / 40:.1%})"
     )
     assert lines[-3:] == summary_lines(evaluation, out / "eval")
     assert len(lines) == 3 + 1 + 3

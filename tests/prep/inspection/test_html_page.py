@@ -30,9 +30,9 @@ HOSTILE = (
     " \x00\x1b[2J\x07\r\u2028\u202e\u2066\u200b\u200d\ufeff\u00ad\x9b"
 )
 TAGS = {
-    "html", "head", "meta", "title", "style", "body", "header", "h1", "h2", "h3", "bdi", "dl", "div", "dt", "dd",
-    "code", "ul", "li", "hr", "span", "small", "label", "input", "kbd", "main", "section", "p", "svg", "a", "rect",
-    "path", "article", "i", "u", "script",
+    "html", "head", "meta", "title", "style", "script", "body", "header", "h1", "h2", "h3", "main",
+    "section", "article", "div", "p", "dl", "dt", "dd", "ul", "li", "hr", "span", "small", "label",
+    "input", "kbd", "code", "bdi", "a", "i", "u", "svg", "rect", "path",
 }  # fmt: skip
 TAME = re.compile(r"[\n\t\x20-\x7e]|[^\x00-\xff]", re.DOTALL)
 CHAT = [
@@ -128,9 +128,9 @@ def test_hostile_text_adds_no_tag_no_attribute_and_no_command(tmp_path: Path) ->
         zstandard.compress(json.dumps(event).encode())
     )
     page = page_of(redeclared(shard_set.path, change))
-    found = ParsedPage(page)
-    assert found.tags <= TAGS
-    names = {(tag, name) for tag, name, _ in found.attributes}
+    parsed_page = ParsedPage(page)
+    assert parsed_page.tags <= TAGS
+    names = {(tag, name) for tag, name, _ in parsed_page.attributes}
     assert names <= {(tag, name) for tag, name, _ in plain.attributes} | {
         ("i", "class"),
         ("u", "class"),
@@ -138,17 +138,19 @@ def test_hostile_text_adds_no_tag_no_attribute_and_no_command(tmp_path: Path) ->
     }
     assert not [
         name
-        for _, name, _ in found.attributes
+        for _, name, _ in parsed_page.attributes
         if name.startswith("on") or name in ("style", "src", "srcdoc")
     ]
     assert not TAME.sub("", page)
     assert not re.search("[\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]", page)
-    assert found.raw == plain.raw
+    assert parsed_page.raw == plain.raw
     shown = re.sub(
-        r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|r)", "", "".join(token.text for token in found.tokens[:-1])
+        r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|r)",
+        "",
+        "".join(token.text for token in parsed_page.tokens[:-1]),
     )
     assert shown.startswith(HOSTILE[: HOSTILE.index("\x00")])
-    assert found.tokens[0].classes == ["other"]
+    assert parsed_page.tokens[0].classes == ["other"]
 
 
 def test_no_style_and_no_script_but_the_pages_own_may_run(tmp_path: Path) -> None:
@@ -163,17 +165,17 @@ def test_no_style_and_no_script_but_the_pages_own_may_run(tmp_path: Path) -> Non
         assert f"{what}-src 'sha256-{digest}'" in policy
 
 
-def test_the_page_names_no_other_place(tmp_path: Path) -> None:
+def test_the_page_names_no_other_address(tmp_path: Path) -> None:
     page = page_of(write_text_set(tmp_path / "set", *CHAT))
     assert not re.search(
         r"//[a-z]|https?:|url\(|@import|fetch\(|XMLHttp|WebSocket|\bimport\b", page
     )
-    found = ParsedPage(page)
-    assert found.values("src", "srcset", "action", "data", "poster", "xlink:href") == []
-    links = found.values("href")
+    parsed_page = ParsedPage(page)
+    assert parsed_page.values("src", "srcset", "action", "data", "poster", "xlink:href") == []
+    links = parsed_page.values("href")
     assert links == ["#p0s0"]
-    assert len(found.ids) == len(set(found.ids))
-    assert {link[1:] for link in links} <= set(found.ids)
+    assert len(parsed_page.ids) == len(set(parsed_page.ids))
+    assert {link[1:] for link in links} <= set(parsed_page.ids)
 
 
 def test_the_header_names_the_set_and_the_legend_counts_what_is_shown(tmp_path: Path) -> None:
@@ -275,7 +277,7 @@ def test_the_command_writes_the_page_and_says_where(tmp_path: Path) -> None:
     assert out.read_text(encoding="utf-8") == page_of(shard_set)
 
 
-def test_a_place_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path) -> None:
     shard_set = write_text_set(tmp_path / "set", *CHAT)
     with pytest.raises(ArtifactError, match="give --html another file"):
         write_page(shard_set, tmp_path)

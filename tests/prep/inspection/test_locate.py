@@ -1,4 +1,4 @@
-"""Locating: a pack, a row or a sample is where the columns have it, and a missing row has a reason."""
+"""Locating: a row is where the columns have it, and a row that is missing has a reason."""
 
 from pathlib import Path
 from typing import Any

@@ -101,16 +101,14 @@ def test_another_seed_holds_other_prompts_out(tables: dict[str, Any], tmp_path: 
 
 
 def test_workers_do_not_change_a_byte(tables: dict[str, Any], tmp_path: Path) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    build_set(tables, here, store=tmp_path / "s1", workers=1)
-    build_set(tables, there, store=tmp_path / "s2", workers=2)
-    files = {path.relative_to(here) for path in here.rglob("*") if path.is_file()} - {
+    one, two = tmp_path / "one", tmp_path / "two"
+    build_set(tables, one, store=tmp_path / "s1", workers=1)
+    build_set(tables, two, store=tmp_path / "s2", workers=2)
+    files = {path.relative_to(one) for path in one.rglob("*") if path.is_file()} - {
         Path("build_info.json")
     }
     assert Path("eval/shards/00000/tokens.npy") in files
-    assert [
-        file for file in files if (here / file).read_bytes() != (there / file).read_bytes()
-    ] == []
+    assert [file for file in files if (one / file).read_bytes() != (two / file).read_bytes()] == []
 
 
 def mix(tables: dict[str, Any]) -> None:
@@ -168,10 +166,10 @@ def test_every_row_is_accounted_for_on_both_sides(tables: dict[str, Any], tmp_pa
     tables["sources"][0]["rows"] = 100
     shards = build_set(tables, tmp_path / "out")
     held_out = read_manifest(shards.path / EVAL_DIR)
-    for own, other in zip(shards.manifest.sources, held_out.sources, strict=True):
-        for source in (own, other):
+    for train, evaluation in zip(shards.manifest.sources, held_out.sources, strict=True):
+        for source in (train, evaluation):
             assert source.rows_read == source.rows_used + sum(source.rows_dropped.values())
-        assert own.rows_dropped["held_out"] == other.rows_used > 0
+        assert train.rows_dropped["held_out"] == evaluation.rows_used > 0
     assert shards.manifest.sources[0].rows_dropped["not_chosen"] > 0
     summary = "\n".join(summary_lines(shards.manifest, shards.path))
     assert f"left out (held_out) {held_out.sources[0].rows_used}" in summary
@@ -188,9 +186,9 @@ def test_stats_and_a_dry_run_say_what_is_held_out(tables: dict[str, Any], tmp_pa
         f"{totals.packs:,} packs of 128, {totals.sequences:,} sequences, {totals.tokens:,} tokens"
     )
     assert sum(size in line for line in lines) == 1
-    found = stats(shards)["held_out"]
-    assert (found["packs"], found["loss_tokens"]) == (totals.packs, totals.loss_tokens)
-    assert sum(found["rows_used"].values()) == totals.sequences
+    numbers = stats(shards)["held_out"]
+    assert (numbers["packs"], numbers["loss_tokens"]) == (totals.packs, totals.loss_tokens)
+    assert sum(numbers["rows_used"].values()) == totals.sequences
     assert any(
         line.startswith(f"held out in eval/: {totals.packs:,} packs")
         for line in stats_lines(shards)
@@ -229,7 +227,7 @@ def test_an_eval_set_that_was_removed_is_missed(tables: dict[str, Any], tmp_path
         verify(shards.path)
 
 
-def test_a_fraction_that_holds_nothing_out_is_said(
+def test_a_fraction_that_holds_nothing_out_is_reported(
     tables: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tables["eval"]["fraction"] = 1e-9
@@ -248,7 +246,7 @@ def test_a_fraction_that_is_none_is_refused(
         plan_of({**tables, "eval": {"fraction": fraction}}, tmp_path / "out")
 
 
-def test_the_share_that_is_held_out_is_said_with_the_prompts_and_a_warning_where_it_is_far(
+def test_the_shares_of_prompts_and_rows_are_logged_and_a_warning_where_they_are_far(
     tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_rows(
@@ -257,9 +255,9 @@ def test_the_share_that_is_held_out_is_said_with_the_prompts_and_a_warning_where
     tables = mixture_of([path], tokenizer, eval={"fraction": 0.5}, seed=1)
     caplog.set_level("INFO")
     shards = build_set(tables, tmp_path / "out")
-    (said,) = [record for record in caplog.records if "holds out" in record.message]
-    assert " of 40 prompts (" in said.message
-    assert " of 200 rows (" in said.message
+    (record,) = [record for record in caplog.records if "holds out" in record.message]
+    assert " of 40 prompts (" in record.message
+    assert " of 200 rows (" in record.message
     assert any("usable rows (" in line for line in summary_lines(shards.manifest, shards.path))
     caplog.clear()
     build_set({**tables, "eval": {"fraction": 0.04}, "seed": 3}, tmp_path / "few")

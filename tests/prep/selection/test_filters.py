@@ -39,7 +39,7 @@ def rows_used(shards: ShardSet) -> list[tuple[int, int]]:
 # duplicates
 
 
-def usable_of(
+def eligible_of(
     root: Path, contents: list[list[int]], fragments: list[list[int]]
 ) -> tuple[EligibleRows, SampleStore]:
     """Return chunks of samples with these contents; a sample gives as many sequences as `fragments`
@@ -78,7 +78,7 @@ def test_of_equal_rows_the_first_stays(
 ) -> None:
     root = tmp_path_factory.mktemp("stores")
     made = [
-        usable_of(
+        eligible_of(
             root / str(i),
             [[c for c, _ in chunk] for chunk in chunks],
             [[f for _, f in c] for c in chunks],
@@ -86,10 +86,10 @@ def test_of_equal_rows_the_first_stays(
         for i, chunks in enumerate(sources)
     ]
     names = [f"source{i}" for i in range(len(sources))]
-    found = without_duplicates([u for u, _ in made], [s for _, s in made], names)
+    filtered = without_duplicates([u for u, _ in made], [s for _, s in made], names)
     seen: dict[int, str] = {}
     for index, chunks in enumerate(sources):
-        kept, listed = [], []
+        rows_left, listed = [], []
         for number, chunk in enumerate(chunks):
             for sample, (content, fragments) in enumerate(chunk):
                 row = 1000 * number + sample
@@ -97,10 +97,10 @@ def test_of_equal_rows_the_first_stays(
                     listed.append((row, "duplicate", f"the same as {seen[content]}"))
                 elif fragments:
                     seen[content] = f"row {row} of {names[index]}"
-                    kept += [row] * fragments
-        assert found[index].rows["row"].tolist() == kept
-        assert found[index].listed == listed
-        assert found[index].dropped["duplicate"] == len(listed)
+                    rows_left += [row] * fragments
+        assert filtered[index].rows["row"].tolist() == rows_left
+        assert filtered[index].listed == listed
+        assert filtered[index].dropped["duplicate"] == len(listed)
 
 
 def test_equal_messages_with_other_tools_are_no_duplicates(tmp_path: Path, tokenizer: Path) -> None:
@@ -197,7 +197,7 @@ def test_min_loss_tokens_of_one_source_leaves_the_others_alone(
 
 
 @pytest.mark.parametrize("over_length", ["truncate", "split"])
-def test_min_loss_tokens_counts_what_a_row_carries_in_all(
+def test_min_loss_tokens_counts_all_sequences_of_a_row(
     tmp_path: Path, tokenizer: Path, over_length: str
 ) -> None:
     rows = write_rows(
@@ -205,20 +205,20 @@ def test_min_loss_tokens_counts_what_a_row_carries_in_all(
     )
     common = {"max_seq_len": 32, "lengths": {"over_length": over_length, "min_loss_tokens": 0}}
     whole = build_set(mixture_of([rows], tokenizer, **common), tmp_path / "a", store=tmp_path / "s")
-    carried: dict[int, int] = {}
+    loss_tokens: dict[int, int] = {}
     for shard in whole.shards:
         loss = np.add.reduceat(shard["loss_mask"].astype(np.int64), shard["seq_offsets"][:-1])
         for row, count in zip(shard["seq_origin"][:, 1].tolist(), loss.tolist(), strict=True):
-            carried[row] = carried.get(row, 0) + count
-    least = sorted(carried.values())[3]
+            loss_tokens[row] = loss_tokens.get(row, 0) + count
+    least = sorted(loss_tokens.values())[3]
     source = {"path": str(rows), "min_loss_tokens": least}
     shards = build_set(
         mixture_of([source], tokenizer, **common), tmp_path / "b", store=tmp_path / "s"
     )
     assert {row for _, row in rows_used(shards)} == {
-        row for row, count in carried.items() if count >= least
+        row for row, count in loss_tokens.items() if count >= least
     }
-    under = sum(count < least for count in carried.values())
+    under = sum(count < least for count in loss_tokens.values())
     assert under > 0
     assert shards.manifest.sources[0].rows_dropped == {"under_min_loss_tokens": under}
 
@@ -229,16 +229,25 @@ def test_min_loss_tokens_counts_what_a_row_carries_in_all(
         ({"mixing": {"temperature": 0}}, "temperature = 0.0; expected more than 0"),
         ({"mixing": {"max_epochs": 2}}, "max_epochs is set but no temperature"),
         ({"mixing": {"temperature": 2, "max_epochs": 0.5}}, "max_epochs = 0.5; expected 1 or more"),
-        ({"mixing": {"temperature": 2}, "sources": [{"path": "x", "rows": 3}]}, "sources.0.rows is set, and so is"),
-        ({"mixing": {"temperature": 1}, "sources": [{"path": "x", "fraction": 1.0}]}, "sources.0.fraction is set"),
-        ({"sources": [{"path": "x", "min_tokens": 9, "max_tokens": 8}]}, "min_tokens = 9 is over max_tokens = 8"),
+        (
+            {"mixing": {"temperature": 2}, "sources": [{"path": "x", "rows": 3}]},
+            "sources.0.rows is set, and so is",
+        ),
+        (
+            {"mixing": {"temperature": 1}, "sources": [{"path": "x", "fraction": 1.0}]},
+            "sources.0.fraction is set",
+        ),
+        (
+            {"sources": [{"path": "x", "min_tokens": 9, "max_tokens": 8}]},
+            "min_tokens = 9 is over max_tokens = 8",
+        ),
         ({"sources": [{"path": "x", "max_tokens": 0}]}, "max_tokens = 0; expected 1 or more"),
         ({"decontaminate": {"ngram": 0}}, "ngram = 0; expected 1 or more words"),
         ({"decontaminate": {"fields": ["q"]}}, "fields are given but no files"),
-        ({"decontaminate": {"file": ["q"]}}, "unknown key 'decontaminate.file'; did you mean 'files'"),
+        ({"decontaminate": {"file": ["q"]}}, "'decontaminate.file'; did you mean 'files'"),
         ({"dedup": {"exact": "yes"}}, "dedup.exact = 'yes'; expected true or false"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_meant_is_a_config_error(tables: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         config.build(

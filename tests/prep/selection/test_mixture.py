@@ -72,8 +72,8 @@ def test_a_temperature_is_realised_as_epochs_that_the_manifest_states(
     assert tokens[0] / tokens[1] == pytest.approx(4, rel=0.03)
     assert any("used 3.4 times" in line for line in summary_lines(mixed.manifest, mixed.path))
     assert verify(mixed.path)
-    stated = [{"path": str(p), "epochs": e} for p, e in zip(paths, epochs, strict=True)]
-    again = build_set(mixture_of(stated, tokenizer), tmp_path / "stated", store=tmp_path / "s")
+    sources = [{"path": str(p), "epochs": e} for p, e in zip(paths, epochs, strict=True)]
+    again = build_set(mixture_of(sources, tokenizer), tmp_path / "stated", store=tmp_path / "s")
     assert again.manifest.fingerprint == mixed.manifest.fingerprint
 
 
@@ -93,6 +93,6 @@ def test_max_epochs_bounds_what_a_temperature_repeats(
         used[name] = rows_used(shards).count((1, 0))
     assert used["free"] > 50
     assert used["bound"] == 3
-    warned = [record.message for record in caplog.records if "max_epochs" in record.message]
-    assert len(warned) == 1  # of the free one
-    assert warned[0].startswith(f"small is used {used['free']}")
+    warnings = [record.message for record in caplog.records if "max_epochs" in record.message]
+    assert len(warnings) == 1  # of the free one
+    assert warnings[0].startswith(f"small is used {used['free']}")

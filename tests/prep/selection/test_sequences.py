@@ -1,4 +1,4 @@
-"""Choosing rows and writing shards: exact counts, no dependence on chunking, each sequence once."""
+"""Choosing rows: exact counts, no dependence on chunks, and each sequence is written once."""
 
 import json
 from collections import Counter
@@ -40,7 +40,9 @@ def write_store(path: Path, samples: list[tuple[int, int]], chunk_sizes: list[in
         ]
         offsets = np.cumsum([0, *lengths])
         columns = {
-            "tokens": [(row + i) * 1000 + at for i, length in enumerate(lengths) for at in range(length)],
+            "tokens": [
+                (row + i) * 1000 + at for i, length in enumerate(lengths) for at in range(length)
+            ],
             "kind": [kind for sample in kinds for kind in sample],
             "sample_offsets": offsets,
             "sample_row": np.arange(row, row + len(part)) * 2,  # every other row was rejected
@@ -62,8 +64,15 @@ def write_store(path: Path, samples: list[tuple[int, int]], chunk_sizes: list[in
     return SampleStore(path, tuple(chunks))
 
 
-def select_from(store: SampleStore, *, seed: int = 0, name: str = "s", lengths: LengthsConfig | None = None,
-                policy: MaskConfig | None = None, **source: float) -> Selection:  # fmt: skip
+def select_from(
+    store: SampleStore,
+    *,
+    seed: int = 0,
+    name: str = "s",
+    lengths: LengthsConfig | None = None,
+    policy: MaskConfig | None = None,
+    **source: float,
+) -> Selection:
     config = SourceConfig(path="x", **source)
     rows = eligible_sequences(
         store,
@@ -103,14 +112,14 @@ CHOICES = st.one_of(
 def test_the_choice_has_the_exact_count_and_does_not_depend_on_chunks(
     store: SampleStore, cut_store: SampleStore, choice: dict[str, float], seed: int
 ) -> None:
-    found, other = (
+    selection, other = (
         select_from(store, seed=seed, **choice),
         select_from(cut_store, seed=seed, **choice),
     )
     names = ["row", "length", "full_length", "loss_tokens", "terminated", "tie_break"]
-    assert found.sequences[names].tolist() == other.sequences[names].tolist()
-    assert (found.dropped, found.listed) == (other.dropped, other.listed)
-    times = Counter(found.sequences["row"].tolist())
+    assert selection.sequences[names].tolist() == other.sequences[names].tolist()
+    assert (selection.dropped, selection.listed) == (other.dropped, other.listed)
+    times = Counter(selection.sequences["row"].tolist())
     total = len(SAMPLES)
     if "rows" in choice:
         assert times.total() == choice["rows"]
@@ -120,8 +129,8 @@ def test_the_choice_has_the_exact_count_and_does_not_depend_on_chunks(
         epochs = choice.get("epochs", 1.0)
         assert times.total() == int(epochs) * total + round((epochs - int(epochs)) * total)
         assert set(times.values()) <= {int(epochs), int(epochs) + 1}
-    assert found.dropped["not_chosen"] == total - len(times)
-    assert len(set(found.sequences["tie_break"].tolist())) == len(found.sequences)
+    assert selection.dropped["not_chosen"] == total - len(times)
+    assert len(set(selection.sequences["tie_break"].tolist())) == len(selection.sequences)
 
 
 def test_another_seed_or_source_name_chooses_other_rows(store: SampleStore) -> None:
@@ -150,35 +159,35 @@ def test_more_rows_than_there_are_is_an_error(store: SampleStore) -> None:
 def test_long_rows_are_dropped_or_cut_and_listed(over_length: str, tmp_path: Path) -> None:
     lengths = LengthsConfig(over_length=over_length)
     store = write_store(tmp_path, [(4, 4), (4, 20), (16, 4), (15, 1), (0, 0)], [2, 3])
-    found = select_from(store, lengths=lengths)
+    selection = select_from(store, lengths=lengths)
     if over_length == "drop":
-        assert found.sequences["row"].tolist() == [0, 6]
-        assert found.dropped == {"over_length": 2, "empty": 1}
-        assert found.listed == [(2, "over_length", "over 16 tokens"), (4, "over_length", "over 16 tokens"),
-                                (8, "empty", "renders to nothing")]  # fmt: skip
+        assert selection.sequences["row"].tolist() == [0, 6]
+        assert selection.dropped == {"over_length": 2, "empty": 1}
+        assert selection.listed == [
+            (2, "over_length", "over 16 tokens"),
+            (4, "over_length", "over 16 tokens"),
+            (8, "empty", "renders to nothing"),
+        ]
     else:
-        assert found.sequences["row"].tolist() == [0, 2, 6]
-        assert found.dropped == {"few_loss_tokens": 1, "empty": 1}
-        assert (2, "truncated", "24 tokens cut to 16") in found.listed
-        assert found.sequences["terminated"].tolist() == [True, False, True]
-        assert found.sequences["loss_tokens"].tolist() == [4, 12, 1]
+        assert selection.sequences["row"].tolist() == [0, 2, 6]
+        assert selection.dropped == {"few_loss_tokens": 1, "empty": 1}
+        assert (2, "truncated", "24 tokens cut to 16") in selection.listed
+        assert selection.sequences["terminated"].tolist() == [True, False, True]
+        assert selection.sequences["loss_tokens"].tolist() == [4, 12, 1]
 
 
 @pytest.mark.parametrize("least", [0, 1, 3, 5])
 def test_rows_with_too_few_loss_tokens_are_dropped(least: int, tmp_path: Path) -> None:
     store = write_store(tmp_path, [(3, answer) for answer in range(6)], [6])
-    found = select_from(store, lengths=LengthsConfig(min_loss_tokens=least))
-    assert found.sequences["loss_tokens"].tolist() == list(range(least, 6))
-    assert found.dropped["few_loss_tokens"] == least
+    selection = select_from(store, lengths=LengthsConfig(min_loss_tokens=least))
+    assert selection.sequences["loss_tokens"].tolist() == list(range(least, 6))
+    assert selection.dropped["few_loss_tokens"] == least
 
 
-def test_an_empty_row_is_dropped_even_where_no_loss_tokens_are_asked_for(tmp_path: Path) -> None:
+def test_an_empty_row_is_dropped_even_where_no_loss_tokens_are_required(tmp_path: Path) -> None:
     store = write_store(tmp_path, [(0, 0), (3, 1)], [2])
-    found = select_from(store, lengths=LengthsConfig(min_loss_tokens=0))
-    assert found.sequences["row"].tolist() == [2]
-
-
-# Shards
+    selection = select_from(store, lengths=LengthsConfig(min_loss_tokens=0))
+    assert selection.sequences["row"].tolist() == [2]
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 40, 100, 10_000])
@@ -196,14 +205,20 @@ def test_every_sequence_is_written_once_within_the_bounds(
         sequences["length"].astype(np.int64), capacity=MAX_SEQ_LEN, tie_break=sequences["tie_break"]
     )
     copied: list[int] = []
-    found = assemble(
-        tmp_path, stores=stores, sequences=sequences[order], source_of=source_of[order], pack_offsets=pack_offsets,
-        policy=MaskConfig(), is_added=np.ones(100_000, np.bool_), shard_tokens=shard_tokens,
+    assembled = assemble(
+        tmp_path,
+        stores=stores,
+        sequences=sequences[order],
+        source_of=source_of[order],
+        pack_offsets=pack_offsets,
+        policy=MaskConfig(),
+        is_added=np.ones(100_000, np.bool_),
+        shard_tokens=shard_tokens,
         on_sequences=copied.append,
-    )  # fmt: skip
+    )
     assert sum(copied) == len(sequences)
     seen: list[tuple[int, int, int]] = []
-    for shard in found.shards:
+    for shard in assembled.shards:
         columns = {name: np.load(tmp_path / shard.path / f"{name}.npy") for name in SHARD_COLUMNS}
         bounds, packs = columns["seq_offsets"], columns["pack_offsets"]
         assert len(packs) == 2 or bounds[-1] <= shard_tokens
@@ -222,7 +237,7 @@ def test_every_sequence_is_written_once_within_the_bounds(
             seen.append((int(source), int(row), int(end - start)))
     rows, sizes = sequences["row"].tolist(), sequences["length"].tolist()
     assert Counter(seen) == Counter(zip(source_of.tolist(), rows, sizes, strict=True))
-    assert found.loss_tokens.tolist() == [int(part["loss_tokens"].sum()) for part in chosen]
-    assert found.max_token_id == max(
+    assert assembled.loss_tokens.tolist() == [int(part["loss_tokens"].sum()) for part in chosen]
+    assert assembled.max_token_id == max(
         row // 2 * 1000 + size - 1 for row, size in zip(rows, sizes, strict=True)
     )

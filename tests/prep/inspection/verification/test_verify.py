@@ -1,4 +1,4 @@
-"""Verify: a true set passes; whatever is changed in one, the place is named."""
+"""Verify: a true set passes; whatever is changed in one, its position is reported."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +80,7 @@ def _set(name: str, index: Any, value: Any) -> Callable[[Columns], None]:
     return spoil
 
 
-PLACE = r"shards/00000 pack {}, sequence {} \(chats row {}\), token {}: {}"
+POSITION = r"shards/00000 pack {}, sequence {} \(chats row {}\), token {}: {}"
 
 
 @pytest.mark.parametrize(
@@ -102,16 +102,16 @@ PLACE = r"shards/00000 pack {}, sequence {} \(chats row {}\), token {}: {}"
             _set("pack_loss_tokens", 1, 4),
             r"shards/00000 pack 1: pack_loss_tokens is 4, its loss mask sums to 3",
         ),
-        (_set("tokens", 7, -1), PLACE.format(0, 1, 1, 1, "its id is not between 0 and")),
-        (_set("tokens", 7, 300), PLACE.format(0, 1, 1, 1, "its id is not between 0 and 299")),
-        (_set("loss_mask", 4, 2), PLACE.format(0, 0, 0, 4, "its loss mask is neither 0 nor 1")),
+        (_set("tokens", 7, -1), POSITION.format(0, 1, 1, 1, "its id is not between 0 and")),
+        (_set("tokens", 7, 300), POSITION.format(0, 1, 1, 1, "its id is not between 0 and 299")),
+        (_set("loss_mask", 4, 2), POSITION.format(0, 0, 0, 4, "its loss mask is neither 0 nor 1")),
         (
             _set("loss_mask", 12, 1),
-            PLACE.format(1, 0, 2, 0, "it is the first of its sequence, yet trained"),
+            POSITION.format(1, 0, 2, 0, "it is the first of its sequence, yet trained"),
         ),
         (
             _set("kind", 13, 9),
-            PLACE.format(1, 0, 2, 1, "its kind is not one that the manifest lists"),
+            POSITION.format(1, 0, 2, 1, "its kind is not one that the manifest lists"),
         ),
         (
             _set("seq_origin", (1, 0), 1),
@@ -131,7 +131,7 @@ PLACE = r"shards/00000 pack {}, sequence {} \(chats row {}\), token {}: {}"
         ),
     ],
 )
-def test_a_broken_invariant_is_named_with_its_place(
+def test_a_broken_invariant_is_reported_with_its_position(
     spoil: Callable[[Columns], None], expected: str, tmp_path: Path
 ) -> None:
     path = write_lettered_set(tmp_path / "set", [PACKS], spoil=spoil)
@@ -203,7 +203,7 @@ def test_a_mask_that_the_policy_does_not_give_is_named_with_its_token(tmp_path: 
             details={"messages_untrained": 0},
         )
         token = 2 if name == "more" else 4
-        with pytest.raises(ArtifactError, match=PLACE.format(0, 1, 1, token, expected)):
+        with pytest.raises(ArtifactError, match=POSITION.format(0, 1, 1, token, expected)):
             verify(path)
 
 
@@ -220,7 +220,7 @@ def test_a_set_without_a_policy_says_that_masks_are_not_checked(tmp_path: Path) 
     assert "not checked" in verify(write_lettered_set(tmp_path / "set", [PACKS], settings={}))[-1]
 
 
-def test_places_are_right_beyond_the_first_block_and_shard(
+def test_positions_are_right_beyond_the_first_block_and_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prep.inspection.verification.verify._BLOCK_TOKENS", 10)

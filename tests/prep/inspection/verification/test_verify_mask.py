@@ -116,9 +116,13 @@ def test_every_mask_that_prep_makes_passes_even_cut_short(
         train = [TRAIN_NO if flags and out else TRAIN_UNSET for out in untrained]
         kind = kinds_of(letters)
         one = Samples(
-            kind, np.array([0, len(kind)]), np.array([0, len(starts)]), np.array(starts), np.array(roles, np.uint8),
+            kind,
+            np.array([0, len(kind)]),
+            np.array([0, len(starts)]),
+            np.array(starts),
+            np.array(roles, np.uint8),
             np.array(train, np.uint8),
-        )  # fmt: skip
+        )
         kinds.append(kind[:cut])
         masks.append(loss_mask_of(one, policy)[:cut])
         bounds.append(bounds[-1] + len(kinds[-1]))

@@ -1,4 +1,4 @@
-"""What a word and an n-gram are, against a slow reference, and that equal n-grams have equal hashes."""
+"""What words and n-grams are, against a slow reference; equal n-grams have equal hashes."""
 
 import unicodedata
 
