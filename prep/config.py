@@ -1,5 +1,7 @@
-"""The mixture file: what `sft-prep build` makes a shard set from. Paths in it are relative to the
-file."""
+"""The mixture file: what `sft-prep build` makes a shard set from.
+
+Frozen dataclasses that check their own values. Paths in the file are relative to it.
+"""
 
 import datetime
 from dataclasses import dataclass, field
@@ -10,7 +12,8 @@ from typing import Any, ClassVar, Literal
 from shared import config
 from shared.errors import ConfigError
 
-MAX_EPOCHS = 10_000  # of one source
+# of one source: each repeat is written to the shards
+MAX_EPOCHS = 10_000
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
 
@@ -33,18 +36,16 @@ class TokenizerConfig:
     """`auto` encodes with gigatoken where it can and checks it against the Hugging Face
     tokenizer."""
     plain_text_roles: tuple[Literal["system", "user", "assistant", "tool"], ...] = ()
-    """Roles in whose texts added tokens such as <think> or <tool_call> are plain text; control
-    tokens always are."""
+    """Roles in whose text added tokens such as <think> or <tool_call> are plain text. Control
+    tokens are plain text in every role."""
     add_tokens: tuple[str, ...] = ()
     """Special tokens that get ids behind the vocabulary: chat tokens for a base model."""
 
     def __post_init__(self) -> None:
-        if not all(token.strip() for token in self.add_tokens) or len(set(self.add_tokens)) < len(
-            self.add_tokens
-        ):
+        tokens = self.add_tokens
+        if not all(token.strip() for token in tokens) or len(set(tokens)) < len(tokens):
             raise ConfigError(
-                f"add_tokens = {list(self.add_tokens)}; expected tokens that differ and are not"
-                " blank"
+                f"add_tokens = {list(tokens)}; expected tokens that differ and are not blank"
             )
 
 
@@ -55,16 +56,17 @@ class TemplateConfig:
     add_bos: bool = False
     """Print the tokenizer's BOS before the template's text."""
     date: str = ""
-    """YYYY-MM-DD, for templates that print today's date. Empty: the day of the set's first build,
-    recorded there."""
+    """YYYY-MM-DD, for templates that print today's date. Empty: the date of the set's first build,
+    which the set records."""
     terminators: tuple[str, ...] = ()
     """Control tokens that end an assistant's turn although they open the next message, as GLM's
     <|user|> does."""
 
     def __post_init__(self) -> None:
         try:
+            # ISO 8601 also allows "20240229" and weeks.
             if self.date and datetime.date.fromisoformat(self.date).isoformat() != self.date:
-                raise ValueError("another form")  # "20240229" or a week, which ISO 8601 allows too
+                raise ValueError("another form")
         except ValueError as exc:
             raise ConfigError(
                 f"date = {self.date!r}; expected a day as YYYY-MM-DD ({exc})"
@@ -78,7 +80,7 @@ class MaskConfig:
     """Whether a token that straddles a trained text and its surroundings is trained (overlap) or
     not (inside)."""
     reasoning: bool = True
-    """Train what assistants thought: `reasoning_content`, and `<think>...</think>` in their
+    """Train the reasoning of assistants: `reasoning_content`, and `<think>...</think>` in their
     content."""
     tool_calls: bool = True
     """Train the tool calls of assistants, with the template's words around them."""
@@ -91,7 +93,7 @@ class MaskConfig:
 class LengthsConfig:
     over_length: Literal["truncate", "truncate_turns", "drop", "split", "error"] = "truncate"
     """What happens to a sample over max_seq_len; see prep/selection/over_length.py. No terminator
-    is made up at a cut."""
+    is added at a cut."""
     min_loss_tokens: int = 1
 
     def __post_init__(self) -> None:
@@ -108,7 +110,7 @@ class RowsConfig:
     survives."""
     RENAMED: ClassVar = {"max_uncarried": "max_unrendered"}
     unknown: Literal["leave_out", "drop_message", "error"] = "leave_out"
-    """What happens to a row with a message or field that the template would drop without a word."""
+    """What happens to a row with a message or field that the template would drop silently."""
     max_unrendered: float = 1.0
     """The largest fraction of unrendered rows that a build accepts."""
 
@@ -130,14 +132,14 @@ class SourceConfig:
     split: str = "train"
     revision: str = "main"
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
-    """What its rows look like (prep/conversations/formats.py); `auto` goes by the keys of the first
-    rows, for all of them."""
+    """What its rows look like (prep/conversations/formats.py); `auto` looks at the keys of the
+    first rows and decides for all of them."""
     columns: dict[str, str] = field(default_factory=dict)
     """Where the source has other names than its format: {prompt = "question", completion =
     "answer"}."""
     RENAMED: ClassVar = {"part_epochs": "group_epochs"}
     split_by: str = ""
-    """A column whose values name groups: each is mixed, counted and reported as a source of its own
+    """A column whose values name groups: each is mixed, counted and reported as a separate source
     (prep/selection/split_sources.py)."""
     group_epochs: dict[str, float] = field(default_factory=dict)
     """How often the rows of a group are used, by value: 0 leaves it out, 0.5 takes half, 2 repeats
@@ -154,7 +156,7 @@ class SourceConfig:
     rows: int | None = None
     """Keep this many rows, chosen by seed."""
     epochs: float | None = None
-    """Repeat: whole repeats of all rows, and a seeded choice for what is left."""
+    """Use the rows this often: the whole part repeats all of them, the rest chooses by seed."""
 
     def __post_init__(self) -> None:
         chosen = [key for key in ("fraction", "rows", "epochs") if getattr(self, key) is not None]
@@ -178,16 +180,22 @@ class SourceConfig:
             raise ConfigError(
                 "group_epochs is set but not split_by, the column that names the groups; set both"
             )
-        self._check_columns()
+        # With "auto" the format is not known yet: the columns must fit one of them.
+        formats = FIELDS if self.format == "auto" else {self.format: FIELDS[self.format]}
+        if not any(set(self.columns) <= set(fields) for fields in formats.values()):
+            known = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in formats.items())
+            raise ConfigError(
+                f"columns maps {', '.join(self.columns)}; expected fields of one format, of {known}"
+            )
+        if not all(self.columns.values()) or len(set(self.columns.values())) < len(self.columns):
+            raise ConfigError(
+                f"columns = {self.columns}; expected a different column for each field"
+            )
         for key in ("min_tokens", "max_tokens", "min_loss_tokens"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"{key} = {value}; expected 1 or more")
-        if (
-            self.min_tokens is not None
-            and self.max_tokens is not None
-            and self.min_tokens > self.max_tokens
-        ):
+        if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
             raise ConfigError(
                 f"min_tokens = {self.min_tokens} is over max_tokens = {self.max_tokens}"
             )
@@ -204,18 +212,6 @@ class SourceConfig:
         if most > MAX_EPOCHS:
             raise ConfigError(
                 f"epochs = {most}; expected at most {MAX_EPOCHS:,}: each repeat is written out"
-            )
-
-    def _check_columns(self) -> None:
-        formats = FIELDS if self.format == "auto" else {self.format: FIELDS[self.format]}
-        if not any(set(self.columns) <= set(fields) for fields in formats.values()):
-            known = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in formats.items())
-            raise ConfigError(
-                f"columns maps {', '.join(self.columns)}; expected fields of one format, of {known}"
-            )
-        if not all(self.columns.values()) or len(set(self.columns.values())) < len(self.columns):
-            raise ConfigError(
-                f"columns = {self.columns}; expected a column of its own for each field"
             )
 
 
@@ -235,22 +231,22 @@ class EvalConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DedupConfig:
     exact: bool = False
-    """Of rows with equal messages, tools and train flags keep the first, in the order of the
+    """Keep only the first of rows with equal messages, tools and train flags, in the order of the
     sources."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecontaminateConfig:
     files: tuple[str, ...] = ()
-    """Files, globs or hub data sets whose questions must not be trained on; relative to the mixture
-    file."""
+    """Files, globs or hub data sets with questions that must not be trained on; relative to the
+    mixture file."""
     split: str = "test"
     """Of hub data sets and directories laid out like one."""
     fields: tuple[str, ...] = ()
     """The columns that hold the questions; default: what users say in the conversations there."""
     ngram: int = 13
-    """A row goes if it shares so many words on end with a question; prep/selection/ngrams.py says
-    what a word is."""
+    """A row is left out if it shares so many consecutive words with a question;
+    prep/selection/decontamination/ngrams.py says what a word is."""
 
     def __post_init__(self) -> None:
         if self.ngram < 1:
@@ -265,7 +261,7 @@ class MixingConfig:
     """Make each source's share proportional to its tokens to the power of 1/temperature, the total
     unchanged."""
     max_epochs: float | None = None
-    """Use no source more often than this, though the total becomes less."""
+    """Use no source more often than this, even if the total becomes less."""
 
     def __post_init__(self) -> None:
         if self.max_epochs is not None and self.max_epochs < 1:
@@ -288,7 +284,7 @@ class MixtureConfig:
     template: TemplateConfig
     sources: tuple[SourceConfig, ...]
     recipe: str = ""
-    """What sft-train uses unless it is told otherwise."""
+    """The recipe that sft-train uses by default."""
     seed: int = 0
     mask: MaskConfig = field(default_factory=MaskConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
@@ -309,6 +305,7 @@ class MixtureConfig:
             raise ConfigError(
                 f"name = {self.name!r}; expected a plain file name, it becomes data_cache/NAME"
             )
+        # A temperature computes the epochs, so no source may set how often it is used.
         for index, source in enumerate(self.sources if self.mixing.temperature is not None else ()):
             for key in ("fraction", "rows", "epochs", "group_epochs"):
                 if getattr(source, key) not in (None, {}):
@@ -325,10 +322,10 @@ def shipped_mixtures() -> dict[str, Path]:
 
 
 def load_mixture(mixture: str, settings: tuple[str, ...] = ()) -> tuple[MixtureConfig, Path]:
-    """Return the mixture named `mixture` (one that ships, or a .toml file) and the directory of its
-    paths.
+    """Return the mixture named `mixture`, and the directory that its paths are relative to.
 
-    Raises ConfigError for an unknown name, key or value.
+    `mixture` is one that ships, or a .toml file. Raises ConfigError for an unknown name, key or
+    value.
     """
     shipped = shipped_mixtures()
     path = shipped.get(mixture, Path(mixture))

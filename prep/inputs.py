@@ -1,8 +1,7 @@
-"""Everything that determines the content of a shard set, known before the build and cheap to know;
-its digest.
+"""Everything that determines the content of a shard set, and its digest.
 
-`explain` compares two of these trees field by field: that is why a cached set does or does not
-match.
+All of it is known before the build, and cheap to know. `explain` compares two of these trees field
+by field to say why an existing set does or does not match.
 """
 
 import json
@@ -24,7 +23,7 @@ from shared.shard_format import EVAL_DIR, FORMAT_VERSION
 
 SPAN_CODE_VERSION = 6  # bump when the same rows would give other tokens, kinds or messages
 STORE_VERSION = 2  # bump when columns or counts of a stored chunk get other names
-KNOWN_DATE = "template date"  # key of the day that a set recorded, in what is known of it
+KNOWN_DATE = "template date"  # key of the date that a set recorded, among the known facts
 _SHOWN_DIFFERENCES = 20
 _LIBRARIES = ("gigatoken", "jinja2", "orjson", "tokenizers", "transformers")
 
@@ -38,7 +37,7 @@ class Inputs:
     template: TemplateText
     sources: tuple[ResolvedSource, ...]
     questions: tuple[ResolvedSource, ...]
-    """What must not be trained on."""
+    """Sources of questions that must not be trained on."""
     tree: dict[str, Any]
 
     @property
@@ -46,21 +45,23 @@ class Inputs:
         return digest(self.tree)
 
     def differences(self, old: dict[str, Any]) -> list[str]:
-        """Return, line by line, what differs from the inputs that another set was made from."""
+        """Return, line by line, what differs from the inputs of another set."""
         return difference_lines(old, self.tree)
 
     def of_eval_set(self) -> "Inputs":
-        """Return the inputs of the set that is held out: every row of its prompts, once, whatever
-        the mix."""
-        entries = (
-            replace(entry, fraction=None, rows=None, epochs=None) for entry in self.mixture.sources
+        """Return the inputs of the eval set: every row of its prompts, once, whatever the mix."""
+        sources = tuple(
+            replace(source, fraction=None, rows=None, epochs=None)
+            for source in self.mixture.sources
         )
-        mixture = replace(self.mixture, name=f"{self.mixture.name}-eval", sources=tuple(entries))
+        mixture = replace(self.mixture, name=f"{self.mixture.name}-eval", sources=sources)
         return replace(self, mixture=mixture, tree={**self.tree, "part": EVAL_DIR})
 
-    def memory(self) -> dict[str, Any]:
-        """Return what the next build may trust instead of hashing again; holds paths, goes to
-        build_info.json."""
+    def known_hashes(self) -> dict[str, Any]:
+        """Return what the next build may trust instead of hashing files again.
+
+        Holds paths: it goes to build_info.json and is never hashed.
+        """
         return {
             **remember((*self.sources, *self.questions)),
             **remember_tokenizer(self.mixture.tokenizer, self.tokenizer),
@@ -69,8 +70,8 @@ class Inputs:
     def store_inputs(
         self, source: ResolvedSource, conversion: Conversion, backend: str
     ) -> dict[str, Any]:
-        """Return all that decides the samples of one source; a hash of it is the name of their
-        store."""
+        """Return everything that decides the samples of a source; its hash names their store."""
+        # Only where it is set: the stores of other sources keep their names.
         split_by = [["split_by", conversion.split_by]] if conversion.split_by else []
         return {
             "source": source.identity(),
@@ -95,8 +96,9 @@ def difference_lines(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         f"{key}: {_show(before)} -> {_show(after)}"
         for key, before, after in changed[:_SHOWN_DIFFERENCES]
     ]
-    more = len(changed) - len(lines)
-    return [*lines, f"and {more} more"] if more else lines
+    if len(changed) > len(lines):
+        lines.append(f"and {len(changed) - len(lines)} more")
+    return lines
 
 
 def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) -> Inputs:
@@ -109,24 +111,24 @@ def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) ->
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two sources are named {name!r}; give one of them another `name`")
-    asked = mixture.decontaminate
+    decontaminate = mixture.decontaminate
     questions = tuple(
-        resolve_source(SourceConfig(path=path, split=asked.split), base, known)
-        for path in asked.files
+        resolve_source(SourceConfig(path=path, split=decontaminate.split), base, known)
+        for path in decontaminate.files
     )
+    # Names instead of paths: the same bytes elsewhere give the same digest.
     plain = config.to_plain(mixture)
     plain["tokenizer"]["name"] = tokenizer.name
     plain["template"]["name"] = template.name
+    # Keys that came later are left out while unused: a mixture without them keeps its digest.
     for entry, source in zip(plain["sources"], sources, strict=True):
         entry["path"] = source.hub_id or source.name
         entry["name"] = source.name
         for key in ("split_by", "group_epochs"):
             if not entry[key]:
-                del entry[
-                    key
-                ]  # as for `eval`: a mixture that does without it has the digest that it had
+                del entry[key]
     if not mixture.eval.fraction:
-        del plain["eval"]  # nothing is held out: the digest is that of a mixture without the table
+        del plain["eval"]
     added = plain["tokenizer"].pop("add_tokens")
     plain["decontaminate"]["files"] = [source.hub_id or source.name for source in questions]
     tree = {
@@ -145,10 +147,13 @@ def resolve_inputs(mixture: MixtureConfig, base: Path, known: dict[str, Any]) ->
 def _with_date(
     mixture: MixtureConfig, template: TemplateText, known: dict[str, Any]
 ) -> MixtureConfig:
-    """Settle the day that a template prints: what the mixture says, else what the set recorded,
-    else today."""
+    """Settle the date that a template prints.
+
+    It is that of the mixture, else the one that an existing set recorded, else today.
+    """
     if mixture.template.date or not template.asks_for_date:
         return mixture
+    # A set that is built again tomorrow has the same tokens: its first date stays.
     date = known.get(KNOWN_DATE)
     if not date:
         date = today()

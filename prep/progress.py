@@ -1,5 +1,4 @@
-"""Progress of long work: a live bar on a terminal, a plain line every few seconds in a log. Always
-on stderr."""
+"""Progress of long work on stderr: a live bar on a terminal, else a log line every few seconds."""
 
 import contextlib
 import logging
@@ -20,12 +19,29 @@ class Advance(Protocol):
 
 @contextlib.contextmanager
 def progress(title: str, total: int, unit: str) -> Iterator[Advance]:
-    """Yield a function that reports work done, in `unit`s of `total` (0 where it is not known)."""
+    """Yield a function that reports work done, in `unit`s of `total` (0 where it is unknown)."""
     if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
-        with _bar(title, total, unit) as advance:
-            yield advance
-    else:
-        yield _lines(title, total, unit)
+        with _bar(title, total, unit) as bar:
+            yield bar
+        return
+    started = last_line = time.monotonic()
+    done = 0
+
+    def advance(number: int, note: str = "") -> None:
+        nonlocal last_line, done
+        done += number
+        now = time.monotonic()
+        if now - last_line < _LOG_SECONDS:
+            return
+        last_line = now
+        rate = done / (now - started)
+        share = f" of {total:,}" if total else ""
+        left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
+        # ready-made text: a log formats %-style arguments without thousands separators
+        line = f"{title}: {done:,}{share} {unit}, {rate:,.0f}/s{left} {note}"
+        logger.info("%s", line)
+
+    yield advance
 
 
 @contextlib.contextmanager
@@ -47,41 +63,15 @@ def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
+    # The rate is an average since the start: chunks end in bursts, and a momentary rate would jump.
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total or None, rate="")
-        began, done = time.monotonic(), 0
+        started, done = time.monotonic(), 0
 
         def advance(number: int, note: str = "") -> None:
             nonlocal done
             done += number
-            rate = done / max(time.monotonic() - began, 1e-9)
+            rate = done / max(time.monotonic() - started, 1e-9)
             bar.update(task, completed=done, rate=f"{done:,} {unit}  {rate:,.0f}/s  {note}")
 
         yield advance
-
-
-def _lines(title: str, total: int, unit: str) -> Advance:
-    began = shown = time.monotonic()
-    done = 0
-
-    def advance(number: int, note: str = "") -> None:
-        nonlocal shown, done
-        done += number
-        now = time.monotonic()
-        if now - shown >= _LOG_SECONDS:
-            shown = now
-            rate = done / (now - began)
-            left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
-            share = f" of {total:,}" if total else ""
-            logger.info(
-                "%s: %s%s %s, %s/s%s %s",
-                title,
-                f"{done:,}",
-                share,
-                unit,
-                f"{rate:,.0f}",
-                left,
-                note,
-            )
-
-    return advance

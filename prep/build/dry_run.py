@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prep.build.choose_encoder import check_fit
+from prep.build.choose_encoder import check_compatibility
 from prep.build.request import BuildRequest, known_facts
 from prep.build.select import select
 from prep.build.tokenise import encoder_for, tokenise_sources
@@ -19,7 +19,7 @@ def dry_run(request: BuildRequest) -> list[str]:
     """Return what a build would write, line by line. The samples stay in the store."""
     inputs = resolve_inputs(request.mixture, request.base, known_facts(request))
     loaded = load_tokenizer(inputs.tokenizer, inputs.mixture.tokenizer.add_tokens)
-    check_fit(inputs, loaded)
+    check_compatibility(inputs, loaded)
     spec, _ = encoder_for(inputs, loaded)
     sources = tokenise_sources(
         inputs, spec, store=request.store, workers=request.workers, scheduler=request.scheduler
@@ -30,27 +30,29 @@ def dry_run(request: BuildRequest) -> list[str]:
     lines = [_size_line(request.out, packed, max_seq_len)]
     for selected in selections.train:
         counts, dropped = selected.source.counts, Counter(selected.selection.dropped)
+        # Rows of the other groups of a split source are none of this one.
         rows = counts.rows - dropped.pop(OTHER_GROUPS, 0)
-        lost = [f"rejected {len(counts.rejects):,}", f"unrendered {len(counts.unrendered):,}"]
-        lost += [f"{reason} {number:,}" for reason, number in sorted(dropped.items())]
-        sequences = len(selected.selection.sequences)
+        reasons = [f"rejected {len(counts.rejects):,}", f"unrendered {len(counts.unrendered):,}"]
+        reasons += [f"{reason} {number:,}" for reason, number in sorted(dropped.items())]
         lines.append(
-            f"  {selected.source.name}: {rows:,} rows, {sequences:,} sequences; {', '.join(lost)}"
+            f"  {selected.source.name}: {rows:,} rows,"
+            f" {len(selected.selection.sequences):,} sequences; {', '.join(reasons)}"
         )
     if selections.num_held_out:
         packed = pack_sequences(selections.held_out, max_seq_len)
         lines.append(_size_line(request.out / EVAL_DIR, packed, max_seq_len))
-        for selected in selections.held_out:
-            sequences = len(selected.selection.sequences)
-            lines.append(f"  {selected.source.name}: {sequences:,} sequences")
+        lines += [
+            f"  {selected.source.name}: {len(selected.selection.sequences):,} sequences"
+            for selected in selections.held_out
+        ]
     return lines
 
 
 def _size_line(out: Path, packed: PackedSequences, max_seq_len: int) -> str:
     sequences, packs = packed.sequences, len(packed.pack_offsets) - 1
-    tokens, loss_tokens = (
-        int(sequences[name].sum(dtype=np.int64)) for name in ("length", "loss_tokens")
-    )
+    tokens = int(sequences["length"].sum(dtype=np.int64))
+    loss_tokens = int(sequences["loss_tokens"].sum(dtype=np.int64))
+    # Six bytes a token: four of its id, one of its kind, one of its mask.
     density, size = tokens / (packs * max_seq_len), tokens * 6 / 2**20
     return (
         f"{out} would hold {packs:,} packs of {max_seq_len:,}, {len(sequences):,} sequences,"

@@ -1,65 +1,48 @@
-"""`sft-prep explain`: field by field, why a shard set or a sample store that is there does or does
-not match."""
-
-from pathlib import Path
-from typing import Any
+"""`sft-prep explain`: field by field, why an existing shard set or sample store does or does not
+match."""
 
 from prep.build.request import BuildRequest, known_facts
-from prep.inputs import Inputs, difference_lines, resolve_inputs
+from prep.inputs import difference_lines, resolve_inputs
 from prep.sources.detect_format import conversion_of
 from prep.store.sample_store import is_complete, known_inputs, store_path
 from shared.shard_reader import read_manifest
 
 
-def explain(plan: BuildRequest) -> list[str]:
-    """Return, line by line, what a build of `plan` would find and make. Nothing is tokenised or
-    written."""
-    inputs = resolve_inputs(plan.mixture, plan.base, known_facts(plan))
-    return [*_set_lines(plan, inputs), *_store_lines(plan, inputs)]
+def explain(request: BuildRequest) -> list[str]:
+    """Return, line by line, what a build would find and make. Nothing is tokenised or written."""
+    inputs = resolve_inputs(request.mixture, request.base, known_facts(request))
+    if not request.out.exists():
+        lines = [f"{request.out} does not exist: a build would make it"]
+    elif changed := inputs.differences(read_manifest(request.out).inputs):
+        lines = [f"{request.out} was made from other inputs:", *changed]
+    else:
+        lines = [f"{request.out} is up to date: every input is the same"]
 
-
-def _set_lines(plan: BuildRequest, inputs: Inputs) -> list[str]:
-    if not plan.out.exists():
-        return [f"{plan.out} does not exist: a build would make it"]
-    changed = inputs.differences(read_manifest(plan.out).inputs)
-    if not changed:
-        return [f"{plan.out} is up to date: every input is the same"]
-    return [f"{plan.out} was made from other inputs:", *changed]
-
-
-def _store_lines(plan: BuildRequest, inputs: Inputs) -> list[str]:
-    known = known_inputs(plan.store)
-    lines = []
-    for source, entry in zip(inputs.sources, plan.mixture.sources, strict=True):
-        conversion = conversion_of(source, entry, plan.store)
-        # which backend a build would take is known only with the tokenizer loaded: samples of
-        # either are samples
-        asked = plan.mixture.tokenizer.backend
-        backends = ("gigatoken", "transformers") if asked == "auto" else (asked,)
-        wanted = [inputs.store_inputs(source, conversion, backend) for backend in backends]
-        paths = [store_path(plan.store, tree) for tree in wanted]
+    # Which backend "auto" takes is known only with the tokenizer loaded. Samples of either count.
+    backend = request.mixture.tokenizer.backend
+    backends = ("gigatoken", "transformers") if backend == "auto" else (backend,)
+    stores = known_inputs(request.store)
+    for source, config in zip(inputs.sources, request.mixture.sources, strict=True):
+        conversion = conversion_of(source, config, request.store)
+        trees = [inputs.store_inputs(source, conversion, backend) for backend in backends]
+        paths = [store_path(request.store, tree) for tree in trees]
         if any(map(is_complete, paths)):
-            lines.append(f"samples of {source.name}: in {plan.store}, nothing to tokenise")
-        elif begun := [path for path in paths if path in known]:
-            lines.append(f"samples of {source.name}: begun in {begun[0]}, a build goes on there")
+            lines.append(f"samples of {source.name}: in {request.store}, nothing to tokenise")
+        elif begun := [path for path in paths if path in stores]:
+            lines.append(f"samples of {source.name}: begun in {begun[0]}, a build resumes there")
         else:
-            lines += [
-                f"samples of {source.name}: to be tokenised",
-                *_nearest(wanted[0], known, plan.store),
-            ]
+            lines.append(f"samples of {source.name}: to be tokenised")
+            # Say how the most similar store differs, if one has the same source or settings.
+            tree = trees[0]
+            related = {
+                path: difference_lines(other, tree)
+                for path, other in stores.items()
+                if other.get("source") == tree["source"]
+                or {**other, "source": None} == {**tree, "source": None}
+            }
+            if not related:
+                lines.append(f"  {request.store} has none of this source")
+                continue
+            path = min(related, key=lambda path: (len(related[path]), path.name))
+            lines += [f"  {path.name[:12]}... differs: {line}" for line in related[path]]
     return lines
-
-
-def _nearest(wanted: dict[str, Any], known: dict[Path, dict[str, Any]], store: Path) -> list[str]:
-    """Return how the store that differs least differs, where one of the same source or settings is
-    there."""
-    related = {
-        path: difference_lines(tree, wanted)
-        for path, tree in known.items()
-        if tree.get("source") == wanted["source"]
-        or {**tree, "source": None} == {**wanted, "source": None}
-    }
-    if not related:
-        return [f"  {store} has none of this source"]
-    path = min(related, key=lambda path: (len(related[path]), path.name))
-    return [f"  {path.name[:12]}... differs: {line}" for line in related[path]]

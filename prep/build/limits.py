@@ -1,4 +1,4 @@
-"""Where a build ends or warns because too little is left of its rows."""
+"""Limits of a build: it ends or warns where too few of its rows are left."""
 
 import logging
 from collections import Counter
@@ -11,7 +11,7 @@ from shared.errors import DataError
 from shared.shard_format import OTHER_GROUPS
 
 _EXAMPLES = 5
-_FAR = 0.25  # of the fraction to hold out
+_MAX_DEVIATION = 0.25  # of the fraction to hold out
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,12 @@ def check_budgets(sources: Sequence[Source], mixture: MixtureConfig, template: s
             f" rows.reject_budget = {policy.reject_budget} allows. {_in_words(reasons)}. For"
             f" example: {'; '.join(detail for *_, detail in rejects[:_EXAMPLES])}"
         )
-    lost = [(source.name, *loss) for source in sources for loss in source.counts.unrendered]
-    if len(lost) > policy.max_unrendered * rows:
-        reasons = Counter(f"{name}: {reason}" for name, _, reason in lost)
+    unrendered = [(source.name, *row) for source in sources for row in source.counts.unrendered]
+    if len(unrendered) > policy.max_unrendered * rows:
+        reasons = Counter(f"{name}: {reason}" for name, _, reason in unrendered)
         raise DataError(
-            f"{len(lost):,} of {rows:,} rows hold something that the template {template!r} would"
-            f" drop, more than rows.max_unrendered = {policy.max_unrendered} allows."
+            f"{len(unrendered):,} of {rows:,} rows hold something that the template {template!r}"
+            f" would drop, more than rows.max_unrendered = {policy.max_unrendered} allows."
             f" {_in_words(reasons)}. Use a template that renders them"
         )
 
@@ -58,8 +58,10 @@ def check_budgets(sources: Sequence[Source], mixture: MixtureConfig, template: s
 def check_selections(
     sources: Sequence[Source], selections: Selections, mixture: MixtureConfig
 ) -> None:
-    """Raise DataError where nothing is left to train on; warn where nothing is held out although
-    the mixture says so."""
+    """Raise DataError where nothing is left to train on.
+
+    Warns where nothing, or far from the fraction of the mixture, is held out.
+    """
     fraction, names = mixture.eval.fraction, ", ".join(source.name for source in sources)
     if not any(len(source.selection.sequences) for source in selections.train):
         if selections.num_held_out:
@@ -74,42 +76,39 @@ def check_selections(
         )
         for source in selections.train:
             reasons += source.selection.dropped
-        del reasons[OTHER_GROUPS]
+        del reasons[OTHER_GROUPS]  # each row is counted in its own group
         why = ", ".join(f"{reason} {rows:,}" for reason, rows in reasons.most_common())
-        details = (detail for source in sources for *_, detail in source.counts.rejects)
-        first = next((f"; the first: {detail}" for detail in details), "")
+        rejects = (reject for source in sources for reject in source.counts.rejects)
+        first = next((f"; the first: {detail}" for *_, detail in rejects), "")
         raise DataError(
             f"no row of {names} can be used ({why or 'there is none'}{first}); look at the rows, at"
             " max_seq_len, at the template and at lengths.min_loss_tokens"
         )
-    if selections.num_held_out:
-        _report_held_out(fraction, selections)
-    elif fraction:
+    if not fraction:
+        return
+    if not selections.num_held_out:
         logger.warning(
-            "eval.fraction = %s holds none of the prompts of %s out: there are too few; there is no"
-            " eval set",
+            "eval.fraction = %s holds none of the prompts of %s out: there are too few, so there is"
+            " no eval set",
             fraction,
             names,
         )
-
-
-def _report_held_out(fraction: float, selections: Selections) -> None:
-    """Log how many prompts are held out; warn where prompts or rows are far from that fraction."""
+        return
     prompts, rows = selections.prompts, selections.rows
-    text = (
+    message = (
         f"eval.fraction = {fraction} holds out {prompts.held_out:,} of {prompts.total:,} prompts"
         f" ({prompts.share:.1%}) with {rows.held_out:,} of {rows.total:,} rows ({rows.share:.1%})"
     )
-    if abs(prompts.share - fraction) > fraction * _FAR:
+    if abs(prompts.share - fraction) > fraction * _MAX_DEVIATION:
         logger.warning(
             "%s: prompts are drawn by hash, and of so few the share varies; another seed draws"
             " others",
-            text,
+            message,
         )
-    elif abs(rows.share - fraction) > fraction * _FAR:
-        logger.warning("%s: a prompt is held out with all its rows, and some have many", text)
+    elif abs(rows.share - fraction) > fraction * _MAX_DEVIATION:
+        logger.warning("%s: a prompt is held out with all its rows, and some have many", message)
     else:
-        logger.info("%s", text)
+        logger.info("%s", message)
 
 
 def _in_words(reasons: Counter[str]) -> str:

@@ -1,4 +1,4 @@
-"""What is asked of a build, and what it may know from the set that is there."""
+"""A request for a build, and what the build may know from an existing set."""
 
 import contextlib
 import json
@@ -21,14 +21,17 @@ class BuildRequest:
     store: Path
     workers: int
     rehash: bool
-    scheduler: str = ""  # address of a Dask scheduler, "" for processes here
+    scheduler: str = ""  # address of a Dask scheduler, "" for processes on this machine
 
 
 def known_facts(request: BuildRequest) -> dict[str, Any]:
-    """Return what the set that is there recorded: hashes of files that need no second look, and its
-    day."""
+    """Return what an existing set recorded: hashes of its files, and the date of its template.
+
+    An unreadable record is no error: the files are hashed again.
+    """
+    # The date outlives --rehash: it is no hash, but an input that the set has fixed.
     known: dict[str, Any] = {}
-    unreadable = (OSError, ValueError, KeyError, TypeError)  # without a record, files are hashed
+    unreadable = (OSError, ValueError, KeyError, TypeError)
     with contextlib.suppress(*unreadable):
         if not request.rehash:
             known = dict(json.loads((request.out / BUILD_INFO_NAME).read_bytes())["known"])

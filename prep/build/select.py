@@ -4,7 +4,7 @@ from prep.build.limits import check_selections
 from prep.build.request import BuildRequest
 from prep.config import SourceConfig
 from prep.inputs import Inputs
-from prep.selection.decontaminate import Overlap, find_overlaps, read_questions
+from prep.selection.decontamination.overlaps import Overlap, find_overlaps, read_questions
 from prep.selection.mixture import Selections, select_mixture
 from prep.selection.source import Source
 from prep.sources.detect_format import conversion_of
@@ -16,18 +16,15 @@ def select(request: BuildRequest, inputs: Inputs, sources: list[Source]) -> Sele
     mixture = inputs.mixture
     overlaps: list[list[Overlap]] = [[] for _ in sources]
     if mixture.decontaminate.files:
-        plain = SourceConfig(path="")
-        questions = [
-            (source, conversion_of(source, plain, request.store)) for source in inputs.questions
+        # Questions are read like any source, in whatever format their first rows have.
+        config = SourceConfig(path="")
+        question_files = [
+            (source, conversion_of(source, config, request.store)) for source in inputs.questions
         ]
         rows = [(source.resolved, source.counts.conversion) for source in sources]
         with writing_to(request.store):
-            overlaps = find_overlaps(
-                rows,
-                read_questions(questions, mixture.decontaminate),
-                store=request.store,
-                workers=request.workers,
-            )
+            questions = read_questions(question_files, mixture.decontaminate)
+            overlaps = find_overlaps(rows, questions, store=request.store, workers=request.workers)
     selections = select_mixture(mixture, sources, overlaps)
     check_selections(sources, selections, mixture)
     return selections

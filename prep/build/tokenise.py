@@ -1,4 +1,4 @@
-"""Every source of a mixture -> its sample store, tokenised unless it is there already."""
+"""Every source of a mixture -> its sample store, tokenised unless that is complete already."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -25,7 +25,7 @@ from shared.disk import writing_to
 
 
 def encoder_for(inputs: Inputs, loaded: LoadedTokenizer) -> tuple[ChunkSpec, Encoder]:
-    """Return what workers need to turn rows into samples, and the encoder, which is in it.
+    """Return what workers need to turn rows into samples, and the encoder that is part of it.
 
     Raises ConfigError where the template cannot end a turn with this tokenizer.
     """
@@ -72,7 +72,8 @@ def _fill_stores(
     workers: int,
     scheduler: str,
 ) -> None:
-    bytes_ended: dict[tuple[int, int], int] = {}  # (source, chunk) -> bytes read since the last one
+    """Tokenise what the stores lack; every chunk is counted and checked as soon as it is done."""
+    chunk_bytes: dict[tuple[int, int], int] = {}  # (source, chunk) -> bytes of its rows
     total = sum(file.stamp.size for source in sources for file in source.resolved.files)
 
     def chunks(index: int) -> Iterator[Chunk]:
@@ -80,7 +81,7 @@ def _fill_stores(
         for chunk in iter_chunks(
             source.resolved, source_index=index, conversion=source.counts.conversion
         ):
-            bytes_ended[index, chunk.index] = max(0, chunk.source_bytes_read - before)
+            chunk_bytes[index, chunk.index] = max(0, chunk.source_bytes_read - before)
             before = max(before, chunk.source_bytes_read)
             yield chunk
 
@@ -91,6 +92,7 @@ def _fill_stores(
 
         def on_chunk(index: int, chunk: StoredChunk) -> None:
             source, number = sources[index], int(chunk.path.name.rpartition("-")[2])
+            # Every limit is checked with each chunk: a build that must fail does so in seconds.
             source.counts.add(chunk.facts)
             check_row(source, inputs.mixture, inputs.template.name)
             check_groups(sources)
@@ -98,8 +100,9 @@ def _fill_stores(
                 warn_of_no_groups(source)
             rows = sum(source.counts.rows for source in sources)
             tokens = sum(source.counts.tokens for source in sources)
+            # A chunk that was in the store already has no bytes to read.
             advance(
-                bytes_ended.pop((index, number), 0),
+                chunk_bytes.pop((index, number), 0),
                 f"{rows:,} rows, {tokens:,} tokens, {source.name}",
             )
 

@@ -1,2 +1,1 @@
-"""The demo mixture: questions written by a program, with a tokenizer of their own. Works without a
-network."""
+"""The demo mixture: questions written by a program, and their tokenizer. Needs no network."""

@@ -1,11 +1,9 @@
-"""Write the files of the demo mixture: conversations per skill, held-out questions, a small
-tokenizer.
+"""Write the files of the demo mixture: training rows by skill, held-out questions, a tokenizer.
 
     python prep/demo/generate.py        writes into this folder the files that ship
 
-Everything follows from one seed, and tests/prep/demo/test_generate.py generates it all again and
-compares. What a held-out question asks about (`Exercise.key`) occurs in no training question of its
-skill.
+Everything follows from one seed: tests/prep/demo/test_generate.py generates it again and compares.
+What a held-out question asks about (`Exercise.key`) occurs in no training question of its skill.
 """
 
 import gzip
@@ -42,8 +40,26 @@ _PATTERN = (
 
 def generate() -> dict[str, bytes]:
     """Return the content of every file, by its path in this folder."""
-    train = {skill: _train_rows(skill) for skill in SKILLS}
-    held_out = [row for skill in SKILLS for row in _held_out(skill).values()]
+    # A generator for each skill and side: more rows of one change no other.
+    train: dict[str, list[Row]] = {}
+    held_out: list[Row] = []
+    for skill, draw in SKILLS.items():
+        rng = random.Random(seed_from("demo", _SEED, skill, "held out"))
+        of_key: dict[str, Row] = {}
+        while len(of_key) < HELD_OUT_ROWS:
+            exercise = draw(rng)
+            row = {"skill": skill, "messages": _messages(exercise, rng)}
+            of_key.setdefault(exercise.key, row)
+        held_out += of_key.values()
+        # No training row repeats another, or asks about what a held-out row asks about.
+        rng = random.Random(seed_from("demo", _SEED, skill, "train"))
+        of_text: dict[str, Row] = {}
+        while len(of_text) < TRAIN_ROWS[skill]:
+            exercise = draw(rng)
+            row = {"messages": _messages(exercise, rng)}
+            if exercise.key not in of_key:
+                of_text.setdefault(json.dumps(row), row)
+        train[skill] = list(of_text.values())
     files = {
         f"{skill}.jsonl.gz": gzip.compress(_json_lines(rows), mtime=0)
         for skill, rows in train.items()
@@ -87,30 +103,6 @@ def train_tokenizer(rows: Iterable[Row]) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
-
-
-def _held_out(skill: str) -> dict[str, Row]:
-    """Return the held-out rows of a skill by the key of their exercise."""
-    rng = random.Random(seed_from("demo", _SEED, skill, "held out"))
-    rows: dict[str, Row] = {}
-    while len(rows) < HELD_OUT_ROWS:
-        exercise = SKILLS[skill](rng)
-        rows.setdefault(exercise.key, {"skill": skill, "messages": _messages(exercise, rng)})
-    return rows
-
-
-def _train_rows(skill: str) -> list[Row]:
-    """Return training rows without repeats, none of which asks about what a held-out row asks
-    about."""
-    held_out_keys = _held_out(skill).keys()
-    rng = random.Random(seed_from("demo", _SEED, skill, "train"))
-    rows: dict[str, Row] = {}
-    while len(rows) < TRAIN_ROWS[skill]:
-        exercise = SKILLS[skill](rng)
-        row = {"messages": _messages(exercise, rng)}
-        if exercise.key not in held_out_keys:
-            rows.setdefault(json.dumps(row), row)
-    return list(rows.values())
 
 
 def _messages(exercise: Exercise, rng: random.Random) -> list[dict[str, str]]:

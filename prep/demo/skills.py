@@ -1,5 +1,4 @@
-"""The skills of the demo mixture: questions whose answers a model of a million parameters can learn
-to work out.
+"""The skills of the demo mixture: questions that a model of a million parameters learns to answer.
 
 A skill draws an `Exercise`: a first question, and perhaps follow-ups that refer to the answer
 before them. Its `key` names what is asked about, whatever the wording: a split by key keeps the
@@ -50,17 +49,16 @@ def shift(rng: random.Random) -> Exercise:
 
 
 def pick(rng: random.Random) -> Exercise:
-    """Name one digit by its place or its size, then others of the same digits."""
+    """Name one digit by its position or its size, then others of the same digits."""
     digits = _draw_digits(rng)
-    wanted = rng.sample(sorted(_PICKS), rng.choice((1, 1, 2)))
-    turns = [(f"What is the {wanted[0]} digit of {digits}?", _PICKS[wanted[0]](digits))]
-    turns += [(f"And the {name}?", _PICKS[name](digits)) for name in wanted[1:]]
+    first, *others = rng.sample(sorted(_PICKS), rng.choice((1, 1, 2)))
+    turns = [(f"What is the {first} digit of {digits}?", _PICKS[first](digits))]
+    turns += [(f"And the {name}?", _PICKS[name](digits)) for name in others]
     return Exercise(digits, tuple(turns))
 
 
 def add(rng: random.Random) -> Exercise:
-    """Add two numbers below 100 with the working: ones, tens, the carry where there is one, the
-    sum."""
+    """Add two numbers below 100, step by step: ones, tens, the carry if there is one, the sum."""
     a, b = rng.randint(10, 99), rng.randint(10, 99)
     ones, tens = a % 10 + b % 10, a // 10 + b // 10
     steps = [f"{a % 10}+{b % 10}={ones}", f"{a // 10}+{b // 10}={tens}"]
@@ -96,6 +94,7 @@ def _follow_up(rng: random.Random, answer: str) -> tuple[tuple[str, str], ...]:
     """Ask about the last answer without naming it again."""
     if rng.random() >= _FOLLOW_UP_SHARE:
         return ()
+    # The question does not name the digits: only the conversation tells them.
     kind = rng.choice(("reverse", "sort", "shift", "first", "last"))
     if kind in _PICKS:
         return ((f"Now only the {kind} digit.", _PICKS[kind](answer)),)

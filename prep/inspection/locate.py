@@ -1,8 +1,7 @@
-"""Which packs and sequences a person asked to see, and what the set says of each: its row, its
-place in the row.
+"""Which packs and sequences to show, and what the set records of each: its row, its place in it.
 
-SOURCE:ROW  ->  [(pack, sequence within the pack), ...]      --pack N  ->  [(N, None)]: the whole
-pack
+SOURCE:ROW  ->  [(pack, sequence within the pack), ...]
+--pack N    ->  [(N, None)]: the whole pack
 """
 
 import json
@@ -17,7 +16,7 @@ from shared.errors import ConfigError
 from shared.shard_format import REJECTS_NAME
 from shared.shard_reader import ShardSet
 
-Chosen = list[tuple[int, int | None]]
+Locations = list[tuple[int, int | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +37,13 @@ class ShownSequence:
         return int(self.loss_mask.sum(dtype=np.int64))
 
 
-def choose(
+def locate_sequences(
     shard_set: ShardSet,
     *,
     pack: int | None = None,
     row: str | None = None,
     sample: int | None = None,
-) -> Chosen:
+) -> Locations:
     """Return (pack, sequence) pairs of one pack, of a row (`SOURCE:ROW`), or of `sample` packs
     spread over the set.
 
@@ -53,59 +52,77 @@ def choose(
     """
     if sum(choice is not None for choice in (pack, row, sample)) > 1:
         raise ConfigError("--pack, --row and --sample are given together; give one of them")
-    if row is not None:
-        return _find_row(shard_set, row)
     if pack is not None:
         if not 0 <= pack < shard_set.num_packs:
             raise ConfigError(f"--pack {pack}: the set has packs 0 to {shard_set.num_packs - 1}")
         return [(pack, None)]
-    count = min(sample or 1, shard_set.num_packs)
-    return [(index * shard_set.num_packs // count, None) for index in range(count)]
+    if row is None:
+        # Without any choice, one pack: the first.
+        count = min(sample or 1, shard_set.num_packs)
+        return [(index * shard_set.num_packs // count, None) for index in range(count)]
+    name, separator, number = row.rpartition(":")
+    names = [source.name for source in shard_set.manifest.sources]
+    if not separator or not number.isdecimal() or name not in names:
+        raise ConfigError(
+            f"--row {row!r}: expected SOURCE:ROW with a source among {', '.join(names)}"
+        )
+    locations = _sequences_of(shard_set, names.index(name), int(number))
+    if not locations:
+        reason = _why_left_out(shard_set, name, int(number))
+        raise ConfigError(f"--row {row!r}: no sequence of this row is in the set: {reason}")
+    return locations
 
 
 def sequences_of(shard_set: ShardSet, pack_id: int) -> Iterator[ShownSequence]:
     """Yield the sequences of a pack, in order."""
     pack, kinds = shard_set.pack(pack_id), shard_set.kinds(pack_id)
     for index, (source, row, start) in enumerate(pack.seq_origin.tolist()):
-        part = slice(pack.seq_offsets[index], pack.seq_offsets[index + 1])
+        bounds = slice(pack.seq_offsets[index], pack.seq_offsets[index + 1])
         name = printable(shard_set.manifest.sources[source].name.encode())
-        yield ShownSequence(
-            index, source, name, row, start, pack.tokens[part], kinds[part], pack.loss_mask[part]
-        )
+        tokens, mask = pack.tokens[bounds], pack.loss_mask[bounds]
+        yield ShownSequence(index, source, name, row, start, tokens, kinds[bounds], mask)
 
 
 def describe_truncation(
     shard_set: ShardSet, sequences: list[ShownSequence]
 ) -> dict[tuple[int, int, int], str]:
-    """Return what became of the samples that are not whole, by (source index, row, start): cut, or
-    split into which."""
-    wanted = {(sequence.source_index, sequence.row) for sequence in sequences}
+    """Return what became of the samples that are not whole: they were cut, or split into fragments.
+
+    Keys are (source index, row, start).
+    """
+    rows_shown = {(sequence.source_index, sequence.row) for sequence in sequences}
     names = [source.name for source in shard_set.manifest.sources]
-    said = {
+    events = {
         (names.index(event["source"]), event["row"]): printable(
             f"{event['reason']}: {event['detail']}".encode()
         )
         for event in left_out_events(shard_set)
-        if event["source"] in names and (names.index(event["source"]), event["row"]) in wanted
+        if event["source"] in names and (names.index(event["source"]), event["row"]) in rows_shown
     }
-    fragments = _fragment_starts(shard_set, wanted)
+    # Where the fragments of each row begin; a whole sample begins at 0 alone.
+    starts: dict[tuple[int, int], set[int]] = {origin: set() for origin in rows_shown}
+    numbers = np.array(sorted({row for _, row in rows_shown}), np.int64)
+    for columns in shard_set.shards:
+        origins = columns["seq_origin"]
+        for source, row, start in origins[np.isin(origins[:, 1], numbers)].tolist():
+            if (source, row) in starts:
+                starts[source, row].add(start)
     notes = {}
     for sequence in sequences:
         origin = (sequence.source_index, sequence.row)
-        words = [said[origin]] if origin in said else []
-        starts = fragments[origin]
-        if len(starts) > 1 or sequence.start:
+        words = [events[origin]] if origin in events else []
+        fragments = sorted(starts[origin])
+        if len(fragments) > 1 or sequence.start:
             last = sequence.start + len(sequence.tokens) - 1
-            place = f"fragment {starts.index(sequence.start) + 1} of {len(starts)}"
-            words.append(f"{place}: tokens {sequence.start:,} to {last:,} of its sample")
+            fragment = f"fragment {fragments.index(sequence.start) + 1} of {len(fragments)}"
+            words.append(f"{fragment}: tokens {sequence.start:,} to {last:,} of its sample")
         if words:
             notes[(*origin, sequence.start)] = "; ".join(words)
     return notes
 
 
 def left_out_events(shard_set: ShardSet) -> Iterator[dict[str, str | int]]:
-    """Yield what the build listed of rows that it left out or cut: nothing where the list is not
-    there."""
+    """Yield what the build listed of rows that it left out or cut; nothing without that list."""
     import zstandard
 
     try:
@@ -117,70 +134,37 @@ def left_out_events(shard_set: ShardSet) -> Iterator[dict[str, str | int]]:
             yield json.loads(line)
 
 
-def _fragment_starts(
-    shard_set: ShardSet, wanted: set[tuple[int, int]]
-) -> dict[tuple[int, int], list[int]]:
-    """Return where the fragments of each wanted row begin, in order; a whole sample has the one
-    start 0."""
-    starts: dict[tuple[int, int], set[int]] = {origin: set() for origin in wanted}
-    rows = np.array(sorted({row for _, row in wanted}), np.int64)
-    for columns in shard_set.shards:
-        origins = columns["seq_origin"]
-        for source, row, start in origins[np.isin(origins[:, 1], rows)].tolist():
-            if (source, row) in wanted:
-                starts[source, row].add(start)
-    return {origin: sorted(found) for origin, found in starts.items()}
-
-
-def _find_row(shard_set: ShardSet, row: str) -> Chosen:
+def _sequences_of(shard_set: ShardSet, source: int, row: int) -> Locations:
     """Return (pack, sequence within the pack) of every sequence of a row, in order."""
-    name, separator, number = row.rpartition(":")
-    names = [source.name for source in shard_set.manifest.sources]
-    if not separator or not number.isdecimal() or name not in names:
-        raise ConfigError(
-            f"--row {row!r}: expected SOURCE:ROW with a source among {', '.join(names)}"
-        )
-    found = _sequences_of(shard_set, names.index(name), int(number))
-    if not found:
-        why = _why_left_out(shard_set, name, int(number))
-        raise ConfigError(f"--row {row!r}: no sequence of this row is in the set: {why}")
-    return found
-
-
-def _sequences_of(shard_set: ShardSet, source: int, row: int) -> Chosen:
-    found: Chosen = []
+    locations: Locations = []
     for first_pack, columns in zip(shard_set.pack_starts, shard_set.shards, strict=True):
         origin = columns["seq_origin"]
         sequences = np.flatnonzero((origin[:, 0] == source) & (origin[:, 1] == row))
         packs = np.searchsorted(columns["pack_offsets"], sequences, side="right") - 1
         within = sequences - columns["pack_offsets"][packs]
-        found += zip((packs + first_pack).tolist(), within.tolist(), strict=True)
-    return found
+        # A row may have several sequences: fragments, or repeats.
+        locations += zip((packs + first_pack).tolist(), within.tolist(), strict=True)
+    return locations
 
 
 def _why_left_out(shard_set: ShardSet, name: str, row: int) -> str:
-    """Return what the build's list of left-out rows says of a row, or which other part of its
-    source has it."""
+    """Return the reason that the build listed for a row, or the group of its source that has it."""
     sources = shard_set.manifest.sources
-    whole = next(source.details.get("group_of") for source in sources if source.name == name)
-    parts = {
-        source.name: i
-        for i, source in enumerate(sources)
-        if whole and source.details.get("group_of") == whole
-    }
+    entry = next(source for source in sources if source.name == name)
+    whole = entry.details.get("group_of")
     events: dict[str | int, dict[str, str | int]] = {}
     for event in left_out_events(shard_set):
         if event["row"] == row:
             events.setdefault(event["source"], event)
-    for part, index in parts.items():
-        if part != name and (part in events or _sequences_of(shard_set, index, row)):
-            return printable(
-                f"it is in {part}, another part of {whole}: --row {part}:{row}".encode()
-            )
+    # The groups of a split source share row numbers, so the row may be in another of them.
+    for index, source in enumerate(sources):
+        is_sibling = whole and source.details.get("group_of") == whole and source.name != name
+        if is_sibling and (source.name in events or _sequences_of(shard_set, index, row)):
+            hint = f"it is in {source.name}, another group of {whole}: --row {source.name}:{row}"
+            return printable(hint.encode())
     if name in events:
         return printable(f"{events[name]['reason']}: {events[name]['detail']}".encode())
-    rows = next(source.rows_read for source in sources if source.name == name)
     if not (shard_set.path / REJECTS_NAME).is_file():
-        return f"the source has {rows} rows, and {REJECTS_NAME} is not there to say why"
-    other = f", or is of another part of {printable(whole.encode())}" if whole else ""
-    return f"the source has rows 0 to {rows - 1}, and this one was not chosen{other}"
+        return f"the source has {entry.rows_read} rows; {REJECTS_NAME}, which says why, is missing"
+    other = f", or is of another group of {printable(whole.encode())}" if whole else ""
+    return f"the source has rows 0 to {entry.rows_read - 1}, and this one was not chosen{other}"

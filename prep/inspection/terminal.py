@@ -1,5 +1,4 @@
-"""Show packs in a terminal: every token's text, who wrote it, whether it is trained, which row it
-came from.
+"""Show packs in a terminal: every token's text, its author, whether it is trained, its row.
 
     -- sequence 0: gsm8k row 17, 24 tokens, 7 trained
        template   | <|user|>\\n
@@ -10,16 +9,16 @@ came from.
     +  assistant  | The answer is 4.
     +  terminator | <|endoftext|>
 
-The marks say what the colours say, so that a pipe or a log loses nothing.
+The marks repeat what the colours show, so that a pipe or a log loses nothing.
 """
 
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
-from prep.inspection.locate import choose, sequences_of
+from prep.inspection.locate import ShownSequence, locate_sequences, sequences_of
 from prep.inspection.token_text import TokenText, printable
 from shared.shard_format import KIND_MASK, STRADDLES
 from shared.shard_reader import ShardSet
@@ -35,6 +34,7 @@ _COLORS = {
     "reasoning": "bright_green",
 }
 _IDS_PER_LINE = 8
+_LINE = re.compile(rb"[^\n]*\n|[^\n]+")
 
 
 def inspect_lines(
@@ -52,10 +52,10 @@ def inspect_lines(
     Raises ConfigError for a pack or row that the set does not have, ArtifactError for an unreadable
     tokenizer.
     """
-    chosen = choose(shard_set, pack=pack, row=row, sample=sample)
+    locations = locate_sequences(shard_set, pack=pack, row=row, sample=sample)
     printer = _Printer(shard_set, color=color, ids=ids)
     yield printer.legend()
-    for pack_id, sequence in chosen:
+    for pack_id, sequence in locations:
         yield from printer.pack(pack_id, only=sequence)
 
 
@@ -88,36 +88,34 @@ class _Printer:
         )
         for sequence in sequences:
             if only is None or sequence.index == only:
-                place = f"{sequence.source} row {sequence.row}"
-                place += f" from token {sequence.start} of its sample" if sequence.start else ""
-                counts = f"{len(sequence.tokens)} tokens, {sequence.num_loss_tokens} trained"
-                yield f"-- sequence {sequence.index}: {place}, {counts}"
-                yield from self._sequence(sequence.tokens, sequence.kinds, sequence.loss_mask)
+                position = f" from token {sequence.start} of its sample" if sequence.start else ""
+                yield (
+                    f"-- sequence {sequence.index}: {sequence.source} row {sequence.row}{position},"
+                    f" {len(sequence.tokens)} tokens, {sequence.num_loss_tokens} trained"
+                )
+                yield from self._runs(sequence)
 
-    def _sequence(
-        self,
-        tokens: npt.NDArray[np.int32],
-        kinds: npt.NDArray[np.uint8],
-        mask: npt.NDArray[np.uint8],
-    ) -> Iterator[str]:
-        """Yield a line for each line of text of each run of tokens that are alike."""
+    def _runs(self, sequence: ShownSequence) -> Iterator[str]:
+        """Yield the text line by line, for each run of tokens of one kind and mask."""
+        tokens, kinds, mask = sequence.tokens, sequence.kinds, sequence.loss_mask
         changes = (np.diff(kinds) != 0) | (np.diff(mask) != 0)
-        bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(tokens)]
-        for start, stop in pairwise(bounds):
+        for start, stop in pairwise([0, *(np.flatnonzero(changes) + 1).tolist(), len(tokens)]):
             kind, trained = int(kinds[start]), bool(mask[start])
             name = self._names.get(kind & KIND_MASK, f"kind {kind & KIND_MASK}")
             run = tokens[start:stop].tolist()
             marks = ("+" if trained else " ") + ("~" if kind & STRADDLES else " ")
-            for number, line in enumerate(_split_lines(b"".join(map(self._text.bytes_of, run)))):
-                label = name if number == 0 else ""
-                yield f"{marks} {label:<{self._width}} | {self._paint(line, name, trained=trained)}"
-            if self._ids:
-                for first in range(0, len(run), _IDS_PER_LINE):
-                    shown = (
-                        f"{token} '{self._text.text_of([token])}'"
-                        for token in run[first : first + _IDS_PER_LINE]
-                    )
-                    yield f"   {'ids':>{self._width}} : {'  '.join(shown)}"
+            label = name
+            # A newline stays visible as an escape at the end of its line.
+            for line in _LINE.findall(b"".join(map(self._text.bytes_of, run))) or [b""]:
+                text = self._paint(printable(line), name, trained=trained)
+                yield f"{marks} {label:<{self._width}} | {text}"
+                label = ""
+            for first in range(0, len(run) if self._ids else 0, _IDS_PER_LINE):
+                ids = (
+                    f"{token} '{self._text.text_of([token])}'"
+                    for token in run[first : first + _IDS_PER_LINE]
+                )
+                yield f"   {'ids':>{self._width}} : {'  '.join(ids)}"
 
     def _paint(self, text: str, kind: str, *, trained: bool) -> str:
         if not self._color:
@@ -127,10 +125,3 @@ class _Printer:
 
         style = Style(color=_COLORS.get(kind, "white"), bold=trained, underline=trained)
         return style.render(text, color_system=ColorSystem.STANDARD)
-
-
-def _split_lines(data: bytes) -> list[str]:
-    """Cut behind each newline, which stays visible as an escape."""
-    lines = data.split(b"\n")
-    texts = [printable(line) + "\\n" for line in lines[:-1]]
-    return [*texts, printable(lines[-1])] if lines[-1] or not texts else texts

@@ -1,13 +1,14 @@
-"""Token ids -> HTML that shows every byte and can do nothing: text escaped, whitespace and control
-characters visible.
+"""Token ids -> HTML that shows every byte and can do nothing.
+
+Text is escaped; white space and control characters are visible.
 
     <span class="user" title="id 9906, bytes 48 69">Hi</span>   a token and its text
     <i> </i>  <i class="n"></i>\\n  <i class="t">\\t</i>       white space, styled
     <u>\\x1b</u>                                                a character without a shape
     <u class="part">e4 bd</u>                                  bytes of a character in pieces
 
-A character that several tokens share stands in the one that completes it, behind that token's own
-bytes.
+A character that several tokens share stands in the one that completes it, behind the bytes of that
+token.
 """
 
 import codecs
@@ -22,13 +23,10 @@ from prep.inspection.token_text import TokenText, printable
 
 # printable to Python, invisible on a screen: fillers, joiners, and the variation selectors, in
 # which text can hide
-_INVISIBLE = frozenset(
-    [
-        *"\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0",
-        *map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10))),
-    ]
-    + [chr(code) for code in range(0xE0100, 0xE01F0)]
-)
+_SELECTORS = (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))
+_INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | {
+    chr(code) for code in _SELECTORS
+}
 _SPACES = {
     " ": "<i> </i>",
     "\u3000": "<i>\u3000</i>",
@@ -48,52 +46,40 @@ class TokenHtml:
         """Yield one span for each token of a sequence. `classes` are trusted, tokens are not."""
         index = 0
         while index < len(tokens):
-            whole = self._whole_token(tokens[index])
+            token = tokens[index]
+            if token not in self._whole:
+                data = self._text.bytes_of(token)
+                try:
+                    self._whole[token] = _title(token, data) + _text(data.decode("utf-8"))
+                except UnicodeDecodeError:
+                    self._whole[token] = None  # it begins or ends inside of a character
+            whole = self._whole[token]
             if whole is not None:
                 yield f'<span class="{classes[index]}" {whole}</span>'
                 index += 1
                 continue
-            group = self._shared_characters(tokens, index)
-            for token, data, (parts_of, body) in zip(
-                tokens[index:], group, _cut(group), strict=False
-            ):
-                yield f'<span class="{classes[index]}" {_title(token, data, parts_of)}{body}</span>'
+            # A group of tokens that share characters: up to the first that leaves no byte waiting.
+            decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+            group: list[bytes] = []
+            while index + len(group) < len(tokens) and (not group or decoder.getstate()[0]):
+                group.append(self._text.bytes_of(tokens[index + len(group)]))
+                decoder.decode(group[-1])
+            for data, (shared, body) in zip(group, _cut(group), strict=True):
+                title = _title(tokens[index], data, shared)
+                yield f'<span class="{classes[index]}" {title}{body}</span>'
                 index += 1
 
-    def _whole_token(self, token: int) -> str | None:
-        """Return the title and text of a token that ends on character bounds, None for others."""
-        if token not in self._whole:
-            data = self._text.bytes_of(token)
-            try:
-                self._whole[token] = _title(token, data) + _text(data.decode("utf-8"))
-            except UnicodeDecodeError:
-                self._whole[token] = None
-        return self._whole[token]
 
-    def _shared_characters(self, tokens: Sequence[int], start: int) -> list[bytes]:
-        """Return the bytes of the tokens from `start` on, up to the first that ends on a character
-        bound."""
-        decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        group = []
-        for token in tokens[start:]:
-            group.append(self._text.bytes_of(token))
-            decoder.decode(group[-1])
-            if not decoder.getstate()[0]:  # no byte waits for another
-                break
-        return group
-
-
-def _title(token: int, data: bytes, parts_of: Sequence[str] = ()) -> str:
+def _title(token: int, data: bytes, shared: Sequence[str] = ()) -> str:
     """Return the title of a token and the end of its tag."""
-    shared = "".join(f", part of U+{ord(character):04X}" for character in parts_of)
-    return f'title="id {token}, bytes {data.hex(" ")}{shared}">'
+    parts = "".join(f", part of U+{ord(character):04X}" for character in shared)
+    return f'title="id {token}, bytes {data.hex(" ")}{parts}">'
 
 
 def _text(text: str) -> str:
-    mark = (
-        '<i class="m"></i>' if text and unicodedata.category(text[0]).startswith("M") else ""
-    )  # else on its neighbour
-    return mark + "".join(map(_character, text))
+    # A combining mark gets a place to sit on, or it would sit on the token before.
+    is_mark = text and unicodedata.category(text[0]).startswith("M")
+    return '<i class="m"></i>' * bool(is_mark) + "".join(map(_character, text))
 
 
 @cache
@@ -112,6 +98,7 @@ def _character(character: str) -> str:
 
 def _cut(group: list[bytes]) -> Iterator[tuple[list[str], str]]:
     """Yield for each token the characters that it shares with others, and its HTML."""
+    # Bytes that are no UTF-8 decode to one surrogate each, so every byte belongs to a character.
     data = b"".join(group)
     characters = data.decode("utf-8", "surrogateescape")
     starts = [
@@ -128,6 +115,7 @@ def _cut(group: list[bytes]) -> Iterator[tuple[list[str], str]]:
         ):
             if at >= end:
                 break
+            # Bytes of a shared character stand in each of its tokens, itself only in the last.
             if at < start or to > end:
                 shared.append(character)
                 body += f'<u class="part">{data[max(at, start) : min(to, end)].hex(" ")}</u>'

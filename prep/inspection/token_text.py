@@ -1,13 +1,11 @@
-"""Token ids -> the bytes they stand for, and bytes -> text that is safe to print: no control
-character, no lost byte.
+"""Token ids -> their bytes, and bytes -> text that is safe to print.
 
-A character that two tokens share is whole when their bytes are put together, and shown as
-\\xe4\\xbd where not.
+The text has no control character and loses no byte. A character that two tokens share is whole when
+their bytes are put together, and shown as \\xe4\\xbd where they are not.
 """
 
 import json
 import re
-from functools import cache
 from pathlib import Path
 
 from shared.errors import ArtifactError
@@ -28,7 +26,15 @@ class TokenText:
             raise ArtifactError(f"{tokenizer_json} cannot be read as a tokenizer: {exc}") from exc
         parts = json.loads(self._tokenizer.to_str())
         names = _type_names(parts["decoder"]) | _type_names(parts["pre_tokenizer"])
-        self._is_byte_level = "ByteLevel" in names
+        # The alphabet of byte-level vocabularies: visible bytes stand for themselves, the others
+        # for U+0100 and on. Empty for other vocabularies.
+        self._byte_alphabet: dict[str, bytes] = {}
+        if "ByteLevel" in names:
+            visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+            hidden = [byte for byte in range(256) if byte not in visible]
+            characters = [*visible, *range(0x100, 0x100 + len(hidden))]
+            for character, byte in zip(characters, [*visible, *hidden], strict=True):
+                self._byte_alphabet[chr(character)] = bytes([byte])
         self._is_word_piece = "WordPiece" in names
         self._added = {
             number: token.content
@@ -36,15 +42,15 @@ class TokenText:
         }
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Return the bytes of one token, or a word for an id that the tokenizer does not know."""
+        """Return the bytes of one token, or a note for an id that the tokenizer does not know."""
         if token_id in self._added:
             return self._added[token_id].encode("utf-8")
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
             return f"<unknown id {token_id}>".encode()
-        if self._is_byte_level:
-            table = _byte_level_table()
-            return b"".join(table.get(character, character.encode("utf-8")) for character in token)
+        if self._byte_alphabet:
+            return b"".join(self._byte_alphabet.get(c, c.encode("utf-8")) for c in token)
+        # The rest are SentencePiece's <0x0A> and U+2581 for a space, and WordPiece's ##.
         if match := _BYTE_TOKEN.fullmatch(token):
             return bytes([int(match[1], 16)])
         if self._is_word_piece:
@@ -57,8 +63,10 @@ class TokenText:
 
 
 def printable(data: bytes) -> str:
-    """Return text with all but spaces and visible characters escaped: it cannot command a
-    terminal."""
+    """Return text with everything but spaces and visible characters escaped.
+
+    It cannot send a command to a terminal.
+    """
     text = data.decode("utf-8", "backslashreplace")
     if text.isprintable():
         return text
@@ -74,16 +82,6 @@ def _escape(character: str) -> str:
 def _type_names(part: object) -> set[str]:
     """Return every `type` in a part of a tokenizer.json, nested ones too."""
     if isinstance(part, dict):
-        own = {part["type"]} if isinstance(part.get("type"), str) else set()
-        return own.union(*map(_type_names, part.values()))
+        name = {part["type"]} if isinstance(part.get("type"), str) else set()
+        return name.union(*map(_type_names, part.values()))
     return set().union(*map(_type_names, part)) if isinstance(part, list) else set()
-
-
-@cache
-def _byte_level_table() -> dict[str, bytes]:
-    """Return the alphabet of byte-level vocabularies: visible bytes stand for themselves, others
-    for U+0100 and on."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    table = {chr(byte): bytes([byte]) for byte in visible}
-    return table | {chr(0x100 + index): bytes([byte]) for index, byte in enumerate(hidden)}

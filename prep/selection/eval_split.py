@@ -1,12 +1,13 @@
 """The rows that are held out of training: all rows of some prompts, so that no question is on both
 sides.
 
-    side of a row = hash(seed, its prompt) < fraction
+    a row is held out if hash(seed, its prompt) < fraction
 
 Nothing else of the mixture decides: another mix, length, mask, template or order of the sources
 moves no prompt to the other side, and what a smaller fraction holds out, a larger one does too.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,11 +22,11 @@ from shared.shard_format import EVAL_DIR, Manifest
 from shared.splitmix import splitmix64
 
 HELD_OUT = "held_out"  # why a row is not in the set itself
-_KEPT = "not_held_out"  # why a row is not in the eval set
+_NOT_HELD_OUT = "not_held_out"  # why a row is not in the eval set
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOut:
+class HeldOutShare:
     """How many of something are held out."""
 
     held_out: int
@@ -37,43 +38,44 @@ class HeldOut:
 
 
 def mark_eval(
-    usables: Sequence[EligibleRows], stores: Sequence[SampleStore], *, fraction: float, seed: int
-) -> tuple[HeldOut, HeldOut]:
-    """Set `held_out` of the rows of every source. Return how many different prompts it is true of,
-    and rows."""
-    all_prompts, held_rows, num_rows = [np.zeros(0, np.uint64)], 0, 0
-    for usable, store in zip(usables, stores, strict=True):
-        prompts = hashes_of(usable, store, "prompt_hash")[:, 0]
-        held = is_held_out(prompts, fraction=fraction, seed=seed)
-        usable.rows["held_out"] = held
-        all_prompts.append(prompts)
-        num_rows += len(np.unique(usable.rows["row"]))
-        held_rows += len(np.unique(usable.rows["row"][held]))
-    prompts = np.unique(np.concatenate(all_prompts))
-    num_held = int(is_held_out(prompts, fraction=fraction, seed=seed).sum())
-    return HeldOut(num_held, len(prompts)), HeldOut(held_rows, num_rows)
+    sources: Sequence[EligibleRows], stores: Sequence[SampleStore], *, fraction: float, seed: int
+) -> tuple[HeldOutShare, HeldOutShare]:
+    """Set `held_out` of the rows of every source; return the shares of prompts and of rows."""
+    hashes, num_held_out, num_rows = [np.zeros(0, np.uint64)], 0, 0
+    for eligible, store in zip(sources, stores, strict=True):
+        rows, prompts = eligible.rows, hashes_of(eligible, store, "prompt_hash")[:, 0]
+        rows["held_out"] = is_held_out(prompts, fraction=fraction, seed=seed)
+        hashes.append(prompts)
+        # A row that was split has several sequences.
+        num_rows += len(np.unique(rows["row"]))
+        num_held_out += len(np.unique(rows["row"][rows["held_out"]]))
+    # Sources may share prompts: each counts once over all of them.
+    prompts = np.unique(np.concatenate(hashes))
+    num_prompts = int(is_held_out(prompts, fraction=fraction, seed=seed).sum())
+    return HeldOutShare(num_prompts, len(prompts)), HeldOutShare(num_held_out, num_rows)
 
 
-def split_eval(usables: Sequence[EligibleRows]) -> tuple[list[EligibleRows], list[EligibleRows]]:
+def split_eval(
+    sources: Sequence[EligibleRows],
+) -> tuple[list[EligibleRows], list[EligibleRows]]:
     """Return what is left of every source to train on, and what is held out of it."""
-    kept, held = [], []
-    for usable in usables:
-        which = usable.rows["held_out"]
-        kept.append(usable.without(which, HELD_OUT, lambda _: f"its prompt is in {EVAL_DIR}/"))
-        dropped = usable.dropped.copy()
-        num_kept = len(np.unique(usable.rows["row"][~which]))
-        if num_kept:
-            dropped[_KEPT] = num_kept
-        held.append(EligibleRows(usable.rows[which], dropped))
-    return kept, held
+    train, held_out = [], []
+    for eligible in sources:
+        which = eligible.rows["held_out"]
+        train.append(eligible.without(which, HELD_OUT, lambda _: f"its prompt is in {EVAL_DIR}/"))
+        num_train = len(np.unique(eligible.rows["row"][~which]))
+        dropped = eligible.dropped + Counter({_NOT_HELD_OUT: num_train})
+        held_out.append(EligibleRows(eligible.rows[which], dropped))
+    return train, held_out
 
 
 def is_held_out(
     prompts: npt.NDArray[np.uint64], *, fraction: float, seed: int
 ) -> npt.NDArray[np.bool_]:
     """Return for each prompt hash, uint64 [S], whether it is held out, bool [S]."""
-    drawn = splitmix64(prompts ^ np.uint64(seed_from(seed, "held out")))
-    return drawn < np.uint64(int(fraction * 2**64))
+    # The hash of a prompt is a uniform 64-bit number, so it falls below a share of the range.
+    draw = splitmix64(prompts ^ np.uint64(seed_from(seed, "held out")))
+    return draw < np.uint64(int(fraction * 2**64))
 
 
 def num_held_out(manifest: Manifest) -> int:

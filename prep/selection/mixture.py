@@ -1,8 +1,11 @@
-"""What each source gives to the shard set: filters, duplicates over all sources, then how much.
+"""What each source gives to the shard set, and what is held out of it.
 
-Filters come first, so that the copy that stays is one that can be used; choosing comes last, so
-that `rows = N` means N. Rows are held out before that: the eval set is the same for every mix.
-Split sources become their groups in between: nothing before that depends on them.
+    every source    cut and mask -> its own limits -> overlaps with questions
+    all sources     duplicates -> marks of the eval set -> groups of split sources
+    every group     epochs by temperature -> rows to train on, rows to evaluate on
+
+Filters come first, so that of two equal rows the one that stays can be used. Choosing comes last,
+so that `rows = N` gives N rows. The eval set is marked before that: it is the same for every mix.
 """
 
 import logging
@@ -13,8 +16,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from prep.config import MixtureConfig
-from prep.selection.decontaminate import Overlap
-from prep.selection.eval_split import HeldOut, mark_eval, split_eval
+from prep.selection.decontamination.overlaps import Overlap
+from prep.selection.eval_split import HeldOutShare, mark_eval, split_eval
 from prep.selection.filters import without_duplicates, without_little_loss, without_overlaps
 from prep.selection.sequences import EligibleRows, choose, eligible_sequences
 from prep.selection.source import SelectedSource, Source
@@ -34,8 +37,8 @@ class Selections:
     train: list[SelectedSource]
     held_out: list[SelectedSource]
     """Without a sequence where the mixture holds nothing out."""
-    prompts: HeldOut
-    rows: HeldOut
+    prompts: HeldOutShare
+    rows: HeldOutShare
 
     @property
     def num_held_out(self) -> int:
@@ -46,12 +49,12 @@ class Selections:
 def select_mixture(
     mixture: MixtureConfig, sources: Sequence[Source], overlaps: Sequence[Sequence[Overlap]]
 ) -> Selections:
-    """Return what every one of `sources` gives; `overlaps` are the rows of each that share a
-    passage with a question.
+    """Return what every one of `sources` gives.
 
-    Raises DataError where a source cannot give the rows that its configuration asks for.
+    `overlaps` are the rows of each source that share a passage with a question. Raises DataError
+    where a source cannot give the rows that its configuration asks for.
     """
-    stores, names = [source.samples for source in sources], [source.name for source in sources]
+    # Each source alone: what fits, carries enough loss and repeats no question.
     eligible = []
     for source, shared in zip(sources, overlaps, strict=True):
         rows = eligible_sequences(
@@ -65,25 +68,31 @@ def select_mixture(
         )
         rows = without_little_loss(rows, source.config.min_loss_tokens)
         eligible.append(without_overlaps(rows, shared, mixture.decontaminate.ngram))
+
+    # All sources together: a duplicate may lie in another source, and so may a prompt.
+    stores = [source.samples for source in sources]
     if mixture.dedup.exact:
-        eligible = without_duplicates(eligible, stores, names)
-    prompts = held_rows = HeldOut(0, 0)
+        eligible = without_duplicates(eligible, stores, [source.name for source in sources])
+    prompt_share = row_share = HeldOutShare(0, 0)
     if mixture.eval.fraction:
-        prompts, held_rows = mark_eval(
+        prompt_share, row_share = mark_eval(
             eligible, stores, fraction=mixture.eval.fraction, seed=mixture.seed
         )
+
+    # From here on a split source is its groups. Nothing above depends on how a source is split, so
+    # a split changes no row of the set unless its groups are mixed differently.
     groups = [
         group
         for source, rows in zip(sources, eligible, strict=True)
         for group in split_source(source, rows)
     ]
-    kept, held = split_eval([rows for _, rows in groups])
+    to_train, to_evaluate = split_eval([rows for _, rows in groups])
     train, held_out = [], []
     for (source, _), epochs, train_rows, eval_rows in zip(
-        groups, _epochs(mixture, groups, kept), kept, held, strict=True
+        groups, _epochs(mixture, groups, to_train), to_train, to_evaluate, strict=True
     ):
+        # A temperature replaces the epochs of a source. It gives 0 to an empty one: no epochs.
         config = source.config if epochs is None else replace(source.config, epochs=epochs or None)
-        whole = replace(source.config, fraction=None, rows=None, epochs=None)
         selection = choose(train_rows, config, source.name, seed=mixture.seed)
         if len(train_rows.rows) and not len(selection.sequences) and config.epochs != 0:
             logger.warning(
@@ -92,48 +101,48 @@ def select_mixture(
                 len(train_rows.rows),
             )
         train.append(SelectedSource(source, source.config, selection))
-        held_out.append(
-            SelectedSource(source, whole, choose(eval_rows, whole, source.name, seed=mixture.seed))
-        )
-    return Selections(train, held_out, prompts, held_rows)
-
-
-def _epochs(
-    mixture: MixtureConfig,
-    groups: Sequence[tuple[Source, EligibleRows]],
-    kept: Sequence[EligibleRows],
-) -> list[float | None]:
-    """Return the epochs that the temperature of the mixture gives each group; None without one."""
-    if mixture.mixing.temperature is None:
-        return [None] * len(groups)
-    tokens = [int(rows.rows["length"].sum(dtype=np.int64)) for rows in kept]
-    result: list[float | None] = []
-    for (source, _), epochs in zip(
-        groups, epochs_at(mixture.mixing.temperature, tokens), strict=True
-    ):
-        if mixture.mixing.max_epochs is None and epochs > _MANY_EPOCHS:
-            logger.warning(
-                "%s is used %.1f times; mixing.max_epochs sets a limit", source.name, epochs
-            )
-        result.append(min(epochs, mixture.mixing.max_epochs or math.inf))
-    return result
+        every_row = replace(source.config, fraction=None, rows=None, epochs=None)
+        selection = choose(eval_rows, every_row, source.name, seed=mixture.seed)
+        held_out.append(SelectedSource(source, every_row, selection))
+    return Selections(train, held_out, prompt_share, row_share)
 
 
 def epochs_at(temperature: float, tokens: Sequence[int]) -> list[float]:
-    """Return how often each source is used, so that its share grows with tokens^(1/temperature),
-    the total unchanged.
+    """Return how often each source is used so that its share grows with tokens^(1/temperature).
 
-    share_i = tokens_i^(1/T) / sum_j tokens_j^(1/T)        epochs_i = share_i * sum_j tokens_j /
-    tokens_i
+        share_i  = tokens_i^(1/T) / sum_j tokens_j^(1/T)
+        epochs_i = share_i * sum_j tokens_j / tokens_i
 
-    Temperature 1 gives 1 everywhere, a high one equal shares. An empty source gets 0.
+    The total stays the same. Temperature 1 gives 1 everywhere, a high one equal shares. An empty
+    source gets 0, any other at least 10^-6.
     """
-    most = max(tokens, default=0)
-    weights = [
-        (count / most) ** (1 / temperature) if count else 0.0 for count in tokens
-    ]  # at most 1: no overflow
+    largest = max(tokens, default=0)
+    # Relative to the largest source a power is at most 1 and cannot overflow.
+    weights = [(count / largest) ** (1 / temperature) if count else 0.0 for count in tokens]
     whole, total = math.fsum(weights), sum(tokens)
     return [
         max(round(weight / whole * total / count, _DIGITS), 10**-_DIGITS) if count else 0.0
         for weight, count in zip(weights, tokens, strict=True)
     ]
+
+
+def _epochs(
+    mixture: MixtureConfig,
+    groups: Sequence[tuple[Source, EligibleRows]],
+    rows: Sequence[EligibleRows],
+) -> list[float | None]:
+    """Return the epochs that the temperature of the mixture gives each group; None without one."""
+    if mixture.mixing.temperature is None:
+        return [None] * len(groups)
+    tokens = [int(eligible.rows["length"].sum(dtype=np.int64)) for eligible in rows]
+    limit = mixture.mixing.max_epochs
+    result: list[float | None] = []
+    for (source, _), epochs in zip(
+        groups, epochs_at(mixture.mixing.temperature, tokens), strict=True
+    ):
+        if limit is None and epochs > _MANY_EPOCHS:
+            logger.warning(
+                "%s is used %.1f times; mixing.max_epochs sets a limit", source.name, epochs
+            )
+        result.append(min(epochs, limit or math.inf))
+    return result

@@ -18,7 +18,7 @@ class Source:
     config: SourceConfig
     """How the mixture uses it."""
     counts: SourceCounts
-    """What its rows have become, as far as they are read."""
+    """What became of its rows, as far as they are read."""
     store: SampleStore | None = None
     """Its samples, once they are tokenised; the groups of a split source share them."""
 

@@ -1,27 +1,24 @@
-"""A source that is split by a column: each value of the column is a source of its own in the set.
+"""A source that is split by a column: each value of the column is a source of the set.
 
     source        rows       a a b a c b          one store, tokenised and filtered once
     in the set    a  0 1 3     b  2 5     c  4    row numbers count over the whole source
 
-A row that names no group belongs to the group with the name of the source. What a group leaves to
-the others is counted among its dropped rows, so that every source of a set accounts for all rows
+A row that names no group belongs to the group with the name of the source. Rows of the other groups
+are counted among the dropped rows of a group, so that every source of a set accounts for all rows
 that were read. A ClassLabel of `datasets` is a number in the rows, and so in the names.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from prep.config import SourceConfig
 from prep.selection.sequences import EligibleRows
 from prep.selection.source import Source
-from prep.store.sample_store import SampleStore
-from prep.store.source_counts import SourceCounts
 from shared.errors import DataError
 from shared.shard_format import OTHER_GROUPS
 
@@ -32,45 +29,57 @@ Event = TypeVar("Event", bound=tuple[Any, ...])  # (row, ...)
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """The groups of one source."""
-
-    values: tuple[str, ...]  # in order; "" of rows that name none
-    of_row: npt.NDArray[np.int32]  # [R] index into `values` of every row of the source
-
-
 def split_source(source: Source, eligible: EligibleRows) -> list[tuple[Source, EligibleRows]]:
     """Return the groups of a source with the rows of each; a source that is not split is its own.
 
     Raises DataError where `split_by` or `group_epochs` do not fit the rows.
     """
-    if not source.config.split_by:
+    config, counts = source.config, source.counts
+    if not config.split_by:
         return [(source, eligible)]
     _check_values(source)
-    groups = _groups_of(source.samples, source.counts)
-    rejects = _by_group(source.counts.rejects, groups)
-    unrendered = _by_group(source.counts.unrendered, groups)
+    values = sorted(counts.groups) or [""]  # "" is the group of rows that name none
+    # Every chunk numbers its groups by itself: row_group is an index into the chunk's list.
+    number_of = {value: number for number, value in enumerate(values)}
+    groups = [np.zeros(0, np.int32)]
+    for chunk in source.samples.chunks:
+        of_chunk = np.asarray([number_of[value] for value in chunk.facts["groups"]], np.int32)
+        groups.append(of_chunk[chunk.column("row_group")])
+    group_of = np.concatenate(groups)  # int32 [R], by row of the source
+    num_rows = np.bincount(group_of, minlength=len(values)).tolist()
+    rejects = _by_group(counts.rejects, group_of, len(values))
+    unrendered = _by_group(counts.unrendered, group_of, len(values))
+    listed = _by_group(eligible.listed, group_of, len(values))
+
+    # A stable sort by group keeps the order of the rows within each.
+    group_of_sequence = group_of[eligible.rows["row"]]
+    num_sequences = np.bincount(group_of_sequence, minlength=len(values))
+    by_group = eligible.rows[np.argsort(group_of_sequence, kind="stable")]
     result = []
-    for index, rows in enumerate(_split_rows(eligible, groups)):
-        value = groups.values[index]
-        result.append(
-            (
-                Source(
-                    replace(source.resolved, name=_name(source, value), group_of=source.name),
-                    _config_of(source.config, value),
-                    replace(source.counts, rejects=rejects[index], unrendered=unrendered[index]),
-                    source.store,
-                ),
-                rows,
-            )
+    for number, rows in enumerate(np.split(by_group, np.cumsum(num_sequences)[:-1])):
+        value = values[number]
+        group_config = config
+        if value in config.group_epochs:
+            group_config = replace(config, fraction=None, epochs=config.group_epochs[value])
+        group = Source(
+            replace(source.resolved, name=_name(source, value), group_of=source.name),
+            group_config,
+            replace(counts, rejects=rejects[number], unrendered=unrendered[number]),
+            source.store,
         )
+        # Dropped rows are counted again from the list, which names every one of them.
+        dropped = Counter(reason for _, reason, _ in listed[number])
+        if others := len(group_of) - num_rows[number]:
+            dropped[OTHER_GROUPS] = others
+        result.append((group, EligibleRows(rows, dropped, listed[number])))
     return result
 
 
 def check_groups(sources: Sequence[Source]) -> None:
-    """Check the groups that are known so far. Raises DataError for too many of them, and for two of
-    one name."""
+    """Check the groups that are known so far.
+
+    Raises DataError for too many of them, and for two of one name.
+    """
     names = []
     for source in sources:
         split_by, values = source.config.split_by, source.counts.groups
@@ -82,10 +91,10 @@ def check_groups(sources: Sequence[Source]) -> None:
                 " correct split_by, or remove it"
             )
     if len(set(names)) < len(names):
-        twice = next(name for name in sorted(names) if names.count(name) > 1)
+        duplicate = next(name for name in sorted(names) if names.count(name) > 1)
         raise DataError(
-            f"split_by gives two sources of the set the name {twice!r}; set `name` of a source that"
-            " is split: its groups are then called NAME/VALUE"
+            f"split_by gives two sources of the set the name {duplicate!r}; set `name` of a source"
+            " that is split: its groups are then called NAME/VALUE"
         )
 
 
@@ -101,7 +110,9 @@ def warn_of_no_groups(source: Source) -> None:
 
 
 def _check_values(source: Source) -> None:
+    """Raise DataError for a column that no row has, and for epochs of a group that is not there."""
     config, counts = source.config, source.counts
+    # Where every row is malformed nothing is known of the column: another check reports those.
     if counts.groups == {""} and counts.rows > len(counts.rejects):
         raise DataError(
             f"source {source.name!r}: none of its {counts.rows:,} rows has a value in the column"
@@ -121,42 +132,11 @@ def _name(source: Source, value: str) -> str:
     return f"{source.config.name}/{value}" if source.config.name else value
 
 
-def _config_of(config: SourceConfig, value: str) -> SourceConfig:
-    """Return how the rows of a group are used: as those of the whole source, unless it is named."""
-    if value not in config.group_epochs:
-        return config
-    return replace(config, fraction=None, epochs=config.group_epochs[value])
-
-
-def _groups_of(store: SampleStore, counts: SourceCounts) -> Groups:
-    values = sorted(counts.groups) or [""]
-    index = {value: number for number, value in enumerate(values)}
-    rows = [np.zeros(0, np.int32)]
-    for chunk in store.chunks:
-        of_chunk = np.asarray([index[value] for value in chunk.facts["groups"]], np.int32)
-        rows.append(of_chunk[chunk.column("row_group")])
-    return Groups(tuple(values), np.concatenate(rows))
-
-
-def _by_group(events: Sequence[Event], groups: Groups) -> list[list[Event]]:
+def _by_group(
+    events: Sequence[Event], group_of: npt.NDArray[np.int32], num_groups: int
+) -> list[list[Event]]:
     """Sort what begins with a row number into the groups."""
-    sorted_events: list[list[Event]] = [[] for _ in groups.values]
+    result: list[list[Event]] = [[] for _ in range(num_groups)]
     for event in events:
-        sorted_events[groups.of_row[event[0]]].append(event)
-    return sorted_events
-
-
-def _split_rows(eligible: EligibleRows, groups: Groups) -> list[EligibleRows]:
-    num_rows = np.bincount(groups.of_row, minlength=len(groups.values))
-    group_of = groups.of_row[eligible.rows["row"]]
-    order = np.argsort(group_of, kind="stable")
-    bounds = np.searchsorted(group_of[order], np.arange(len(groups.values) + 1))
-    result = []
-    for index, events in enumerate(_by_group(eligible.listed, groups)):
-        dropped = Counter(reason for _, reason, _ in events)
-        others = len(groups.of_row) - int(num_rows[index])
-        if others:
-            dropped[OTHER_GROUPS] = others
-        rows = eligible.rows[order[bounds[index] : bounds[index + 1]]]
-        result.append(EligibleRows(rows, dropped, events))
+        result[group_of[event[0]]].append(event)
     return result

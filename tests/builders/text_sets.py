@@ -1,11 +1,15 @@
-"""Shard sets spelled as text, for tests of what shows them: a byte-level tokenizer with a token for
-each byte."""
+"""Shard sets spelled as text, for tests of what shows them.
 
+Their tokenizer is byte-level, with a token for each byte.
+"""
+
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+import zstandard
 from lettered_sets import write_lettered_set
 
 from shared.shard_reader import ShardSet, open_shard_set
@@ -64,4 +68,18 @@ def write_text_pack(
         max_seq_len=max_seq_len,
         **options,
     )
+    return open_shard_set(path)
+
+
+def write_rejected_row_set(path: Path) -> ShardSet:
+    """Two shards of two packs with rows 0 to 5 of `chats`; row 7 is listed as malformed."""
+    packs = [[("tuaT", "0011"), ("tuaaT", "00111")], [("tutaT", "00011")]]
+    write_lettered_set(path, [packs, packs], tokenizer_json=byte_tokenizer().to_str().encode())
+    event = {
+        "source": "chats",
+        "row": 7,
+        "reason": "malformed",
+        "detail": "chats.jsonl line 8 (row 7): no\x1b",
+    }
+    (path / "rejects.jsonl.zst").write_bytes(zstandard.compress(json.dumps(event).encode() + b"\n"))
     return open_shard_set(path)

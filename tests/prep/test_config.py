@@ -17,14 +17,20 @@ from shared.errors import SftError
 VALUES: list[Any] = [
     True, 0, -1, 1, 2, 3, 2**31 - 1, 2**31, 2**63, 2**64, 10**30,
     10**400, 0.0, 0.5, -0.5, 1e-300, 1e300, float("inf"), float("nan"),
-    "", "x", "\x00", "/", "..", "\ud800", "x" * 5000, [], [1], ["x"], [[]], [{}], {}, {"x": 1}, {"": ""}, None,
+    "", "x", "\x00", "/", "..", "\ud800", "x" * 5000,
+    [], [1], ["x"], [[]], [{}], {}, {"x": 1}, {"": ""}, None,
 ]  # fmt: skip
 TABLES = {
-    "": mixture_config.MixtureConfig, "mask": mixture_config.MaskConfig, "lengths": mixture_config.LengthsConfig,
-    "rows": mixture_config.RowsConfig, "eval": mixture_config.EvalConfig, "dedup": mixture_config.DedupConfig,
-    "decontaminate": mixture_config.DecontaminateConfig, "mixing": mixture_config.MixingConfig,
+    "": mixture_config.MixtureConfig,
+    "mask": mixture_config.MaskConfig,
+    "lengths": mixture_config.LengthsConfig,
+    "rows": mixture_config.RowsConfig,
+    "eval": mixture_config.EvalConfig,
+    "dedup": mixture_config.DedupConfig,
+    "decontaminate": mixture_config.DecontaminateConfig,
+    "mixing": mixture_config.MixingConfig,
     "sources": mixture_config.SourceConfig,
-}  # fmt: skip
+}
 KEYS = [
     (table, field.name)
     for table, cls in TABLES.items()
@@ -60,6 +66,7 @@ def test_any_value_of_a_key_is_an_error_of_ours_or_builds(
             build_set(bent, tmp_path / f"out{index}", store=folder / "samples")
 
 
+SKIP = {"rows": {"on_error": "skip", "reject_budget": 1.0}}
 BAD = '{"messages":[{"role":"user","content":"a","content":"b"}]}'
 
 
@@ -67,18 +74,23 @@ BAD = '{"messages":[{"role":"user","content":"a","content":"b"}]}'
     ("line", "tables", "code"),
     [
         (BAD, {}, 4),
-        (BAD, {"rows": {"on_error": "skip", "reject_budget": 1.0}}, 0),
+        (BAD, SKIP, 0),
         ('{"messages":%s}' % ("[" * 250 + "]" * 250), {}, 4),
-        ('{"messages":%s}' % ("[" * 9000 + "]" * 9000), {"rows": {"on_error": "skip", "reject_budget": 1.0}}, 0),
-        ("9" * 5000, {"rows": {"on_error": "skip", "reject_budget": 1.0}}, 0),
+        ('{"messages":%s}' % ("[" * 9000 + "]" * 9000), SKIP, 0),
+        ("9" * 5000, SKIP, 0),
         (BAD, {"rows": {"on_error": 7}}, 3),
         (BAD, {"max_seq_len": 10**30}, 3),
     ],
-)  # fmt: skip
+)
 def test_a_bad_row_ends_the_command_with_its_code(
-    line: str, tables: dict[str, Any], code: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    tables: dict[str, Any],
+    code: int,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     rows = write_rows(tmp_path / "bad.jsonl", [chat("Hi", "there"), line])
     file = write_toml(tmp_path / "mix.toml", mixture_of([rows], folder / "tokenizer", **tables))
     places = ["--out", str(tmp_path / "out"), "--store", str(tmp_path / "store")]
@@ -105,3 +117,12 @@ def test_a_bad_row_ends_the_command_with_its_code(
 def test_a_key_of_an_older_release_is_an_error_that_names_the_new_one(old: str, new: str) -> None:
     with pytest.raises(SftError, match=new):
         mixture_config.load_mixture("demo", (old,))
+
+
+@pytest.mark.parametrize(
+    "date", ["2024-02-30", "20240229", "2024-W01-1", "2024-1-1", "today", "2024-02-29T00:00"]
+)
+def test_a_date_that_does_not_exist_is_refused(date: str) -> None:
+    with pytest.raises(SftError, match="expected a day as YYYY-MM-DD"):
+        mixture_config.TemplateConfig(name="chatml", date=date)
+    mixture_config.TemplateConfig(name="chatml", date="2024-02-29")

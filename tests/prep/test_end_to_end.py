@@ -44,8 +44,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def test_from_three_formats_to_a_set_pulled_from_a_hub(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "three.toml").write_text(MIXTURE.format(data=REAL_DATA))
     out = tmp_path / "three"
-    said = done("build", "--mixture", tmp_path / "three.toml", "--out", out)
-    assert "fingerprint" in said
+    output = done("build", "--mixture", tmp_path / "three.toml", "--out", out)
+    assert "fingerprint" in output
     manifest = open_shard_set(out).manifest
     tau, sharegpt, alpaca = manifest.sources
     assert (tau.rows_read, tau.rows_used, tau.rows_dropped) == (200, 100, {"not_chosen": 100})

@@ -64,16 +64,16 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 
 def sequences_of(shards: ShardSet) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
-    found = {}
+    sequences = {}
     for pack in map(shards.pack, range(shards.num_packs)):
         for origin, start, end in zip(
             pack.seq_origin, pack.seq_offsets[:-1], pack.seq_offsets[1:], strict=True
         ):
-            found[int(origin[0]), int(origin[1])] = (
+            sequences[int(origin[0]), int(origin[1])] = (
                 pack.tokens[start:end],
                 pack.loss_mask[start:end],
             )
-    return found
+    return sequences
 
 
 def without_nulls(value: Any) -> Any:
@@ -99,8 +99,8 @@ def tulu_ranges(messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, in
 
 def qwen_ranges(text: str) -> list[tuple[int, int]]:
     return [
-        found.span(1)
-        for found in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)
+        match.span(1)
+        for match in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)
     ]
 
 
@@ -121,14 +121,16 @@ def batches(items: list[Any], size: int = 512) -> Iterator[list[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def test_every_row_kept_under_tulu_has_the_reference_ids_and_the_defined_mask(tulu: Built) -> None:
-    kept = sequences_of(tulu.shards)
+def test_every_row_used_under_tulu_has_the_reference_ids_and_the_defined_mask(tulu: Built) -> None:
+    sequences = sequences_of(tulu.shards)
     template = (tulu.shards.tokenizer_dir / "chat_template.jinja").read_text()
     special = tulu.tokenizer.all_special_tokens
     checked = 0
     for source, file in enumerate(FILES):
         rows = list(enumerate(rows_of(file)))
-        for batch in batches([(number, row) for number, row in rows if (source, number) in kept]):
+        for batch in batches(
+            [(number, row) for number, row in rows if (source, number) in sequences]
+        ):
             texts = [
                 tulu.tokenizer.apply_chat_template(
                     row["messages"], chat_template=template, tokenize=False
@@ -139,7 +141,7 @@ def test_every_row_kept_under_tulu_has_the_reference_ids_and_the_defined_mask(tu
             for index, (number, row) in enumerate(batch):
                 known, ranges = tulu_ranges(row["messages"])
                 assert texts[index] == known
-                tokens, mask = kept[source, number]
+                tokens, mask = sequences[source, number]
                 if any(token in bodies_of(row) for token in special):
                     continue
                 assert tokens.tolist() == encoded["input_ids"][index], (file.name, number)
@@ -150,10 +152,10 @@ def test_every_row_kept_under_tulu_has_the_reference_ids_and_the_defined_mask(tu
                     number,
                 )
                 checked += 1
-    assert checked == len(kept) == 25_758
+    assert checked == len(sequences) == 25_758
 
 
-def test_rows_that_tulu_cannot_carry_are_left_out_and_counted_and_no_others(tulu: Built) -> None:
+def test_rows_that_tulu_cannot_render_are_left_out_and_counted_and_no_others(tulu: Built) -> None:
     for entry, file in zip(tulu.shards.manifest.sources, FILES, strict=True):
         rows = rows_of(file)
         carried = [
@@ -173,7 +175,7 @@ def test_rows_that_tulu_cannot_carry_are_left_out_and_counted_and_no_others(tulu
 
 
 def test_every_row_under_qwen3_has_the_reference_ids_and_the_defined_mask(qwen: Built) -> None:
-    kept = sequences_of(qwen.shards)
+    sequences = sequences_of(qwen.shards)
     special = qwen.tokenizer.all_special_tokens
     checked = 0
     for source, file in enumerate(FILES):
@@ -193,14 +195,14 @@ def test_every_row_under_qwen3_has_the_reference_ids_and_the_defined_mask(qwen: 
             for index, (number, row) in enumerate(batch):
                 if any(token in bodies_of(row) for token in special):
                     continue
-                tokens, mask = kept[source, number]
+                tokens, mask = sequences[source, number]
                 assert tokens.tolist() == encoded["input_ids"][index], (file.name, number)
                 expected = expected_mask(
                     encoded["offset_mapping"][index], qwen_ranges(texts[index])
                 )
                 assert np.array_equal(mask, expected), (file.name, number)
                 checked += 1
-    assert checked == len(kept) == 32_079
+    assert checked == len(sequences) == 32_079
 
 
 @pytest.mark.parametrize("max_seq_len", [2048, 4096])

@@ -23,9 +23,8 @@ from prep_builds import (
 )
 
 from prep.build.build import build
-from prep.build.dry_run import dry_run
 from prep.build.explain import explain
-from shared.errors import ArtifactError, ConfigError, DataError, PrerequisiteError
+from shared.errors import ArtifactError, ConfigError, PrerequisiteError
 from shared.shard_reader import check_hashes, open_shard_set
 
 
@@ -75,7 +74,7 @@ def test_workers_do_not_change_the_fingerprint(tables: dict[str, Any], tmp_path:
     ).read_bytes()
 
 
-def test_the_same_bytes_at_another_place_give_the_same_manifest(
+def test_the_same_bytes_elsewhere_give_the_same_manifest(
     tables: dict[str, Any], tmp_path: Path
 ) -> None:
     build_set(tables, tmp_path / "here")
@@ -141,15 +140,15 @@ def change_tokenizer(tables: dict[str, Any]) -> str:
 
 
 def change_template(tables: dict[str, Any]) -> str:
-    own = Path(tables["sources"][0]["path"]).parent / "chatml.jinja"
+    template = Path(tables["sources"][0]["path"]).parent / "chatml.jinja"
     from prep.rendering.template import shipped_templates
 
-    own.write_text(
+    template.write_text(
         shipped_templates()["chatml"]
         .read_text()
         .replace("if add_generation_prompt", "if  add_generation_prompt")
     )
-    tables["template"]["name"] = str(own)
+    tables["template"]["name"] = str(template)
     return "template"
 
 
@@ -223,47 +222,6 @@ def test_over_length_rows_are_cut_or_dropped_counted_and_listed(
     ]  # fmt: skip
 
 
-def test_a_row_that_the_template_cannot_carry_is_left_out_listed_or_refused(
-    tokenizer: Path, tmp_path: Path
-) -> None:
-    tool = chat("Hi", "Yo")
-    tool["messages"].insert(1, {"role": "tool", "content": "42"})
-    rows = write_rows(tmp_path / "rows.jsonl", [chat("a", "b"), tool])
-    tables = mixture_of([rows], tokenizer, template="tulu")
-    shards = build_set(tables, tmp_path / "out")
-    assert shards.manifest.sources[0].rows_unrendered == {"tool message": 1}
-    assert [(event["row"], event["detail"]) for event in listed(tmp_path / "out")] == [
-        (1, "tool message")
-    ]
-    with pytest.raises(DataError, match=r"row 1.*tool message"):
-        build_set({**tables, "rows": {"unknown": "error"}}, tmp_path / "error")
-    with pytest.raises(DataError, match="max_unrendered"):
-        build_set({**tables, "rows": {"max_unrendered": 0.4}}, tmp_path / "budget")
-    kept = build_set(
-        {**tables, "rows": {"unknown": "drop_message"}}, tmp_path / "kept"
-    ).manifest.sources[0]
-    assert (kept.rows_used, kept.details["messages_dropped"]) == (2, 1)
-
-
-def test_a_malformed_row_stops_the_build_or_is_skipped_within_the_budget(
-    tokenizer: Path, tmp_path: Path
-) -> None:
-    good = [chat("a", "b")] * 9
-    rows = write_rows(
-        tmp_path / "rows.jsonl", [*good, '{"messages": [{"role": "bot", "content": "x"}]}']
-    )
-    tables = mixture_of([rows], tokenizer)
-    with pytest.raises(DataError, match=r"rows\.jsonl line 10 \(row 9\).*'bot'.*on_error"):
-        build_set(tables, tmp_path / "out")
-    with pytest.raises(DataError, match="reject_budget"):
-        build_set({**tables, "rows": {"on_error": "skip"}}, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    policy = {"on_error": "skip", "reject_budget": 0.1}
-    shards = build_set({**tables, "rows": policy}, tmp_path / "out")
-    assert shards.manifest.sources[0].rows_rejected == {"malformed": 1}
-    assert [event["row"] for event in listed(tmp_path / "out")] == [9]
-
-
 def test_two_builders_of_one_set_do_not_meet(tables: dict[str, Any], tmp_path: Path) -> None:
     script = (
         "import sys\nfrom pathlib import Path\nfrom shared.atomic import exclusive_lock\nwith"
@@ -281,22 +239,6 @@ def test_two_builders_of_one_set_do_not_meet(tables: dict[str, Any], tmp_path: P
         build(plan_of(tables, tmp_path / "out"), rebuild=False)
     holder.communicate(b"")
     build(plan_of(tables, tmp_path / "out"), rebuild=False)
-
-
-def test_sources_with_one_name_are_refused(tables: dict[str, Any], tmp_path: Path) -> None:
-    tables["sources"].append(dict(tables["sources"][0]))
-    with pytest.raises(ConfigError, match="two sources are named 'first'"):
-        build(plan_of(tables, tmp_path / "out"), rebuild=False)
-
-
-def test_a_dry_run_writes_no_set_and_says_what_a_build_makes(
-    tables: dict[str, Any], tmp_path: Path
-) -> None:
-    lines = dry_run(plan_of(tables, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-    totals = build_set(tables, tmp_path / "out").manifest.totals
-    assert f"{totals.packs:,} packs" in lines[0]
-    assert f"{totals.tokens:,} tokens, {totals.loss_tokens:,} loss tokens" in lines[0]
 
 
 def test_a_failing_build_leaves_the_old_set_as_it_was(
@@ -324,11 +266,11 @@ def test_add_bos_without_a_bos_or_with_a_second_one_is_refused(
     tokenizer: Path, tmp_path: Path
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [chat("a", "b")])
-    own = tmp_path / "own.jinja"
-    own.write_text(
+    template = tmp_path / "own.jinja"
+    template.write_text(
         "{{ bos_token }}{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
     )
-    tables = {**mixture_of([rows], tokenizer), "template": {"name": str(own), "add_bos": True}}
+    tables = {**mixture_of([rows], tokenizer), "template": {"name": str(template), "add_bos": True}}
     with pytest.raises(ConfigError, match="prints '<|endoftext|>' itself".replace("|", r"\|")):
         build(plan_of(tables, tmp_path / "out"), rebuild=False)
     bare = shutil.copytree(tokenizer, tmp_path / "bare")
@@ -338,21 +280,3 @@ def test_add_bos_without_a_bos_or_with_a_second_one_is_refused(
     tables = {**mixture_of([rows], bare), "template": {"name": "chatml", "add_bos": True}}
     with pytest.raises(ConfigError, match="has no BOS token"):
         build(plan_of(tables, tmp_path / "out"), rebuild=False)
-
-
-def test_explain_says_what_would_be_tokenised_and_why(
-    tables: dict[str, Any], tmp_path: Path
-) -> None:
-    plan = plan_of(tables, tmp_path / "out", store=tmp_path / "samples")
-    assert "samples of first: to be tokenised" in explain(plan)
-    build(plan, rebuild=False)
-    assert explain(plan)[1:] == [
-        f"samples of {name}: in {tmp_path / 'samples'}, nothing to tokenise"
-        for name in ("first", "second")
-    ]
-    change_source(tables)
-    change_template(tables)
-    lines = explain(plan_of(tables, tmp_path / "out", store=tmp_path / "samples"))
-    at = lines.index("samples of second: to be tokenised")
-    assert "differs: template: " in lines[at + 1]
-    assert len(lines) == at + 2

@@ -1,12 +1,9 @@
-"""Template and tokenizer: markers that must be one token, tokens that are added, the day that a
-template prints."""
+"""Template and tokenizer: markers that must be one token, and tokens that are added."""
 
-import dataclasses
 import json
 import logging
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tokenizers
@@ -17,7 +14,7 @@ from transformers import AutoTokenizer
 from prep.build.build import build
 from prep.build.dry_run import dry_run
 from prep.build.explain import explain
-from prep.config import TemplateConfig, TokenizerConfig
+from prep.config import TokenizerConfig
 from prep.inspection.stats import stats, stats_lines
 from prep.inspection.verification.verify import verify
 from prep.rendering.control.markers import printed_markers, required_markers, split_markers
@@ -25,8 +22,6 @@ from prep.rendering.template import ChatTemplate, TemplateText, shipped_template
 from shared.errors import ConfigError
 
 SHIPPED = shipped_templates()
-DATED = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-DATED = "Today: {{ strftime_now('%d %B %Y') }}\n" + DATED
 
 
 @pytest.fixture
@@ -46,16 +41,12 @@ def own_template(folder: Path, text: str) -> str:
     return str(folder / "mine.jinja")
 
 
-# --- markers
-# --------------------------------------------------------------------------------------------------------
-
-
 def test_every_shipped_template_states_its_markers_and_prints_them() -> None:
     for name, path in SHIPPED.items():
         text = path.read_text(encoding="utf-8")
         assert all(marker in text for marker in required_markers(name)), name
-        named = {"bos_token": "<s>", "eos_token": "</s>"}
-        printed = printed_markers(ChatTemplate(TemplateText(name, text), named, "2026-01-01"))
+        special = {"bos_token": "<s>", "eos_token": "</s>"}
+        printed = printed_markers(ChatTemplate(TemplateText(name, text), special, "2026-01-01"))
         required = {
             marker
             for marker in required_markers(name)
@@ -70,7 +61,7 @@ def test_every_shipped_template_states_its_markers_and_prints_them() -> None:
             "<|begin_of_text|>",
         }
         plain |= {f"<{slash}{word}>" for slash in ("", "/") for word in ("think", "answer")} | set(
-            named.values()
+            special.values()
         )
         assert required <= set(printed) <= required | plain, name
 
@@ -87,16 +78,16 @@ def test_a_shipped_template_whose_markers_the_tokenizer_splits_is_refused(
         return
     with pytest.raises(
         ConfigError, match=r"must be one token each.*\(\d+ tokens\).*tokenizer\.add_tokens = \["
-    ) as told:
+    ) as raised:
         build(plan_of(tables, tmp_path / "out"), rebuild=False)
     with pytest.raises(ConfigError):
         dry_run(plan_of(tables, tmp_path / "out"))
-    asked = json.loads(str(told.value).partition("add_tokens = ")[2])
-    tables["tokenizer"]["add_tokens"] = asked
+    missing = json.loads(str(raised.value).partition("add_tokens = ")[2])
+    tables["tokenizer"]["add_tokens"] = missing
     build_set(tables, tmp_path / "out")
 
 
-def test_the_wrong_template_no_longer_takes_five_times_the_tokens_without_a_word(
+def test_the_wrong_template_no_longer_takes_five_times_the_tokens_silently(
     tokenizer: Path, rows: Path, tmp_path: Path
 ) -> None:
     right = build_set(mixture_of([rows], tokenizer), tmp_path / "right").manifest.totals.tokens
@@ -112,12 +103,12 @@ def test_split_markers_of_a_users_template_are_one_warning_and_a_line_in_stats(
     shards = build_set(
         mixture_of([rows], tokenizer, template=own_template(tmp_path, text)), tmp_path / "out"
     )
-    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warned) == 1
-    assert "<|user|> (" in warned[0].getMessage()
-    found = stats(shards)["split_markers"]
-    assert found.keys() == {"<|system|>", "<|user|>", "<|assistant|>"}
-    assert min(found.values()) > 1
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "<|user|> (" in warnings[0].getMessage()
+    split = stats(shards)["split_markers"]
+    assert split.keys() == {"<|system|>", "<|user|>", "<|assistant|>"}
+    assert min(split.values()) > 1
     (line,) = [line for line in stats_lines(shards) if "several tokens" in line]
     assert line.startswith("markers of the template that take several tokens: <|assistant|> (")
     verify(shards.path)
@@ -139,9 +130,9 @@ def test_markers_that_are_one_token_are_not_mentioned(
 def test_a_marker_is_whole_where_it_is_a_token_and_split_or_unknown_elsewhere(family: str) -> None:
     tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json(family))
     assert split_markers([*CONTROL, "<think>"], tokenizer) == {}
-    found = split_markers(["<|eot_id|>", "\U0001f9d9"], tokenizer)
-    assert found.keys() == {"<|eot_id|>", "\U0001f9d9"}
-    assert min(found.values()) != 1 or found["\U0001f9d9"] == 0
+    split = split_markers(["<|eot_id|>", "\U0001f9d9"], tokenizer)
+    assert split.keys() == {"<|eot_id|>", "\U0001f9d9"}
+    assert min(split.values()) != 1 or split["\U0001f9d9"] == 0
 
 
 def test_max_seq_len_over_what_the_tokenizer_says_is_a_warning(
@@ -156,10 +147,6 @@ def test_max_seq_len_over_what_the_tokenizer_says_is_a_warning(
         "max_seq_len = 128 is over the 100 tokens that the tokenizer small says its model takes"
         " (model_max_length)"
     ]
-
-
-# --- tokens that the mixture adds
-# -----------------------------------------------------------------------------------
 
 
 def base_tokenizer(folder: Path) -> Path:
@@ -213,7 +200,7 @@ def test_added_tokens_are_inputs_and_need_no_second_build(
     assert explain(plan_of(tables, tmp_path / "other"))[0].endswith("every input is the same")
 
 
-def test_a_token_that_is_there_already_is_said_and_one_of_the_vocabulary_is_refused(
+def test_a_token_that_is_there_already_is_reported_and_one_of_the_vocabulary_is_refused(
     tokenizer: Path, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tables = mixture_of([rows], tokenizer)
@@ -236,65 +223,3 @@ def test_a_token_that_is_there_already_is_said_and_one_of_the_vocabulary_is_refu
 def test_tokens_that_cannot_be_added_are_refused(tokens: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="add_tokens"):
         TokenizerConfig(name="x", add_tokens=tokens)
-
-
-# --- the day
-# --------------------------------------------------------------------------------------------------------
-
-
-def test_a_template_that_asks_for_the_day_gets_that_of_the_first_build_for_good(
-    tokenizer: Path,
-    rows: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    tables = mixture_of([rows], tokenizer, template=own_template(tmp_path, DATED))
-    plan = plan_of(tables, tmp_path / "out")
-    monkeypatch.setattr("prep.inputs.today", lambda: "2026-03-01")
-    with caplog.at_level(logging.INFO):
-        first = build(plan, rebuild=False)
-    assert "prints the date: 2026-03-01 is used and recorded" in caplog.text
-    assert first.config["template"]["date"] == "2026-03-01"
-    monkeypatch.setattr("prep.inputs.today", lambda: "2026-03-02")
-    caplog.clear()
-    assert build(plan, rebuild=False) == first
-    assert not caplog.records or "prints the date" not in caplog.text
-    assert explain(plan)[0].endswith("every input is the same")
-    assert build(plan, rebuild=True).fingerprint == first.fingerprint
-    assert (
-        build(dataclasses.replace(plan, rehash=True), rebuild=False).fingerprint
-        == first.fingerprint
-    )
-    said = {**tables, "template": {**tables["template"], "date": "2026-03-01"}}
-    assert build(plan_of(said, tmp_path / "out"), rebuild=False).fingerprint == first.fingerprint
-    other = build_set(tables, tmp_path / "other").manifest
-    assert other.config["template"]["date"] == "2026-03-02"
-    assert other.fingerprint != first.fingerprint
-
-
-def test_a_template_without_a_day_records_none(tokenizer: Path, rows: Path, tmp_path: Path) -> None:
-    assert (
-        build_set(mixture_of([rows], tokenizer), tmp_path / "out").manifest.config["template"][
-            "date"
-        ]
-        == ""
-    )
-
-
-@pytest.mark.parametrize(
-    "date", ["2024-02-30", "20240229", "2024-W01-1", "2024-1-1", "today", "2024-02-29T00:00"]
-)
-def test_a_day_that_does_not_exist_is_a_config_error(date: str) -> None:
-    with pytest.raises(ConfigError, match="expected a day as YYYY-MM-DD"):
-        TemplateConfig(name="chatml", date=date)
-    TemplateConfig(name="chatml", date="2024-02-29")
-
-
-def test_the_log_names_nothing_twice(
-    tokenizer: Path, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tables: dict[str, Any] = mixture_of([rows], tokenizer, template=own_template(tmp_path, DATED))
-    with caplog.at_level(logging.INFO):
-        build_set(tables, tmp_path / "out")
-    assert caplog.text.count("prints the date") == 1

@@ -1,4 +1,4 @@
-"""A disk that is full or read-only ends a build with one line; nothing is lost, and it goes on when
+"""A disk that is full or read-only ends a build with one line; nothing is lost, and it resumes when
 there is space."""
 
 import subprocess
@@ -101,7 +101,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_old_set(
     assert manifest_bytes(disk) == manifest_bytes(case.folder)
 
 
-def test_a_read_only_place_for_the_set_is_one_line(
+def test_a_read_only_directory_for_the_set_is_reported_in_one_line(
     case: PrepCase, forked: ForkedPrep, disk: Path
 ) -> None:
     assert mount("-o", "remount,ro", disk) == 0
@@ -110,7 +110,7 @@ def test_a_read_only_place_for_the_set_is_one_line(
     )
 
 
-def test_a_read_only_place_for_the_samples_is_one_line(
+def test_a_read_only_directory_for_the_samples_is_reported_in_one_line(
     case: PrepCase, forked: ForkedPrep, disk: Path, tmp_path: Path
 ) -> None:
     assert mount("-o", "remount,ro", disk) == 0

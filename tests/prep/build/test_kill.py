@@ -73,7 +73,7 @@ def num_changes(
 
 
 @pytest.mark.parametrize("moment", moments("build"))
-def test_a_build_killed_at_any_change_goes_on_to_the_same_set(
+def test_a_build_killed_at_any_change_resumes_to_the_same_set(
     moment: float, num_changes: int, small: PrepCase, forked: ForkedPrep, tmp_path: Path
 ) -> None:
     ended = forked.run(
@@ -175,12 +175,12 @@ def test_a_directory_of_the_users_beside_the_set_is_left_alone(
     small: PrepCase, forked: ForkedPrep, tmp_path: Path
 ) -> None:
     assert forked.run(small.arguments(tmp_path)).code == 0
-    own = tmp_path / "out.new"
-    own.mkdir()
-    (own / "notes").write_text("mine")
+    folder = tmp_path / "out.new"
+    folder.mkdir()
+    (folder / "notes").write_text("mine")
     wide = write_toml(tmp_path / "wide.toml", {**small.tables, "max_seq_len": 256})
     assert forked.run([*small.arguments(tmp_path, file=wide), "--rebuild"]).code == 0
-    assert (own / "notes").read_text() == "mine"
+    assert (folder / "notes").read_text() == "mine"
 
 
 def inodes(store: Path) -> dict[Path, int]:
@@ -218,7 +218,7 @@ def test_workers_end_when_their_parent_alone_is_killed(
     check_goes_on(large, forked, tmp_path)
 
 
-def test_a_killed_worker_ends_the_build_with_one_line_and_it_goes_on(
+def test_a_killed_worker_ends_the_build_with_one_line_and_can_be_resumed(
     large: PrepCase, forked: ForkedPrep, tmp_path: Path
 ) -> None:
     process = started(large, tmp_path)
@@ -233,7 +233,7 @@ def test_a_killed_worker_ends_the_build_with_one_line_and_it_goes_on(
     check_goes_on(large, forked, tmp_path)
 
 
-def test_an_interrupt_ends_a_build_at_once_with_one_line_and_it_goes_on(
+def test_an_interrupt_ends_a_build_at_once_with_one_line_and_can_be_resumed(
     large: PrepCase, forked: ForkedPrep, tmp_path: Path
 ) -> None:
     process = started(large, tmp_path)
@@ -249,7 +249,7 @@ def test_an_interrupt_ends_a_build_at_once_with_one_line_and_it_goes_on(
 
 @pytest.mark.full
 @pytest.mark.slow
-def test_the_installed_command_killed_at_thirty_moments_goes_on_to_the_same_set(
+def test_the_installed_command_killed_at_thirty_moments_resumes_to_the_same_set(
     large: PrepCase, forked: ForkedPrep, tmp_path: Path
 ) -> None:
     began = time.monotonic()

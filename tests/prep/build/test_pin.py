@@ -42,8 +42,8 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (root / "README.md").write_text("# nothing\n")
     names = ("models/org/model", "datasets/org/chats", "models/meta-llama/Llama-3.1-8B",
              "datasets/allenai/tulu-3-sft-mixture")  # fmt: skip
-    with serve_repositories(dict.fromkeys(names, root)) as found:
-        yield found
+    with serve_repositories(dict.fromkeys(names, root)) as address:
+        yield address
 
 
 def pin(folder: Path, endpoint: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -67,7 +67,7 @@ def test_a_file_is_pinned_in_place(endpoint: str, tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [
         f"org/model: main is {COMMIT}",
         f"org/chats: main is {COMMIT}",
-        "rows.jsonl: local, named by its content",
+        "rows.jsonl: local, identified by its content",
         f"org/chats: main is {COMMIT}",
         "org/chats: 89abcdef0123456789abcdef0123456789abcdef, pinned before",
         "mine.toml",
@@ -94,7 +94,7 @@ def test_what_cannot_be_pinned_leaves_the_file_alone(endpoint: str, tmp_path: Pa
         "inline.toml": (
             MIXTURE.replace('[tokenizer]\nname = "org/model"', 'tokenizer.name = "org/model"'),
             3,
-            "a key a line",
+            "each key on a line",
         ),
     }
     for name, (text, code, message) in cases.items():

@@ -313,7 +313,7 @@ def test_the_same_file_in_another_format_has_other_samples(tmp_path: Path, token
         ({"columns": {"promt": "q"}}, "columns maps promt; expected fields of one format"),
         ({"columns": {"prompt": "q", "output": "a"}}, "columns maps prompt, output"),
         ({"format": "alpaca", "columns": {"prompt": "q"}}, "of alpaca: instruction"),
-        ({"columns": {"prompt": "q", "completion": "q"}}, "a column of its own for each field"),
+        ({"columns": {"prompt": "q", "completion": "q"}}, "a different column for each field"),
         ({"columns": {"prompt": 1}}, "sources.0.columns.prompt = 1; expected text"),
     ],
 )

@@ -44,13 +44,13 @@ def test_the_generator_writes_the_shipped_files() -> None:
     }
     assert set(made) == shipped
     for name, data in made.items():
-        found = (FOLDER / name).read_bytes()
+        shipped_data = (FOLDER / name).read_bytes()
         if name.endswith(
             ".gz"
         ):  # zlib's releases compress differently: compare what they hold, and the header
-            assert found[4:8] == data[4:8] == b"\0\0\0\0", "a time in the header"
-            found, data = gzip.decompress(found), gzip.decompress(data)
-        assert found == data, name
+            assert shipped_data[4:8] == data[4:8] == b"\0\0\0\0", "a time in the header"
+            shipped_data, data = gzip.decompress(shipped_data), gzip.decompress(data)
+        assert shipped_data == data, name
 
 
 def test_held_out_prompts_are_in_no_training_row() -> None:

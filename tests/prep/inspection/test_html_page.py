@@ -30,9 +30,9 @@ HOSTILE = (
     " \x00\x1b[2J\x07\r\u2028\u202e\u2066\u200b\u200d\ufeff\u00ad\x9b"
 )
 TAGS = {
-    "html", "head", "meta", "title", "style", "body", "header", "h1", "h2", "h3", "bdi", "dl", "div", "dt", "dd",
-    "code", "ul", "li", "hr", "span", "small", "label", "input", "kbd", "main", "section", "p", "svg", "a", "rect",
-    "path", "article", "i", "u", "script",
+    "html", "head", "meta", "title", "style", "script", "body", "header", "h1", "h2", "h3", "main",
+    "section", "article", "div", "p", "dl", "dt", "dd", "ul", "li", "hr", "span", "small", "label",
+    "input", "kbd", "code", "bdi", "a", "i", "u", "svg", "rect", "path",
 }  # fmt: skip
 TAME = re.compile(r"[\n\t\x20-\x7e]|[^\x00-\xff]", re.DOTALL)
 CHAT = [
@@ -108,90 +108,6 @@ def test_the_text_of_the_tokens_is_the_text_that_they_stand_for(tmp_path: Path) 
     assert all(not token.chips for token in page.tokens)
 
 
-@pytest.mark.parametrize(
-    ("character", "expected"),
-    [
-        (" ", "<i> </i>"),
-        ("\n", '<i class="n"></i>\n'),
-        ("\t", '<i class="t">\t</i>'),
-        ("\u3000", "<i>\u3000</i>"),
-    ],
-)
-def test_white_space_is_marked_and_stays_what_it_is(
-    character: str, expected: str, tmp_path: Path
-) -> None:
-    merges = {"\u3000": [("\u00e3", "\u0122"), ("\u00e3\u0122", "\u0122")]}.get(character, [])
-    shard_set = write_text_set(
-        tmp_path / "set", (character, "u", "0"), tokenizer=byte_tokenizer(*merges)
-    )
-    assert len(shard_set.pack(0).tokens) == 1
-    assert f">{expected}</span>" in page_of(shard_set)
-
-
-@pytest.mark.parametrize(
-    "character", ["\x00", "\r", "\x1b", "\x7f", "\u00a0", "\u2028", "\u202e", "\u200d", "\ue000"]
-)
-def test_a_character_without_a_shape_is_spelled_out(character: str, tmp_path: Path) -> None:
-    page = page_of(write_text_set(tmp_path / "set", (f"a{character}b", "u", "0")))
-    assert character not in page
-    spelled = repr(character)[1:-1] if ord(character) < 0x80 else f"\\u{ord(character):04x}"
-    assert spelled in [chip for token in ParsedPage(page).tokens for chip in token.chips]
-
-
-@pytest.mark.parametrize("character", ["\ufe0f", "\u3164", "\u2800", "\U000e0141", "\u034f"])
-def test_text_cannot_hide_in_characters_that_nobody_sees(character: str, tmp_path: Path) -> None:
-    page = parsed(write_text_set(tmp_path / "set", (f"a{character}", "u", "0")))
-    assert page.tokens[-1].chips[-1] == character.encode("unicode_escape").decode()
-
-
-def test_a_mark_does_not_sit_on_the_token_before_it(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer(("\u00cc", "\u0123"))  # the bytes of U+0301 as one token
-    shard_set = write_text_set(tmp_path / "set", ("e\u0301", "u", "0"), tokenizer=tokenizer)
-    assert '<i class="m"></i>\u0301</span>' in page_of(shard_set)
-
-
-def test_a_character_of_several_tokens_stands_in_the_last_and_its_bytes_in_each(
-    tmp_path: Path,
-) -> None:
-    first, second, third = parsed(write_text_set(tmp_path / "set", ("\u6771", "u", "0"))).tokens
-    assert (first.text, second.text, third.text) == ("e6", "9d", "b1\u6771")
-    assert third.chips == ["b1"]
-    assert [token.title.partition(", ")[2] for token in (first, second, third)] == [
-        "bytes e6, part of U+6771",
-        "bytes 9d, part of U+6771",
-        "bytes b1, part of U+6771",
-    ]
-
-
-def test_a_token_may_end_one_character_and_begin_another(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer(("\u013f", "\u00e4"))  # b'\x9d\xe4': ends U+4E1D, begins the next
-    shard_set = write_text_set(tmp_path / "set", ("\u4e1d\u4eac", "u", "0"), tokenizer=tokenizer)
-    texts = [token.text for token in parsed(shard_set).tokens]
-    assert texts == ["e4", "b8", "9d\u4e1de4", "ba", "ac\u4eac"]
-
-
-def test_bytes_that_are_no_text_are_shown_as_bytes(tmp_path: Path) -> None:
-    alphabet = sorted(byte_tokenizer().get_vocab().items())
-    number = {bytes_of(token): index for token, index in alphabet if index < 256}
-    wanted = [b"\xff", b"a", b"\xe6", b"b", b"\xe6", b"\x9d"]
-
-    def spoil(columns: Columns) -> None:
-        columns["tokens"][:] = [number[data] for data in wanted]
-
-    page = parsed(write_text_set(tmp_path / "set", ("x" * len(wanted), "u", "0"), spoil=spoil))
-    assert [token.text for token in page.tokens] == ["\\xff", "a", "\\xe6", "b", "\\xe6", "\\x9d"]
-
-
-def test_an_id_that_the_tokenizer_does_not_know_is_named(tmp_path: Path) -> None:
-    def spoil(columns: Columns) -> None:
-        columns["tokens"][:] = 299
-
-    assert (
-        "<unknown id 299>"
-        in parsed(write_text_set(tmp_path / "set", ("x", "u", "0"), spoil=spoil)).tokens[0].text
-    )
-
-
 def test_hostile_text_adds_no_tag_no_attribute_and_no_command(tmp_path: Path) -> None:
     plain = parsed(
         write_text_set(tmp_path / "plain", ("x" * 300, "u", "0"), (EOS, "T", "1"), max_seq_len=5000)
@@ -212,9 +128,9 @@ def test_hostile_text_adds_no_tag_no_attribute_and_no_command(tmp_path: Path) ->
         zstandard.compress(json.dumps(event).encode())
     )
     page = page_of(redeclared(shard_set.path, change))
-    found = ParsedPage(page)
-    assert found.tags <= TAGS
-    names = {(tag, name) for tag, name, _ in found.attributes}
+    parsed_page = ParsedPage(page)
+    assert parsed_page.tags <= TAGS
+    names = {(tag, name) for tag, name, _ in parsed_page.attributes}
     assert names <= {(tag, name) for tag, name, _ in plain.attributes} | {
         ("i", "class"),
         ("u", "class"),
@@ -222,17 +138,19 @@ def test_hostile_text_adds_no_tag_no_attribute_and_no_command(tmp_path: Path) ->
     }
     assert not [
         name
-        for _, name, _ in found.attributes
+        for _, name, _ in parsed_page.attributes
         if name.startswith("on") or name in ("style", "src", "srcdoc")
     ]
     assert not TAME.sub("", page)
     assert not re.search("[\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]", page)
-    assert found.raw == plain.raw
+    assert parsed_page.raw == plain.raw
     shown = re.sub(
-        r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|r)", "", "".join(token.text for token in found.tokens[:-1])
+        r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|r)",
+        "",
+        "".join(token.text for token in parsed_page.tokens[:-1]),
     )
     assert shown.startswith(HOSTILE[: HOSTILE.index("\x00")])
-    assert found.tokens[0].classes == ["other"]
+    assert parsed_page.tokens[0].classes == ["other"]
 
 
 def test_no_style_and_no_script_but_the_pages_own_may_run(tmp_path: Path) -> None:
@@ -247,17 +165,17 @@ def test_no_style_and_no_script_but_the_pages_own_may_run(tmp_path: Path) -> Non
         assert f"{what}-src 'sha256-{digest}'" in policy
 
 
-def test_the_page_names_no_other_place(tmp_path: Path) -> None:
+def test_the_page_names_no_other_address(tmp_path: Path) -> None:
     page = page_of(write_text_set(tmp_path / "set", *CHAT))
     assert not re.search(
         r"//[a-z]|https?:|url\(|@import|fetch\(|XMLHttp|WebSocket|\bimport\b", page
     )
-    found = ParsedPage(page)
-    assert found.values("src", "srcset", "action", "data", "poster", "xlink:href") == []
-    links = found.values("href")
+    parsed_page = ParsedPage(page)
+    assert parsed_page.values("src", "srcset", "action", "data", "poster", "xlink:href") == []
+    links = parsed_page.values("href")
     assert links == ["#p0s0"]
-    assert len(found.ids) == len(set(found.ids))
-    assert {link[1:] for link in links} <= set(found.ids)
+    assert len(parsed_page.ids) == len(set(parsed_page.ids))
+    assert {link[1:] for link in links} <= set(parsed_page.ids)
 
 
 def test_the_header_names_the_set_and_the_legend_counts_what_is_shown(tmp_path: Path) -> None:
@@ -359,7 +277,7 @@ def test_the_command_writes_the_page_and_says_where(tmp_path: Path) -> None:
     assert out.read_text(encoding="utf-8") == page_of(shard_set)
 
 
-def test_a_place_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path) -> None:
     shard_set = write_text_set(tmp_path / "set", *CHAT)
     with pytest.raises(ArtifactError, match="give --html another file"):
         write_page(shard_set, tmp_path)

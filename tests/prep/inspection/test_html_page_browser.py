@@ -126,7 +126,8 @@ def test_the_keyboard_walks_over_tokens_and_tells_what_they_are(page: str, tmp_p
     press("t"); press("Home");
     const trained = tip.textContent;
     press("End");
-    document.title = [first, trained, tip.textContent, only.checked].join("|").replaceAll("\\n", ";");
+    const seen = [first, trained, tip.textContent, only.checked];
+    document.title = seen.join("|").replaceAll("\\n", ";");
     """
     first, trained, last, checked = title_after(driven(page, steps), tmp_path).split("|", 3)[:4]
     length = sum(len(text) for text, _, _ in CHAT[:-1]) + 1

@@ -185,7 +185,7 @@ def test_without_a_plot_matplotlib_is_not_loaded(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True)
 
 
-def test_a_place_that_cannot_be_written_keeps_what_is_there(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_keeps_what_is_there(tmp_path: Path) -> None:
     shard_set = plotted_set(tmp_path / "set")
     (tmp_path / "there.png").mkdir()
     with pytest.raises(ArtifactError, match="give --plot another file"):

@@ -30,11 +30,11 @@ def pack_lengths(
 
 
 def number_of_packs_sample_by_sample(lengths: list[int], capacity: int) -> int:
-    """Best-fit-decreasing as the books tell it."""
+    """Best-fit-decreasing as textbooks have it."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
-        found = bisect.bisect_left(rooms, length)
-        room = rooms.pop(found) if found < len(rooms) else capacity
+        fitting = bisect.bisect_left(rooms, length)
+        room = rooms.pop(fitting) if fitting < len(rooms) else capacity
         bisect.insort(rooms, room - length)
     return len(rooms)
 
@@ -189,7 +189,8 @@ import resource, numpy as np
 from prep.selection.best_fit import pack_best_fit
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-order, offsets = pack_best_fit(np.array([90, 30_000_000, 7]), capacity=10**9, tie_break=np.arange(3, dtype=np.uint64))
+lengths, tie_break = np.array([90, 30_000_000, 7]), np.arange(3, dtype=np.uint64)
+order, offsets = pack_best_fit(lengths, capacity=10**9, tie_break=tie_break)
 assert offsets.tolist() == [0, 3]
 print(peak() - before)
 """

@@ -1,7 +1,6 @@
 """Holding out: every row of a prompt on one side, all rows on one of them, the same side under
 every other setting."""
 
-import hashlib
 import json
 import random
 import shutil
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lettered_sets import write_lettered_set
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows
 
 from prep.build.build import build
@@ -21,13 +19,9 @@ from prep.build.dry_run import dry_run
 from prep.build.explain import explain
 from prep.build.summary import summary_lines
 from prep.inspection.stats import stats, stats_lines
-from prep.inspection.verification.eval_leakage import prompts_of
 from prep.inspection.verification.verify import verify
-from prep.rendering.control.markers import required_markers
 from prep.selection.eval_split import is_held_out
-from shared import atomic
-from shared.errors import ArtifactError, ConfigError, DataError, IncompleteArtifactError
-from shared.hashing import digest
+from shared.errors import ArtifactError, ConfigError, IncompleteArtifactError
 from shared.shard_format import EVAL_DIR
 from shared.shard_reader import ShardSet, open_shard_set, read_manifest
 
@@ -107,16 +101,14 @@ def test_another_seed_holds_other_prompts_out(tables: dict[str, Any], tmp_path: 
 
 
 def test_workers_do_not_change_a_byte(tables: dict[str, Any], tmp_path: Path) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    build_set(tables, here, store=tmp_path / "s1", workers=1)
-    build_set(tables, there, store=tmp_path / "s2", workers=2)
-    files = {path.relative_to(here) for path in here.rglob("*") if path.is_file()} - {
+    one, two = tmp_path / "one", tmp_path / "two"
+    build_set(tables, one, store=tmp_path / "s1", workers=1)
+    build_set(tables, two, store=tmp_path / "s2", workers=2)
+    files = {path.relative_to(one) for path in one.rglob("*") if path.is_file()} - {
         Path("build_info.json")
     }
     assert Path("eval/shards/00000/tokens.npy") in files
-    assert [
-        file for file in files if (here / file).read_bytes() != (there / file).read_bytes()
-    ] == []
+    assert [file for file in files if (one / file).read_bytes() != (two / file).read_bytes()] == []
 
 
 def mix(tables: dict[str, Any]) -> None:
@@ -174,10 +166,10 @@ def test_every_row_is_accounted_for_on_both_sides(tables: dict[str, Any], tmp_pa
     tables["sources"][0]["rows"] = 100
     shards = build_set(tables, tmp_path / "out")
     held_out = read_manifest(shards.path / EVAL_DIR)
-    for own, other in zip(shards.manifest.sources, held_out.sources, strict=True):
-        for source in (own, other):
+    for train, evaluation in zip(shards.manifest.sources, held_out.sources, strict=True):
+        for source in (train, evaluation):
             assert source.rows_read == source.rows_used + sum(source.rows_dropped.values())
-        assert own.rows_dropped["held_out"] == other.rows_used > 0
+        assert train.rows_dropped["held_out"] == evaluation.rows_used > 0
     assert shards.manifest.sources[0].rows_dropped["not_chosen"] > 0
     summary = "\n".join(summary_lines(shards.manifest, shards.path))
     assert f"left out (held_out) {held_out.sources[0].rows_used}" in summary
@@ -194,9 +186,9 @@ def test_stats_and_a_dry_run_say_what_is_held_out(tables: dict[str, Any], tmp_pa
         f"{totals.packs:,} packs of 128, {totals.sequences:,} sequences, {totals.tokens:,} tokens"
     )
     assert sum(size in line for line in lines) == 1
-    found = stats(shards)["held_out"]
-    assert (found["packs"], found["loss_tokens"]) == (totals.packs, totals.loss_tokens)
-    assert sum(found["rows_used"].values()) == totals.sequences
+    numbers = stats(shards)["held_out"]
+    assert (numbers["packs"], numbers["loss_tokens"]) == (totals.packs, totals.loss_tokens)
+    assert sum(numbers["rows_used"].values()) == totals.sequences
     assert any(
         line.startswith(f"held out in eval/: {totals.packs:,} packs")
         for line in stats_lines(shards)
@@ -235,7 +227,7 @@ def test_an_eval_set_that_was_removed_is_missed(tables: dict[str, Any], tmp_path
         verify(shards.path)
 
 
-def test_a_fraction_that_holds_nothing_out_is_said(
+def test_a_fraction_that_holds_nothing_out_is_reported(
     tables: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tables["eval"]["fraction"] = 1e-9
@@ -246,14 +238,6 @@ def test_a_fraction_that_holds_nothing_out_is_said(
     build(plan_of(tables, shards.path), rebuild=False)
 
 
-def test_a_fraction_that_holds_everything_out_is_an_error(tokenizer: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "one.jsonl", [chat("Hi", "Hello there!")] * 5)
-    tables = {**mixture_of([rows], tokenizer), "eval": {"fraction": 0.999999}}
-    with pytest.raises(DataError, match="every prompt of one is held out by eval"):
-        build_set(tables, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 2.0])
 def test_a_fraction_that_is_none_is_refused(
     fraction: float, tables: dict[str, Any], tmp_path: Path
@@ -262,81 +246,7 @@ def test_a_fraction_that_is_none_is_refused(
         plan_of({**tables, "eval": {"fraction": fraction}}, tmp_path / "out")
 
 
-# verify
-
-
-def test_verify_says_what_the_sides_share(tables: dict[str, Any], tmp_path: Path) -> None:
-    shards = build_set(tables, tmp_path / "out")
-    num_prompts = len({prompt_of(tables, row) for row in sides(shards)[1]})
-    line = f"no row is on both sides; 0 of {num_prompts} prompts read like one that is trained on"
-    assert line in verify(shards.path)[-1]
-
-
-def test_prompts_that_differ_only_in_what_the_template_drops_are_counted(
-    tokenizer: Path, tmp_path: Path
-) -> None:
-    questions = [f"What is {number}?" for number in range(40)]
-    rows = [
-        chat(question + space, "The answer is 4.") for question in questions for space in ("", " ")
-    ]
-    tables = {
-        **mixture_of([write_rows(tmp_path / "rows.jsonl", rows)], tokenizer),
-        "eval": {"fraction": 0.5},
-        "template": {"name": "llama3"},
-        "tokenizer": {"name": str(tokenizer), "add_tokens": list(required_markers("llama3"))},
-    }
-    line = verify(build_set(tables, tmp_path / "out").path)[-1]
-    assert " 0 of" not in line
-
-
-def test_a_row_on_both_sides_is_named(tables: dict[str, Any], tmp_path: Path) -> None:
-    whole = build_set({**tables, "eval": {"fraction": 0.0}}, tmp_path / "whole")
-    shards = build_set(tables, tmp_path / "out")
-    manifest, other = (
-        json.loads((path / "manifest.json").read_bytes()) for path in (whole.path, shards.path)
-    )
-    del manifest["seal"]
-    manifest |= {
-        key: other[key] for key in ("inputs", "inputs_digest", "config")
-    }  # as if the build had erred
-    atomic.write_json(whole.path / "manifest.json", {**manifest, "seal": digest(manifest)})
-    shutil.copytree(shards.path / EVAL_DIR, whole.path / EVAL_DIR)
-    with pytest.raises(ArtifactError, match=r"source 'first' row \d+ is held out and trained on"):
-        verify(whole.path)
-
-
-@pytest.mark.parametrize(
-    ("letters", "length"),
-    [
-        ("tutaaT", 3),
-        ("tstutraTt", 5),
-        ("tataTutaT", 7),
-        ("uT", 1),
-        ("tttaaT", None),
-        ("tuut", None),
-        ("tuotcT", 4),
-    ],
-)
-def test_a_prompt_ends_where_the_first_answer_to_something_begins(
-    letters: str, length: int | None, tmp_path: Path
-) -> None:
-    mask = "0" * len(letters)
-    path = write_lettered_set(
-        tmp_path / "set", [[[("uaT", "000"), (letters, mask), ("utaT", "0000")]]], max_seq_len=99
-    )
-    columns = dict(open_shard_set(path).shards[0])
-    others = [
-        tokens.tobytes()
-        for tokens in (columns["tokens"][:1], columns["tokens"][len(letters) + 3 :][:2])
-    ]
-    expected = [columns["tokens"][3:][:length].tobytes()] if length else []
-    prompts = [others[0], *expected, others[1]]
-    assert list(prompts_of(columns)) == [
-        hashlib.blake2b(prompt, digest_size=16).digest() for prompt in prompts
-    ]
-
-
-def test_the_share_that_is_held_out_is_said_with_the_prompts_and_a_warning_where_it_is_far(
+def test_the_shares_of_prompts_and_rows_are_logged_and_a_warning_where_they_are_far(
     tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_rows(
@@ -345,9 +255,9 @@ def test_the_share_that_is_held_out_is_said_with_the_prompts_and_a_warning_where
     tables = mixture_of([path], tokenizer, eval={"fraction": 0.5}, seed=1)
     caplog.set_level("INFO")
     shards = build_set(tables, tmp_path / "out")
-    (said,) = [record for record in caplog.records if "holds out" in record.message]
-    assert " of 40 prompts (" in said.message
-    assert " of 200 rows (" in said.message
+    (record,) = [record for record in caplog.records if "holds out" in record.message]
+    assert " of 40 prompts (" in record.message
+    assert " of 200 rows (" in record.message
     assert any("usable rows (" in line for line in summary_lines(shards.manifest, shards.path))
     caplog.clear()
     build_set({**tables, "eval": {"fraction": 0.04}, "seed": 3}, tmp_path / "few")

@@ -1,4 +1,4 @@
-"""Filters, duplicates, temperature: what leaves, why, and that it is said."""
+"""Filters and duplicates: what is left out, why, and that it is listed."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prep_builds import build_set, chat, mixture_of, small_tokenizer, write_rows
 
-from prep.build.summary import summary_lines
 from prep.config import MixtureConfig
-from prep.inspection.verification.verify import verify
 from prep.selection.filters import without_duplicates
-from prep.selection.mixture import epochs_at
 from prep.selection.sequences import SEQUENCE, EligibleRows
 from prep.store.sample_store import SampleStore, StoredChunk
 from shared import config
@@ -42,7 +39,7 @@ def rows_used(shards: ShardSet) -> list[tuple[int, int]]:
 # duplicates
 
 
-def usable_of(
+def eligible_of(
     root: Path, contents: list[list[int]], fragments: list[list[int]]
 ) -> tuple[EligibleRows, SampleStore]:
     """Return chunks of samples with these contents; a sample gives as many sequences as `fragments`
@@ -81,7 +78,7 @@ def test_of_equal_rows_the_first_stays(
 ) -> None:
     root = tmp_path_factory.mktemp("stores")
     made = [
-        usable_of(
+        eligible_of(
             root / str(i),
             [[c for c, _ in chunk] for chunk in chunks],
             [[f for _, f in c] for c in chunks],
@@ -89,10 +86,10 @@ def test_of_equal_rows_the_first_stays(
         for i, chunks in enumerate(sources)
     ]
     names = [f"source{i}" for i in range(len(sources))]
-    found = without_duplicates([u for u, _ in made], [s for _, s in made], names)
+    filtered = without_duplicates([u for u, _ in made], [s for _, s in made], names)
     seen: dict[int, str] = {}
     for index, chunks in enumerate(sources):
-        kept, listed = [], []
+        rows_left, listed = [], []
         for number, chunk in enumerate(chunks):
             for sample, (content, fragments) in enumerate(chunk):
                 row = 1000 * number + sample
@@ -100,10 +97,10 @@ def test_of_equal_rows_the_first_stays(
                     listed.append((row, "duplicate", f"the same as {seen[content]}"))
                 elif fragments:
                     seen[content] = f"row {row} of {names[index]}"
-                    kept += [row] * fragments
-        assert found[index].rows["row"].tolist() == kept
-        assert found[index].listed == listed
-        assert found[index].dropped["duplicate"] == len(listed)
+                    rows_left += [row] * fragments
+        assert filtered[index].rows["row"].tolist() == rows_left
+        assert filtered[index].listed == listed
+        assert filtered[index].dropped["duplicate"] == len(listed)
 
 
 def test_equal_messages_with_other_tools_are_no_duplicates(tmp_path: Path, tokenizer: Path) -> None:
@@ -200,7 +197,7 @@ def test_min_loss_tokens_of_one_source_leaves_the_others_alone(
 
 
 @pytest.mark.parametrize("over_length", ["truncate", "split"])
-def test_min_loss_tokens_counts_what_a_row_carries_in_all(
+def test_min_loss_tokens_counts_all_sequences_of_a_row(
     tmp_path: Path, tokenizer: Path, over_length: str
 ) -> None:
     rows = write_rows(
@@ -208,98 +205,22 @@ def test_min_loss_tokens_counts_what_a_row_carries_in_all(
     )
     common = {"max_seq_len": 32, "lengths": {"over_length": over_length, "min_loss_tokens": 0}}
     whole = build_set(mixture_of([rows], tokenizer, **common), tmp_path / "a", store=tmp_path / "s")
-    carried: dict[int, int] = {}
+    loss_tokens: dict[int, int] = {}
     for shard in whole.shards:
         loss = np.add.reduceat(shard["loss_mask"].astype(np.int64), shard["seq_offsets"][:-1])
         for row, count in zip(shard["seq_origin"][:, 1].tolist(), loss.tolist(), strict=True):
-            carried[row] = carried.get(row, 0) + count
-    least = sorted(carried.values())[3]
+            loss_tokens[row] = loss_tokens.get(row, 0) + count
+    least = sorted(loss_tokens.values())[3]
     source = {"path": str(rows), "min_loss_tokens": least}
     shards = build_set(
         mixture_of([source], tokenizer, **common), tmp_path / "b", store=tmp_path / "s"
     )
     assert {row for _, row in rows_used(shards)} == {
-        row for row, count in carried.items() if count >= least
+        row for row, count in loss_tokens.items() if count >= least
     }
-    under = sum(count < least for count in carried.values())
+    under = sum(count < least for count in loss_tokens.values())
     assert under > 0
     assert shards.manifest.sources[0].rows_dropped == {"under_min_loss_tokens": under}
-
-
-# temperature
-
-SIZES = st.lists(st.integers(0, 10**9), min_size=1, max_size=6).filter(any)
-
-
-@settings(max_examples=100, deadline=None)
-@given(tokens=SIZES, temperature=st.floats(0.5, 100))
-def test_shares_are_powers_of_sizes_and_the_total_stays(
-    tokens: list[int], temperature: float
-) -> None:
-    epochs = epochs_at(temperature, tokens)
-    used = [times * count for times, count in zip(epochs, tokens, strict=True)]
-    rounding = [count * 1e-6 for count in tokens]
-    assert abs(sum(used) - sum(tokens)) <= sum(rounding) + 1
-    for i, a in enumerate(tokens):
-        for j, b in enumerate(tokens):
-            if a and b:
-                wanted = used[j] * (a / b) ** (1 / temperature)
-                slack = rounding[i] + rounding[j] * (a / b) ** (1 / temperature)
-                assert used[i] == pytest.approx(wanted, rel=1e-6, abs=slack)
-    assert [bool(times) for times in epochs] == [bool(count) for count in tokens]
-
-
-def test_temperature_one_changes_nothing_and_a_high_one_makes_shares_equal() -> None:
-    assert epochs_at(1.0, [10, 1000, 0]) == [1.0, 1.0, 0.0]
-    assert epochs_at(1e9, [10, 1000]) == pytest.approx([50.5, 0.505])
-    assert epochs_at(1e-3, [10, 1000]) == [1e-06, 1.01]  # at a low one the largest takes all
-
-
-def test_a_temperature_is_realised_as_epochs_that_the_manifest_states(
-    tmp_path: Path, tokenizer: Path
-) -> None:
-    sizes = {"large": 400, "small": 25}
-    paths = [
-        write_rows(tmp_path / f"{k}.jsonl", [chat(f"{i:03}", f"{i:03}") for i in range(n)])
-        for k, n in sizes.items()
-    ]
-    mixed = build_set(
-        mixture_of(paths, tokenizer, mixing={"temperature": 2}),
-        tmp_path / "mixed",
-        store=tmp_path / "s",
-    )
-    epochs = [source.details["epochs_used"] for source in mixed.manifest.sources]
-    assert epochs == pytest.approx([0.85, 3.4], abs=0.02)  # 400 and 25 rows weigh like 20 and 5
-    used = [row for row in rows_used(mixed) if row[0] == 1]
-    assert {used.count((1, row)) for row in range(25)} == {3, 4}
-    tokens = [source.tokens for source in mixed.manifest.sources]
-    assert tokens[0] / tokens[1] == pytest.approx(4, rel=0.03)
-    assert any("used 3.4 times" in line for line in summary_lines(mixed.manifest, mixed.path))
-    assert verify(mixed.path)
-    stated = [{"path": str(p), "epochs": e} for p, e in zip(paths, epochs, strict=True)]
-    again = build_set(mixture_of(stated, tokenizer), tmp_path / "stated", store=tmp_path / "s")
-    assert again.manifest.fingerprint == mixed.manifest.fingerprint
-
-
-def test_max_epochs_bounds_what_a_temperature_repeats(
-    tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    sizes = {"large": 300, "small": 2}
-    paths = [
-        write_rows(tmp_path / f"{k}.jsonl", [chat(f"{i:03}", "b") for i in range(n)])
-        for k, n in sizes.items()
-    ]
-    used = {}
-    for name, mixing in {"free": {}, "bound": {"max_epochs": 3}}.items():
-        tables = mixture_of(paths, tokenizer, mixing={"temperature": 100, **mixing})
-        shards = build_set(tables, tmp_path / name, store=tmp_path / "s")
-        assert verify(shards.path)
-        used[name] = rows_used(shards).count((1, 0))
-    assert used["free"] > 50
-    assert used["bound"] == 3
-    warned = [record.message for record in caplog.records if "max_epochs" in record.message]
-    assert len(warned) == 1  # of the free one
-    assert warned[0].startswith(f"small is used {used['free']}")
 
 
 @pytest.mark.parametrize(
@@ -308,16 +229,25 @@ def test_max_epochs_bounds_what_a_temperature_repeats(
         ({"mixing": {"temperature": 0}}, "temperature = 0.0; expected more than 0"),
         ({"mixing": {"max_epochs": 2}}, "max_epochs is set but no temperature"),
         ({"mixing": {"temperature": 2, "max_epochs": 0.5}}, "max_epochs = 0.5; expected 1 or more"),
-        ({"mixing": {"temperature": 2}, "sources": [{"path": "x", "rows": 3}]}, "sources.0.rows is set, and so is"),
-        ({"mixing": {"temperature": 1}, "sources": [{"path": "x", "fraction": 1.0}]}, "sources.0.fraction is set"),
-        ({"sources": [{"path": "x", "min_tokens": 9, "max_tokens": 8}]}, "min_tokens = 9 is over max_tokens = 8"),
+        (
+            {"mixing": {"temperature": 2}, "sources": [{"path": "x", "rows": 3}]},
+            "sources.0.rows is set, and so is",
+        ),
+        (
+            {"mixing": {"temperature": 1}, "sources": [{"path": "x", "fraction": 1.0}]},
+            "sources.0.fraction is set",
+        ),
+        (
+            {"sources": [{"path": "x", "min_tokens": 9, "max_tokens": 8}]},
+            "min_tokens = 9 is over max_tokens = 8",
+        ),
         ({"sources": [{"path": "x", "max_tokens": 0}]}, "max_tokens = 0; expected 1 or more"),
         ({"decontaminate": {"ngram": 0}}, "ngram = 0; expected 1 or more words"),
         ({"decontaminate": {"fields": ["q"]}}, "fields are given but no files"),
-        ({"decontaminate": {"file": ["q"]}}, "unknown key 'decontaminate.file'; did you mean 'files'"),
+        ({"decontaminate": {"file": ["q"]}}, "'decontaminate.file'; did you mean 'files'"),
         ({"dedup": {"exact": "yes"}}, "dedup.exact = 'yes'; expected true or false"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_meant_is_a_config_error(tables: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         config.build(

@@ -16,8 +16,15 @@ from prep.tokenization.encoder import Encoded
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK, STRADDLES, Kind
 
 RANK = [
-    Kind.TEMPLATE, Kind.SYSTEM, Kind.USER, Kind.TOOL, Kind.TERMINATOR, Kind.REASONING, Kind.TOOL_CALL, Kind.ASSISTANT,
+    Kind.TEMPLATE, Kind.SYSTEM, Kind.USER, Kind.TOOL,
+    Kind.TERMINATOR, Kind.REASONING, Kind.TOOL_CALL, Kind.ASSISTANT,
 ]  # fmt: skip
+CONTENTS = [
+    [Kind.USER],
+    [Kind.SYSTEM],
+    [Kind.ASSISTANT, Kind.TERMINATOR],
+    [Kind.REASONING, Kind.ASSISTANT, Kind.TOOL_CALL, Kind.TERMINATOR],
+]
 POLICIES = [
     MaskConfig(train_on=train_on, boundary=boundary)
     for train_on in ("assistant", "last_assistant", "all")
@@ -35,8 +42,7 @@ def some_row(draw: st.DrawFn) -> tuple[Rendered, list[tuple[int, int]]]:
         messages.append(RenderedMessage(index, len(text)))
         text += draw(letters)  # header
         start = len(text)
-        kinds = draw(st.sampled_from([[Kind.USER], [Kind.SYSTEM], [Kind.ASSISTANT, Kind.TERMINATOR],
-                                      [Kind.REASONING, Kind.ASSISTANT, Kind.TOOL_CALL, Kind.TERMINATOR]]))  # fmt: skip
+        kinds = draw(st.sampled_from(CONTENTS))
         parts = []
         for kind in kinds:
             part = draw(letters)
@@ -69,13 +75,13 @@ def chunk_of(rows: list[tuple[Rendered, list[tuple[int, int]]]]) -> Encoded:
 def kind_by_bytes(row: Rendered, start: int, end: int) -> int:
     """The kind of a token that covers bytes [start, end): that of the highest rank, and whether it
     reaches outside."""
-    found = 0
+    kind = 0
     for span in sorted(row.spans, key=lambda span: RANK.index(span.kind)):
         place = {name: len(row.text[: getattr(span, name)].encode()) for name in ("start", "end")}
         region = [len(row.text[:at].encode()) for at in (span.region_start, span.region_end)]
         if set(range(start, end)) & set(range(place["start"], place["end"])):
-            found = span.kind | (STRADDLES if start < region[0] or end > region[1] else 0)
-    return int(found)
+            kind = span.kind | (STRADDLES if start < region[0] or end > region[1] else 0)
+    return int(kind)
 
 
 @given(st.lists(some_row(), max_size=3))
@@ -175,10 +181,12 @@ def mask_token_by_token(samples: Samples, policy: MaskConfig) -> list[int]:
     mask = []
     for sample in range(len(samples.sample_offsets) - 1):
         first, end = samples.sample_offsets[sample : sample + 2].tolist()
-        own = range(*samples.sample_messages[sample : sample + 2].tolist())
-        assistants = [m for m in own if samples.message_role[m] == Kind.ASSISTANT]
+        messages = range(*samples.sample_messages[sample : sample + 2].tolist())
+        assistants = [m for m in messages if samples.message_role[m] == Kind.ASSISTANT]
         for token in range(first, end):
-            message = max((m for m in own if samples.message_offsets[m] <= token), default=None)
+            message = max(
+                (m for m in messages if samples.message_offsets[m] <= token), default=None
+            )
             kind = int(samples.kind[token])
             trained = policy.train_on == "all" or (
                 (kind & KIND_MASK) in ASSISTANT_KINDS

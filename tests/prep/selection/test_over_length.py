@@ -37,27 +37,27 @@ def texts(shards: ShardSet) -> dict[tuple[int, int], tuple[str, str]]:
     from tokenizers import Tokenizer
 
     loaded = Tokenizer.from_file(str(shards.tokenizer_dir / "tokenizer.json"))
-    found = {}
+    result = {}
     for pack in map(shards.pack, range(shards.num_packs)):
         for origin, start, end in zip(
             pack.seq_origin, pack.seq_offsets[:-1], pack.seq_offsets[1:], strict=True
         ):
             ids, mask = pack.tokens[start:end], pack.loss_mask[start:end]
-            found[int(origin[1]), int(origin[2])] = tuple(
+            result[int(origin[1]), int(origin[2])] = tuple(
                 loaded.decode(part.tolist(), skip_special_tokens=False)
                 for part in (ids, ids[mask == 1])
             )
-    return found
+    return result
 
 
 def test_truncate_turns_ends_with_the_last_whole_answer(
     tables: dict[str, Any], tmp_path: Path
 ) -> None:
     shards = build_set({**tables, "lengths": {"over_length": "truncate_turns"}}, tmp_path / "out")
-    found = texts(shards)
-    assert found[1, 0][0].endswith("<|im_start|>assistant\ntwo<|im_end|>")
-    assert found[1, 0][1] == "one<|im_end|>two<|im_end|>"
-    assert (2, 0) not in found
+    text_of = texts(shards)
+    assert text_of[1, 0][0].endswith("<|im_start|>assistant\ntwo<|im_end|>")
+    assert text_of[1, 0][1] == "one<|im_end|>two<|im_end|>"
+    assert (2, 0) not in text_of
     source = shards.manifest.sources[0]
     assert (source.rows_dropped, source.rows_truncated, source.rows_without_terminator) == (
         {"over_length": 1},
@@ -74,11 +74,11 @@ def test_split_loses_no_token_and_trains_all_but_the_first_of_each_fragment(
     shards = build_set(
         {**tables, "lengths": {"over_length": "split", "min_loss_tokens": 0}}, tmp_path / "out"
     )
-    found = texts(shards)
+    text_of = texts(shards)
     for row in (0, 1, 2):
-        parts = sorted(key for key in found if key[0] == row)
-        assert [first for _, first in parts] == [64 * number for number in range(len(parts))]
-        assert "".join(found[key][0] for key in parts) == whole[row, 0][0]
+        keys = sorted(key for key in text_of if key[0] == row)
+        assert [first for _, first in keys] == [64 * number for number in range(len(keys))]
+        assert "".join(text_of[key][0] for key in keys) == whole[row, 0][0]
     assert shards.manifest.sources[0].details["rows_split"] == 2
     assert shards.manifest.sources[0].rows_truncated == 0
     masks = np.concatenate([np.asarray(columns["loss_mask"]) for columns in shards.shards])
@@ -101,7 +101,7 @@ def test_error_names_the_first_row_that_is_too_long(tables: dict[str, Any], tmp_
         ({"train_on": "last_assistant", "reasoning": False}, "two<|im_end|>"),
     ],
 )
-def test_kinds_are_trained_or_not_as_asked(
+def test_kinds_are_trained_or_not_as_the_policy_says(
     mask: dict[str, Any], expected: str, tokenizer: Path, tmp_path: Path
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [chat("a", "one", "b", "<think>why</think>two")])
@@ -110,7 +110,7 @@ def test_kinds_are_trained_or_not_as_asked(
     verify(tmp_path / "out")
 
 
-def test_tool_calls_are_trained_or_not_as_asked(tokenizer: Path, tmp_path: Path) -> None:
+def test_tool_calls_are_trained_or_not_as_the_policy_says(tokenizer: Path, tmp_path: Path) -> None:
     row = chat("a", "text")
     row["messages"][1]["function_calls"] = "f(1)"
     rows = write_rows(tmp_path / "rows.jsonl", [row])
@@ -127,7 +127,7 @@ def test_tool_calls_are_trained_or_not_as_asked(tokenizer: Path, tmp_path: Path)
     data=st.data(),
 )
 @settings(max_examples=200, deadline=None)
-def test_stretches_stay_inside_their_sample_and_split_covers_it(
+def test_slices_stay_inside_their_sample_and_split_covers_it(
     lengths: list[list[int]], max_seq_len: int, data: st.DataObject
 ) -> None:
     flat = [length for sample in lengths for length in sample]
@@ -146,10 +146,12 @@ def test_stretches_stay_inside_their_sample_and_split_covers_it(
     )
     full = np.diff(samples.sample_offsets)
     for policy in ("truncate", "truncate_turns", "drop", "split", "error"):
-        found = cut(samples, policy, max_seq_len)
-        assert (found.length <= max_seq_len).all()
-        assert (found.first + found.length <= full[found.sample]).all()
-        fits = full[found.sample] <= max_seq_len
-        assert (found.length[fits] == full[found.sample][fits]).all()
-    pieces = cut(samples, "split", max_seq_len)
-    assert (np.bincount(pieces.sample, weights=pieces.length, minlength=len(full)) == full).all()
+        slices = cut(samples, policy, max_seq_len)
+        assert (slices.length <= max_seq_len).all()
+        assert (slices.first + slices.length <= full[slices.sample]).all()
+        fits = full[slices.sample] <= max_seq_len
+        assert (slices.length[fits] == full[slices.sample][fits]).all()
+    fragments = cut(samples, "split", max_seq_len)
+    assert (
+        np.bincount(fragments.sample, weights=fragments.length, minlength=len(full)) == full
+    ).all()

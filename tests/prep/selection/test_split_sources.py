@@ -1,5 +1,5 @@
-"""A source that is split by a column: the same tokens in the same packs, told apart, and every row
-accounted for."""
+"""A source that is split by a column: the same tokens in the same packs, and every row
+accounted for in its group."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, w
 
 import prep.selection.split_sources
 from prep.build.dry_run import dry_run
-from prep.inspection.locate import choose
+from prep.inspection.locate import locate_sequences
 from prep.inspection.stats import stats, stats_lines
 from prep.inspection.verification.verify import verify
 from prep.sharing.dataset_card import render_set_card
@@ -93,7 +93,7 @@ def test_a_split_moves_no_token_and_accounts_for_every_row(
     place = tmp_path_factory.mktemp("split")
     values = [*values, "Z", "A"]
     rows = rows_of(values, seed=seed)
-    rows[-1]["messages"] = rows[-2]["messages"]  # a duplicate in the part before
+    rows[-1]["messages"] = rows[-2]["messages"]  # a duplicate in the group before
     file = write_rows(place / "rows.jsonl", rows)
     more = {"max_seq_len": 48, "lengths": {"over_length": over_length}, "dedup": {"exact": exact}}
     whole = build_set(mixture_of([file], tokenizer, **more), place / "whole")
@@ -110,16 +110,16 @@ def test_a_split_moves_no_token_and_accounts_for_every_row(
         ):
             np.testing.assert_array_equal(one[name], other[name])
         np.testing.assert_array_equal(one["seq_origin"][:, 1:], other["seq_origin"][:, 1:])
-    named = {str(value) if value not in ("", None) else "rows" for value in values}
-    assert set(by_name(split)) == named
+    names = {str(value) if value not in ("", None) else "rows" for value in values}
+    assert set(by_name(split)) == names
     for name, source in by_name(split).items():
-        own = {
+        expected_rows = {
             row
             for row, value in enumerate(values)
             if (str(value) if value not in ("", None) else "rows") == name
         }
-        assert rows_in(split)[name] <= own
-        assert (source.own_rows, source.rows_read) == (len(own), len(values))
+        assert rows_in(split)[name] <= expected_rows
+        assert (source.own_rows, source.rows_read) == (len(expected_rows), len(values))
         assert accounts_for_all(source)
     (entry,) = whole.manifest.sources
     for count in (
@@ -134,7 +134,7 @@ def test_a_split_moves_no_token_and_accounts_for_every_row(
         )
 
 
-def test_who_splits_never_shows(tokenizer: Path, tmp_path: Path) -> None:
+def test_neither_workers_nor_stores_change_a_split(tokenizer: Path, tmp_path: Path) -> None:
     values = [
         "late" if number > 8500 else f"part {number % 7 // (1 + number // 5000)}"
         for number in range(9000)
@@ -150,7 +150,7 @@ def test_who_splits_never_shows(tokenizer: Path, tmp_path: Path) -> None:
         tables, tmp_path / "three", store=tmp_path / "b"
     )  # from the samples of the second
     assert one.manifest.fingerprint == two.manifest.fingerprint == again.manifest.fingerprint
-    for name, rows in rows_in(one).items():  # chunks that know other parts, or others first
+    for name, rows in rows_in(one).items():  # chunks that know other groups, or others first
         assert rows == {number for number, value in enumerate(values) if value == name}
 
 
@@ -188,10 +188,10 @@ def test_bad_rows_are_counted_where_they_belong(tokenizer: Path, tmp_path: Path)
     with pytest.raises(
         ConfigError, match=r"rows:5.*malformed: .*origin is \['a'\]; expected a name of at most 200"
     ):
-        choose(split, row="rows:5")
+        locate_sequences(split, row="rows:5")
 
 
-def test_each_part_is_mixed_as_a_source(tokenizer: Path, tmp_path: Path) -> None:
+def test_each_group_is_mixed_as_a_source(tokenizer: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", rows_of(["many"] * 60 + ["few"] * 12))
     half = build_set(mixture_of([split_source(file, fraction=0.5)], tokenizer), tmp_path / "half")
     assert {name: source.rows_used for name, source in by_name(half).items()} == {
@@ -210,7 +210,7 @@ def test_each_part_is_mixed_as_a_source(tokenizer: Path, tmp_path: Path) -> None
     verify(flat.path)
 
 
-def test_single_parts_are_left_out_thinned_and_repeated(tokenizer: Path, tmp_path: Path) -> None:
+def test_single_groups_are_left_out_thinned_and_repeated(tokenizer: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", rows_of(["a.1/x", "b", "c", "d", None] * 20))
     times = {"a.1/x": 0, "b": 0.5, "c": 2.25, "": 1}
     tables = mixture_of(
@@ -249,7 +249,7 @@ def test_a_whole_source_may_be_left_out(tokenizer: Path, tmp_path: Path) -> None
         build_set(mixture_of([{**sources[0], "epochs": -1}], tokenizer), tmp_path / "refused")
 
 
-def test_what_is_held_out_is_told_apart_too(tokenizer: Path, tmp_path: Path) -> None:
+def test_what_is_held_out_is_split_too(tokenizer: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", rows_of(["a", "b", "c"] * 60))
     whole = build_set(mixture_of([file], tokenizer, eval={"fraction": 0.2}), tmp_path / "whole")
     split = build_set(
@@ -263,7 +263,7 @@ def test_what_is_held_out_is_told_apart_too(tokenizer: Path, tmp_path: Path) -> 
         verify(other.path)
 
 
-def test_of_duplicates_in_two_parts_the_first_row_stays(tokenizer: Path, tmp_path: Path) -> None:
+def test_of_duplicates_in_two_groups_the_first_row_stays(tokenizer: Path, tmp_path: Path) -> None:
     rows = [{**chat("hi", "ho"), "origin": "b"}, {**chat("hi", "ho"), "origin": "a"}]
     file = write_rows(tmp_path / "rows.jsonl", rows)
     split = build_set(
@@ -272,11 +272,11 @@ def test_of_duplicates_in_two_parts_the_first_row_stays(tokenizer: Path, tmp_pat
     assert rows_in(split) == {"a": set(), "b": {0}}
     assert by_name(split)["a"].rows_dropped == {OTHER_GROUPS: 1, "duplicate": 1}
     with pytest.raises(ConfigError, match="duplicate: the same as row 0 of rows"):
-        choose(split, row="a:1")
+        locate_sequences(split, row="a:1")
 
 
 @pytest.mark.parametrize(
-    ("values", "source", "said"),
+    ("values", "source", "message"),
     [
         ([None, ""], {}, "none of its 2 rows has a value in the column 'origin'; correct split_by"),
         (
@@ -301,13 +301,13 @@ def test_of_duplicates_in_two_parts_the_first_row_stays(tokenizer: Path, tmp_pat
     ],
 )
 def test_a_split_that_cannot_be_is_refused(
-    values: list[Any], source: dict[str, Any], said: str, tokenizer: Path, tmp_path: Path,
+    values: list[Any], source: dict[str, Any], message: str, tokenizer: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(prep.selection.split_sources, "MAX_GROUPS", 20)
     file = write_rows(tmp_path / "rows.jsonl", rows_of(values))
     other = write_rows(tmp_path / "other.jsonl", rows_of([None]))
-    with pytest.raises(SftError, match=said) as caught:
+    with pytest.raises(SftError, match=message) as caught:
         build_set(
             mixture_of([split_source(file, **source), {"path": str(other)}], tokenizer),
             tmp_path / "out",
@@ -331,7 +331,7 @@ def test_a_column_may_begin_late(
     )
 
 
-def test_a_part_of_which_nothing_is_chosen_is_told(
+def test_a_group_of_which_nothing_is_chosen_is_reported(
     tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = write_rows(tmp_path / "rows.jsonl", rows_of(["many"] * 20 + ["few", "none"]))
@@ -339,8 +339,10 @@ def test_a_part_of_which_nothing_is_chosen_is_told(
         mixture_of([split_source(file, fraction=0.25, group_epochs={"none": 0})], tokenizer),
         tmp_path / "out",
     )
-    told = [record.getMessage() for record in caplog.records if "is chosen" in record.getMessage()]
-    assert told == ["few: not one of its 1 eligible sequences is chosen"]
+    messages = [
+        record.getMessage() for record in caplog.records if "is chosen" in record.getMessage()
+    ]
+    assert messages == ["few: not one of its 1 eligible sequences is chosen"]
 
 
 def test_a_source_of_broken_rows_alone_is_as_without_a_split(
@@ -353,7 +355,7 @@ def test_a_source_of_broken_rows_alone_is_as_without_a_split(
     assert by_name(build_set(tables, tmp_path / "out"))["rows"].rows_rejected == {"malformed": 1}
 
 
-def test_a_name_goes_before_the_parts(tokenizer: Path, tmp_path: Path) -> None:
+def test_a_name_goes_before_the_groups(tokenizer: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", rows_of(["a", "b", None]))
     sources = [split_source(file, name="x"), split_source(file, name="y")]
     split = build_set(mixture_of(sources, tokenizer), tmp_path / "out")
@@ -361,28 +363,31 @@ def test_a_name_goes_before_the_parts(tokenizer: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "samples").glob("*/complete.json"))) == 1  # tokenised once
 
 
-def test_people_see_parts_and_not_the_rows_of_others(tokenizer: Path, tmp_path: Path) -> None:
+def test_reports_show_groups_and_not_the_rows_of_others(tokenizer: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", rows_of(["a", "b|<b>[x](y)", "a"]))
     tables = mixture_of([split_source(file)], tokenizer)
     split = build_set(tables, tmp_path / "out")
     shown = "\n".join(stats_lines(split))
     assert OTHER_GROUPS not in shown
-    assert [(s["name"], s["group_of"], s["rows_read"], s["rows_dropped"]) for s in stats(split)["sources"]] == [
-        ("a", "rows", 2, {}), ("b|<b>[x](y)", "rows", 1, {})
-    ]  # fmt: skip
+    keys = ("name", "group_of", "rows_read", "rows_dropped")
+    assert [tuple(source[key] for key in keys) for source in stats(split)["sources"]] == [
+        ("a", "rows", 2, {}),
+        ("b|<b>[x](y)", "rows", 1, {}),
+    ]
     lines = dry_run(plan_of(tables, tmp_path / "out"))
     assert "  a: 2 rows, 2 sequences; rejected 0, unrendered 0" in lines
     assert r"| b\|&lt;b>\[x\](y) of rows |" in render_set_card(contents_of_set(split.path)).decode()
-    assert choose(split, row="a:2")
+    assert locate_sequences(split, row="a:2")
     with pytest.raises(
         ConfigError,
-        match=r"no sequence .* it is in b\|<b>\[x\]\(y\), another part of rows: --row b\|<b>\[x\]",
+        match=r"no sequence .* it is in b\|<b>\[x\]\(y\), another group of rows: --row b\|<b>\[x\]",
     ):
-        choose(split, row="a:1")
+        locate_sequences(split, row="a:1")
     with pytest.raises(
-        ConfigError, match="rows 0 to 2, and this one was not chosen, or is of another part of rows"
+        ConfigError,
+        match="rows 0 to 2, and this one was not chosen, or is of another group of rows",
     ):
-        choose(split, row="a:9")
+        locate_sequences(split, row="a:9")
 
 
 def test_a_mixture_without_a_split_has_the_inputs_it_had(tokenizer: Path, tmp_path: Path) -> None:

@@ -1,22 +1,15 @@
-"""Verify: a true set passes; whatever is changed in one, the place is named."""
+"""Verify: a true set passes; whatever is changed in one, its position is reported."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from lettered_sets import Columns, kinds_of, mask_of, write_lettered_set
+from lettered_sets import Columns, write_lettered_set
 
-from prep.config import MaskConfig
 from prep.inspection.verification.verify import verify
-from prep.inspection.verification.verify_mask import MaskProof, prove_mask
-from prep.selection.loss_mask import loss_mask_of
-from prep.store.samples import TRAIN_NO, TRAIN_UNSET, Samples
 from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
-from shared.shard_format import EVAL_DIR, Kind
+from shared.shard_format import EVAL_DIR
 
 #                pack 0                                   pack 1
 PACKS = [[("tutaaT", "000111"), ("tutAaT", "000111")], [("tstutraTt", "000001110")]]
@@ -87,7 +80,7 @@ def _set(name: str, index: Any, value: Any) -> Callable[[Columns], None]:
     return spoil
 
 
-PLACE = r"shards/00000 pack {}, sequence {} \(chats row {}\), token {}: {}"
+POSITION = r"shards/00000 pack {}, sequence {} \(chats row {}\), token {}: {}"
 
 
 @pytest.mark.parametrize(
@@ -109,16 +102,16 @@ PLACE = r"shards/00000 pack {}, sequence {} \(chats row {}\), token {}: {}"
             _set("pack_loss_tokens", 1, 4),
             r"shards/00000 pack 1: pack_loss_tokens is 4, its loss mask sums to 3",
         ),
-        (_set("tokens", 7, -1), PLACE.format(0, 1, 1, 1, "its id is not between 0 and")),
-        (_set("tokens", 7, 300), PLACE.format(0, 1, 1, 1, "its id is not between 0 and 299")),
-        (_set("loss_mask", 4, 2), PLACE.format(0, 0, 0, 4, "its loss mask is neither 0 nor 1")),
+        (_set("tokens", 7, -1), POSITION.format(0, 1, 1, 1, "its id is not between 0 and")),
+        (_set("tokens", 7, 300), POSITION.format(0, 1, 1, 1, "its id is not between 0 and 299")),
+        (_set("loss_mask", 4, 2), POSITION.format(0, 0, 0, 4, "its loss mask is neither 0 nor 1")),
         (
             _set("loss_mask", 12, 1),
-            PLACE.format(1, 0, 2, 0, "it is the first of its sequence, yet trained"),
+            POSITION.format(1, 0, 2, 0, "it is the first of its sequence, yet trained"),
         ),
         (
             _set("kind", 13, 9),
-            PLACE.format(1, 0, 2, 1, "its kind is not one that the manifest lists"),
+            POSITION.format(1, 0, 2, 1, "its kind is not one that the manifest lists"),
         ),
         (
             _set("seq_origin", (1, 0), 1),
@@ -138,7 +131,7 @@ PLACE = r"shards/00000 pack {}, sequence {} \(chats row {}\), token {}: {}"
         ),
     ],
 )
-def test_a_broken_invariant_is_named_with_its_place(
+def test_a_broken_invariant_is_reported_with_its_position(
     spoil: Callable[[Columns], None], expected: str, tmp_path: Path
 ) -> None:
     path = write_lettered_set(tmp_path / "set", [PACKS], spoil=spoil)
@@ -201,8 +194,8 @@ def test_rows_may_repeat_as_often_as_epochs_say(tmp_path: Path) -> None:
 
 def test_a_mask_that_the_policy_does_not_give_is_named_with_its_token(tmp_path: Path) -> None:
     for name, mask, expected in (
-        ("more", "001111", "is trained, but its kind and place say that it must not be"),
-        ("less", "000101", "is not trained, but its kind and place say that it must be"),
+        ("more", "001111", "is trained, but its kind and position say that it must not be"),
+        ("less", "000101", "is not trained, but its kind and position say that it must be"),
     ):
         path = write_lettered_set(
             tmp_path / name,
@@ -210,7 +203,7 @@ def test_a_mask_that_the_policy_does_not_give_is_named_with_its_token(tmp_path: 
             details={"messages_untrained": 0},
         )
         token = 2 if name == "more" else 4
-        with pytest.raises(ArtifactError, match=PLACE.format(0, 1, 1, token, expected)):
+        with pytest.raises(ArtifactError, match=POSITION.format(0, 1, 1, token, expected)):
             verify(path)
 
 
@@ -223,11 +216,11 @@ def test_turns_left_out_by_their_messages_are_counted(tmp_path: Path) -> None:
         verify(strict)
 
 
-def test_a_set_without_a_policy_says_that_masks_are_not_proved(tmp_path: Path) -> None:
-    assert "not proved" in verify(write_lettered_set(tmp_path / "set", [PACKS], settings={}))[-1]
+def test_a_set_without_a_policy_says_that_masks_are_not_checked(tmp_path: Path) -> None:
+    assert "not checked" in verify(write_lettered_set(tmp_path / "set", [PACKS], settings={}))[-1]
 
 
-def test_places_are_right_beyond_the_first_block_and_shard(
+def test_positions_are_right_beyond_the_first_block_and_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prep.inspection.verification.verify._BLOCK_TOKENS", 10)
@@ -241,120 +234,3 @@ def test_places_are_right_beyond_the_first_block_and_shard(
         match=r"shards/00001 pack 3, sequence 1 \(chats row 17\), token 1: is trained",
     ):
         verify(tmp_path / "false")
-
-
-def prove(
-    kinds: str, mask: str, *, flagged: bool = False, offsets: tuple[int, ...] = (), **policy: Any
-) -> MaskProof:
-    bounds = np.array([0, *offsets, len(kinds)], np.int64)
-    return prove_mask(
-        kinds_of(kinds), mask_of(mask), bounds, policy=MaskConfig(**policy), may_be_flagged=flagged
-    )
-
-
-@pytest.mark.parametrize(
-    ("kinds", "mask", "policy"),
-    [
-        ("tutAaTt", "0001110", {}),
-        ("tutAaTt", "0000110", {"boundary": "inside"}),
-        ("aaTutrcT", "01100111", {}),
-        ("tutaTtutaTt", "01111111111", {"train_on": "all"}),
-        ("tutaTtutaTt", "00000000110", {"train_on": "last_assistant"}),
-        ("tutaTtaTu", "000000110", {"train_on": "last_assistant"}),
-        ("tutaTtutAaT", "00000000011", {"train_on": "last_assistant", "boundary": "inside"}),
-        ("tutAaTt", "0000000", {"train_on": "last_assistant"}),
-        ("tusto", "00000", {}),
-    ],
-)
-def test_a_mask_that_follows_its_policy_is_proved(
-    kinds: str, mask: str, policy: dict[str, Any]
-) -> None:
-    assert prove(kinds, mask, **policy) == MaskProof(None, 0)
-
-
-@pytest.mark.parametrize(
-    ("kinds", "mask", "policy", "token"),
-    [
-        ("tutaT", "00001", {}, 3),
-        ("tutaTt", "000111", {}, 5),
-        ("tutAaT", "000111", {"boundary": "inside"}, 3),
-        ("aT", "11", {}, 0),
-        ("tuaT", "0111", {"train_on": "last_assistant"}, 1),
-        ("tuaTuaT", "0011000", {"train_on": "last_assistant"}, 5),
-        ("tuaTuaT", "0011011", {"train_on": "last_assistant"}, 3),
-        ("tuaT", "0010", {"train_on": "last_assistant"}, 3),
-        ("tuaT", "0011", {"train_on": "all"}, 1),
-    ],
-)
-def test_a_mask_that_breaks_its_policy_is_found_at_its_first_token(
-    kinds: str, mask: str, policy: dict[str, Any], token: int
-) -> None:
-    proof = prove(kinds, mask, **policy)
-    assert proof.fault is not None
-    assert proof.fault.token == token
-
-
-def test_a_turn_is_left_out_whole_or_not_at_all() -> None:
-    assert prove("tuaaTtuaT", "000000011", flagged=True) == MaskProof(None, 1)
-    assert prove("aaTaTuaT", "00011000", flagged=True) == MaskProof(None, 2)
-    proof = prove("tuaaTtuaT", "000100011", flagged=True)
-    assert proof.fault is not None
-    assert proof.fault.token == 2
-
-
-def test_last_assistant_is_judged_sequence_by_sequence() -> None:
-    assert prove("tuaTtuaT", "00110011", offsets=(4,), train_on="last_assistant") == MaskProof(
-        None, 0
-    )
-    assert prove("tuaTtuaT", "00110011", train_on="last_assistant").fault is not None
-
-
-@st.composite
-def conversations(draw: st.DrawFn) -> tuple[str, list[int], list[int], list[bool]]:
-    """Samples of messages: (letters, message starts, message roles, train: false)."""
-    letters, starts, roles, untrained = "", [], [], []
-    for role in draw(st.lists(st.sampled_from("ua"), min_size=1, max_size=6)):
-        starts.append(len(letters))
-        body = draw(st.text("aAr" if role == "a" else "uU", min_size=1, max_size=4))
-        letters += f"t{body}" + ("T" if role == "a" else "")
-        roles.append(int(Kind.ASSISTANT if role == "a" else Kind.USER))
-        untrained.append(draw(st.booleans()))
-    return letters, starts, roles, untrained
-
-
-@given(
-    st.lists(conversations(), min_size=1, max_size=4),
-    st.sampled_from(["assistant", "last_assistant", "all"]),
-    st.sampled_from(["overlap", "inside"]),
-    st.booleans(),
-    st.integers(1, 30),
-)
-@settings(deadline=None, max_examples=200)
-def test_every_mask_that_prep_makes_is_proved_even_cut_short(
-    samples: list[tuple[str, list[int], list[int], list[bool]]],
-    train_on: Any,
-    boundary: Any,
-    flags: bool,
-    cut: int,
-) -> None:
-    policy = MaskConfig(train_on=train_on, boundary=boundary)
-    kinds, masks, bounds = [], [], [0]
-    for letters, starts, roles, untrained in samples:
-        train = [TRAIN_NO if flags and out else TRAIN_UNSET for out in untrained]
-        kind = kinds_of(letters)
-        one = Samples(
-            kind, np.array([0, len(kind)]), np.array([0, len(starts)]), np.array(starts), np.array(roles, np.uint8),
-            np.array(train, np.uint8),
-        )  # fmt: skip
-        kinds.append(kind[:cut])
-        masks.append(loss_mask_of(one, policy)[:cut])
-        bounds.append(bounds[-1] + len(kinds[-1]))
-    proof = prove_mask(
-        np.concatenate(kinds),
-        np.concatenate(masks),
-        np.array(bounds),
-        policy=policy,
-        may_be_flagged=flags,
-    )
-    assert proof.fault is None
-    assert flags or proof.turns_left_out == 0

@@ -1,29 +1,22 @@
-"""Decontamination: what a word and an n-gram are, which rows share one with a question, and that it
-is said."""
+"""Decontamination: which rows share a passage with a question, and that they are listed."""
 
 import json
 import math
-import unicodedata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from prep_builds import build_set, chat, mixture_of, plan_of, small_tokenizer, write_rows
 
 from prep.build.explain import explain
 from prep.build.summary import summary_lines
-from prep.selection.ngrams import GramSet, word_grams, words_of
+from prep.selection.decontamination.ngrams import words_of
 from shared.errors import DataError
 from shared.shard_reader import ShardSet
 
 QUESTION = "If Ann has 12 apples and gives Bob a third of them, how many are left?"  # 16 words
-TEXTS = st.text(
-    alphabet=st.sampled_from("aAbB12 \n.,'-\u4eac\u30ab\u00e9\u0301\u0130\U00020000"), max_size=30
-)
 
 
 @pytest.fixture(scope="session")
@@ -42,98 +35,15 @@ def rows_used(shards: ShardSet) -> list[tuple[int, int]]:
     return sorted((int(source), int(row)) for source, row, _ in origin)
 
 
-# words and n-grams
-
-
-def slow_words(text: str) -> list[str]:
-    words, inside = [], False
-    for character in text.lower():
-        if (
-            "\u3040" <= character < "\u3100"
-            or "\u3400" <= character < "\ua000"
-            or character == "\U00020000"
-        ):
-            words.append(character)
-            inside = False
-        elif unicodedata.category(character)[0] in "LMN":
-            words = [*words[:-1], words[-1] + character] if inside else [*words, character]
-            inside = True
-        else:
-            inside = False
-    return words
-
-
-def slow_grams(texts: list[str], n: int) -> list[tuple[int, int, tuple[str, ...]]]:
-    found = []
-    for index, text in enumerate(texts):
-        words = slow_words(text)
-        if n // 2 <= len(words) < n and words:
-            found.append((index, 0, tuple(words)))
-        found += [(index, at, tuple(words[at : at + n])) for at in range(len(words) - n + 1)]
-    return found
-
-
-@settings(max_examples=200, deadline=None)
-@given(texts=st.lists(TEXTS, max_size=6), n=st.integers(1, 5))
-def test_grams_are_those_of_a_slow_reference_and_hash_apart(texts: list[str], n: int) -> None:
-    found, expected = word_grams(texts, n), slow_grams(texts, n)
-    assert list(zip(found.text.tolist(), found.word.tolist(), strict=True)) == [
-        (t, w) for t, w, _ in expected
-    ]
-    hash_of = dict(zip((gram for *_, gram in expected), found.hashes.tolist(), strict=True))
-    assert [
-        hash_of[gram] for *_, gram in expected
-    ] == found.hashes.tolist()  # equal grams, equal hashes
-    assert len(set(hash_of.values())) == len(hash_of)  # and others, others
-    assert [words_of(text) for text in texts] == [slow_words(text) for text in texts]
-
-
-@pytest.mark.parametrize("text", ["word%d " * 3 % (1, 2, 3) * 90_000, "x" * 2_500_000])
-def test_a_text_longer_than_a_block_has_the_grams_of_its_parts(text: str) -> None:
-    found = word_grams([text, "a b c"], 3)
-    if " " in text:
-        assert len(found.hashes) == 3 * 90_000 - 2 + 1
-        assert len(set(found.hashes[:-1].tolist())) == 3
-    assert found.hashes[-1] == word_grams(["A, b: c!"], 3).hashes[0]
-
-
-def test_hashes_are_the_same_on_every_machine() -> None:
-    assert [f"{value:016x}" for value in word_grams(["Don't stop, 2 x 3!"], 4).hashes.tolist()] == [
-        "12f2750948abe4c5", "4149821f44a4d77b", "9fe3691b636a894b",
-    ]  # fmt: skip
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.sets(st.integers(0, 2**64 - 1), max_size=30),
-    st.lists(st.integers(0, 2**64 - 1), max_size=30),
-)
-def test_a_gram_set_contains_what_was_put_in(members: set[int], others: list[int]) -> None:
-    asked = [
-        *members,
-        *others,
-        *(value ^ (1 << 63) for value in members),
-    ]  # these differ in the highest bit only
-    found = GramSet(np.asarray(sorted(members), np.uint64)).contains(np.asarray(asked, np.uint64))
-    assert found.tolist() == [value in members for value in asked]
-
-
-# decontamination
-
-
-def contaminated(
-    tmp_path: Path, tokenizer: Path, rows: list[Any], *, out: str = "out", **asked: Any
-) -> ShardSet:
+def contaminated(tmp_path: Path, tokenizer: Path, rows: list[Any], **settings: Any) -> ShardSet:
     questions = tmp_path / "heldout.jsonl"
     if not questions.exists():
         write_rows(questions, [chat(QUESTION, "8")])
     source = write_rows(tmp_path / "rows.jsonl", rows)
     tables = mixture_of(
-        [source], tokenizer, max_seq_len=512, decontaminate={"files": [str(questions)], **asked}
+        [source], tokenizer, max_seq_len=512, decontaminate={"files": [str(questions)], **settings}
     )
-    return build_set(
-        tables, tmp_path / out, store=tmp_path / "store", workers=asked.pop("workers", 1)
-    )
+    return build_set(tables, tmp_path / "out", store=tmp_path / "store")
 
 
 def test_a_row_that_shares_thirteen_words_with_a_question_leaves_and_is_listed(

@@ -1,5 +1,4 @@
-"""No word of a manifest can be changed unnoticed: every leaf is sealed, and most are found again in
-the files."""
+"""No value of a manifest can be changed unnoticed: all are sealed, most follow from the files."""
 
 import copy
 import json
@@ -112,13 +111,13 @@ def test_every_edit_of_every_leaf_is_refused_by_verify(name: str, copied: Path) 
         open_shard_set(where)
 
 
-# Nothing in the set's files says these otherwise: the seal alone guards them. (`inputs_digest`
-# follows `inputs`.)
+# These follow from nothing in the set's files: the seal alone guards them. (`inputs_digest` follows
+# `inputs`.)
 SEALED_ONLY = {
     "chat_template.split_markers",
     "inputs.code", "inputs.sources", "inputs.tokenizer", "inputs.versions", "inputs.questions",
-    "sources.content_sha256", "sources.details", "sources.hub_id", "sources.revision", "sources.rows_read",
-    "sources.rows_truncated",    "sources.rows_without_terminator",
+    "sources.content_sha256", "sources.details", "sources.hub_id", "sources.revision",
+    "sources.rows_read", "sources.rows_truncated", "sources.rows_without_terminator",
 }  # fmt: skip
 
 
@@ -129,7 +128,7 @@ def spelled(key: Key) -> str:
 def test_what_only_the_seal_guards_is_listed_here(copied: Path) -> None:
     file = copied / "manifest.json"
     data = json.loads(file.read_bytes())
-    found = set()
+    undetected = set()
     for key, value in leaves(data):
         if key == ("seal",):
             continue
@@ -142,8 +141,8 @@ def test_what_only_the_seal_guards_is_listed_here(copied: Path) -> None:
             verify(copied)
         except SftError:
             continue
-        found.add(".".join(spelled(key).split(".")[:2]))
-    assert found == SEALED_ONLY
+        undetected.add(".".join(spelled(key).split(".")[:2]))
+    assert undetected == SEALED_ONLY
 
 
 def test_samples_do_not_depend_on_the_format_version(built: Path) -> None:
