@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, show
 
 T = TypeVar("T")
 
@@ -124,7 +124,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
 
 def _build_dataclass(cls: Any, tables: Any, where: str, prefix: str) -> Any:
     if not isinstance(tables, Mapping):
-        raise ConfigError(f"{where}: {prefix or 'the file'} is {_show(tables)}; expected a table")
+        raise ConfigError(f"{where}: {prefix or 'the file'} is {show(tables)}; expected a table")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in tables:
@@ -155,7 +155,7 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
             return value
         expected = ", ".join(json.dumps(choice) for choice in args)
         raise ConfigError(
-            f"{where}: {key} = {_show(value)}; expected one of {expected}{_nearest(value, args)}"
+            f"{where}: {key} = {show(value)}; expected one of {expected}{_nearest(value, args)}"
         )
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
@@ -165,7 +165,7 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         return _convert_tuple(args, value, where, key)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: {key} = {_show(value)}; expected a table")
+            raise ConfigError(f"{where}: {key} = {show(value)}; expected a table")
         return {
             name: _convert(args[1], item, where, _dotted(key, name)) for name, item in value.items()
         }
@@ -178,7 +178,7 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
 
 def _convert_tuple(args: tuple[Any, ...], value: Any, where: str, key: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise ConfigError(f"{where}: {key} = {_show(value)}; expected a list")
+        raise ConfigError(f"{where}: {key} = {show(value)}; expected a list")
     if len(args) == 2 and args[1] is Ellipsis:
         return tuple(
             _convert(args[0], item, where, f"{key}.{index}") for index, item in enumerate(value)
@@ -197,15 +197,13 @@ def _convert_scalar(hint: type, value: Any, where: str, key: str) -> Any:
         )
     if isinstance(value, str) and _not_text(value):
         raise ConfigError(
-            f"{where}: {key} = {_show(value)}; expected text without NUL and lone surrogates"
+            f"{where}: {key} = {show(value)}; expected text without NUL and lone surrogates"
         )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
         except OverflowError:
-            raise ConfigError(
-                f"{where}: {key} = {_show(value)}; expected a finite number"
-            ) from None
+            raise ConfigError(f"{where}: {key} = {show(value)}; expected a finite number") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {key} = {value}; expected a finite number")
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
@@ -216,7 +214,7 @@ def _convert_scalar(hint: type, value: Any, where: str, key: str) -> Any:
         float: "a number",
         str: "text (in quotes)",
     }
-    raise ConfigError(f"{where}: {key} = {_show(value)}; expected {names.get(hint, hint.__name__)}")
+    raise ConfigError(f"{where}: {key} = {show(value)}; expected {names.get(hint, hint.__name__)}")
 
 
 def _not_text(value: str) -> bool:
@@ -254,11 +252,6 @@ def _deep_copy(value: Any) -> Any:
 
 def _dotted(prefix: str, key: str) -> str:
     return f"{prefix}.{key}" if prefix else key
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _nearest(value: Any, known: Sequence[Any]) -> str:

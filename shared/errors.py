@@ -20,6 +20,21 @@ EXIT_OK = 0
 EXIT_USAGE = 2
 
 
+def shorten(text: str, limit: int) -> str:
+    """Return `text`, cut to `limit` characters that end in "..." where it is longer."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def show(value: object) -> str:
+    """Return a value of a user's file as a message shows it."""
+    return shorten(repr(value), 60)
+
+
+def one_line(exc: BaseException) -> str:
+    """Return the message of a foreign exception on one line, or its type where it has none."""
+    return shorten(" ".join(str(exc).split()) or type(exc).__name__, 300)
+
+
 class SftError(Exception):
     """Base of all errors that are reported as one line with an exit code."""
 

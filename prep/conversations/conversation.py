@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from prep.conversations.json_text import loads
-from shared.errors import DataError
+from shared.errors import DataError, show
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment", "ipython")
 
@@ -62,7 +62,7 @@ def parse_conversation(record: dict[str, Any], *, where: str) -> Conversation:
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise DataError(
-                f"{where}: messages[{index}] is {_show(message)}; expected an object with role and"
+                f"{where}: messages[{index}] is {show(message)}; expected an object with role and"
                 " content"
             )
         role = message.get("role")
@@ -133,7 +133,7 @@ def _parse_message(message: dict[str, Any], at: str) -> dict[str, Any]:
     }
     for key in _STRING_KEYS:
         if key in parsed and not isinstance(parsed[key], str):
-            raise DataError(f"{at}.{key} is {_show(parsed[key])}; expected a string")
+            raise DataError(f"{at}.{key} is {show(parsed[key])}; expected a string")
     calls = parsed.pop("tool_calls", None)
     if calls:
         parsed["tool_calls"] = _parse_tool_calls(calls, f"{at}.tool_calls")
@@ -167,7 +167,7 @@ def _parse_content(content: Any, at: str) -> tuple[str, str, list[dict[str, Any]
         return content, "", []
     if isinstance(content, list):
         return _join_parts(content, at)
-    raise DataError(f"{at} is {_show(content)}; expected a string, null or a list of text parts")
+    raise DataError(f"{at} is {show(content)}; expected a string, null or a list of text parts")
 
 
 def _join_parts(parts: list[Any], at: str) -> tuple[str, str, list[dict[str, Any]]]:
@@ -193,7 +193,7 @@ def _join_parts(parts: list[Any], at: str) -> tuple[str, str, list[dict[str, Any
             called = _from_json_text(part.get("tool_call", part.get("value")), f"{at}[{index}]")
             calls += _parse_tool_calls([called], f"{at}[{index}]")
         else:
-            seen = f"of type {_show(kind)}" if kind is not None else _show(part)
+            seen = f"of type {show(kind)}" if kind is not None else show(part)
             expected = "a part of type 'text', 'reasoning', 'thinking' or 'tool_call'"
             raise DataError(f"{at}[{index}] is {seen}; expected {expected}")
     return "".join(text), "".join(reasoning), calls
@@ -211,11 +211,11 @@ def _parse_tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
     absent ones are {}."""
     calls = _from_json_text(calls, at)
     if not isinstance(calls, list):
-        raise DataError(f"{at} is {_show(calls)}; expected a list of calls")
+        raise DataError(f"{at} is {show(calls)}; expected a list of calls")
     parsed = []
     for index, call in enumerate(calls):
         if not isinstance(call, dict):
-            raise DataError(f"{at}[{index}] is {_show(call)}; expected an object with a function")
+            raise DataError(f"{at}[{index}] is {show(call)}; expected an object with a function")
         nested = isinstance(call.get("function"), dict)
         function = call["function"] if nested else call
         name, arguments = function.get("name"), function.get("arguments")
@@ -228,7 +228,7 @@ def _parse_tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
             arguments = {}
         if not isinstance(arguments, str | dict):
             raise DataError(
-                f"{at}[{index}] has arguments {_show(arguments)}; expected an object or a JSON"
+                f"{at}[{index}] has arguments {show(arguments)}; expected an object or a JSON"
                 " string"
             )
         if nested:
@@ -251,23 +251,23 @@ def _parse_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list):
         raise DataError(
-            f"{where}: tools is {_show(tools)}; expected a list of tool descriptions or its JSON"
+            f"{where}: tools is {show(tools)}; expected a list of tool descriptions or its JSON"
             " text"
         )
     for index, tool in enumerate(tools):
         if not isinstance(tool, dict):
-            raise DataError(f"{where}: tools[{index}] is {_show(tool)}; expected an object")
+            raise DataError(f"{where}: tools[{index}] is {show(tool)}; expected an object")
     return tools
 
 
 def _train_flag(message: dict[str, Any], at: str) -> bool | None:
     train, weight = message.get("train"), message.get("weight")
     if train is not None and not isinstance(train, bool):
-        raise DataError(f"{at}.train is {_show(train)}; expected true or false")
+        raise DataError(f"{at}.train is {show(train)}; expected true or false")
     if weight is None:
         return train
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise DataError(f"{at}.weight is {_show(weight)}; expected 0 or 1")
+        raise DataError(f"{at}.weight is {show(weight)}; expected 0 or 1")
     if train is not None and train != bool(weight):
         raise DataError(
             f"{at} says train = {str(train).lower()} and weight = {weight}; keep one of them"
@@ -285,7 +285,7 @@ def _from_json_text(value: Any, at: str) -> Any:
 
 def _not_messages(record: dict[str, Any], where: str) -> str:
     if "messages" in record:
-        seen = f"messages is {_show(record['messages'])}"
+        seen = f"messages is {show(record['messages'])}"
     else:
         seen = f"no messages; the row has {', '.join(map(str, record)) or 'no columns'}"
     return (
@@ -295,16 +295,11 @@ def _not_messages(record: dict[str, Any], where: str) -> str:
 
 
 def _is(table: dict[str, Any], key: str) -> str:
-    return f"is {_show(table[key])}" if key in table else "is missing"
+    return f"is {show(table[key])}" if key in table else "is missing"
 
 
 def _or(choices: tuple[str, ...]) -> str:
     return f"{', '.join(choices[:-1])} or {choices[-1]}"
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _hash16(value: Any) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any
 from prep.config import FIELDS, Format
 from prep.conversations.conversation import Conversation, parse_conversation
 from prep.conversations.json_text import loads
-from shared.errors import DataError
+from shared.errors import DataError, show
 
 _LIST_COLUMNS = (
     "messages",
@@ -96,7 +96,7 @@ def read_part(record: dict[str, Any], conversion: Conversion, *, where: str) -> 
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not isinstance(text, str) or not text.isprintable() or len(text) > _LONGEST_PART:
         raise DataError(
-            f"{where}: {conversion.split_by} is {_show(value)}; expected a name of at most"
+            f"{where}: {conversion.split_by} is {show(value)}; expected a name of at most"
             f" {_LONGEST_PART} printable characters, for the source is split by it"
         )
     return text
@@ -142,8 +142,7 @@ def _from_messages(record: dict[str, Any], conversion: Conversion, where: str) -
         for index, message in enumerate(messages):
             if not isinstance(message, dict) or role not in message:
                 raise DataError(
-                    f"{where}: {column}[{index}] is {_show(message)}; expected an object with"
-                    f" {role}"
+                    f"{where}: {column}[{index}] is {show(message)}; expected an object with {role}"
                 )
         messages = [_renamed(message, role, content) for message in messages]
     return messages, record.get(conversion.column("tools"))
@@ -169,12 +168,12 @@ def _from_sharegpt(record: dict[str, Any], conversion: Conversion, where: str) -
         at = f"{where}: {column}[{index}]"
         if not isinstance(turn, dict):
             raise DataError(
-                f"{at} is {_show(turn)}; expected an object with {from_key} and {value_key}"
+                f"{at} is {show(turn)}; expected an object with {from_key} and {value_key}"
             )
         speaker, value = turn.get(from_key), turn.get(value_key)
         role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            seen = f"is {_show(speaker)}" if from_key in turn else "is missing"
+            seen = f"is {show(speaker)}" if from_key in turn else "is missing"
             raise DataError(f"{at}.{from_key} {seen}; expected {', '.join(_SHAREGPT_ROLES)}")
         if role == "system" and messages:
             raise DataError(
@@ -196,7 +195,7 @@ def _from_sharegpt(record: dict[str, Any], conversion: Conversion, where: str) -
             )
             continue
         if not isinstance(value, str):
-            seen = f"is {_show(value)}" if value_key in turn else "is missing"
+            seen = f"is {show(value)}" if value_key in turn else "is missing"
             raise DataError(f"{at}.{value_key} {seen}; expected a string")
         messages.append({**message, "role": role, "content": value})
     return messages, _nested_tools(record, conversion, where)
@@ -208,7 +207,7 @@ def _from_alpaca(record: dict[str, Any], conversion: Conversion, where: str) -> 
     history = record.get(column)
     if not isinstance(history, list | None):
         raise DataError(
-            f"{where}: {column} is {_show(history)}; expected a list of pairs of strings"
+            f"{where}: {column} is {show(history)}; expected a list of pairs of strings"
         )
     for index, pair in enumerate(history or ()):
         if not (
@@ -217,7 +216,7 @@ def _from_alpaca(record: dict[str, Any], conversion: Conversion, where: str) -> 
             and all(isinstance(text, str) for text in pair)
         ):
             raise DataError(
-                f"{where}: {column}[{index}] is {_show(pair)}; expected [what the user said, the"
+                f"{where}: {column}[{index}] is {show(pair)}; expected [what the user said, the"
                 " answer]"
             )
         messages += [
@@ -248,7 +247,7 @@ def _from_prompt_completion(
         for index, message in enumerate(value):
             if not isinstance(message, dict) or "role" not in message:
                 raise DataError(
-                    f"{where}: {column}[{index}] is {_show(message)}; expected an object with role,"
+                    f"{where}: {column}[{index}] is {show(message)}; expected an object with role,"
                     " content"
                 )
             own = message.get("train") is not None or message.get("weight") is not None
@@ -299,7 +298,7 @@ def _other_shape(
     record: dict[str, Any], column: str, where: str, conversion: Conversion, expected: str
 ) -> DataError:
     if column in record:
-        seen = f"{column} is {_show(record[column])}"
+        seen = f"{column} is {show(record[column])}"
     else:
         seen = f"no {column}; the row has {', '.join(map(str, record)) or 'no columns'}"
     return DataError(
@@ -320,7 +319,7 @@ def _calls(value: Any, at: str) -> list[Any]:
         or not all(isinstance(c, dict) and _is_named(c) for c in calls)
     ):
         raise DataError(
-            f'{at} is {_show(value)}; expected {{"name": ..., "arguments": ...}} or a list of such'
+            f'{at} is {show(value)}; expected {{"name": ..., "arguments": ...}} or a list of such'
             " calls"
         )
     return calls
@@ -349,8 +348,3 @@ def _nested_tool(tool: dict[str, Any]) -> dict[str, Any]:
         "type": "function",
         "function": {key: value for key, value in tool.items() if key != "type"},
     }
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

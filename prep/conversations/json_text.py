@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from shared.errors import DataError
+from shared.errors import DataError, shorten
 
 MAX_DEPTH = 64  # the row itself is the first level
 
@@ -200,5 +200,4 @@ def _children(value: Any) -> list[tuple[Any, str]]:
 
 
 def _short(key: Any, *, quoted: bool = True) -> str:
-    text = repr(key) if quoted else str(key)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shorten(repr(key) if quoted else str(key), 60)

@@ -35,6 +35,7 @@ from shared.errors import (
     IncompleteArtifactError,
     PrerequisiteError,
     SftError,
+    one_line,
 )
 from shared.shard_format import FileEntry
 
@@ -216,12 +217,12 @@ class HubRemote:
             return _explained_answer(exc, what)
         if isinstance(exc, _TRANSPORT_ERROR):
             return PrerequisiteError(
-                f"{what}: {_one_line(exc)}; look at your network, the same command goes on"
+                f"{what}: {one_line(exc)}; look at your network, the same command goes on"
             )
         if isinstance(exc, OSError) and exc.errno is not None:
             kept = ", free some space" if exc.errno == errno.ENOSPC else ""
             return ArtifactError(f"{what}: {exc.strerror}{kept}; the same command goes on")
-        return ArtifactError(f"{what}: {_one_line(exc)}")
+        return ArtifactError(f"{what}: {one_line(exc)}")
 
 
 # HfHubHTTPError derives from the client's HTTPError: httpx's or httpx2's, depending on its release
@@ -252,7 +253,7 @@ def _explained_answer(exc: HfHubHTTPError, what: str) -> SftError:
         )
     if status in _BUSY:
         return PrerequisiteError(f"{answer}; try later, the same command goes on")
-    return ArtifactError(f"{answer}: {_one_line(exc)}")
+    return ArtifactError(f"{answer}: {one_line(exc)}")
 
 
 def _git_hash(path: Path) -> str:
@@ -260,8 +261,3 @@ def _git_hash(path: Path) -> str:
     whole."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
-def _one_line(exc: BaseException) -> str:
-    text = " ".join(str(exc).split()) or type(exc).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from shared.errors import ArtifactError, ConfigError
+from shared.errors import ArtifactError, ConfigError, one_line
 from shared.shard_format import Manifest
 from train.config import LoraConfig, ModelConfig
 from train.data.micro_batch import MicroBatch
@@ -286,7 +286,7 @@ def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedC
         ) from exc
     except StrictDataclassError as exc:  # its own defaults do not make a whole
         raise ConfigError(
-            f"model type {model_type!r} cannot be made from a table: {_one_line(exc)}"
+            f"model type {model_type!r} cannot be made from a table: {one_line(exc)}"
         ) from exc
     defaults = plain.to_dict()
     known = {
@@ -317,7 +317,7 @@ def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedC
         config = AutoConfig.for_model(model_type, **{**derived, **values})
     except CANNOT_BUILD as exc:
         raise ConfigError(
-            f"model.config is not a valid {model_type!r} config: {_one_line(exc)}"
+            f"model.config is not a valid {model_type!r} config: {one_line(exc)}"
         ) from exc
     assert isinstance(config, PretrainedConfig)
     return config
@@ -334,7 +334,7 @@ def _random_weights(
         if isinstance(exc, torch.OutOfMemoryError):
             raise
         raise ConfigError(
-            f"model.config cannot be built: {type(exc).__name__}: {_one_line(exc)}"
+            f"model.config cannot be built: {type(exc).__name__}: {one_line(exc)}"
         ) from exc
     _check_parameters(network)
     assert isinstance(network, PreTrainedModel)
@@ -351,7 +351,7 @@ def _config_of_pretrained(model: ModelConfig) -> PretrainedConfig:
             "" if Path(model.name).is_dir() else "there is no such directory, and not on the hub: "
         )
         raise ArtifactError(
-            f"cannot read the model {model.name!r}: {where}{_one_line(exc)}"
+            f"cannot read the model {model.name!r}: {where}{one_line(exc)}"
         ) from exc
     assert isinstance(config, PretrainedConfig)
     return config
@@ -377,7 +377,7 @@ def _load_weights(
             output_loading_info=True,
         )
     except (OSError, *CANNOT_BUILD) as exc:
-        raise ArtifactError(f"cannot load the model {model.name!r}: {_one_line(exc)}") from exc
+        raise ArtifactError(f"cannot load the model {model.name!r}: {one_line(exc)}") from exc
     missing = sorted(loading["missing_keys"])
     if missing or loading["mismatched_keys"]:
         wrong = missing or sorted(str(key) for key in loading["mismatched_keys"])
@@ -415,8 +415,3 @@ def _check_parameters(network: PreTrainedModel) -> None:
 def _get(config: PretrainedConfig, key: str) -> Any:
     """The value of a key that only some model types have."""
     return config.to_dict().get(key)
-
-
-def _one_line(exc: Exception) -> str:
-    text = " ".join(str(exc).split())
-    return text if len(text) <= 200 else text[:197] + "..."

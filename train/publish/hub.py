@@ -20,7 +20,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from shared.errors import ChecksumError, ConfigError, IncompleteArtifactError, PrerequisiteError
+from shared.errors import (
+    ChecksumError,
+    ConfigError,
+    IncompleteArtifactError,
+    PrerequisiteError,
+    one_line,
+)
 from shared.hashing import sha256_file
 from train.run.directory import RunDir
 
@@ -161,7 +167,7 @@ def _told(repo: str, source: Path | None) -> Iterator[None]:
         ) from exc
     except (_TRANSPORT_ERROR, OSError, RuntimeError) as exc:
         raise PrerequisiteError(
-            f"cannot push to {repo}: {_one_line(exc)}; the same command goes on{safe}"
+            f"cannot push to {repo}: {one_line(exc)}; the same command goes on{safe}"
         ) from exc
 
 
@@ -227,8 +233,3 @@ def _explained(status: int) -> str:
     else:
         what = "try later, the same command goes on"
     return f"the hub answered {status}; {what}"
-
-
-def _one_line(exc: BaseException) -> str:
-    text = " ".join(str(exc).split()) or type(exc).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
