@@ -110,7 +110,7 @@ def ask(
 @click.command(epilog="Example: sft-train which runs/demo --step 3")
 @click.argument("run", type=PATH)
 @click.option("--step", type=int, required=True, help="As in metrics.jsonl, counted from 1.")
-@click.option("--rank", type=int, help="Of the last call that trained; default: all launcher_env.")
+@click.option("--rank", type=int, help="Of the last call that trained; default: all ranks.")
 @click.option("--shards", type=PATH, help="Where the shard set lies now; default: where it was.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object per sequence, with all of its text."

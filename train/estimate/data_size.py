@@ -40,15 +40,6 @@ class DataSize:
     assumptions: tuple[str, ...] = field(default=())
 
 
-def sizes_stated(
-    rows: int | None, tokens: int | None, loss_tokens: int | None, max_seq_len: int
-) -> StatedSizes | None:
-    """Return what the command line states; None where it states nothing."""
-    if rows is None or tokens is None or loss_tokens is None:
-        return None
-    return StatedSizes(rows=rows, tokens=tokens, loss_tokens=loss_tokens, max_seq_len=max_seq_len)
-
-
 def size_of_shard_set(shard_set: ShardSet) -> DataSize:
     """Return the size of a shard set; reads its offsets alone."""
     total = 0

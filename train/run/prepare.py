@@ -28,21 +28,24 @@ RUNS_DIR = Path("runs")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainRequest:
-    """The command line of `sft-train`, as given."""
+    """The command line of `sft-train`, as given: each field is the option of its name, in the order
+    in which a command line lists them."""
 
     shards: Path
     recipe: str | None = None
     model: str | None = None
     output: Path | None = None
-    settings: tuple[str, ...] = ()
+    eval_shards: Path | None = None
     max_steps: int | None = None
     stop_after: int | None = None
-    resume: str = "auto"
-    eval_shards: Path | None = None
-    trust_checkpoint: bool = False
     push_to_hub: str | None = None
     push_checkpoints: str | None = None
+    resume: str = "auto"
+    trust_checkpoint: bool = False
+    settings: tuple[str, ...] = ()
+    """--set"""
     verbosity: int = 0
+    """-v, -vv; -1 is -q"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
