@@ -3,7 +3,6 @@ file."""
 
 import datetime
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -320,8 +319,7 @@ class MixtureConfig:
 
 def shipped_mixtures() -> dict[str, Path]:
     """Return the mixtures that ship with the package: name -> file."""
-    folder = Path(str(resources.files("prep"))) / "mixtures"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return config.shipped_files("prep", "mixtures", ".toml")
 
 
 def load_mixture(mixture: str, settings: tuple[str, ...] = ()) -> tuple[MixtureConfig, Path]:
@@ -330,12 +328,6 @@ def load_mixture(mixture: str, settings: tuple[str, ...] = ()) -> tuple[MixtureC
 
     Raises ConfigError for an unknown name, key or value.
     """
-    shipped = shipped_mixtures()
-    path = shipped.get(mixture, Path(mixture))
-    if mixture not in shipped and path.suffix != ".toml":
-        raise ConfigError(
-            f"no mixture named {mixture!r}; shipped: {', '.join(shipped) or 'none'}. Or give the"
-            " path of a .toml file"
-        )
+    path = config.shipped_or_file(mixture, shipped_mixtures(), "mixture")
     tables: dict[str, Any] = config.apply_settings(config.load_toml(path), settings)
     return config.build(MixtureConfig, tables, str(path)), path.resolve().parent

@@ -14,6 +14,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -70,6 +71,22 @@ def build(cls: type[T], tables: Mapping[str, Any], where: str) -> T:
     A class may have a table RENAMED of keys that had another name: old name -> new name.
     """
     return typing.cast(T, _build_dataclass(cls, tables, where, ""))
+
+
+def shipped_files(package: str, folder: str, suffix: str) -> dict[str, Path]:
+    """Return the files that ship in a folder of `package`: name without suffix -> path."""
+    root = Path(str(resources.files(package))) / folder
+    return {path.stem: path for path in sorted(root.glob(f"*{suffix}"))}
+
+
+def shipped_or_file(name: str, files: Mapping[str, Path], kind: str) -> Path:
+    """Return the path of one of the shipped `files`, or of a TOML file. Raises ConfigError."""
+    if name not in files and Path(name).suffix != ".toml":
+        raise ConfigError(
+            f"no {kind} named {name!r}; shipped: {', '.join(files) or 'none'}. Or give the path of"
+            " a .toml file"
+        )
+    return files.get(name, Path(name))
 
 
 def first_comment(path: Path) -> str:
