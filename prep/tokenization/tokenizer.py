@@ -311,14 +311,11 @@ def resolve_tokenizer_commit(name: str, revision: str) -> str:
 
 @contextlib.contextmanager
 def _hub_errors(name: str, revision: str) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from shared.hub import NO_ANSWER
 
-    no_answer: type[Exception] = HfHubHTTPError.__bases__[
-        0
-    ]  # of the client: httpx's or httpx2's, depending on its release
     try:
         yield
-    except (no_answer, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as exc:
+    except NO_ANSWER as exc:
         raise DataError(
             f"tokenizer.name = {name!r}: no such directory, and the hub does not give revision"
             f" {revision!r}: {exc}"

@@ -73,21 +73,15 @@ def beside_weights(model: ModelConfig) -> tuple[Path | None, str]:
         file = folder / NAME
         return (file, "") if file.is_file() else (None, f"{folder} has no {NAME}")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub.errors import EntryNotFoundError
 
-    no_answer: type[Exception] = HfHubHTTPError.__bases__[
-        0
-    ]  # of the client: httpx's or httpx2's, depending on its release
+    from shared.hub import NO_ANSWER
+
     try:
         return Path(hf_hub_download(model.name, NAME, revision=model.revision)), ""
     except EntryNotFoundError as exc:
         return None, f"no {NAME} of {model.name} ({one_line(exc)})"
-    except (no_answer, OfflineModeIsEnabled, HFValidationError, OSError) as exc:
+    except NO_ANSWER as exc:
         return (
             None,
             f"the hub does not give the {NAME} of {model.name} ({one_line(exc)})",

@@ -319,7 +319,7 @@ def test_pull_does_not_replace_what_it_did_not_make(hub: Hub, shards: Path, tmp_
 @pytest.mark.parametrize(
     ("repo", "code", "expected"),
     [
-        ("writer/none", 5, "there is no such data set"),
+        ("writer/none", 5, "there is no such repository"),
         ("one", 3, "neither a hub data set (user/name or hf://user/name) nor a directory"),
         ("a/b/c", 3, "write ./a/b/c for a new directory"),
         ("./nothing", 5, "holds no set that sft-prep push put there"),
@@ -362,7 +362,7 @@ def test_a_hub_that_is_not_there_or_not_wanted_is_a_missing_prerequisite(
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
         assert "offline mode is on" in refused(6, "pull", REPO, tmp_path / "back")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "look at your network" in refused(6, "pull", REPO, tmp_path / "back")
+    assert "check your network" in refused(6, "pull", REPO, tmp_path / "back")
 
 
 def test_what_a_repository_argument_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

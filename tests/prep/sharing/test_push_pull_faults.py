@@ -57,7 +57,7 @@ def test_a_push_cut_in_mid_upload_goes_on_and_sends_no_file_twice(
         "zstd"
     ]["sha256"]
     hub.fail(f"PUT /lfs/{cut}", "cut", times=6)  # the client tries six times
-    assert "the same command goes on" in refused(6, "push", shards, REPO)
+    assert "check your network, then run it again" in refused(6, "push", shards, REPO)
     assert "manifest.json" not in hub.repositories[REPO].files()
     assert "unfinished push: it has no manifest.json" in refused(5, "pull", REPO, tmp_path / "back")
     other = make_set(tmp_path / "other", seed=1)
@@ -119,7 +119,7 @@ def test_two_pushes_at_once_do_not_mix(hub: Hub, shards: Path) -> None:
         assert held.reached.wait(60)
         hub.commit(hub.repositories[REPO], "main", {}, "of someone else")
         held.released.set()
-        with pytest.raises(ArtifactError, match="answered 412: someone else pushed"):
+        with pytest.raises(ArtifactError, match="answered 412; someone else pushed"):
             first.result()
 
 
@@ -284,7 +284,7 @@ def test_no_room_to_compress_is_one_line(
     hub: Hub, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    assert "name a larger place with TMPDIR" in refused(5, "push", shards, REPO)
+    assert "name a larger directory with TMPDIR" in refused(5, "push", shards, REPO)
 
 
 # compression
