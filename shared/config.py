@@ -6,6 +6,7 @@ nested dataclasses, and `Any`/`object` for free-form values (a model's own confi
 takes an int; nothing else is converted.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -33,10 +34,8 @@ def load_toml(path: Path) -> dict[str, Any]:
         ) from exc
     except OSError as exc:
         raise ConfigError(f"cannot read the config file {path}: {exc.strerror}") from exc
-    except (
-        ValueError,
-        RecursionError,
-    ) as exc:  # not TOML, not UTF-8, a number of thousands of digits
+    # not TOML, not UTF-8, a number of thousands of digits
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
 
 
@@ -47,21 +46,23 @@ def apply_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str,
     A value is read as a TOML value, or as plain text where it is not one: `mask.boundary=inside`
     needs no quotes.
     """
-    result: dict[str, Any] = _deep_copy(tables)
+    result = copy.deepcopy(tables)
     for setting in settings:
         dotted, separator, text = setting.partition("=")
         if not separator or not dotted.strip():
             raise ConfigError(f"--set {setting!r}: expected section.key=value")
-        keys = dotted.strip().split(".")
+        *path, last = dotted.strip().split(".")
         table: Any = result
-        for depth, key in enumerate(keys[:-1]):
-            table = _step_into(table, key, f"--set {setting!r}", ".".join(keys[: depth + 1]))
-        if isinstance(table, list):
-            table[_list_index(table, keys[-1], f"--set {setting!r}")] = _parse_value(text.strip())
-        elif not isinstance(table, dict):
-            raise ConfigError(f"--set {setting!r}: {'.'.join(keys[:-1])} is a value, not a table")
-        else:
-            table[keys[-1]] = _parse_value(text.strip())
+        for depth, key in enumerate(path, 1):
+            if isinstance(table, list):
+                table = table[_list_index(table, key, setting)]
+            else:
+                table = table.setdefault(key, {})
+            if not isinstance(table, dict | list):
+                where = ".".join(path[:depth])
+                raise ConfigError(f"--set {setting!r}: {where} is a value, not a table")
+        slot = _list_index(table, last, setting) if isinstance(table, list) else last
+        table[slot] = _parse_value(text.strip())
     return result
 
 
@@ -90,8 +91,7 @@ def shipped_or_file(name: str, files: Mapping[str, Path], kind: str) -> Path:
 
 
 def first_comment(path: Path) -> str:
-    """Return what the first line of the TOML file at `path` says, if it is a comment: the file in
-    one sentence."""
+    """Return the comment in the first line of the TOML file at `path`: the file in one sentence."""
     with path.open(encoding="utf-8") as file:
         line = file.readline().strip()
     return line.removeprefix("#").strip() if line.startswith("#") else ""
@@ -118,25 +118,22 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
     null.
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        found: list[tuple[str, Any, Any]] = []
+        leaves: list[tuple[str, Any, Any]] = []
         for key in sorted({*old, *new}):
             dotted = _dotted(prefix, str(key))
             if key in old and key in new:
-                found += differences(old[key], new[key], dotted)
+                leaves += differences(old[key], new[key], dotted)
             else:
-                found.append((dotted, old.get(key), new.get(key)))
-        return found
+                leaves.append((dotted, old.get(key), new.get(key)))
+        return leaves
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [
-            found
+            leaf
             for index, pair in enumerate(zip(old, new, strict=True))
-            for found in differences(*pair, _dotted(prefix, str(index)))
+            for leaf in differences(*pair, _dotted(prefix, str(index)))
         ]
-    return (
-        []
-        if json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
-        else [(prefix, old, new)]
-    )
+    is_same = json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
+    return [] if is_same else [(prefix, old, new)]
 
 
 def _build_dataclass(cls: Any, tables: Any, where: str, prefix: str) -> Any:
@@ -179,7 +176,13 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
             return None
         return _convert(next(arg for arg in args if arg is not type(None)), value, where, key)
     if origin is tuple:
-        return _convert_tuple(args, value, where, key)
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: {key} = {show(value)}; expected a list")
+        hints = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(value) != len(hints):
+            raise ConfigError(f"{where}: {key} has {len(value)} values; expected {len(hints)}")
+        items = enumerate(zip(hints, value, strict=True))
+        return tuple(_convert(*pair, where, f"{key}.{index}") for index, pair in items)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: {key} = {show(value)}; expected a table")
@@ -193,26 +196,12 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     return _convert_scalar(hint, value, where, key)
 
 
-def _convert_tuple(args: tuple[Any, ...], value: Any, where: str, key: str) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise ConfigError(f"{where}: {key} = {show(value)}; expected a list")
-    if len(args) == 2 and args[1] is Ellipsis:
-        return tuple(
-            _convert(args[0], item, where, f"{key}.{index}") for index, item in enumerate(value)
-        )
-    if len(value) != len(args):
-        raise ConfigError(f"{where}: {key} has {len(value)} values; expected {len(args)}")
-    return tuple(
-        _convert(*pair, where, f"{key}.{i}") for i, pair in enumerate(zip(args, value, strict=True))
-    )
-
-
 def _convert_scalar(hint: type, value: Any, where: str, key: str) -> Any:
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
         raise ConfigError(
             f"{where}: {key} is a number of {value.bit_length()} bits; expected at most 64"
         )
-    if isinstance(value, str) and _not_text(value):
+    if isinstance(value, str) and any(c == "\x00" or "\ud800" <= c <= "\udfff" for c in value):
         raise ConfigError(
             f"{where}: {key} = {show(value)}; expected text without NUL and lone surrogates"
         )
@@ -234,10 +223,6 @@ def _convert_scalar(hint: type, value: Any, where: str, key: str) -> Any:
     raise ConfigError(f"{where}: {key} = {show(value)}; expected {names.get(hint, hint.__name__)}")
 
 
-def _not_text(value: str) -> bool:
-    return any(char == "\x00" or "\ud800" <= char <= "\udfff" for char in value)
-
-
 def _parse_value(text: str) -> Any:
     try:
         tables = tomllib.loads(f"value = {text}")
@@ -246,25 +231,10 @@ def _parse_value(text: str) -> Any:
     return tables["value"] if len(tables) == 1 else text
 
 
-def _step_into(table: Any, key: str, where: str, dotted: str) -> Any:
-    if isinstance(table, list):
-        return table[_list_index(table, key, where)]
-    inner = table.setdefault(key, {}) if isinstance(table, dict) else table
-    if not isinstance(inner, dict | list):
-        raise ConfigError(f"{where}: {dotted} is a value, not a table")
-    return inner
-
-
-def _list_index(table: list[Any], key: str, where: str) -> int:
+def _list_index(table: list[Any], key: str, setting: str) -> int:
     if not key.isdecimal() or int(key) >= len(table):
-        raise ConfigError(f"{where}: {key!r} is not an index of a list of {len(table)}")
+        raise ConfigError(f"--set {setting!r}: {key!r} is not an index of a list of {len(table)}")
     return int(key)
-
-
-def _deep_copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _deep_copy(item) for key, item in value.items()}
-    return [_deep_copy(item) for item in value] if isinstance(value, list) else value
 
 
 def _dotted(prefix: str, key: str) -> str:

@@ -11,13 +11,11 @@
      |   |- IncompleteArtifactError
      |   '- FingerprintMismatchError
      |- PrerequisiteError      6  a package, device or program that is missing
-     '- StoppedOnRequest      75  state is saved; run the same command again to go on
+     '- StoppedOnRequest      75  state is saved; run the same command again to resume
 
-A message says the value seen, the value expected, where, and what to do.
+A message says the value seen, the value expected, where, and what to do. `show`, `shorten` and
+`one_line` make its quotations short.
 """
-
-EXIT_OK = 0
-EXIT_USAGE = 2
 
 
 def shorten(text: str, limit: int) -> str:

@@ -11,7 +11,7 @@ def canonical_json(value: object) -> bytes:
     """Return UTF-8 JSON with sorted keys, two-space indent and a final newline: equal values, equal
     bytes.
 
-    Raises ValueError for NaN and infinities, which JSON has no word for.
+    Raises ValueError for NaN and infinities, which JSON cannot express.
     """
     text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8") + b"\n"
