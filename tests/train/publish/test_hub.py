@@ -36,9 +36,13 @@ def hub() -> Iterator[Hub]:
 def call(hub: Hub, home: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {
-        "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN,
-        "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": TOKEN,
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
     words = [SFT_TRAIN, *(str(argument) for argument in arguments)]
     return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=200)
 
