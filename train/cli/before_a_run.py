@@ -20,10 +20,10 @@ from train.cli.common_options import (
 @click.option(
     "--layers",
     type=click.IntRange(min=1),
-    help="So many, random weights; default: all, if they fit.",
+    help="Number of layers, with random weights; default: all, if they fit.",
 )
 @click.option(
-    "--tokens", type=click.IntRange(min=16), default=768, show_default=True, help="At most so many."
+    "--tokens", type=click.IntRange(min=16), default=768, show_default=True, help="At most as many."
 )
 def selftest(layers: int | None, tokens: int, **options: Any) -> None:
     """Test on this machine that packed sequences train as they do alone; exit code 6 if they do
@@ -38,9 +38,9 @@ def selftest(layers: int | None, tokens: int, **options: Any) -> None:
 
 
 @click.command(epilog="Example: sft-train plan --shards data_cache/demo --gpus 1")
-@click.option("--shards", type=PATH, help="Directory of a shard set; or state sizes instead:")
+@click.option("--shards", type=PATH, help="Directory of a shard set; or give its sizes instead:")
 @click.option(
-    "--rows", type=click.IntRange(min=1), help="Conversations of a set that is yet to be built."
+    "--rows", type=click.IntRange(min=1), help="Conversations of a set that does not exist yet."
 )
 @click.option("--tokens", type=click.IntRange(min=1), help="Its tokens.")
 @click.option("--loss-tokens", type=click.IntRange(min=1), help="Its loss tokens.")
@@ -62,12 +62,12 @@ def selftest(layers: int | None, tokens: int, **options: Any) -> None:
     type=float,
     default=0.35,
     show_default=True,
-    help="Share of its peak that a GPU reaches.",
+    help="Fraction of its peak that a GPU reaches.",
 )
 @click.option("--price", type=click.FloatRange(min=0), help="Of one GPU for one hour.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def plan(as_json: bool, **options: Any) -> None:
-    """Say before a run what it takes: steps, memory per GPU, time, cost. Needs no GPU and loads no
+    """Estimate a run before it starts: steps, memory per GPU, time, cost. Needs no GPU and loads no
     weights."""
     has_size = [options[name] is not None for name in ("rows", "tokens", "loss_tokens")]
     if not all(has_size) if options["shards"] is None else any(has_size):
