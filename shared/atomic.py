@@ -32,6 +32,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
+    # the rename itself is an entry of the directory: unflushed, a power cut could undo it
     fsync_dir(path.parent)
 
 
@@ -89,12 +90,15 @@ def replace_dir(
     leaves no `final`, but the old one beside it, as `old` or by default `.tmp-NAME-NUMBER-old`; an
     error between them puts the old one back.
     """
+    # Python has no call that exchanges two directories, so there is a moment without `final`: a
+    # reader that comes then finds nothing, but never half
     old = old or _free_name(final, "-old")
     with contextlib.suppress(FileNotFoundError):
         os.rename(final, old)
     try:
         os.rename(staged, final)
     except BaseException:
+        # lexists, not exists: `final` may have been a link to nothing, which is put back too
         if os.path.lexists(old):
             os.rename(old, final)
         raise

@@ -139,6 +139,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
 def _build_dataclass(cls: Any, tables: Any, where: str, prefix: str) -> Any:
     if not isinstance(tables, Mapping):
         raise ConfigError(f"{where}: {prefix or 'the file'} is {show(tables)}; expected a table")
+    # dataclasses keep annotations as they were written, strings included
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in tables:
@@ -156,6 +157,7 @@ def _build_dataclass(cls: Any, tables: Any, where: str, prefix: str) -> Any:
             values[name] = _convert(hints[name], tables[name], where, _dotted(prefix, name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}: missing key {_dotted(prefix, name)!r}; add it")
+    # the checks of __post_init__ know their own keys, but not the table that they are in
     try:
         return cls(**values)
     except ConfigError as exc:
@@ -164,6 +166,7 @@ def _build_dataclass(cls: Any, tables: Any, where: str, prefix: str) -> Any:
 
 def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
+    # 1 == True == 1.0, so a choice has to agree in its type as well
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in args):
             return value
@@ -197,10 +200,12 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
 
 
 def _convert_scalar(hint: type, value: Any, where: str, key: str) -> Any:
+    # TOML knows 64 bits, Python any number: a JSON reader in another language could not follow
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
         raise ConfigError(
             f"{where}: {key} is a number of {value.bit_length()} bits; expected at most 64"
         )
+    # no path can hold a NUL, and no UTF-8 a lone surrogate
     if isinstance(value, str) and any(c == "\x00" or "\ud800" <= c <= "\udfff" for c in value):
         raise ConfigError(
             f"{where}: {key} = {show(value)}; expected text without NUL and lone surrogates"
@@ -212,6 +217,7 @@ def _convert_scalar(hint: type, value: Any, where: str, key: str) -> Any:
             raise ConfigError(f"{where}: {key} = {show(value)}; expected a finite number") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {key} = {value}; expected a finite number")
+    # bool is a subclass of int
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     names = {
@@ -228,6 +234,7 @@ def _parse_value(text: str) -> Any:
         tables = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         return text
+    # a text with a newline could hold further keys
     return tables["value"] if len(tables) == 1 else text
 
 

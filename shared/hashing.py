@@ -13,6 +13,7 @@ def canonical_json(value: object) -> bytes:
 
     Raises ValueError for NaN and infinities, which JSON cannot express.
     """
+    # this spelling is part of the format: FORMAT.md, "Canonical JSON"
     text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8") + b"\n"
 
@@ -38,4 +39,5 @@ def sha256_file(path: Path) -> str:
 def seed_from(*parts: object) -> int:
     """Return a 64-bit seed that depends on every part and on their order, the same on every
     machine."""
+    # Python's own hash() differs from process to process
     return int.from_bytes(hashlib.sha256(canonical_json(list(parts))).digest()[:8], "little")

@@ -29,6 +29,7 @@ def configure(verbosity: int, *, rank: int | None = None) -> None:
     handler.setFormatter(
         logging.Formatter(f"%(asctime)s{where} %(levelname).1s %(message)s", "%H:%M:%S")
     )
+    # a library that configures root must neither silence nor double our lines
     for name in _PACKAGES:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]

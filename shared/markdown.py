@@ -8,6 +8,7 @@ from shared.shard_format import SourceEntry, Totals
 def table_cell(text: str) -> str:
     """Return `text` escaped for one cell of a table: it makes no link, picture, tag or second
     cell."""
+    # `<` could begin raw HTML; as an entity it is text in every renderer
     plain = " ".join(text.split()).replace("<", "&lt;")
     return "".join(f"\\{char}" if char in "\\|[]`" else char for char in plain)
 

@@ -45,6 +45,7 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
     Written out here because the bytes are hashed: no release of numpy may pad them differently.
     """
+    # a tuple as Python prints it: (13,) but (3, 3)
     sizes = "(" + ", ".join(map(str, shape)) + (",)" if len(shape) == 1 else ")")
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {sizes}, }}"
     return (
@@ -256,7 +257,7 @@ def manifest_from_json(data: Any, where: str) -> Manifest:
         manifest = config.build(Manifest, unsealed, where)
     except ConfigError as exc:
         raise ArtifactError(f"{exc}; the manifest is damaged, build the set again") from exc
-    # NaN, a lone surrogate, bottomless nesting
+    # digest() refuses NaN, a lone surrogate and bottomless nesting
     except (ValueError, RecursionError) as exc:
         raise ArtifactError(f"{where} is no manifest ({exc}); build or pull the set again") from exc
     _check_names(manifest, where)
@@ -301,6 +302,7 @@ def _check_names(manifest: Manifest, where: str) -> None:
             f"{where}: tokenizer.new_ids are {list(new_ids)}; expected the last ids below"
             f" vocab_size = {vocab_size}"
         )
+    # an export copies these files by their names: none may lead out of its directory
     for name in manifest.tokenizer.files:
         path = PurePosixPath(name)
         if (

@@ -222,6 +222,7 @@ def check_hashes(path: Path) -> None:
     """Read every file that the manifest lists and compare its sha256. Raises ChecksumError,
     IncompleteArtifactError."""
     manifest = read_manifest(path)
+    # sizes first, file by file: a truncated file is reported without reading it
     listed = [
         (path / TOKENIZER_DIR / name, entry) for name, entry in manifest.tokenizer.files.items()
     ]
@@ -263,6 +264,8 @@ def _map_column(
         "pack_loss_tokens": counts["P"],
         "seq_origin": counts["S"],
     }.get(name, counts["T"])
+    # the header is compared, not parsed: the format allows one spelling, and nothing that a stranger
+    # wrote there is interpreted
     expected = npy_header(dtype, (rows, *tail))
     size = len(expected) + rows * math.prod(tail) * np.dtype(dtype).itemsize
     try:
@@ -274,7 +277,7 @@ def _map_column(
                 f"{file} begins with {_header_text(header)} in {files[file.name].bytes} bytes; "
                 f"expected {_header_text(expected)} in {size}; build or pull the set again"
             )
-        if not rows:  # nothing to map
+        if not rows:  # there is nothing to map
             return np.empty((0, *tail), dtype), file_stamp
         column = np.asarray(
             np.memmap(file, dtype, mode="r", offset=len(expected), shape=(rows, *tail))

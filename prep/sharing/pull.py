@@ -157,6 +157,7 @@ def _is_current(out: Path, pushed: _Pushed, options: PullOptions) -> bool:
             f" holds {fingerprints(pushed.contents.sets)}; give another place, or --replace to put"
             " that one there"
         )
+    # the manifests agree, so the set is current unless a file was damaged since
     try:
         for path in sets:
             check_hashes((out / path).parent)
@@ -169,6 +170,8 @@ def _is_current(out: Path, pushed: _Pushed, options: PullOptions) -> bool:
 def _pull(pushed: _Pushed, out: Path, *, workers: int) -> int:
     """Make the set beside `out` and put it there; return how many bytes of columns were fetched."""
     staging = out.with_name(f".tmp-{out.name}-pull")
+    # transfer.json in the staging directory tells whose files lie there: a pull of the same push
+    # resumes, another one starts over
     marker = pushed.remote.read(TRANSFER_NAME)
     if not (staging / TRANSFER_NAME).is_file() or (staging / TRANSFER_NAME).read_bytes() != marker:
         if staging.exists() and any(staging.iterdir()) and not (staging / TRANSFER_NAME).is_file():
@@ -192,6 +195,7 @@ def _pull(pushed: _Pushed, out: Path, *, workers: int) -> int:
         atomic.write_bytes(staging / path, data)
     verify(staging)
     shutil.rmtree(scratch, ignore_errors=True)
+    # it belongs to the push, not to the set
     (staging / TRANSFER_NAME).unlink()
     atomic.fsync_tree(staging)
     atomic.replace_dir(staging, out, remove_old=replaceable_set.remove)

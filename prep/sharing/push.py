@@ -80,6 +80,7 @@ def push(shards: Path, repo: str, options: PushOptions) -> list[str]:
                 f"{remote.label} holds {state} with fingerprint {other}, this one has"
                 f" {fingerprint}; give another place, or --replace to put this one there"
             )
+        # only now: it reads every byte, which an up-to-date or refused push does not need
         verify(shards)
         remote.begin_write()
         bytes_sent = _send(remote, shards, contents, workers=options.workers)
@@ -174,6 +175,7 @@ def _send_shard(
     def compressed(path: str) -> FileEntry:
         return compress(shards / path, remote.scratch / path, contents.columns[path])
 
+    # one shard at a time, so that the compressed copies need a shard of space, not a set
     missing = [path for path in paths if path not in columns]
     files: dict[str, Path | bytes] = {}
     with ThreadPoolExecutor(workers) as pool:

@@ -85,6 +85,7 @@ def parse_repo(repo: str) -> str | Path:
         return Path(repo).expanduser()
     else:
         hub_id = repo
+    # user/name is a hub data set even where a file has that path: only directories are meant
     if not _HUB_ID.fullmatch(hub_id):
         raise ConfigError(
             f"{repo!r} is neither a hub data set (user/name or hf://user/name) nor a directory that"
@@ -170,6 +171,7 @@ class DirectoryRemote:
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, bytes):
                 atomic.write_bytes(target, content)
+            # a compressed column is ours and on the same disk; a file of the set stays where it is
             elif content.is_relative_to(self.scratch):
                 os.replace(content, target)
             else:

@@ -153,6 +153,7 @@ def compress(source: Path, target: Path, expected: FileEntry) -> FileEntry:
     changed = f"{source} changed while it was pushed; verify the set, then push again"
     if source.stat().st_size != expected.bytes:
         raise ChecksumError(changed)
+    # no dictionary and no threads: both would make the bytes depend on more than the column
     compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
     state = hashlib.sha256()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -188,6 +189,7 @@ def decompress(stored: Path, target: Path, entry: ColumnEntry, *, where: str) ->
             part.open("wb") as sink,
             zstandard.ZstdDecompressor().stream_reader(opened) as reader,
         ):
+            # one byte more than announced is enough to know that a frame swells too far
             while size <= entry.bytes and (
                 block := reader.read(min(_BLOCK_BYTES, entry.bytes + 1 - size))
             ):

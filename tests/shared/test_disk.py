@@ -1,4 +1,4 @@
-"""A full or read-only disk becomes an error that names a directory and a remedy; other errors pass."""
+"""A full or read-only disk is an error that names a directory and a remedy; other errors pass."""
 
 import errno
 import os

@@ -70,7 +70,6 @@ def write_example(root: Path) -> ShardEntry:
 
 
 # --- the worked example of FORMAT.md
-# -------------------------------------------------------------------------------
 
 
 def test_the_example_has_every_column_as_specified() -> None:
@@ -163,7 +162,6 @@ def test_the_straddle_bit_lies_outside_the_kinds() -> None:
 
 
 # --- identities
-# ----------------------------------------------------------------------------------------------------
 
 
 def a_fingerprint(**changes: Any) -> str:
@@ -228,7 +226,6 @@ def test_a_header_has_128_bytes_that_numpy_reads(
 
 
 # --- strict reading
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", [0, 1, 3, "2", None, [2]])

@@ -52,7 +52,6 @@ def small(tmp_path: Path) -> Path:
 
 
 # --- round trip
-# ----------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -177,7 +176,6 @@ def test_shards_without_packs_open_and_are_passed_over(small: Path) -> None:
 
 
 # --- what the reader refuses
-# ----------------------------------------------------------------------------------------
 
 
 def test_a_directory_without_a_manifest_is_not_whole(small: Path) -> None:
@@ -338,7 +336,6 @@ def test_a_missing_tokenizer_file_is_found_by_the_hashes(small: Path) -> None:
 
 
 # --- size
-# ----------------------------------------------------------------------------------------------------------
 
 GROWTH = """
 import resource, sys

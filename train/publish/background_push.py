@@ -144,6 +144,7 @@ def push_the_rest(pusher: Pusher | None, ranks: Ranks, stop_request: StopRequest
                 answer = pusher.finish_next()
             except SftError as exc:
                 answer = exc
+        # rank 0 alone has a pusher; the others learn its answer, so that all ranks end alike
         answer = broadcast_from_main(answer, ranks)
         if isinstance(answer, SftError):
             raise answer

@@ -237,6 +237,7 @@ def _write_weights(
         }
     dtypes = Counter(tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point())
     config.dtype = dtypes.most_common(1)[0][0] if dtypes else torch.float32
+    # a model without memory: it knows its parameters, its tied weights and how to save
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     tied = set(model.all_tied_weights_keys)

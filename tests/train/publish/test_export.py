@@ -288,7 +288,6 @@ def test_what_comes_to_the_place_of_an_export_while_it_is_written_stays(
 
 
 # ---- export of a checkpoint
-# ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
