@@ -264,8 +264,8 @@ def _map_column(
         "pack_loss_tokens": counts["P"],
         "seq_origin": counts["S"],
     }.get(name, counts["T"])
-    # the header is compared, not parsed: the format allows one spelling, and nothing that a stranger
-    # wrote there is interpreted
+    # the header is compared, not parsed: the format allows one spelling, and nothing that a
+    # stranger wrote there is interpreted
     expected = npy_header(dtype, (rows, *tail))
     size = len(expected) + rows * math.prod(tail) * np.dtype(dtype).itemsize
     try:

@@ -41,7 +41,7 @@ def test_other_ranks_say_who_they_are(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err == "rank 2: error: torn\n"
 
 
-def test_a_requested_stop_is_no_error_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_requested_stop_is_no_error_and_reported_once(capsys: pytest.CaptureFixture[str]) -> None:
     for rank in (0, 1):
         with pytest.raises(SystemExit) as caught:
             fail(errors.StoppedOnRequest("saved step 5"), rank=rank)

@@ -235,7 +235,7 @@ def test_the_same_export_again_leaves_nothing_of_the_first(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_an_export_takes_a_place_and_keeps_every_file_that_it_does_not_hold_again(
+def test_an_export_replaces_another_but_keeps_every_file_that_it_does_not_hold_again(
     tmp_path: Path, shards: ShardSet
 ) -> None:
     out = tmp_path / "model"
@@ -257,7 +257,7 @@ def test_an_export_takes_a_place_and_keeps_every_file_that_it_does_not_hold_agai
 
 
 @pytest.mark.parametrize("is_link", [True, False])
-def test_a_link_or_a_file_in_the_place_of_an_export_is_kept(
+def test_a_link_or_a_file_at_the_path_of_an_export_is_kept(
     is_link: bool, tmp_path: Path, shards: ShardSet
 ) -> None:
     mine, out = tmp_path / "mine", tmp_path / "model"
@@ -273,7 +273,7 @@ def test_a_link_or_a_file_in_the_place_of_an_export_is_kept(
     assert out.is_dir() and not out.is_symlink()  # noqa: PT018
 
 
-def test_what_comes_to_the_place_of_an_export_while_it_is_written_stays(
+def test_a_file_that_appears_while_an_export_is_written_stays(
     tmp_path: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def late(facts: CardFacts, **options: Any) -> str:

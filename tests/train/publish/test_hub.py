@@ -75,7 +75,7 @@ def test_a_model_arrives_whole_with_its_card_and_curves_and_is_not_sent_twice(
     assert (sum(hub.uploads.values()), len(hub.repositories[REPO].commits)) == (uploads, commits)
 
 
-def test_a_run_pushes_if_it_is_asked_and_the_same_command_pushes_what_failed(
+def test_a_run_pushes_only_if_asked_and_the_same_command_pushes_after_a_failure(
     hub: Hub, inputs: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
