@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared import errors
@@ -31,6 +31,7 @@ def test_the_exit_codes_are_those_of_the_contract() -> None:
 
 
 @given(st.text(max_size=80), st.integers(3, 70))
+@settings(deadline=None)
 def test_a_short_text_stays_and_a_long_one_keeps_its_beginning(text: str, limit: int) -> None:
     short = errors.shorten(text, limit)
     assert len(short) <= limit
@@ -38,6 +39,7 @@ def test_a_short_text_stays_and_a_long_one_keeps_its_beginning(text: str, limit:
 
 
 @given(st.recursive(st.text() | st.integers() | st.none(), st.lists, max_leaves=40))
+@settings(deadline=None)
 def test_a_value_is_shown_as_python_writes_it_in_sixty_characters(value: Any) -> None:
     text = errors.show(value)
     assert len(text) <= 60
@@ -45,6 +47,7 @@ def test_a_value_is_shown_as_python_writes_it_in_sixty_characters(value: Any) ->
 
 
 @given(st.text())
+@settings(deadline=None)
 def test_a_foreign_message_becomes_one_line_and_is_never_empty(message: str) -> None:
     line = errors.one_line(RuntimeError(message))
     assert 0 < len(line) <= 300

@@ -2,7 +2,7 @@
 
 import re
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.markdown import sources_table, table_cell
@@ -12,6 +12,7 @@ MARKUP = "".join(("|[]`\\<>()!*", "a\n\t\r"))
 
 
 @given(st.text() | st.text(alphabet=MARKUP))
+@settings(deadline=None)
 def test_a_cell_ends_where_it_should_and_reads_as_the_text(text: str) -> None:
     cell = table_cell(text)
     assert len(cell.splitlines()) <= 1

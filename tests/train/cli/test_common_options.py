@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError, StoppedOnRequest
@@ -35,6 +35,7 @@ REQUESTS = st.builds(
 
 
 @given(REQUESTS)
+@settings(deadline=None)
 def test_the_command_line_of_a_request_makes_the_same_request(request_: TrainRequest) -> None:
     context = cli.make_context("sft-train", request_arguments(request_))
     assert train_request(context.params) == request_
