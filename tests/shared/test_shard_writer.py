@@ -36,6 +36,7 @@ def columns_of(lengths: list[list[int]], seed: int) -> Columns:
 @given(
     st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), max_size=5), st.integers(0, 99)
 )
+@settings(deadline=None)
 def test_numpy_reads_what_was_written_and_the_entry_describes_it(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[list[int]], seed: int
 ) -> None:
