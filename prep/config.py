@@ -5,7 +5,6 @@ Frozen dataclasses that check their own values. Paths in the file are relative t
 
 import datetime
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -317,8 +316,7 @@ class MixtureConfig:
 
 def shipped_mixtures() -> dict[str, Path]:
     """Return the mixtures that ship with the package: name -> file."""
-    folder = Path(str(resources.files("prep"))) / "mixtures"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return config.shipped_files("prep", "mixtures", ".toml")
 
 
 def load_mixture(mixture: str, settings: tuple[str, ...] = ()) -> tuple[MixtureConfig, Path]:
@@ -327,12 +325,6 @@ def load_mixture(mixture: str, settings: tuple[str, ...] = ()) -> tuple[MixtureC
     `mixture` is one that ships, or a .toml file. Raises ConfigError for an unknown name, key or
     value.
     """
-    shipped = shipped_mixtures()
-    path = shipped.get(mixture, Path(mixture))
-    if mixture not in shipped and path.suffix != ".toml":
-        raise ConfigError(
-            f"no mixture named {mixture!r}; shipped: {', '.join(shipped) or 'none'}. Or give the"
-            " path of a .toml file"
-        )
+    path = config.shipped_or_file(mixture, shipped_mixtures(), "mixture")
     tables: dict[str, Any] = config.apply_settings(config.load_toml(path), settings)
     return config.build(MixtureConfig, tables, str(path)), path.resolve().parent

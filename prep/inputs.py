@@ -17,7 +17,7 @@ from prep.rendering.template import TemplateText, load_template, today
 from prep.sources.resolve import ResolvedSource, remember, resolve_source
 from prep.tokenization.tokenizer import TokenizerFiles, remember_tokenizer, resolve_tokenizer
 from shared import config
-from shared.errors import ConfigError
+from shared.errors import ConfigError, shorten
 from shared.hashing import digest
 from shared.shard_format import EVAL_DIR, FORMAT_VERSION
 
@@ -168,5 +168,4 @@ def _with_date(
 
 
 def _show(value: Any) -> str:
-    text = "absent" if value is None else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shorten("absent" if value is None else json.dumps(value, ensure_ascii=False), 80)

@@ -1,2 +1,2 @@
 """The contract between sft-prep and sft-train: on-disk format, config loading, hashing, atomic
-files, errors."""
+files, errors, and the client of the hub."""

@@ -1,4 +1,5 @@
-"""Files and directories that are whole or absent: written aside, flushed to disk, then renamed.
+"""Files and directories that are whole or absent: written beside their place, flushed to disk, then
+renamed.
 
 A reader never sees half an artefact, and a crash leaves at worst a `.tmp-*` sibling, which the next
 writer removes.
@@ -12,7 +13,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from shared.disk import unwritable
 from shared.errors import ArtifactError
@@ -22,16 +22,17 @@ from shared.hashing import canonical_json
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one rename. On any error the old file stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = _free_name(path)
+    staging = _free_name(path)
     try:
-        with aside.open("xb") as file:
+        with staging.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(staging, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
         raise
+    # the rename itself is an entry of the directory: unflushed, a power cut could undo it
     fsync_dir(path.parent)
 
 
@@ -51,25 +52,25 @@ def staged_dir(
     """Yield an empty directory beside `final`; on success it becomes `final`, on any error it is
     removed.
 
-    `durable` flushes everything to disk first, so that not even a power cut leaves a part; without
-    it only the rename is whole, which is enough against a killed process.
+    `durable` flushes everything to disk first, so that even a power cut leaves no half directory;
+    without it only the rename is atomic, which is enough against a killed process.
 
-    With `remove_old` the directory takes the place of what is there, as `replace_dir` does. Without
-    it, raises ArtifactError if `final` holds anything when the block ends.
+    With `remove_old` the directory replaces what is at `final`, as `replace_dir` does. Without it,
+    raises ArtifactError if `final` holds anything when the block ends.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = _free_name(final)
-    aside.mkdir()
+    staging = _free_name(final)
+    staging.mkdir()
     try:
-        yield aside
+        yield staging
         if durable:
-            fsync_tree(aside)
+            fsync_tree(staging)
         if remove_old is None:
-            _rename_to_free_name(aside, final)
+            _rename_to_free_name(staging, final)
         else:
-            replace_dir(aside, final, remove_old=remove_old, old=old)
+            replace_dir(staging, final, remove_old=remove_old, old=old)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         raise
     if durable:
         fsync_dir(final.parent)
@@ -82,19 +83,22 @@ def replace_dir(
     remove_old: Callable[[Path], object] = shutil.rmtree,
     old: Path | None = None,
 ) -> None:
-    """Put the directory `staged` in the place of `final`. The old one is moved aside first and
+    """Replace the directory `final` by `staged`. The old one is moved out of the way first and
     removed last.
 
-    `remove_old` removes what it knows to be its own. A crash between the two renames leaves no
-    `final`, but the old one beside it, as `old` or by default `.tmp-NAME-NUMBER-old`; an error
-    there puts the old one back.
+    `remove_old` removes only the files that its caller wrote. A crash between the two renames
+    leaves no `final`, but the old one beside it, as `old` or by default `.tmp-NAME-NUMBER-old`; an
+    error between them puts the old one back.
     """
+    # Python has no call that exchanges two directories, so there is a moment without `final`: a
+    # reader that comes then finds nothing, but never half
     old = old or _free_name(final, "-old")
     with contextlib.suppress(FileNotFoundError):
         os.rename(final, old)
     try:
         os.rename(staged, final)
     except BaseException:
+        # lexists, not exists: `final` may have been a link to nothing, which is put back too
         if os.path.lexists(old):
             os.rename(old, final)
         raise
@@ -104,15 +108,15 @@ def replace_dir(
 
 
 def remove_leftovers(parent: Path, names: str) -> None:
-    """Remove what dead writers left in `parent` of the files and directories that the pattern
-    `names` matches.
+    """Remove the unfinished files and directories of dead writers in `parent` whose final names
+    match the pattern `names`.
 
-    `parent` is a directory of ours: what lies there under such a name is taken for our own. Call it
-    only while holding the lock that guards those names: it would remove live work too.
+    `parent` is a directory of ours: whatever has such a name there counts as ours. Call it only
+    while holding the lock that guards those names: it would remove live work too.
     """
-    own = re.compile(rf"\.tmp-(?:{names})-\d+(-old)?", re.DOTALL)
+    leftover = re.compile(rf"\.tmp-(?:{names})-\d+(-old)?", re.DOTALL)
     for path in parent.glob(".tmp-*"):
-        if not own.fullmatch(path.name):
+        if not leftover.fullmatch(path.name):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -123,13 +127,22 @@ def remove_leftovers(parent: Path, names: str) -> None:
 @contextlib.contextmanager
 def exclusive_lock(path: Path, doing: str) -> Iterator[None]:
     """Hold an advisory lock on `path` while the block runs; the kernel releases it if the process
-    dies.
+    dies. Raises ArtifactError if another process holds it.
 
-    A POSIX record lock, not flock: worker processes forked by the holder would inherit a flock, and
-    orphans of a killed build would keep it. So it excludes other processes, not a second block in
-    this one. Raises ArtifactError if another process holds it.
+    It excludes other processes, not a second block in this one.
     """
-    with _opened(path) as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")  # leaves what is in it
+    except OSError as exc:
+        if unwritable(exc) is not None:
+            raise
+        raise ArtifactError(
+            f"cannot open the lock {path}: {exc.strerror}; choose another directory"
+        ) from exc
+    # a POSIX record lock, not flock: worker processes inherit a flock, and the orphans of a killed
+    # build would keep it
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as exc:
@@ -138,19 +151,6 @@ def exclusive_lock(path: Path, doing: str) -> Iterator[None]:
                 " stop it"
             ) from exc
         yield
-
-
-def _opened(path: Path) -> BinaryIO:
-    """Open a lock file without changing what is in it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a+b")
-    except OSError as exc:
-        if unwritable(exc) is not None:
-            raise
-        raise ArtifactError(
-            f"cannot open the lock {path}: {exc.strerror}; choose another place"
-        ) from exc
 
 
 def fsync_tree(root: Path) -> None:
@@ -167,17 +167,17 @@ def fsync_dir(path: Path) -> None:
 
 
 def _free_name(path: Path, ending: str = "") -> Path:
-    """Return a name beside `path` that nothing has: a file that merely is called like ours is not
-    overwritten."""
+    """Return an unused name beside `path`: a foreign file that happens to be called like ours is
+    not overwritten."""
     number = os.getpid()
-    while os.path.lexists(aside := path.with_name(f".tmp-{path.name}-{number}{ending}")):
+    while os.path.lexists(free := path.with_name(f".tmp-{path.name}-{number}{ending}")):
         number += 1 << 22  # above the largest process number of Linux
-    return aside
+    return free
 
 
-def _rename_to_free_name(aside: Path, final: Path) -> None:
+def _rename_to_free_name(staging: Path, final: Path) -> None:
     try:
-        os.rename(aside, final)
+        os.rename(staging, final)
     except OSError as exc:
         if exc.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise ArtifactError(

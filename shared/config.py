@@ -6,6 +6,7 @@ nested dataclasses, and `Any`/`object` for free-form values (a model's own confi
 takes an int; nothing else is converted.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -14,10 +15,11 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, show
 
 T = TypeVar("T")
 
@@ -32,10 +34,8 @@ def load_toml(path: Path) -> dict[str, Any]:
         ) from exc
     except OSError as exc:
         raise ConfigError(f"cannot read the config file {path}: {exc.strerror}") from exc
-    except (
-        ValueError,
-        RecursionError,
-    ) as exc:  # not TOML, not UTF-8, a number of thousands of digits
+    # not TOML, not UTF-8, a number of thousands of digits
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
 
 
@@ -46,21 +46,23 @@ def apply_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str,
     A value is read as a TOML value, or as plain text where it is not one: `mask.boundary=inside`
     needs no quotes.
     """
-    result: dict[str, Any] = _deep_copy(tables)
+    result = copy.deepcopy(tables)
     for setting in settings:
         dotted, separator, text = setting.partition("=")
         if not separator or not dotted.strip():
             raise ConfigError(f"--set {setting!r}: expected section.key=value")
-        keys = dotted.strip().split(".")
+        *path, last = dotted.strip().split(".")
         table: Any = result
-        for depth, key in enumerate(keys[:-1]):
-            table = _step_into(table, key, f"--set {setting!r}", ".".join(keys[: depth + 1]))
-        if isinstance(table, list):
-            table[_list_index(table, keys[-1], f"--set {setting!r}")] = _parse_value(text.strip())
-        elif not isinstance(table, dict):
-            raise ConfigError(f"--set {setting!r}: {'.'.join(keys[:-1])} is a value, not a table")
-        else:
-            table[keys[-1]] = _parse_value(text.strip())
+        for depth, key in enumerate(path, 1):
+            if isinstance(table, list):
+                table = table[_list_index(table, key, setting)]
+            else:
+                table = table.setdefault(key, {})
+            if not isinstance(table, dict | list):
+                where = ".".join(path[:depth])
+                raise ConfigError(f"--set {setting!r}: {where} is a value, not a table")
+        slot = _list_index(table, last, setting) if isinstance(table, list) else last
+        table[slot] = _parse_value(text.strip())
     return result
 
 
@@ -72,9 +74,24 @@ def build(cls: type[T], tables: Mapping[str, Any], where: str) -> T:
     return typing.cast(T, _build_dataclass(cls, tables, where, ""))
 
 
+def shipped_files(package: str, folder: str, suffix: str) -> dict[str, Path]:
+    """Return the files that ship in a folder of `package`: name without suffix -> path."""
+    root = Path(str(resources.files(package))) / folder
+    return {path.stem: path for path in sorted(root.glob(f"*{suffix}"))}
+
+
+def shipped_or_file(name: str, files: Mapping[str, Path], kind: str) -> Path:
+    """Return the path of one of the shipped `files`, or of a TOML file. Raises ConfigError."""
+    if name not in files and Path(name).suffix != ".toml":
+        raise ConfigError(
+            f"no {kind} named {name!r}; shipped: {', '.join(files) or 'none'}. Or give the path of"
+            " a .toml file"
+        )
+    return files.get(name, Path(name))
+
+
 def first_comment(path: Path) -> str:
-    """Return what the first line of the TOML file at `path` says, if it is a comment: the file in
-    one sentence."""
+    """Return the comment in the first line of the TOML file at `path`: the file in one sentence."""
     with path.open(encoding="utf-8") as file:
         line = file.readline().strip()
     return line.removeprefix("#").strip() if line.startswith("#") else ""
@@ -101,30 +118,28 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
     null.
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        found: list[tuple[str, Any, Any]] = []
+        leaves: list[tuple[str, Any, Any]] = []
         for key in sorted({*old, *new}):
             dotted = _dotted(prefix, str(key))
             if key in old and key in new:
-                found += differences(old[key], new[key], dotted)
+                leaves += differences(old[key], new[key], dotted)
             else:
-                found.append((dotted, old.get(key), new.get(key)))
-        return found
+                leaves.append((dotted, old.get(key), new.get(key)))
+        return leaves
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [
-            found
+            leaf
             for index, pair in enumerate(zip(old, new, strict=True))
-            for found in differences(*pair, _dotted(prefix, str(index)))
+            for leaf in differences(*pair, _dotted(prefix, str(index)))
         ]
-    return (
-        []
-        if json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
-        else [(prefix, old, new)]
-    )
+    is_same = json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
+    return [] if is_same else [(prefix, old, new)]
 
 
 def _build_dataclass(cls: Any, tables: Any, where: str, prefix: str) -> Any:
     if not isinstance(tables, Mapping):
-        raise ConfigError(f"{where}: {prefix or 'the file'} is {_show(tables)}; expected a table")
+        raise ConfigError(f"{where}: {prefix or 'the file'} is {show(tables)}; expected a table")
+    # dataclasses keep annotations as they were written, strings included
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in tables:
@@ -142,6 +157,7 @@ def _build_dataclass(cls: Any, tables: Any, where: str, prefix: str) -> Any:
             values[name] = _convert(hints[name], tables[name], where, _dotted(prefix, name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}: missing key {_dotted(prefix, name)!r}; add it")
+    # the checks of __post_init__ know their own keys, but not the table that they are in
     try:
         return cls(**values)
     except ConfigError as exc:
@@ -150,22 +166,29 @@ def _build_dataclass(cls: Any, tables: Any, where: str, prefix: str) -> Any:
 
 def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
+    # 1 == True == 1.0, so a choice has to agree in its type as well
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in args):
             return value
         expected = ", ".join(json.dumps(choice) for choice in args)
         raise ConfigError(
-            f"{where}: {key} = {_show(value)}; expected one of {expected}{_nearest(value, args)}"
+            f"{where}: {key} = {show(value)}; expected one of {expected}{_nearest(value, args)}"
         )
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         return _convert(next(arg for arg in args if arg is not type(None)), value, where, key)
     if origin is tuple:
-        return _convert_tuple(args, value, where, key)
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: {key} = {show(value)}; expected a list")
+        hints = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(value) != len(hints):
+            raise ConfigError(f"{where}: {key} has {len(value)} values; expected {len(hints)}")
+        items = enumerate(zip(hints, value, strict=True))
+        return tuple(_convert(*pair, where, f"{key}.{index}") for index, pair in items)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: {key} = {_show(value)}; expected a table")
+            raise ConfigError(f"{where}: {key} = {show(value)}; expected a table")
         return {
             name: _convert(args[1], item, where, _dotted(key, name)) for name, item in value.items()
         }
@@ -176,38 +199,25 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     return _convert_scalar(hint, value, where, key)
 
 
-def _convert_tuple(args: tuple[Any, ...], value: Any, where: str, key: str) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise ConfigError(f"{where}: {key} = {_show(value)}; expected a list")
-    if len(args) == 2 and args[1] is Ellipsis:
-        return tuple(
-            _convert(args[0], item, where, f"{key}.{index}") for index, item in enumerate(value)
-        )
-    if len(value) != len(args):
-        raise ConfigError(f"{where}: {key} has {len(value)} values; expected {len(args)}")
-    return tuple(
-        _convert(*pair, where, f"{key}.{i}") for i, pair in enumerate(zip(args, value, strict=True))
-    )
-
-
 def _convert_scalar(hint: type, value: Any, where: str, key: str) -> Any:
+    # TOML knows 64 bits, Python any number: a JSON reader in another language could not follow
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
         raise ConfigError(
             f"{where}: {key} is a number of {value.bit_length()} bits; expected at most 64"
         )
-    if isinstance(value, str) and _not_text(value):
+    # no path can hold a NUL, and no UTF-8 a lone surrogate
+    if isinstance(value, str) and any(c == "\x00" or "\ud800" <= c <= "\udfff" for c in value):
         raise ConfigError(
-            f"{where}: {key} = {_show(value)}; expected text without NUL and lone surrogates"
+            f"{where}: {key} = {show(value)}; expected text without NUL and lone surrogates"
         )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
         except OverflowError:
-            raise ConfigError(
-                f"{where}: {key} = {_show(value)}; expected a finite number"
-            ) from None
+            raise ConfigError(f"{where}: {key} = {show(value)}; expected a finite number") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {key} = {value}; expected a finite number")
+    # bool is a subclass of int
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     names = {
@@ -216,11 +226,7 @@ def _convert_scalar(hint: type, value: Any, where: str, key: str) -> Any:
         float: "a number",
         str: "text (in quotes)",
     }
-    raise ConfigError(f"{where}: {key} = {_show(value)}; expected {names.get(hint, hint.__name__)}")
-
-
-def _not_text(value: str) -> bool:
-    return any(char == "\x00" or "\ud800" <= char <= "\udfff" for char in value)
+    raise ConfigError(f"{where}: {key} = {show(value)}; expected {names.get(hint, hint.__name__)}")
 
 
 def _parse_value(text: str) -> Any:
@@ -228,37 +234,18 @@ def _parse_value(text: str) -> Any:
         tables = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         return text
+    # a text with a newline could hold further keys
     return tables["value"] if len(tables) == 1 else text
 
 
-def _step_into(table: Any, key: str, where: str, dotted: str) -> Any:
-    if isinstance(table, list):
-        return table[_list_index(table, key, where)]
-    inner = table.setdefault(key, {}) if isinstance(table, dict) else table
-    if not isinstance(inner, dict | list):
-        raise ConfigError(f"{where}: {dotted} is a value, not a table")
-    return inner
-
-
-def _list_index(table: list[Any], key: str, where: str) -> int:
+def _list_index(table: list[Any], key: str, setting: str) -> int:
     if not key.isdecimal() or int(key) >= len(table):
-        raise ConfigError(f"{where}: {key!r} is not an index of a list of {len(table)}")
+        raise ConfigError(f"--set {setting!r}: {key!r} is not an index of a list of {len(table)}")
     return int(key)
-
-
-def _deep_copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _deep_copy(item) for key, item in value.items()}
-    return [_deep_copy(item) for item in value] if isinstance(value, list) else value
 
 
 def _dotted(prefix: str, key: str) -> str:
     return f"{prefix}.{key}" if prefix else key
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _nearest(value: Any, known: Sequence[Any]) -> str:

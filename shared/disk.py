@@ -1,5 +1,5 @@
-"""What a user can act on when a place cannot be written: an error with the place and the remedy,
-not a traceback."""
+"""When a file cannot be written: an error that names the directory and the remedy, instead of a
+traceback."""
 
 import contextlib
 import errno
@@ -22,8 +22,8 @@ _REMEDIES = {
 
 @contextlib.contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """Turn an OSError that says no space or no permission into a PrerequisiteError that names
-    `place`, or the file."""
+    """Turn an OSError about space or permission into a PrerequisiteError that names `place`, or
+    the file."""
     try:
         yield
     except OSError as exc:
@@ -35,18 +35,20 @@ def writing_to(place: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def library_writing_to(place: Path) -> Iterator[None]:
-    """Do as `writing_to`, also where a library says in words of its own that it could not write:
-    the disk is asked."""
+    """Do as `writing_to`, also for a library that raises its own errors when it cannot write.
+
+    After any foreign exception the disk is tested: if 1 MiB cannot be written, that is the error.
+    """
     try:
         with writing_to(place):
             yield
     except SftError:
         raise
     except Exception:
-        with writing_to(place), tempfile.TemporaryFile(dir=place) as probe:
-            probe.write(bytes(1 << 20))
-            probe.flush()
-            os.fsync(probe.fileno())
+        with writing_to(place), tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
         raise
 
 
@@ -56,17 +58,16 @@ def is_full(exc: OSError) -> bool:
 
 
 def unwritable(exc: OSError, place: Path | None = None) -> PrerequisiteError | None:
-    """Return what to tell a user of `exc`; None where it is not about space or permission."""
+    """Return `exc` as an error that a user can act on; None where it is not about space or
+    permission."""
     if exc.errno not in _REMEDIES:
         return None
-    # a full disk shows in whatever file came next: the place says more than its name
-    where = (
-        place
-        if place is not None and (exc.errno in _FULL or exc.filename is None)
-        else exc.filename
-    )
-    named = "" if where is None else f"{os.fsdecode(where)}: "
+    # a full disk hits whatever file comes next: the directory says more than that file's name
+    where = exc.filename
+    if place is not None and (where is None or exc.errno in _FULL):
+        where = place
+    prefix = "" if where is None else f"{os.fsdecode(where)}: "
     return PrerequisiteError(
-        f"{named}{os.strerror(exc.errno)}; {_REMEDIES[exc.errno]}, or choose another place, and run"
-        " the same command again: what was finished is kept"
+        f"{prefix}{os.strerror(exc.errno)}; {_REMEDIES[exc.errno]}, or choose another directory,"
+        " and run the same command again: what was finished is kept"
     )

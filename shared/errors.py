@@ -11,13 +11,26 @@
      |   |- IncompleteArtifactError
      |   '- FingerprintMismatchError
      |- PrerequisiteError      6  a package, device or program that is missing
-     '- StoppedOnRequest      75  state is saved; run the same command again to go on
+     '- StoppedOnRequest      75  state is saved; run the same command again to resume
 
-A message says the value seen, the value expected, where, and what to do.
+A message says the value seen, the value expected, where, and what to do. `show`, `shorten` and
+`one_line` make its quotations short.
 """
 
-EXIT_OK = 0
-EXIT_USAGE = 2
+
+def shorten(text: str, limit: int) -> str:
+    """Return `text`, cut to `limit` characters that end in "..." where it is longer."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def show(value: object) -> str:
+    """Return a value of a user's file as a message shows it."""
+    return shorten(repr(value), 60)
+
+
+def one_line(exc: BaseException) -> str:
+    """Return the message of a foreign exception on one line, or its type where it has none."""
+    return shorten(" ".join(str(exc).split()) or type(exc).__name__, 300)
 
 
 class SftError(Exception):

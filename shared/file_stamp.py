@@ -1,8 +1,7 @@
-"""Whether a file that is mapped is still what it was when it was opened: a stat, not a look at its
-bytes.
+"""Whether a mapped file is still the one that was opened: by a stat, without reading its bytes.
 
-Reading a mapped page that a truncated file no longer has kills the process (SIGBUS); a file written
-anew under its name is not what the mapping shows. Both are found by size, inode and time of change.
+Reading a mapped page that a truncated file no longer has kills the process (SIGBUS), and a new file
+of the same name is not what the mapping shows. Size, inode and time of change tell both.
 """
 
 import os
@@ -15,7 +14,7 @@ from shared.errors import ArtifactError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MappedFileStamp:
-    """A file as it was when it was opened."""
+    """What identified a file when it was opened."""
 
     path: Path
     num_bytes: int
@@ -29,21 +28,21 @@ class MappedFileStamp:
             now = _stamp(self.path, self.path.stat())
         except OSError as exc:
             raise ArtifactError(
-                f"{self.path} {_UNDER_US}: it cannot be found any more ({exc.strerror}); {_WAY_OUT}"
+                f"{self.path} {_CHANGED}: it cannot be found any more ({exc.strerror}); {_REMEDY}"
             ) from exc
         if now == self:
             return
         if now.num_bytes != self.num_bytes:
             change = f"it has {now.num_bytes} bytes, it had {self.num_bytes} when it was opened"
         elif now.inode != self.inode:
-            change = "another file lies at its place"
+            change = "another file has its name"
         else:
             change = "it was written to"
-        raise ArtifactError(f"{self.path} {_UNDER_US}: {change}; {_WAY_OUT}")
+        raise ArtifactError(f"{self.path} {_CHANGED}: {change}; {_REMEDY}")
 
 
-_UNDER_US = "was changed while it was in use"
-_WAY_OUT = (
+_CHANGED = "was changed while it was in use"
+_REMEDY = (
     "put the shard set back as it was (sft-prep verify checks it), then run the same command again"
 )
 

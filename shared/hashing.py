@@ -11,8 +11,9 @@ def canonical_json(value: object) -> bytes:
     """Return UTF-8 JSON with sorted keys, two-space indent and a final newline: equal values, equal
     bytes.
 
-    Raises ValueError for NaN and infinities, which JSON has no word for.
+    Raises ValueError for NaN and infinities, which JSON cannot express.
     """
+    # this spelling is part of the format: FORMAT.md, "Canonical JSON"
     text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8") + b"\n"
 
@@ -38,4 +39,5 @@ def sha256_file(path: Path) -> str:
 def seed_from(*parts: object) -> int:
     """Return a 64-bit seed that depends on every part and on their order, the same on every
     machine."""
+    # Python's own hash() differs from process to process
     return int.from_bytes(hashlib.sha256(canonical_json(list(parts))).digest()[:8], "little")

@@ -1,5 +1,4 @@
-"""What the cards of sets and models have in common. Names in them may come from a stranger's
-rows."""
+"""Tables of the cards of sets and models. Names in them may come from rows of strangers."""
 
 from collections.abc import Sequence
 
@@ -7,8 +6,9 @@ from shared.shard_format import SourceEntry, Totals
 
 
 def table_cell(text: str) -> str:
-    """Return `text` for one cell of a table, whatever is in it: no link, picture, tag or further
+    """Return `text` escaped for one cell of a table: it makes no link, picture, tag or second
     cell."""
+    # `<` could begin raw HTML; as an entity it is text in every renderer
     plain = " ".join(text.split()).replace("<", "&lt;")
     return "".join(f"\\{char}" if char in "\\|[]`" else char for char in plain)
 

@@ -24,9 +24,8 @@ REJECTS_NAME = "rejects.jsonl.zst"
 TOKENIZER_DIR = "tokenizer"
 SHARDS_DIR = "shards"
 EVAL_DIR = "eval"
-OTHER_GROUPS = (  # in rows_dropped of a part of a split source: the rows of its other parts
-    "other_groups"
-)
+# key in rows_dropped of a group of a split source: the rows of its other groups
+OTHER_GROUPS = "other_groups"
 
 # name -> (dtype string, trailing shape); the first dimension is T, S+1, P+1, P or S
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -46,6 +45,7 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
     Written out here because the bytes are hashed: no release of numpy may pad them differently.
     """
+    # a tuple as Python prints it: (13,) but (3, 3)
     sizes = "(" + ", ".join(map(str, shape)) + (",)" if len(shape) == 1 else ")")
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {sizes}, }}"
     return (
@@ -67,12 +67,11 @@ class Kind(IntEnum):
     REASONING = 7
 
 
-STRADDLES = (
-    0x80  # set on a token that also covers bytes outside the message text that its kind names
-)
+# set on a token that also covers bytes outside the message text that its kind names
+STRADDLES = 0x80
 KIND_MASK = 0x7F
 
-# what an assistant turn is made of: the kinds that can be trained under `train_on = "assistant"`
+# an assistant turn consists of these: the kinds that `train_on = "assistant"` can train
 ASSISTANT_KINDS = (Kind.ASSISTANT, Kind.TERMINATOR, Kind.TOOL_CALL, Kind.REASONING)
 
 
@@ -86,8 +85,8 @@ class FileEntry:
 class TokenizerEntry:
     name: str
     revision: str | None
-    """The resolved commit of a hub tokenizer; None for a directory, whose files' hashes say what it
-    is."""
+    """The resolved commit of a hub tokenizer; None for a directory, which its files' hashes
+    identify."""
     files: dict[str, FileEntry]
     vocab_size: int
     """One more than the largest token id that the tokenizer knows, added tokens included."""
@@ -99,10 +98,10 @@ class TokenizerEntry:
     config lists them."""
     canary_ids: tuple[int, ...]
     """Ids of a fixed text: a tokenizer that gives others is not this one, whatever its files
-    say."""
+    are."""
     new_ids: tuple[int, ...]
-    """Ids that follow on one another behind the base model's vocabulary, for tokens that the
-    mixture added: its model has learned nothing for them."""
+    """Consecutive ids behind the base model's vocabulary, of tokens that the mixture added: the
+    model has learned nothing for them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,8 +109,8 @@ class TemplateEntry:
     name: str
     sha256: str
     split_markers: dict[str, int]
-    """What looks like a marker of the template, but takes several tokens -> how many, 0 where the
-    tokenizer can't read it. Empty for a shipped template."""
+    """Text that looks like a marker of the template but takes several tokens -> how many, 0 where
+    the tokenizer cannot encode it. Empty for a shipped template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +127,7 @@ class SourceEntry:
     rows_unrendered: dict[str, int]
     """Rows with a message or field that the template would drop, by reason."""
     rows_dropped: dict[str, int]
-    """Good rows left out by a policy of the mixture (over-length, no loss tokens, sampling), by
+    """Good rows that a policy of the mixture left out (over-length, no loss tokens, sampling), by
     reason."""
     rows_truncated: int
     rows_without_terminator: int
@@ -136,18 +135,17 @@ class SourceEntry:
     tokens: int
     loss_tokens: int
     details: dict[str, Any] = field(default_factory=dict)
-    """Further counts and settings, e.g. fraction, epochs, rows verified against the referee, rows
-    that fell back."""
+    """Further counts and settings, e.g. fraction, epochs, rows that were cross-checked, rows on the
+    slow path."""
 
     @property
     def own_rows(self) -> int:
-        """How many of the rows read are its own: all, unless it is a part of a source that was
-        split."""
+        """How many of the rows read belong to it: all, unless it is a group of a split source."""
         return self.rows_read - self.rows_dropped.get(OTHER_GROUPS, 0)
 
     @property
     def origin(self) -> str:
-        """Where its rows come from, for people: the hub data set if it is one, and which part of
+        """Where its rows come from, for people: the hub data set if it is one, and which group of
         it."""
         whole = self.hub_id or str(self.details.get("group_of", self.name))
         return f"{self.name} of {whole}" if "group_of" in self.details else whole
@@ -175,7 +173,7 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """All that is known of a shard set: no time, host, absolute path or worker count."""
+    """The description of a shard set; no time, host, absolute path or worker count is in it."""
 
     format_version: int
     name: str
@@ -197,10 +195,9 @@ class Manifest:
 
 
 def sealed(manifest: Manifest) -> dict[str, Any]:
-    """Return the manifest as it is written: plain, with `seal`, the digest of all the rest of it.
+    """Return the manifest as it is written: plain, with `seal`, the digest of all other keys.
 
-    The fingerprint says what training sees; the seal says that no other word of the manifest was
-    changed either.
+    The fingerprint covers what training sees; the seal covers every other word of the manifest too.
     """
     plain: dict[str, Any] = config.to_plain(manifest)
     return {**plain, "seal": digest(plain)}
@@ -214,8 +211,8 @@ def fingerprint_of(
     source_names: list[str],
     shards: list[ShardEntry],
 ) -> str:
-    """Return the identity of the content: unchanged by a recipe, a name or a library that gives the
-    same bytes."""
+    """Return the identity of the content: a recipe, a name, or another library that gives the same
+    bytes does not change it."""
     return digest(
         {
             "format_version": FORMAT_VERSION,
@@ -231,7 +228,7 @@ def fingerprint_of(
 
 
 def fingerprint_of_manifest(manifest: Manifest) -> str:
-    """Return the fingerprint that the hashes listed in `manifest` give."""
+    """Return the fingerprint of the hashes that `manifest` lists."""
     return fingerprint_of(
         max_seq_len=manifest.max_seq_len,
         tokenizer_files=manifest.tokenizer.files,
@@ -242,9 +239,10 @@ def fingerprint_of_manifest(manifest: Manifest) -> str:
 
 
 def manifest_from_json(data: Any, where: str) -> Manifest:
-    """Return the manifest in `data`, proved to agree with itself.
+    """Return the manifest in `data`, checked to agree with itself.
 
-    Raises FormatVersionError before looking at anything else, ArtifactError or ChecksumError after.
+    Raises FormatVersionError before it looks at any other key, ArtifactError or ChecksumError
+    after.
     """
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
@@ -253,34 +251,40 @@ def manifest_from_json(data: Any, where: str) -> Manifest:
             " set again: sft-prep build --mixture NAME|FILE.toml --out DIRECTORY --rebuild (stored"
             " samples that are the same are used again), or use the version that wrote it"
         )
-    unsealed = _unsealed(data, where)
+    unsealed = {key: value for key, value in data.items() if key != "seal"}
     try:
+        _check_digest("seal", data.get("seal"), digest(unsealed), where)
         manifest = config.build(Manifest, unsealed, where)
     except ConfigError as exc:
         raise ArtifactError(f"{exc}; the manifest is damaged, build the set again") from exc
+    # digest() refuses NaN, a lone surrogate and bottomless nesting
+    except (ValueError, RecursionError) as exc:
+        raise ArtifactError(f"{where} is no manifest ({exc}); build or pull the set again") from exc
     _check_names(manifest, where)
-    _check_sums(manifest, where)
+    for count in ("packs", "sequences", "tokens", "loss_tokens"):
+        total = getattr(manifest.totals, count)
+        in_shards = sum(getattr(shard, count) for shard in manifest.shards)
+        if total != in_shards:
+            raise ArtifactError(
+                f"{where}: totals.{count} is {total}, the shards hold {in_shards}; build the set"
+                " again"
+            )
+    _check_digest("fingerprint", manifest.fingerprint, fingerprint_of_manifest(manifest), where)
+    _check_digest("inputs_digest", manifest.inputs_digest, digest(manifest.inputs), where)
     return manifest
 
 
-def _unsealed(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the manifest without its seal, which must hold."""
-    unsealed = {key: value for key, value in data.items() if key != "seal"}
-    try:
-        found = digest(unsealed)
-    except (ValueError, RecursionError) as exc:  # NaN, a lone surrogate, bottomless nesting
-        raise ArtifactError(f"{where} is no manifest ({exc}); build or pull the set again") from exc
-    if data.get("seal") != found:
+def _check_digest(key: str, value: object, expected: str, where: str) -> None:
+    if value != expected:
         raise ChecksumError(
-            f"{where}: the seal is {str(data.get('seal'))[:16]}..., its contents give"
-            f" {found[:16]}...; the manifest was changed by hand or damaged, build or pull the set"
-            " again"
+            f"{where}: {key} is {str(value)[:16]}..., its contents give {expected[:16]}...; the"
+            " manifest was changed by hand or damaged, build or pull the set again"
         )
-    return unsealed
 
 
 def _check_names(manifest: Manifest, where: str) -> None:
-    """Every listed name stays inside the shard set: a manifest may come from a stranger."""
+    """Raise ArtifactError for a name that leaves the shard set: a manifest may come from a
+    stranger."""
     columns = {f"{name}.npy" for name in COLUMNS}
     for index, shard in enumerate(manifest.shards):
         if shard.path != f"{SHARDS_DIR}/{index:05d}":
@@ -298,6 +302,7 @@ def _check_names(manifest: Manifest, where: str) -> None:
             f"{where}: tokenizer.new_ids are {list(new_ids)}; expected the last ids below"
             f" vocab_size = {vocab_size}"
         )
+    # an export copies these files by their names: none may lead out of its directory
     for name in manifest.tokenizer.files:
         path = PurePosixPath(name)
         if (
@@ -308,24 +313,3 @@ def _check_names(manifest: Manifest, where: str) -> None:
             or name == "."
         ):
             raise ArtifactError(f"{where}: tokenizer file {name!r} is not a plain relative path")
-
-
-def _check_sums(manifest: Manifest, where: str) -> None:
-    for count in ("packs", "sequences", "tokens", "loss_tokens"):
-        total, found = (
-            getattr(manifest.totals, count),
-            sum(getattr(shard, count) for shard in manifest.shards),
-        )
-        if total != found:
-            raise ArtifactError(
-                f"{where}: totals.{count} is {total}, the shards hold {found}; build the set again"
-            )
-    for name, said, found in (
-        ("fingerprint", manifest.fingerprint, fingerprint_of_manifest(manifest)),
-        ("inputs_digest", manifest.inputs_digest, digest(manifest.inputs)),
-    ):
-        if said != found:
-            raise ChecksumError(
-                f"{where}: {name} is {said[:16]}..., its contents give {found[:16]}...; "
-                "the manifest was changed by hand or damaged, build or pull the set again"
-            )

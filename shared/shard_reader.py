@@ -1,4 +1,4 @@
-"""Open a shard set: check that it is whole, map its columns, hand out packs. Cost does not grow
+"""Open a shard set: check that it is whole, map its columns, return packs. The cost does not grow
 with its tokens.
 
 `open_shard_set` looks at the manifest, the file sizes, the .npy headers and the ends of the offset
@@ -51,9 +51,8 @@ class ShardSet:
     shards: tuple[dict[str, npt.NDArray[Any]], ...]  # the mapped columns of each shard
     pack_starts: tuple[int, ...]  # number of the first pack of each shard
     seq_starts: tuple[int, ...]  # number of the first sequence of each shard
-    stamps: tuple[
-        tuple[MappedFileStamp, ...], ...
-    ]  # the mapped files of each shard, as they were when they were opened
+    # the mapped files of each shard, as they were when they were opened
+    stamps: tuple[tuple[MappedFileStamp, ...], ...]
 
     @property
     def num_packs(self) -> int:
@@ -64,8 +63,8 @@ class ShardSet:
         return self.manifest.totals.sequences
 
     def pack(self, pack_id: int) -> Pack:
-        """Return pack `pack_id`, 0 <= pack_id < num_packs. Raises ChecksumError where its offsets
-        make no sense."""
+        """Return pack `pack_id`, 0 <= pack_id < num_packs. Raises ChecksumError if its offsets make
+        no sense."""
         columns, local = self._locate(pack_id)
         first, last = columns["pack_offsets"][local : local + 2].tolist()
         return self._cut(columns, first, last, f"pack {pack_id}")
@@ -80,18 +79,15 @@ class ShardSet:
         """Return the pack that holds sequence `sequence_id`."""
         columns, local = self._locate_sequence(sequence_id)
         shard = bisect_right(self.seq_starts, sequence_id) - 1
-        return (
-            self.pack_starts[shard]
-            + int(np.searchsorted(columns["pack_offsets"], local, side="right"))
-            - 1
-        )
+        pack = int(np.searchsorted(columns["pack_offsets"], local, side="right")) - 1
+        return self.pack_starts[shard] + pack
 
     def check_unchanged(self, shards: Iterable[int] | None = None) -> None:
         """Raise ArtifactError if a mapped file of `shards` (default: all) is no longer the one that
         was opened.
 
-        To be called before pages are read: a page of a truncated file kills the process. A stat per
-        file.
+        Call it before pages are read: a page of a truncated file kills the process. It costs a stat
+        per file.
         """
         for shard in range(len(self.shards)) if shards is None else shards:
             for file_stamp in self.stamps[shard]:
@@ -106,13 +102,11 @@ class ShardSet:
         return shards
 
     def kinds(self, pack_id: int) -> npt.NDArray[np.uint8]:
-        """Return the kind of every token of a pack, uint8 [T]: for people who look, never for
+        """Return the kind of every token of a pack, uint8 [T]: for inspection, never for
         training."""
         columns, local = self._locate(pack_id)
-        first, last = columns["pack_offsets"][local : local + 2]
-        kinds: npt.NDArray[np.uint8] = columns["kind"][
-            columns["seq_offsets"][first] : columns["seq_offsets"][last]
-        ]
+        start, end = columns["seq_offsets"][columns["pack_offsets"][local : local + 2]]
+        kinds: npt.NDArray[np.uint8] = columns["kind"][start:end]
         return kinds
 
     def loss_tokens(self, pack_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -120,9 +114,9 @@ class ShardSet:
         counts = np.zeros(len(pack_ids), np.int64)
         shard_of = np.searchsorted(np.asarray(self.pack_starts), pack_ids, side="right") - 1
         for shard in np.unique(shard_of):
-            chosen = shard_of == shard
-            local = pack_ids[chosen] - self.pack_starts[shard]
-            counts[chosen] = self.shards[shard]["pack_loss_tokens"][local]
+            in_shard = shard_of == shard
+            local = pack_ids[in_shard] - self.pack_starts[shard]
+            counts[in_shard] = self.shards[shard]["pack_loss_tokens"][local]
         return counts
 
     def seq_lengths(self, pack_id: int) -> npt.NDArray[np.int64]:
@@ -137,6 +131,8 @@ class ShardSet:
         return self.path / TOKENIZER_DIR
 
     def _cut(self, columns: dict[str, npt.NDArray[Any]], first: int, last: int, what: str) -> Pack:
+        # the numbers come from mapped bytes that nobody has hashed, so they are checked before they
+        # index anything
         offsets = columns["seq_offsets"][max(0, first) : max(0, last + 1)]
         if not (0 <= first < last and len(offsets) == last - first + 1):
             wrong = f"holds sequences {first} to {last} of {len(columns['seq_origin'])}"
@@ -182,11 +178,9 @@ def read_manifest(path: Path) -> Manifest:
     try:
         data = json.loads(file.read_bytes())
     except FileNotFoundError as exc:
-        what = (
-            "is not a whole shard set: it has no manifest.json"
-            if path.is_dir()
-            else "does not exist"
-        )
+        what = "does not exist"
+        if path.is_dir():
+            what = "is not a whole shard set: it has no manifest.json"
         raise IncompleteArtifactError(f"{path} {what}; make one with sft-prep build") from exc
     except NotADirectoryError as exc:
         raise IncompleteArtifactError(
@@ -228,6 +222,7 @@ def check_hashes(path: Path) -> None:
     """Read every file that the manifest lists and compare its sha256. Raises ChecksumError,
     IncompleteArtifactError."""
     manifest = read_manifest(path)
+    # sizes first, file by file: a truncated file is reported without reading it
     listed = [
         (path / TOKENIZER_DIR / name, entry) for name, entry in manifest.tokenizer.files.items()
     ]
@@ -238,10 +233,10 @@ def check_hashes(path: Path) -> None:
     ]
     for file, entry in listed:
         _check_size(file, entry)
-        found = sha256_file(file)
-        if found != entry.sha256:
+        sha256 = sha256_file(file)
+        if sha256 != entry.sha256:
             raise ChecksumError(
-                f"{file}: sha256 is {found[:16]}..., the manifest says {entry.sha256[:16]}...; "
+                f"{file}: sha256 is {sha256[:16]}..., the manifest says {entry.sha256[:16]}...; "
                 "its bytes have changed, build or pull the set again"
             )
 
@@ -269,6 +264,8 @@ def _map_column(
         "pack_loss_tokens": counts["P"],
         "seq_origin": counts["S"],
     }.get(name, counts["T"])
+    # the header is compared, not parsed: the format allows one spelling, and nothing that a
+    # stranger wrote there is interpreted
     expected = npy_header(dtype, (rows, *tail))
     size = len(expected) + rows * math.prod(tail) * np.dtype(dtype).itemsize
     try:
@@ -280,7 +277,7 @@ def _map_column(
                 f"{file} begins with {_header_text(header)} in {files[file.name].bytes} bytes; "
                 f"expected {_header_text(expected)} in {size}; build or pull the set again"
             )
-        if not rows:  # nothing to map
+        if not rows:  # there is nothing to map
             return np.empty((0, *tail), dtype), file_stamp
         column = np.asarray(
             np.memmap(file, dtype, mode="r", offset=len(expected), shape=(rows, *tail))

@@ -1,5 +1,4 @@
-"""Write the columns of one shard as .npy files and say what was written: sizes and hashes, for the
-manifest."""
+"""Write the columns of one shard as .npy files; return their sizes and hashes, for the manifest."""
 
 import hashlib
 from collections.abc import Mapping
@@ -15,8 +14,8 @@ _BLOCK_BYTES = 1 << 24
 
 
 def write_shard(root: Path, index: int, columns: Mapping[str, npt.NDArray[Any]]) -> ShardEntry:
-    """Write shard `index` below `root` (a staged directory: the caller renames it when the set is
-    whole).
+    """Write shard `index` below `root`, a staged directory that the caller renames when the set is
+    whole.
 
     `columns` has exactly the names of COLUMNS, each with that dtype and shape. Raises OSError when
     the disk is full.
@@ -25,10 +24,22 @@ def write_shard(root: Path, index: int, columns: Mapping[str, npt.NDArray[Any]])
     path = f"{SHARDS_DIR}/{index:05d}"
     folder = root / path
     folder.mkdir(parents=True)
-    files = {
-        f"{name}.npy": _write_column(folder / f"{name}.npy", columns[name], *COLUMNS[name])
-        for name in COLUMNS
-    }
+    files = {}
+    for name, (dtype, tail) in COLUMNS.items():
+        array = columns[name]
+        assert array.dtype == np.dtype(dtype), (name, array.dtype)
+        assert array.shape[1:] == tail, (name, array.shape)
+        header = npy_header(dtype, array.shape)
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        # hashed while it is written, so that nothing is read back
+        sha256 = hashlib.sha256(header)
+        with (folder / f"{name}.npy").open("xb") as file:
+            file.write(header)
+            for start in range(0, len(data), _BLOCK_BYTES):
+                block = data[start : start + _BLOCK_BYTES].data
+                file.write(block)
+                sha256.update(block)
+        files[f"{name}.npy"] = FileEntry(bytes=len(header) + len(data), sha256=sha256.hexdigest())
     return ShardEntry(
         path=path,
         packs=len(columns["pack_offsets"]) - 1,
@@ -37,20 +48,3 @@ def write_shard(root: Path, index: int, columns: Mapping[str, npt.NDArray[Any]])
         loss_tokens=int(columns["pack_loss_tokens"].sum(dtype=np.int64)),
         files=files,
     )
-
-
-def _write_column(
-    path: Path, array: npt.NDArray[Any], dtype: str, tail: tuple[int, ...]
-) -> FileEntry:
-    assert array.dtype == np.dtype(dtype), (path.name, array.dtype)
-    assert array.shape[1:] == tail, (path.name, array.shape)
-    header = npy_header(dtype, array.shape)
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    sha256 = hashlib.sha256(header)  # hashed on the way out, so that nothing is read back
-    with path.open("xb") as file:
-        file.write(header)
-        for start in range(0, len(data), _BLOCK_BYTES):
-            block = data[start : start + _BLOCK_BYTES].data
-            file.write(block)
-            sha256.update(block)
-    return FileEntry(bytes=len(header) + len(data), sha256=sha256.hexdigest())

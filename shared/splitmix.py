@@ -9,6 +9,7 @@ _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Return the hash of each value, uint64 like `values`: one step of splitmix64 (Steele, Lea and
     Flood 2014), a bijection."""
+    # the wrap around 2**64 is meant; numpy would warn of it for a single number
     with np.errstate(over="ignore"):
         return finalize(values + _INCREMENT)
 

@@ -1,7 +1,6 @@
 """Recipe files: those that ship, those of users, and what the command line changes. Paths are
 relative to the file."""
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from train.config import TrainConfig
 
 def shipped_recipes() -> dict[str, Path]:
     """Return the recipes that ship with the package: name -> file."""
-    folder = Path(str(resources.files("train"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return config.shipped_files("train", "recipes", ".toml")
 
 
 def load_recipe(
@@ -29,13 +27,7 @@ def load_recipe(
     A `model.name` that is a directory becomes its absolute path. Raises ConfigError for an unknown
     name, key or value.
     """
-    shipped = shipped_recipes()
-    path = shipped.get(recipe, Path(recipe))
-    if recipe not in shipped and path.suffix != ".toml":
-        raise ConfigError(
-            f"no recipe named {recipe!r}; shipped: {', '.join(shipped) or 'none'}. Or give the path"
-            " of a .toml file"
-        )
+    path = config.shipped_or_file(recipe, shipped_recipes(), "recipe")
     tables: dict[str, Any] = config.apply_settings(config.load_toml(path), settings)
     model_dir = path.resolve().parent
     if model is not None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import orjson
 
-from prep.conversations.json_text import loads, short_repr
-from shared.errors import DataError
+from prep.conversations.json_text import loads
+from shared.errors import DataError, show
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "environment", "ipython")
 
@@ -55,7 +55,7 @@ def parse_conversation(record: dict[str, Any], *, where: str) -> Conversation:
     messages = record.get("messages")
     if not isinstance(messages, list):
         if "messages" in record:
-            seen = f"messages is {short_repr(messages)}"
+            seen = f"messages is {show(messages)}"
         else:
             seen = f"no messages; the row has {', '.join(map(str, record)) or 'no columns'}"
         raise DataError(
@@ -69,7 +69,7 @@ def parse_conversation(record: dict[str, Any], *, where: str) -> Conversation:
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise DataError(
-                f"{where}: messages[{index}] is {short_repr(message)}; expected an object with role"
+                f"{where}: messages[{index}] is {show(message)}; expected an object with role"
                 " and content"
             )
         role = message.get("role")
@@ -88,12 +88,12 @@ def parse_conversation(record: dict[str, Any], *, where: str) -> Conversation:
     tools = _from_json_text(record.get("tools"), f"{where}: tools") or None
     if not isinstance(tools, list | None):
         raise DataError(
-            f"{where}: tools is {short_repr(tools)}; expected a list of tool descriptions or its"
+            f"{where}: tools is {show(tools)}; expected a list of tool descriptions or its"
             " JSON text"
         )
     for index, tool in enumerate(tools or ()):
         if not isinstance(tool, dict):
-            raise DataError(f"{where}: tools[{index}] is {short_repr(tool)}; expected an object")
+            raise DataError(f"{where}: tools[{index}] is {show(tool)}; expected an object")
     return Conversation(tuple(parsed), tools, tuple(train))
 
 
@@ -145,7 +145,7 @@ def _parse_message(message: dict[str, Any], at: str) -> dict[str, Any]:
     }
     for key in _STRING_KEYS:
         if key in parsed and not isinstance(parsed[key], str):
-            raise DataError(f"{at}.{key} is {short_repr(parsed[key])}; expected a string")
+            raise DataError(f"{at}.{key} is {show(parsed[key])}; expected a string")
     calls = parsed.pop("tool_calls", None)
     if calls:
         parsed["tool_calls"] = _parse_tool_calls(calls, f"{at}.tool_calls")
@@ -180,7 +180,7 @@ def _parse_content(content: Any, at: str) -> tuple[str, str, list[dict[str, Any]
     if not isinstance(content, list):
         if not isinstance(content, str | None):
             raise DataError(
-                f"{at} is {short_repr(content)}; expected a string, null or a list of text parts"
+                f"{at} is {show(content)}; expected a string, null or a list of text parts"
             )
         return content or "", "", []
     text: list[str] = []
@@ -201,7 +201,7 @@ def _parse_content(content: Any, at: str) -> tuple[str, str, list[dict[str, Any]
             call = _from_json_text(part.get("tool_call", part.get("value")), f"{at}[{index}]")
             calls += _parse_tool_calls([call], f"{at}[{index}]")
         else:
-            seen = f"of type {short_repr(kind)}" if kind is not None else short_repr(part)
+            seen = f"of type {show(kind)}" if kind is not None else show(part)
             raise DataError(
                 f"{at}[{index}] is {seen}; expected a part of type 'text', 'reasoning', 'thinking'"
                 " or 'tool_call'"
@@ -221,13 +221,11 @@ def _parse_tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
     {}."""
     calls = _from_json_text(calls, at)
     if not isinstance(calls, list):
-        raise DataError(f"{at} is {short_repr(calls)}; expected a list of calls")
+        raise DataError(f"{at} is {show(calls)}; expected a list of calls")
     parsed = []
     for index, call in enumerate(calls):
         if not isinstance(call, dict):
-            raise DataError(
-                f"{at}[{index}] is {short_repr(call)}; expected an object with a function"
-            )
+            raise DataError(f"{at}[{index}] is {show(call)}; expected an object with a function")
         # OpenAI nests name and arguments in `function`, other data sets have them side by side
         nested = isinstance(call.get("function"), dict)
         function = call["function"] if nested else call
@@ -241,7 +239,7 @@ def _parse_tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
             arguments = {}
         if not isinstance(arguments, str | dict):
             raise DataError(
-                f"{at}[{index}] has arguments {short_repr(arguments)}; expected an object or a JSON"
+                f"{at}[{index}] has arguments {show(arguments)}; expected an object or a JSON"
                 " string"
             )
         if nested:
@@ -262,11 +260,11 @@ def _train_flag(message: dict[str, Any], at: str) -> bool | None:
     # `weight` is OpenAI's name for the same flag, as 0 or 1
     train, weight = message.get("train"), message.get("weight")
     if train is not None and not isinstance(train, bool):
-        raise DataError(f"{at}.train is {short_repr(train)}; expected true or false")
+        raise DataError(f"{at}.train is {show(train)}; expected true or false")
     if weight is None:
         return train
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise DataError(f"{at}.weight is {short_repr(weight)}; expected 0 or 1")
+        raise DataError(f"{at}.weight is {show(weight)}; expected 0 or 1")
     if train is not None and train != bool(weight):
         raise DataError(
             f"{at} has train = {str(train).lower()} and weight = {weight}; keep one of them"
@@ -283,7 +281,7 @@ def _from_json_text(value: Any, at: str) -> Any:
 
 
 def _is(table: dict[str, Any], key: str) -> str:
-    return f"is {short_repr(table[key])}" if key in table else "is missing"
+    return f"is {show(table[key])}" if key in table else "is missing"
 
 
 def _or(choices: tuple[str, ...]) -> str:

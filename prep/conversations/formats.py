@@ -18,8 +18,8 @@ from typing import Any
 
 from prep.config import FIELDS, Format
 from prep.conversations.conversation import Conversation, parse_conversation
-from prep.conversations.json_text import loads, short_repr
-from shared.errors import DataError
+from prep.conversations.json_text import loads
+from shared.errors import DataError, show
 
 # the columns in which messages are searched for, in this order
 _LIST_COLUMNS = ("messages", "conversations", "conversation")
@@ -102,7 +102,7 @@ def read_group(record: dict[str, Any], conversion: Conversion, *, where: str) ->
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not isinstance(text, str) or not text.isprintable() or len(text) > _MAX_GROUP_CHARACTERS:
         raise DataError(
-            f"{where}: {conversion.split_by} is {short_repr(value)}; expected a name of at most"
+            f"{where}: {conversion.split_by} is {show(value)}; expected a name of at most"
             f" {_MAX_GROUP_CHARACTERS} printable characters, because split_by names this column"
         )
     return text
@@ -140,8 +140,7 @@ def _from_messages(record: dict[str, Any], conversion: Conversion, where: str) -
         for index, message in enumerate(messages):
             if not isinstance(message, dict) or role not in message:
                 raise DataError(
-                    f"{where}: {column}[{index}] is {short_repr(message)}; expected an object with"
-                    f" {role}"
+                    f"{where}: {column}[{index}] is {show(message)}; expected an object with {role}"
                 )
         # A key that was called role or content before gives way to the renamed one.
         messages = [
@@ -167,12 +166,12 @@ def _from_sharegpt(record: dict[str, Any], conversion: Conversion, where: str) -
         at = f"{where}: {column}[{index}]"
         if not isinstance(turn, dict):
             raise DataError(
-                f"{at} is {short_repr(turn)}; expected an object with {from_key} and {value_key}"
+                f"{at} is {show(turn)}; expected an object with {from_key} and {value_key}"
             )
         speaker, value = turn.get(from_key), turn.get(value_key)
         role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            seen = f"is {short_repr(speaker)}" if from_key in turn else "is missing"
+            seen = f"is {show(speaker)}" if from_key in turn else "is missing"
             raise DataError(f"{at}.{from_key} {seen}; expected {', '.join(_SHAREGPT_ROLES)}")
         # a system turn comes first, and only if there is no system column
         if role == "system" and messages:
@@ -195,13 +194,13 @@ def _from_sharegpt(record: dict[str, Any], conversion: Conversion, where: str) -
                 for call in calls
             ):
                 raise DataError(
-                    f"{at}.{value_key} is {short_repr(value)}; expected"
+                    f"{at}.{value_key} is {show(value)}; expected"
                     ' {"name": ..., "arguments": ...} or a list of such calls'
                 )
             message["tool_calls"] = calls
             value = ""
         elif not isinstance(value, str):
-            seen = f"is {short_repr(value)}" if value_key in turn else "is missing"
+            seen = f"is {show(value)}" if value_key in turn else "is missing"
             raise DataError(f"{at}.{value_key} {seen}; expected a string")
         messages.append({**message, "role": role, "content": value})
     return messages, _nested_tools(record, conversion, where)
@@ -213,7 +212,7 @@ def _from_alpaca(record: dict[str, Any], conversion: Conversion, where: str) -> 
     history = record.get(column)
     if not isinstance(history, list | None):
         raise DataError(
-            f"{where}: {column} is {short_repr(history)}; expected a list of pairs of strings"
+            f"{where}: {column} is {show(history)}; expected a list of pairs of strings"
         )
     for index, pair in enumerate(history or ()):
         if not (
@@ -222,7 +221,7 @@ def _from_alpaca(record: dict[str, Any], conversion: Conversion, where: str) -> 
             and all(isinstance(text, str) for text in pair)
         ):
             raise DataError(
-                f"{where}: {column}[{index}] is {short_repr(pair)}; expected [what the user said,"
+                f"{where}: {column}[{index}] is {show(pair)}; expected [what the user said,"
                 " the answer]"
             )
         messages += [
@@ -254,7 +253,7 @@ def _from_prompt_completion(
         for index, message in enumerate(value):
             if not isinstance(message, dict) or "role" not in message:
                 raise DataError(
-                    f"{where}: {column}[{index}] is {short_repr(message)}; expected an object with"
+                    f"{where}: {column}[{index}] is {show(message)}; expected an object with"
                     " role, content"
                 )
             # what an assistant wrote in a prompt is not to be learnt, unless the row asks for it
@@ -306,7 +305,7 @@ def _other_shape(
     record: dict[str, Any], column: str, where: str, conversion: Conversion, expected: str
 ) -> DataError:
     if column in record:
-        seen = f"{column} is {short_repr(record[column])}"
+        seen = f"{column} is {show(record[column])}"
     else:
         seen = f"no {column}; the row has {', '.join(map(str, record)) or 'no columns'}"
     return DataError(

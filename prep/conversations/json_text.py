@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from shared.errors import DataError
+from shared.errors import DataError, show
 
 # the row itself is the first level
 MAX_DEPTH = 64
@@ -155,7 +155,7 @@ def _refuse_duplicates(data: bytes, value: Any, at: str) -> None:
         for key, _ in pairs:
             if key in seen:
                 raise DataError(
-                    f"{at}: the key {short_repr(key)} occurs twice in one object; keep one of them"
+                    f"{at}: the key {show(key)} occurs twice in one object; keep one of them"
                 )
             seen.add(key)
 
@@ -180,9 +180,3 @@ def _children(value: Any) -> list[tuple[Any, str]]:
         for key, child in (value.items() if is_dict else enumerate(value))
         if type(child) in (dict, list, tuple)
     ]
-
-
-def short_repr(value: Any) -> str:
-    """Return the repr of a value for a message, cut to 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from types import BuiltinMethodType
 from typing import Any
@@ -29,6 +28,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from prep.config import TemplateConfig
 from prep.conversations.conversation import Conversation
 from prep.rendering.traced_str import Traced, join, json_marked, traced
+from shared.config import shipped_files
 from shared.errors import ConfigError, TemplateError
 from shared.hashing import sha256_bytes
 
@@ -57,8 +57,7 @@ class TemplateText:
 
 def shipped_templates() -> dict[str, Path]:
     """Return the chat templates that ship with the package: name -> file."""
-    folder = Path(str(resources.files("prep"))) / "templates"
-    return {path.stem: path for path in sorted(folder.glob("*.jinja"))}
+    return shipped_files("prep", "templates", ".jinja")
 
 
 def load_template(

@@ -1,11 +1,10 @@
-"""The README.md of a pushed set: what it is, where it comes from, how to get it. Nothing but what
-its manifest says."""
+"""The README.md of a pushed set: what it is, where it comes from, how to get it. All of it is taken
+from the manifests."""
 
 import json
 
 from prep.sharing.wire_format import EVAL_MANIFEST, SetContents
 from shared.markdown import sources_table, table_cell
-from shared.shard_format import Manifest
 
 CARD_NAME = "README.md"
 
@@ -13,40 +12,39 @@ CARD_NAME = "README.md"
 def render_set_card(contents: SetContents) -> bytes:
     """Return the card as Markdown with the hub's YAML front matter, in UTF-8."""
     manifest, totals = contents.manifest, contents.manifest.totals
-    evaluation = []
+    tokenizer = table_cell(manifest.tokenizer.name)
+    if manifest.tokenizer.revision:
+        tokenizer += f" at `{manifest.tokenizer.revision}`"
+    lines = [
+        "---",
+        f"pretty_name: {json.dumps(manifest.name)}",
+        "viewer: false",
+        "tags:",
+        "- sft",
+        "- sft-shards",
+        "---",
+        "",
+        f"# {table_cell(manifest.name)}\n",
+        (
+            "Conversations, tokenised once, masked and packed: a shard set for supervised"
+            " fine-tuning.\n"
+        ),
+        "| | |\n|---|---|",
+        f"| fingerprint | `{manifest.fingerprint}` |",
+        (
+            f"| packs | {totals.packs:,} of at most {manifest.max_seq_len:,} tokens, density"
+            f" {totals.density:.2%} |"
+        ),
+        f"| sequences | {totals.sequences:,} |",
+        f"| tokens | {totals.tokens:,}, of which {totals.loss_tokens:,} carry loss |",
+        f"| tokenizer | {tokenizer} |",
+        f"| chat template | {table_cell(manifest.chat_template.name)} |\n",
+    ]
     if EVAL_MANIFEST in contents.sets:
-        evaluation = [
-            "An evaluation set lies in `eval/`, fingerprint"
-            f" `{contents.sets[EVAL_MANIFEST].fingerprint}`.\n"
-        ]
-    text = "\n".join(
-        [
-            _front_matter(manifest),
-            f"# {table_cell(manifest.name)}\n",
-            (
-                "Conversations, tokenised once, masked and packed: a shard set for supervised"
-                " fine-tuning.\n"
-            ),
-            "| | |\n|---|---|",
-            f"| fingerprint | `{manifest.fingerprint}` |",
-            (
-                f"| packs | {totals.packs:,} of at most {manifest.max_seq_len:,} tokens, density"
-                f" {totals.density:.2%} |"
-            ),
-            f"| sequences | {totals.sequences:,} |",
-            f"| tokens | {totals.tokens:,}, of which {totals.loss_tokens:,} carry loss |",
-            (
-                "| tokenizer |"
-                f" {table_cell(manifest.tokenizer.name)}{_revision(manifest.tokenizer.revision)} |"
-            ),
-            f"| chat template | {table_cell(manifest.chat_template.name)} |\n",
-            *evaluation,
-            "## Sources\n",
-            sources_table(manifest.sources, totals),
-            _USE,
-        ]
-    )
-    return text.encode("utf-8")
+        fingerprint = contents.sets[EVAL_MANIFEST].fingerprint
+        lines.append(f"An evaluation set lies in `eval/`, fingerprint `{fingerprint}`.\n")
+    lines += ["## Sources\n", sources_table(manifest.sources, totals), _USE]
+    return "\n".join(lines).encode("utf-8")
 
 
 _USE = """## Use
@@ -65,20 +63,3 @@ without `manifest.json` is a push that was not finished.
 
 Not determined here: it follows from the sources above.
 """
-
-
-def _front_matter(manifest: Manifest) -> str:
-    lines = [
-        "---",
-        f"pretty_name: {json.dumps(manifest.name)}",
-        "viewer: false",
-        "tags:",
-        "- sft",
-        "- sft-shards",
-        "---",
-    ]
-    return "\n".join([*lines, ""])
-
-
-def _revision(revision: str | None) -> str:
-    return f" at `{revision}`" if revision else ""

@@ -1,10 +1,10 @@
-"""`sft-prep pull`: a pushed set back from a hub data set or a directory, every digest checked,
-whole or not at all.
+"""`sft-prep pull`: fetch a pushed set from a hub data set or a directory, check every digest, whole
+or not at all.
 
     transfer.json, manifest.json -> columns into `.tmp-NAME-pull` -> verify -> rename
 
-What lies there from a pull that was stopped, or in a damaged set that is pulled again, is kept
-where it is valid.
+Valid files of a pull that was stopped, or of a damaged set that is pulled again, are not fetched
+again.
 """
 
 import logging
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from prep.inspection.verification.verify import verify
 from prep.progress import progress
-from prep.sharing.remote import DirectoryRemote, Remote, parse_repo
+from prep.sharing.remote import Remote, open_remote, parse_repo
 from prep.sharing.wire_format import (
     SUFFIX,
     TRANSFER_NAME,
@@ -35,7 +35,6 @@ from shared import atomic
 from shared.errors import (
     ArtifactError,
     ChecksumError,
-    ConfigError,
     FingerprintMismatchError,
     IncompleteArtifactError,
 )
@@ -51,31 +50,36 @@ class PullOptions:
     revision: str | None
     """Branch, tag or commit of a hub data set; None is its main branch."""
     replace: bool
-    """Put the set in the place of another one."""
+    """Replace another set at the destination."""
     workers: int
     """Files that are fetched at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Pushed:
-    """A pushed set: where it is and what it says it is."""
+    """A pushed set: where it is, and what its transfer.json and manifests list."""
 
-    place: Remote
-    transfer: TransferIndex
+    remote: Remote
+    index: TransferIndex
     manifests: dict[str, bytes]
     contents: SetContents
 
 
 def pull(repo: str, out: Path | None, options: PullOptions) -> list[str]:
-    """Pull a set to `out` (by default `data_cache/` and the last part of `repo`) and return what to
-    say.
+    """Pull a set to `out` (by default `data_cache/` and the last part of `repo`); return the lines
+    that report it.
 
-    Raises ChecksumError for bytes that are not the ones pushed, FingerprintMismatchError where
-    another set is in the way, IncompleteArtifactError where the push was not finished.
+    Raises ChecksumError for bytes that are not the ones pushed, FingerprintMismatchError if another
+    set is in the way, IncompleteArtifactError if the push was not finished.
     """
-    place = _open_place(repo, options)
-    pushed = _described(place)
-    out = replaceable_set.place_of(out or Path("data_cache") / _name_of(repo))
+    remote = open_remote(repo, revision=options.revision, public=False, workers=options.workers)
+    remote.look()
+    pushed = _read_description(remote)
+    if out is None:
+        target = parse_repo(repo)
+        name = target.resolve().name if isinstance(target, Path) else target.rpartition("/")[2]
+        out = Path("data_cache") / name
+    out = replaceable_set.place_of(out)
     fingerprint = f"fingerprint {fingerprints(pushed.contents.sets)}"
     try:
         with atomic.exclusive_lock(out.parent / f".{out.name}.lock", f"writing {out}"):
@@ -87,12 +91,12 @@ def pull(repo: str, out: Path | None, options: PullOptions) -> list[str]:
     except OSError as exc:
         raise ArtifactError(
             f"cannot pull to {out}: {exc.strerror or exc}; what has arrived is kept beside it, the"
-            " same command goes on"
+            " same command resumes"
         ) from exc
     size = sum(entry.bytes for entry in pushed.contents.columns.values())
     return [
         (
-            f"{out} is pulled from {place.label}: {len(pushed.contents.columns)} columns,"
+            f"{out} is pulled from {remote.label}: {len(pushed.contents.columns)} columns,"
             f" {size / 2**20:,.1f} MiB, of which {bytes_fetched / 2**20:,.1f} MiB compressed were"
             " fetched now"
         ),
@@ -100,58 +104,39 @@ def pull(repo: str, out: Path | None, options: PullOptions) -> list[str]:
     ]
 
 
-def _open_place(repo: str, options: PullOptions) -> Remote:
-    target = parse_repo(repo)
-    if isinstance(target, Path):
-        if options.revision is not None:
-            raise ConfigError(f"--revision is for hub data sets, {target} is a directory")
-        return DirectoryRemote(target)
-    from prep.sharing.hub_repo import HubRemote, Visibility
-
-    hub = HubRemote(
-        target, revision=options.revision, visibility=Visibility.PRIVATE, workers=options.workers
-    )
-    hub.look()
-    return hub
-
-
-def _name_of(repo: str) -> str:
-    target = parse_repo(repo)
-    return target.resolve().name if isinstance(target, Path) else target.rpartition("/")[2]
-
-
-def _described(place: Remote) -> _Pushed:
-    """Return what the place says it holds, proved to agree with itself."""
-    paths = place.paths()
+def _read_description(remote: Remote) -> _Pushed:
+    """Return what the remote lists that it holds, checked to agree with itself."""
+    paths = remote.paths()
     if TRANSFER_NAME not in paths:
         raise ArtifactError(
-            f"{place.label} holds no set that sft-prep push put there: it has no {TRANSFER_NAME}"
+            f"{remote.label} holds no set that sft-prep push put there: it has no {TRANSFER_NAME}"
         )
     if MANIFEST_NAME not in paths:
         raise IncompleteArtifactError(
-            f"{place.label} holds an unfinished push: it has no {MANIFEST_NAME}; push the set"
-            " again, it goes on"
+            f"{remote.label} holds an unfinished push: it has no {MANIFEST_NAME}; push the set"
+            " again, it resumes"
         )
-    transfer = transfer_from_json(place.read(TRANSFER_NAME), f"{place.label}: {TRANSFER_NAME}")
-    manifests = {path: place.read(path) for path in transfer.sets}
-    for path, entry in transfer.sets.items():
+    index = transfer_from_json(remote.read(TRANSFER_NAME), f"{remote.label}: {TRANSFER_NAME}")
+    manifests = {path: remote.read(path) for path in index.sets}
+    for path, entry in index.sets.items():
         if sha256_bytes(manifests[path]) != entry.sha256:
             raise ChecksumError(
-                f"{place.label}: {path} has sha256 {sha256_bytes(manifests[path])[:16]}...,"
+                f"{remote.label}: {path} has sha256 {sha256_bytes(manifests[path])[:16]}...,"
                 f" {TRANSFER_NAME} says {entry.sha256[:16]}...; push the set again"
             )
-    contents = contents_of(manifests, place.label)
+    contents = contents_of(manifests, remote.label)
     for path, raw in contents.columns.items():
-        if path not in transfer.columns or transfer.columns[path].raw != raw:
+        if path not in index.columns or index.columns[path].raw != raw:
             raise ChecksumError(
-                f"{place.label}: {TRANSFER_NAME} and the manifest differ in {path}; push the set"
+                f"{remote.label}: {TRANSFER_NAME} and the manifest differ in {path}; push the set"
                 " again with --replace"
             )
-    return _Pushed(place, transfer, manifests, contents)
+    return _Pushed(remote, index, manifests, contents)
 
 
 def _is_current(out: Path, pushed: _Pushed, options: PullOptions) -> bool:
-    """Say whether `out` is the set, by its bytes. Raises where something else is in the way."""
+    """Return whether `out` is the set, by its bytes. Raises ArtifactError if something else is in
+    the way."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if (out / TRANSFER_NAME).exists() or not (out / MANIFEST_NAME).is_file():
@@ -159,21 +144,22 @@ def _is_current(out: Path, pushed: _Pushed, options: PullOptions) -> bool:
             f"{out} is there and is no shard set; give another place, or move it away"
         )
     try:
-        there = contents_of_set(out)
+        sets = contents_of_set(out).sets
     except ArtifactError:
         if options.replace:
             return False
         raise
-    if fingerprints(there.sets) != fingerprints(pushed.contents.sets):
+    if fingerprints(sets) != fingerprints(pushed.contents.sets):
         if options.replace:
             return False
         raise FingerprintMismatchError(
-            f"{out} is the set with fingerprint {fingerprints(there.sets)}, {pushed.place.label}"
+            f"{out} is the set with fingerprint {fingerprints(sets)}, {pushed.remote.label}"
             f" holds {fingerprints(pushed.contents.sets)}; give another place, or --replace to put"
             " that one there"
         )
+    # the manifests agree, so the set is current unless a file was damaged since
     try:
-        for path in there.sets:
+        for path in sets:
             check_hashes((out / path).parent)
     except (ChecksumError, IncompleteArtifactError) as exc:
         logger.warning("%s; fetching what is damaged", exc)
@@ -184,30 +170,32 @@ def _is_current(out: Path, pushed: _Pushed, options: PullOptions) -> bool:
 def _pull(pushed: _Pushed, out: Path, *, workers: int) -> int:
     """Make the set beside `out` and put it there; return how many bytes of columns were fetched."""
     staging = out.with_name(f".tmp-{out.name}-pull")
-    marker = pushed.place.read(TRANSFER_NAME)
+    # transfer.json in the staging directory tells whose files lie there: a pull of the same push
+    # resumes, another one starts over
+    marker = pushed.remote.read(TRANSFER_NAME)
     if not (staging / TRANSFER_NAME).is_file() or (staging / TRANSFER_NAME).read_bytes() != marker:
         if staging.exists() and any(staging.iterdir()) and not (staging / TRANSFER_NAME).is_file():
             raise ArtifactError(f"{staging} is in the way and was made by no pull; move it away")
-        shutil.rmtree(staging, ignore_errors=True)  # what lies there is of another set
+        shutil.rmtree(staging, ignore_errors=True)  # it holds files of another set
         staging.mkdir(parents=True)
         atomic.write_bytes(staging / TRANSFER_NAME, marker)
     scratch = staging / ".download"
     shutil.rmtree(scratch, ignore_errors=True)
 
-    def bring(path: str) -> tuple[str, int]:
-        return path, _fetch_file(pushed, path, staging, out, scratch)
-
     bytes_fetched = 0
     columns = pushed.contents.columns
     total = sum(entry.bytes for entry in columns.values())
+    paths = [*columns, *pushed.contents.tokenizers]
     with progress("pull", total, "bytes") as advance, ThreadPoolExecutor(workers) as pool:
-        for path, number in pool.map(bring, [*columns, *pushed.contents.tokenizers]):
-            bytes_fetched += number
+        fetched = pool.map(lambda path: _fetch_file(pushed, path, staging, out, scratch), paths)
+        for path, num_bytes in zip(paths, fetched, strict=True):
+            bytes_fetched += num_bytes
             advance(columns[path].bytes if path in columns else 0, path)
     for path, data in pushed.manifests.items():
         atomic.write_bytes(staging / path, data)
     verify(staging)
     shutil.rmtree(scratch, ignore_errors=True)
+    # it belongs to the push, not to the set
     (staging / TRANSFER_NAME).unlink()
     atomic.fsync_tree(staging)
     atomic.replace_dir(staging, out, remove_old=replaceable_set.remove)
@@ -215,30 +203,26 @@ def _pull(pushed: _Pushed, out: Path, *, workers: int) -> int:
 
 
 def _fetch_file(pushed: _Pushed, path: str, staging: Path, out: Path, scratch: Path) -> int:
-    """See to one file of the set; return how many bytes of a column were fetched for it."""
-    place, target = pushed.place, staging / path
-    where = f"{place.label}: {path}"
+    """Put one file of the set into `staging`; return how many bytes of a column were fetched."""
+    remote, target = pushed.remote, staging / path
+    where = f"{remote.label}: {path}"
     expected = pushed.contents.columns.get(path) or pushed.contents.tokenizers[path]
     if matches(target, expected):
         return 0
     target.parent.mkdir(parents=True, exist_ok=True)
     if matches(out / path, expected):
-        _link(out / path, target)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(out / path, target)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(out / path, target)
         return 0
     if path in pushed.contents.columns:
-        entry = pushed.transfer.columns[path]
-        with place.local_copy(path + SUFFIX, scratch) as stored:
+        entry = pushed.index.columns[path]
+        with remote.local_copy(path + SUFFIX, scratch) as stored:
             decompress(stored, target, entry, where=where + SUFFIX)
         return entry.zstd.bytes
-    with place.local_copy(path, scratch) as stored:
+    with remote.local_copy(path, scratch) as stored:
         check_file(stored, expected, where=where)
         shutil.copyfile(stored, target)
     return 0
-
-
-def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)

@@ -1,10 +1,10 @@
-"""Where a set is pushed to and pulled from: a Place, and the one that is a directory.
+"""Where a set is pushed to and pulled from: a Remote, and the one that is a directory.
 
     ./NAME, ../NAME, /..., ~/..., or any directory that exists     a directory
     hf://user/name, hf://datasets/user/name, user/name    a data set of the hub (hub_repo.py)
 
-A directory target is made in `.tmp-NAME-push` beside it and renamed when it is whole. A killed push
-is taken up there. It takes the place of what an earlier push put there, and of nothing else.
+A directory is written as `.tmp-NAME-push` beside it and renamed when it is whole. A push after a
+killed one resumes there. It replaces what an earlier push put there, and nothing else.
 """
 
 import contextlib
@@ -26,11 +26,17 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 class Remote(Protocol):
-    """Files by path. Nothing changes before `begin_write`; `commit` may move what it takes."""
+    """Files by path. Nothing changes before `begin_write`; `commit` may move the files it takes."""
 
     label: str
     scratch: Path
-    """Where files for `commit` are made; valid from `begin_write` on."""
+    """Directory for the files of a `commit`; valid from `begin_write` on."""
+
+    def look(self) -> None:
+        """Make ready to read. Raises ArtifactError if there is no such remote."""
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Guard a push for the length of the block."""
 
     def paths(self) -> set[str]:
         """Return the paths of all files that are there."""
@@ -39,15 +45,15 @@ class Remote(Protocol):
         """Return a small file. Raises IncompleteArtifactError if it is not there."""
 
     def has(self, path: str, entry: FileEntry, local: Path | None = None) -> bool:
-        """Say whether the file at `path` is `entry`, without moving it; `local` is a copy to
+        """Return whether the file at `path` is `entry`, without moving it; `local` is a copy to
         compare with."""
 
     def local_copy(self, path: str, scratch: Path) -> AbstractContextManager[Path]:
-        """Give the local path of a file for the length of the block."""
+        """Yield the path of a local copy that exists for the length of the block."""
 
     def begin_write(self) -> None:
-        """Make ready for `commit`, or raise ArtifactError. What was there may be out of sight from
-        here on."""
+        """Make ready for `commit`, or raise ArtifactError. From here on the files that were there
+        may be hidden."""
 
     def commit(
         self, files: Mapping[str, Path | bytes], *, remove: Sequence[str], message: str
@@ -58,6 +64,19 @@ class Remote(Protocol):
         """Put what was committed in place."""
 
 
+def open_remote(repo: str, *, revision: str | None, public: bool, workers: int) -> Remote:
+    """Return the remote that `repo` means; `public` is for a hub data set that a push creates."""
+    target = parse_repo(repo)
+    if isinstance(target, Path):
+        if revision is not None:
+            raise ConfigError(f"--revision is for hub data sets, {target} is a directory")
+        return DirectoryRemote(target)
+    from prep.sharing.hub_repo import HubRemote, Visibility
+
+    visibility = Visibility.PUBLIC if public else Visibility.PRIVATE
+    return HubRemote(target, revision=revision, visibility=visibility, workers=workers)
+
+
 def parse_repo(repo: str) -> str | Path:
     """Return the hub id or the directory that `repo` means. Raises ConfigError if it is neither."""
     if repo.startswith("hf://"):
@@ -66,6 +85,7 @@ def parse_repo(repo: str) -> str | Path:
         return Path(repo).expanduser()
     else:
         hub_id = repo
+    # user/name is a hub data set even where a file has that path: only directories are meant
     if not _HUB_ID.fullmatch(hub_id):
         raise ConfigError(
             f"{repo!r} is neither a hub data set (user/name or hf://user/name) nor a directory that"
@@ -75,8 +95,8 @@ def parse_repo(repo: str) -> str | Path:
 
 
 class DirectoryRemote:
-    """A pushed set in a directory: as it is until `begin_write`, then as the staged one that will
-    take its place."""
+    """A pushed set in a directory: until `begin_write` that directory, then the staged one that
+    will replace it."""
 
     def __init__(self, path: Path) -> None:
         self.label = str(path)
@@ -89,17 +109,18 @@ class DirectoryRemote:
                 f"{path} is a file; expected a directory that a set was pushed to, or a new one"
             )
         if path.is_dir() and any(path.iterdir()) and not (path / TRANSFER_NAME).is_file():
-            what = (
-                "a shard set" if (path / MANIFEST_NAME).is_file() else "a directory of other files"
-            )
+            is_set = (path / MANIFEST_NAME).is_file()
             raise ArtifactError(
-                f"{path} is {what}, not a place that a set was pushed to (it has no"
-                f" {TRANSFER_NAME}); give another"
+                f"{path} is {'a shard set' if is_set else 'a directory of other files'}, not a"
+                f" place that a set was pushed to (it has no {TRANSFER_NAME}); give another"
             )
+
+    def look(self) -> None:
+        """Nothing to do: files are read where they are."""
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Guard a push: one at a time, and a full disk is left as it was found."""
+        """Allow one push at a time; after an error of the disk, remove what it wrote."""
         try:
             with atomic.exclusive_lock(
                 self._final.with_name(f".{self._final.name}.lock"), f"writing {self.label}"
@@ -150,6 +171,7 @@ class DirectoryRemote:
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, bytes):
                 atomic.write_bytes(target, content)
+            # a compressed column is ours and on the same disk; a file of the set stays where it is
             elif content.is_relative_to(self.scratch):
                 os.replace(content, target)
             else:

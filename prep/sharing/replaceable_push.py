@@ -1,5 +1,5 @@
-"""What a push may take the place of in a directory: what an earlier push put there. Nothing else is
-ever deleted."""
+"""What a push may replace in a directory: what an earlier push put there. Nothing else is ever
+deleted."""
 
 import re
 from collections.abc import Callable
@@ -25,8 +25,8 @@ _UNFINISHED = re.compile(
 
 
 def is_of_the_set(name: str) -> bool:
-    """Say whether a push puts a file of the set itself at the path `name`: neither transfer.json
-    nor the card."""
+    """Return whether `name` is the path of a file of the set itself: neither transfer.json nor the
+    card."""
     return _OF_THE_SET.fullmatch(name) is not None
 
 
@@ -41,21 +41,20 @@ def check_replaceable(path: Path) -> None:
 
 
 def check_staging(path: Path) -> None:
-    """Raise ArtifactError if the directory at `path` is there and is not what a push that was
-    stopped left."""
-    is_odd = path.is_symlink() or (path.exists() and not path.is_dir())
-    if (
-        is_odd
-        or sort_out(
-            path, lambda name: is_of_the_set(name) or _UNFINISHED.fullmatch(name) is not None
-        )[1]
-    ):
+    """Raise ArtifactError if `path` exists and is not the unfinished directory of a stopped
+    push."""
+
+    def is_ours(name: str) -> bool:
+        return is_of_the_set(name) or _UNFINISHED.fullmatch(name) is not None
+
+    is_no_directory = path.is_symlink() or (path.exists() and not path.is_dir())
+    if is_no_directory or sort_out(path, is_ours)[1]:
         raise ArtifactError(f"{path} is in the way and was made by no push; move it away")
 
 
 def remove(path: Path) -> bool:
-    """Remove what a push put at `path`; return whether all is gone. Files of others stay, and all
-    with them."""
+    """Remove what a push put at `path`, unless it holds files of others; return whether all is
+    gone."""
     return remove_own(path, _own_names(path), last={TRANSFER_NAME})
 
 
@@ -70,6 +69,6 @@ def _own_names(path: Path) -> Callable[[str], bool]:
             contents_of(manifests, str(path))
         )
     except (OSError, ArtifactError, KeyError):
-        is_own_card = False  # nobody can say what a push would have written
+        is_own_card = False  # there is nothing to compare it with
     beside = _BESIDE if is_own_card else {TRANSFER_NAME}
     return lambda name: is_of_the_set(name) or name in beside

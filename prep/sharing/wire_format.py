@@ -1,12 +1,12 @@
-"""What travels when a set is pushed or pulled, and transfer.json, which says how each column looks
-on the way.
+"""The files that travel when a set is pushed or pulled, and transfer.json, which lists each column
+before and after compression.
 
     shards/00000/tokens.npy  --zstd-->  shards/00000/tokens.npy.zst      likewise below eval/
     manifest.json, tokenizer/*          as they are
     transfer.json              sha256 and size of each column, before and after; of each manifest
 
-What is no part of the content (build_info.json, rejects.jsonl.zst) stays where it was made: it has
-paths and rows.
+Files that are no part of the content (build_info.json, rejects.jsonl.zst) never travel: they hold
+local paths and rejected rows.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class SetEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ColumnEntry:
-    """One column as it lies in the set, and as it travels."""
+    """One column: its bytes in the set, and those of its compressed file."""
 
     bytes: int
     sha256: str
@@ -90,30 +90,28 @@ class SetContents:
 
 
 def contents_of(manifests: dict[str, bytes], where: str) -> SetContents:
-    """Return what the manifests (path -> bytes) list. Raises ArtifactError if one cannot be
-    used."""
+    """Return the files that the manifests (path -> bytes) list. Raises ArtifactError if one cannot
+    be used."""
     sets, columns, tokenizers, parsed = {}, {}, {}, {}
     for path, data in manifests.items():
-        parsed[path] = manifest = _parse_manifest(data, f"{where}: {path}")
+        name = f"{where}: {path}"
+        plain = _parse_json(data, name, "build or push the set again")
+        parsed[path] = manifest = manifest_from_json(plain, name)
         folder = path.removesuffix(MANIFEST_NAME)
         sets[path] = SetEntry(
             bytes=len(data), sha256=sha256_bytes(data), fingerprint=manifest.fingerprint
         )
         for shard in manifest.shards:
-            columns.update(
-                {
-                    f"{folder}{shard.path}/{name}": entry
-                    for name, entry in sorted(shard.files.items())
-                }
-            )
+            for name, entry in sorted(shard.files.items()):
+                columns[f"{folder}{shard.path}/{name}"] = entry
         for name, entry in sorted(manifest.tokenizer.files.items()):
             tokenizers[f"{folder}{TOKENIZER_DIR}/{name}"] = entry
     return SetContents(parsed[MANIFEST_NAME], sets, columns, tokenizers)
 
 
 def contents_of_set(path: Path) -> SetContents:
-    """Return what the set at `path` holds, its eval set included; only the manifests are read."""
-    read_manifest(path)  # raises the errors that say what a directory without a manifest is
+    """Return the files of the set at `path`, its eval set included; only the manifests are read."""
+    read_manifest(path)  # its errors explain a directory without a manifest
     manifests = {MANIFEST_NAME: (path / MANIFEST_NAME).read_bytes()}
     if (path / EVAL_DIR).exists():
         read_manifest(path / EVAL_DIR)
@@ -122,8 +120,7 @@ def contents_of_set(path: Path) -> SetContents:
 
 
 def transfer_from_json(data: bytes, where: str) -> TransferIndex:
-    """Return the Transfer in `data`. Raises ArtifactError if it is damaged or of another
-    version."""
+    """Return the index in `data`. Raises ArtifactError if it is damaged or of another version."""
     advice = "push the set again with --replace"
     tables = _parse_json(data, where, advice)
     version = tables.get("transfer_version") if isinstance(tables, dict) else None
@@ -148,14 +145,15 @@ def fingerprints(sets: dict[str, SetEntry]) -> str:
 
 
 def compress(source: Path, target: Path, expected: FileEntry) -> FileEntry:
-    """Write the column `source` to `target` as one zstd frame: the same bytes every time (for one
-    release of zstd).
+    """Write the column `source` to `target` as one zstd frame; one release of zstd always gives the
+    same bytes.
 
-    Raises ChecksumError if what is read is not `expected`: it changed since it was verified.
+    Raises ChecksumError if its bytes are not `expected`: they changed since they were verified.
     """
     changed = f"{source} changed while it was pushed; verify the set, then push again"
     if source.stat().st_size != expected.bytes:
         raise ChecksumError(changed)
+    # no dictionary and no threads: both would make the bytes depend on more than the column
     compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
     state = hashlib.sha256()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -176,10 +174,10 @@ def compress(source: Path, target: Path, expected: FileEntry) -> FileEntry:
 
 
 def decompress(stored: Path, target: Path, entry: ColumnEntry, *, where: str) -> None:
-    """Write the column that `stored` carries to `target`: whole and as `entry` says, or not at all.
+    """Write the column in the frame `stored` to `target`, whole and equal to `entry`, or not at
+    all.
 
-    Raises ChecksumError. Never writes more than `entry.bytes`: what arrives may come from a
-    stranger.
+    Raises ChecksumError. Never writes more than `entry.bytes`: the frame may come from a stranger.
     """
     check_file(stored, entry.zstd, where=where)
     state, size = hashlib.sha256(), 0
@@ -191,6 +189,7 @@ def decompress(stored: Path, target: Path, entry: ColumnEntry, *, where: str) ->
             part.open("wb") as sink,
             zstandard.ZstdDecompressor().stream_reader(opened) as reader,
         ):
+            # one byte more than announced is enough to know that a frame swells too far
             while size <= entry.bytes and (
                 block := reader.read(min(_BLOCK_BYTES, entry.bytes + 1 - size))
             ):
@@ -213,30 +212,27 @@ def decompress(stored: Path, target: Path, entry: ColumnEntry, *, where: str) ->
 
 
 def check_file(path: Path, expected: FileEntry, *, where: str) -> None:
-    """Raise ChecksumError unless the file at `path` is `expected`; `where` says what was asked
-    for."""
+    """Raise ChecksumError unless the file at `path` is `expected`; `where` is its remote name."""
     size = path.stat().st_size
-    found = sha256_file(path) if size == expected.bytes else ""
-    if found != expected.sha256:
-        seen = f"sha256 {found[:16]}..." if found else f"{size} bytes"
-        said = f"{expected.sha256[:16]}..." if found else str(expected.bytes)
-        raise ChecksumError(
-            f"{where} arrived with {seen}, expected {said}; pull again, and if it is the same, "
-            "the stored copy is damaged: push the set again"
-        )
+    seen, wanted = f"{size} bytes", str(expected.bytes)
+    if size == expected.bytes:
+        sha256 = sha256_file(path)
+        if sha256 == expected.sha256:
+            return
+        seen, wanted = f"sha256 {sha256[:16]}...", f"{expected.sha256[:16]}..."
+    raise ChecksumError(
+        f"{where} arrived with {seen}, expected {wanted}; pull again, and if it is the same, "
+        "the stored copy is damaged: push the set again"
+    )
 
 
 def matches(path: Path, expected: FileEntry) -> bool:
-    """Say whether the file at `path` is there and is `expected`."""
+    """Return whether there is a file at `path` and it is `expected`."""
     return (
         path.is_file()
         and path.stat().st_size == expected.bytes
         and sha256_file(path) == expected.sha256
     )
-
-
-def _parse_manifest(data: bytes, where: str) -> Manifest:
-    return manifest_from_json(_parse_json(data, where, "build or push the set again"), where)
 
 
 def _parse_json(data: bytes, where: str, advice: str) -> Any:

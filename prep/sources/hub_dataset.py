@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.errors import DataError
+from shared.errors import DataError, one_line
 
 _COMMIT_DIGITS = 40
 
@@ -25,7 +25,7 @@ def resolve_commit(hub_id: str, revision: str) -> str:
         # the client's errors have no common base: connection, HTTP, validation
         raise DataError(
             f"hub data set {hub_id!r} at revision {revision!r} cannot be resolved:"
-            f" {_one_line(exc)}; check its id, your network and your token, or give the path of"
+            f" {one_line(exc)}; check its id, your network and your token, or give the path of"
             " local files"
         ) from exc
     return str(commit)
@@ -41,7 +41,7 @@ def files_of_directory(directory: Path, split: str) -> list[Path]:
     except Exception as exc:
         # no common base again: no data files, a broken README, unknown formats
         raise DataError(
-            f"{directory} cannot be read as a data set: {_one_line(exc)}; "
+            f"{directory} cannot be read as a data set: {one_line(exc)}; "
             "expected a README.md and data files as in a hub repository, or give a glob of files"
         ) from exc
     if split not in splits:
@@ -77,9 +77,4 @@ def iter_tables(
         yield from rows.with_format("arrow").iter(batch_size=batch_rows)
     except Exception as exc:
         # as above, and pyarrow's errors for a damaged file
-        raise DataError(f"{location}, split {split!r}, cannot be read: {_one_line(exc)}") from exc
-
-
-def _one_line(exc: Exception) -> str:
-    text = " ".join(str(exc).split()) or type(exc).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
+        raise DataError(f"{location}, split {split!r}, cannot be read: {one_line(exc)}") from exc

@@ -300,13 +300,11 @@ def resolve_tokenizer_commit(name: str, revision: str) -> str:
 
 @contextlib.contextmanager
 def _hub_errors(name: str, revision: str) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from shared.hub import NO_ANSWER
 
-    # The base is HTTPError of httpx or of httpx2, depending on the release of the client.
-    no_answer: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
         yield
-    except (no_answer, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as exc:
+    except NO_ANSWER as exc:
         raise DataError(
             f"tokenizer.name = {name!r}: no such directory, and the hub does not give revision"
             f" {revision!r}: {exc}"

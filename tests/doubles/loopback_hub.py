@@ -64,7 +64,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(with_body=True)
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base class names it so)
+    # the base class names the argument
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         pass
 
     def _answer(self, *, with_body: bool) -> None:

@@ -1,14 +1,16 @@
 """For tests of push and pull: small sets, the commands, and a hub for the client in this process or
 in another."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -24,11 +26,11 @@ PROGRAM = Path(sys.executable).with_name("sft-prep")
 
 
 def make_set(path: Path, *, seed: int = 0, num_packs: int = 4, name: str = "tiny") -> Path:
-    def write(where: Path, packs: int, made: int) -> Path:
+    def write(where: Path, packs: int, seed: int) -> Path:
+        made_up = random_packs(num_packs=packs, max_seq_len=64, vocab_size=90, seed=seed)
         return write_shard_set(
-            where, random_packs(num_packs=packs, max_seq_len=64, vocab_size=90, seed=made), max_seq_len=64,
-            vocab_size=90, packs_per_shard=2, name=name,
-        )  # fmt: skip
+            where, made_up, max_seq_len=64, vocab_size=90, packs_per_shard=2, name=name
+        )
 
     write(path, num_packs, seed)
     write(path / "eval", 1, seed + 100)
@@ -99,9 +101,13 @@ def client_of_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 def command(hub: Hub, home: Path, *arguments: object) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {
-        "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
-    }  # fmt: skip
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_TOKEN": TOKEN,
+        "NO_PROXY": "127.0.0.1",
+    }
     words = [PROGRAM, *map(str, arguments)]
     return subprocess.Popen(
         words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -115,3 +121,19 @@ def kill_at(fault: Fault, process: subprocess.Popen[str]) -> None:
         process.communicate()
     assert process.returncode == -signal.SIGKILL
     fault.released.set()
+
+
+class FullDisk:
+    """Stands for a call of the system that fails from its nth time on."""
+
+    def __init__(self, call: Callable[..., None], *, after: int, error: BaseException) -> None:
+        self.call, self.left, self.error = call, after, error
+
+    def __call__(self, *arguments: Any, **options: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        self.call(*arguments, **options)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")

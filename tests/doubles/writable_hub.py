@@ -56,7 +56,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # or each answer waits 40 ms for an acknowledgement
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base class names it so)
+    # the base class names the argument
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         pass
 
     def do_HEAD(self) -> None:

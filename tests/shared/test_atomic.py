@@ -58,7 +58,6 @@ def tree(root: Path) -> dict[str, bytes]:
 
 
 # --- files
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
@@ -136,7 +135,6 @@ def test_a_full_disk_leaves_no_half_directory(small_disk: Path) -> None:
 
 
 # --- directories
-# ---------------------------------------------------------------------------------------------------
 
 
 def test_a_directory_appears_whole(tmp_path: Path) -> None:
@@ -202,7 +200,6 @@ def test_leftovers_of_one_name_are_removed_and_those_of_others_stay(tmp_path: Pa
 
 
 # --- the lock
-# ------------------------------------------------------------------------------------------------------
 
 
 def take(lock: Path) -> None:

@@ -168,7 +168,7 @@ def test_settings_reach_into_tables_and_lists_and_leave_the_original_alone() -> 
         ("name.deep.key=1", "name is a value, not a table"),
         ("name.key=1", "name is a value, not a table"),
         ("betas.0.key=1", "betas.0 is a value, not a table"),
-        ("betas.0.deep.key=1", "betas.0.deep is a value, not a table"),
+        ("betas.0.deep.key=1", "betas.0 is a value, not a table"),
     ],
 )
 def test_a_setting_that_reaches_nowhere_is_refused(setting: str, message: str) -> None:

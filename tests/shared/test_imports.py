@@ -61,11 +61,17 @@ def test_a_module_loads_no_more_than_it_must(module: str, allowed: set[str]) -> 
     assert third_party_after(f"import {module}") <= allowed
 
 
+def test_the_hub_is_the_one_exception_and_loads_its_client_alone() -> None:
+    client = third_party_after("from huggingface_hub import errors, hf_api")
+    assert third_party_after("import shared.hub") <= client
+    assert not client & {"numpy", "torch", "transformers", "datasets"}
+
+
 def test_reading_shards_needs_no_training_library() -> None:
     assert third_party_after("import shared.shard_reader, prep.config, train.config") == {"numpy"}
 
 
 def test_every_shared_module_is_in_the_table_above() -> None:
-    modules = {path.stem for path in (ROOT / "shared").glob("*.py")} - {"__init__"}
+    modules = {path.stem for path in (ROOT / "shared").glob("*.py")} - {"__init__", "hub"}
     listed = Path(__file__).read_text(encoding="utf-8")
     assert [name for name in sorted(modules) if f'"shared.{name}"' not in listed] == []

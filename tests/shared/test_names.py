@@ -48,13 +48,14 @@ def test_the_commands_run_beside_files_of_the_same_names(project: Path, command:
 
 
 @pytest.mark.parametrize("name", ["sft-prep", "sft-train"])
-def test_a_foreign_shared_on_the_path_is_named_and_stops_the_command(
-    tmp_path: Path, name: str
+@pytest.mark.parametrize("foreign", ["shared/__init__.py", "shared.py"])
+def test_a_foreign_shared_on_the_path_is_named_and_stops_the_command_unread(
+    tmp_path: Path, name: str, foreign: str
 ) -> None:
-    (tmp_path / "shared").mkdir()
-    (tmp_path / "shared" / "__init__.py").write_text("", encoding="utf-8")
+    (tmp_path / foreign).parent.mkdir(exist_ok=True)
+    (tmp_path / foreign).write_text(TRAP, encoding="utf-8")
     done = run([name, "--help"], tmp_path.parent, PYTHONPATH=str(tmp_path))
     assert done.returncode == 6, done.stderr
     assert done.stderr.startswith("error: the package `shared` ")
-    assert str(tmp_path) in done.stderr
+    assert str(tmp_path / foreign) in done.stderr
     assert done.stderr.count("\n") == 1

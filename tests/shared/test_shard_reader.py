@@ -52,7 +52,6 @@ def small(tmp_path: Path) -> Path:
 
 
 # --- round trip
-# ----------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -176,34 +175,7 @@ def test_shards_without_packs_open_and_are_passed_over(small: Path) -> None:
     ).all()
 
 
-# --- what the writer refuses: a programming error, never written
-# ----------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"tokens": np.zeros(0, "<i8")},
-        {"tokens": np.zeros(0, ">i4")},
-        {"seq_origin": np.zeros((0, 2), "<i8")},
-        {"extra": np.zeros(0)},
-    ],
-)
-def test_columns_of_another_type_are_not_written(tmp_path: Path, change: dict[str, Any]) -> None:
-    with pytest.raises(AssertionError):
-        write_shard(tmp_path, 0, {**empty_columns(), **change})
-
-
-def test_a_column_in_another_memory_order_is_written_in_c_order(tmp_path: Path) -> None:
-    origin = np.asfortranarray(np.arange(6, dtype="<i8").reshape(2, 3))
-    write_shard(tmp_path, 0, {**empty_columns(), "seq_origin": origin})
-    written = np.load(tmp_path / "shards/00000/seq_origin.npy")
-    assert written.flags.c_contiguous
-    assert written.tolist() == [[0, 1, 2], [3, 4, 5]]
-
-
 # --- what the reader refuses
-# ----------------------------------------------------------------------------------------
 
 
 def test_a_directory_without_a_manifest_is_not_whole(small: Path) -> None:
@@ -364,7 +336,6 @@ def test_a_missing_tokenizer_file_is_found_by_the_hashes(small: Path) -> None:
 
 
 # --- size
-# ----------------------------------------------------------------------------------------------------------
 
 GROWTH = """
 import resource, sys

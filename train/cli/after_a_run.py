@@ -1,4 +1,4 @@
-"""The commands of `sft-train` that work on what a run has left: export, push, plot, ask, which,
+"""The commands of `sft-train` that work on the files of a run: export, push, plot, ask, which,
 status."""
 
 import sys
@@ -39,8 +39,8 @@ def export(
 @click.option("-q", "--quiet", is_flag=True, help="Warnings and errors only.")
 @click.option("--die-with-parent", is_flag=True, hidden=True)
 def push(what: Path, repo: str, checkpoints: bool, quiet: bool, die_with_parent: bool) -> None:
-    """Push WHAT to a repository of the hub, private if it is made: the model of a complete run, an
-    exported model, or a checkpoint, which goes to a branch RUN-step-N."""
+    """Push WHAT to a repository of the hub, private if the push creates it: the model of a complete
+    run, an exported model, or a checkpoint, which goes to a branch RUN-step-N."""
     with reporting(-1 if quiet else 0):
         from train.engine import launcher_env
         from train.publish.checkpoints import push_checkpoint
@@ -50,15 +50,15 @@ def push(what: Path, repo: str, checkpoints: bool, quiet: bool, die_with_parent:
             launcher_env.die_with_parent()
         if (what / STATE_NAME).exists():
             click.echo(push_checkpoint(what, repo))
+        elif checkpoints:
+            push_all(what, checkpoints=repo, model=None)
         else:
-            push_all(
-                what, checkpoints=repo if checkpoints else None, model=None if checkpoints else repo
-            )
+            push_all(what, checkpoints=None, model=repo)
 
 
 def push_all(path: Path, *, checkpoints: str | None, model: str | None) -> None:
-    """Push the checkpoints of a run, and a model, to these repositories, if any; say where they
-    are."""
+    """Push the checkpoints of a run, and a model, to these repositories, if any; print their
+    addresses."""
     if checkpoints is not None:
         from train.publish.checkpoints import push_checkpoints
         from train.run.directory import RunDir
@@ -110,7 +110,7 @@ def ask(
 @click.command(epilog="Example: sft-train which runs/demo --step 3")
 @click.argument("run", type=PATH)
 @click.option("--step", type=int, required=True, help="As in metrics.jsonl, counted from 1.")
-@click.option("--rank", type=int, help="Of the last call that trained; default: all launcher_env.")
+@click.option("--rank", type=int, help="Of the last call that trained; default: all ranks.")
 @click.option("--shards", type=PATH, help="Where the shard set lies now; default: where it was.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object per sequence, with all of its text."
@@ -133,15 +133,15 @@ def which(
 
 @click.command(epilog="Example: sft-train status runs/demo")
 @click.argument("run", type=PATH)
-@click.option("--changed-after", type=PATH, help="Believe only a status written after this file.")
+@click.option("--changed-after", type=PATH, help="Ignore a status that is older than this file.")
 @click.option(
     "--wait",
     type=click.FloatRange(min=0),
     default=0,
-    help="Seconds to wait for the last word of a rank.",
+    help="Seconds to wait until the ranks have written their last status.",
 )
 def status(run: Path, changed_after: Path | None, wait: float) -> None:
-    """Say how RUN stands, and exit with its exit code: torchrun would say 1 for everything."""
+    """Report the state of RUN, and exit with its exit code: torchrun gives 1 for everything."""
     with reporting():
         from train.run.directory import RunDir
         from train.run.read_status import read_outcome

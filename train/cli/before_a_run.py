@@ -1,64 +1,53 @@
 """The commands of `sft-train` for before a run: selftest, plan, launch, recipes."""
 
-from pathlib import Path
+from typing import Any
 
 import click
 
-from train.cli.common_options import PATH, reporting, train_request, verbosity_of
+from train.cli.common_options import (
+    PATH,
+    fields_from,
+    recipe_options,
+    reporting,
+    train_request,
+    verbosity_of,
+)
 
 
 @click.command(epilog="Example: sft-train selftest --shards data_cache/demo")
 @click.option("--shards", type=PATH, required=True, help="Directory of a shard set.")
-@click.option("--recipe", metavar="NAME|FILE", help="Default: what the shard set names.")
-@click.option("--model", metavar="NAME|DIR", help="Default: the recipe's.")
-@click.option(
-    "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Change a key of the recipe."
-)
+@recipe_options
 @click.option(
     "--layers",
     type=click.IntRange(min=1),
-    help="So many, random weights; default: all, if they fit.",
+    help="Number of layers, with random weights; default: all, if they fit.",
 )
 @click.option(
-    "--tokens", type=click.IntRange(min=16), default=768, show_default=True, help="At most so many."
+    "--tokens", type=click.IntRange(min=16), default=768, show_default=True, help="At most as many."
 )
-def selftest(
-    shards: Path,
-    recipe: str | None,
-    model: str | None,
-    settings: tuple[str, ...],
-    layers: int | None,
-    tokens: int,
-) -> None:
-    """Test on this machine that packs train as their sequences do alone; exit code 6 if they do
+def selftest(layers: int | None, tokens: int, **options: Any) -> None:
+    """Test on this machine that packed sequences train as they do alone; exit code 6 if they do
     not."""
     with reporting():
         from train.run.prepare import TrainRequest
         from train.selftest.selftest import selftest as run_selftest
 
-        request = TrainRequest(shards=shards, recipe=recipe, model=model, settings=settings)
-        report = run_selftest(request, layers=layers, tokens=tokens)
+        report = run_selftest(TrainRequest(**options), layers=layers, tokens=tokens)
         click.echo("\n".join(report.lines()))
         report.check()
 
 
 @click.command(epilog="Example: sft-train plan --shards data_cache/demo --gpus 1")
-@click.option("--shards", type=PATH, help="Directory of a shard set; or state sizes instead:")
+@click.option("--shards", type=PATH, help="Directory of a shard set; or give its sizes instead:")
 @click.option(
-    "--rows", type=click.IntRange(min=1), help="Conversations of a set that is yet to be built."
+    "--rows", type=click.IntRange(min=1), help="Conversations of a set that does not exist yet."
 )
 @click.option("--tokens", type=click.IntRange(min=1), help="Its tokens.")
 @click.option("--loss-tokens", type=click.IntRange(min=1), help="Its loss tokens.")
 @click.option(
     "--max-seq-len", type=click.IntRange(min=2), default=4096, show_default=True, help="Its packs."
 )
-@click.option("--recipe", metavar="NAME|FILE", help="Default: what the shard set names.")
-@click.option(
-    "--model", metavar="NAME|DIR", help="Default: the recipe's. A directory needs config.json only."
-)
-@click.option(
-    "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Change a key of the recipe."
-)
+@recipe_options
 @click.option("--max-steps", type=click.IntRange(min=1), help="Total number of steps.")
 @click.option("--gpus", "num_gpus", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--gpus-per-node", type=click.IntRange(min=1), default=8, show_default=True)
@@ -73,58 +62,28 @@ def selftest(
     type=float,
     default=0.35,
     show_default=True,
-    help="Share of its peak that a GPU reaches.",
+    help="Fraction of its peak that a GPU reaches.",
 )
 @click.option("--price", type=click.FloatRange(min=0), help="Of one GPU for one hour.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def plan(
-    shards: Path | None,
-    rows: int | None,
-    tokens: int | None,
-    loss_tokens: int | None,
-    max_seq_len: int,
-    recipe: str | None,
-    model: str | None,
-    settings: tuple[str, ...],
-    max_steps: int | None,
-    num_gpus: int,
-    gpus_per_node: int,
-    gpu: str,
-    mfu: float,
-    price: float | None,
-    as_json: bool,
-) -> None:
-    """Say before a run what it takes: steps, memory per GPU, time, cost. Needs no GPU and loads no
+def plan(as_json: bool, **options: Any) -> None:
+    """Estimate a run before it starts: steps, memory per GPU, time, cost. Needs no GPU and loads no
     weights."""
-    size_from_flags = (rows, tokens, loss_tokens)
-    if (shards is None) == (size_from_flags == (None, None, None)) or (
-        shards is None and None in size_from_flags
-    ):
+    has_size = [options[name] is not None for name in ("rows", "tokens", "loss_tokens")]
+    if not all(has_size) if options["shards"] is None else any(has_size):
         raise click.UsageError("Give --shards, or all of --rows, --tokens and --loss-tokens.")
     with reporting():
         from train.estimate import data_size, plan, report
         from train.run.prepare import TrainRequest
 
-        sizes = data_size.sizes_stated(rows, tokens, loss_tokens, max_seq_len)
-        train = TrainRequest(
-            shards=shards or data_size.STATED,
-            recipe=recipe,
-            model=model,
-            settings=settings,
-            max_steps=max_steps,
-        )
-        made = plan.make_plan(
-            plan.EstimateRequest(
-                train=train,
-                sizes=sizes,
-                num_gpus=num_gpus,
-                gpus_per_node=gpus_per_node,
-                gpu=gpu,
-                mfu=mfu,
-                price=price,
-            )
-        )
-        click.echo(report.as_json(made) if as_json else report.as_text(made))
+        sizes = None
+        if options["shards"] is None:
+            sizes = data_size.StatedSizes(**fields_from(data_size.StatedSizes, options))
+            options["shards"] = data_size.STATED
+        train = TrainRequest(**fields_from(TrainRequest, options))
+        machine = fields_from(plan.EstimateRequest, options)
+        estimate = plan.make_plan(plan.EstimateRequest(train=train, sizes=sizes, **machine))
+        click.echo(report.as_json(estimate) if as_json else report.as_text(estimate))
 
 
 @click.command(
@@ -185,65 +144,33 @@ def plan(
 @click.option(
     "--sbatch", "others", metavar="NAME[=VALUE]", multiple=True, help="Any other option of sbatch."
 )
-def launch(
-    arguments: tuple[str, ...],
-    way: str | None,
-    hostfile: Path | None,
-    num_nodes: int | None,
-    gpus_per_node: int | None,
-    submit: bool,
-    max_restarts: int,
-    seconds_to_save: int,
-    port: int | None,
-    environment: tuple[str, ...],
-    head: str | None,
-    job_name: str | None,
-    partition: str | None,
-    account: str | None,
-    time: str | None,
-    cpus_per_node: int | None,
-    others: tuple[str, ...],
-) -> None:
+@click.pass_context
+def launch(context: click.Context, /, arguments: tuple[str, ...], **options: Any) -> None:
     """Check a run and print, or with --submit start, what trains it on many nodes; all see the same
     directories."""
+    way, hostfile = options["way"], options["hostfile"]
     if (way is None) == (hostfile is None):
         raise click.UsageError("Give one of --slurm, --torchrun and --deepspeed-hostfile.")
-    asked = (
-        click.Command("sft-train", params=click.get_current_context().find_root().command.params)
-        .make_context("sft-train", list(arguments))
-        .params
-    )
-    if asked["shards"] is None:
+    # a command with the options of sft-train itself, without its subcommands
+    sft_train = click.Command("sft-train", params=context.find_root().command.params)
+    train_options = sft_train.make_context("sft-train", list(arguments)).params
+    if train_options["shards"] is None:
         raise click.UsageError("Missing option '--shards' among those of sft-train, after --.")
-    if asked["nproc_per_node"] is not None:
+    if train_options["nproc_per_node"] is not None:
         raise click.UsageError("Give --gpus-per-node instead of --nproc-per-node.")
-    with reporting(verbosity_of(asked)):
+    with reporting(verbosity_of(train_options)):
         from train.launch import multi_node, slurm
 
         request = multi_node.LaunchRequest(
-            train=train_request(asked),
-            num_nodes=num_nodes,
-            gpus_per_node=gpus_per_node,
-            max_restarts=max_restarts,
-            seconds_to_save=seconds_to_save,
-            port=port,
-            environment=environment,
-            submit=submit,
+            train=train_request(train_options), **fields_from(multi_node.LaunchRequest, options)
         )
         if hostfile is not None:
             click.echo(multi_node.launch_by_ssh(request, hostfile))
         elif way == "torchrun":
-            click.echo(multi_node.launch_by_hand(request, head))
+            click.echo(multi_node.launch_by_hand(request, options["head"]))
         else:
-            options = slurm.SlurmOptions(
-                job_name=job_name,
-                partition=partition,
-                account=account,
-                time=time,
-                cpus_per_node=cpus_per_node,
-                others=others,
-            )
-            click.echo(multi_node.launch_by_slurm(request, options))
+            slurm_options = slurm.SlurmOptions(**fields_from(slurm.SlurmOptions, options))
+            click.echo(multi_node.launch_by_slurm(request, slurm_options))
 
 
 @click.command(epilog="Example: sft-train recipes")

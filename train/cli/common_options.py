@@ -1,7 +1,8 @@
-"""What every command of `sft-train` shares: options become a request, errors become exit codes."""
+"""What every command of `sft-train` shares: options become requests, errors become exit codes."""
 
+import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,36 +15,55 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 
 
-def verbosity_of(given: Mapping[str, Any]) -> int:
-    """Return how much the options -v and -q ask for."""
-    return -1 if given["quiet"] else int(given["verbose"])
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give `command` the options --recipe, --model and --set."""
+    for option in (
+        click.option(
+            "--set",
+            "settings",
+            metavar="KEY=VALUE",
+            multiple=True,
+            help="Change a key of the recipe.",
+        ),
+        click.option(
+            "--model", metavar="NAME|DIR", help="Hugging Face causal LM; default: the recipe's."
+        ),
+        click.option(
+            "--recipe",
+            metavar="NAME|FILE",
+            help="How to train; default: what the shard set names.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
-def train_request(given: Mapping[str, Any]) -> "TrainRequest":
+def verbosity_of(options: Mapping[str, Any]) -> int:
+    """Return the verbosity that -v and -q ask for."""
+    return -1 if options["quiet"] else int(options["verbose"])
+
+
+def fields_from(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `options` that are fields of the dataclass `cls`: an option has the name of
+    its field, so that neither is listed twice."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: options[name] for name in names if name in options}
+
+
+def train_request(options: Mapping[str, Any]) -> "TrainRequest":
     """Return the request that the options of `sft-train` itself make."""
     from train.run.prepare import TrainRequest
 
-    return TrainRequest(
-        shards=given["shards"],
-        recipe=given["recipe"],
-        model=given["model"],
-        output=given["output"],
-        settings=given["settings"],
-        max_steps=given["max_steps"],
-        stop_after=given["stop_after"],
-        resume=given["resume"],
-        eval_shards=given["eval_shards"],
-        trust_checkpoint=given["trust_checkpoint"],
-        push_to_hub=given["push_to_hub"],
-        push_checkpoints=given["push_checkpoints"],
-        verbosity=verbosity_of(given),
-    )
+    return TrainRequest(**fields_from(TrainRequest, options), verbosity=verbosity_of(options))
 
 
 @contextmanager
 def reporting(verbosity: int = 0, *, quiet_stop: bool = False) -> Iterator[None]:
-    """`quiet_stop`: a stop on request is left to status.json and our launcher; torchrun would
-    report a failure."""
+    """Set up the log; turn the errors of the block into one line and an exit code.
+
+    With `quiet_stop` a stop on request ends the block without an error: status.json reports it to
+    our launcher, while torchrun would report a failure.
+    """
     from shared import log
     from shared.command import reporting_errors
     from shared.errors import StoppedOnRequest

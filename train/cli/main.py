@@ -2,15 +2,18 @@
 after_a_run.py."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 
 from train.cli import after_a_run, before_a_run
 from train.cli.after_a_run import push_all
-from train.cli.common_options import PATH, reporting, train_request, verbosity_of
+from train.cli.common_options import PATH, recipe_options, reporting, train_request, verbosity_of
 
 
+# the names of these options are those of the fields of TrainRequest
 @click.group(
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -18,14 +21,8 @@ from train.cli.common_options import PATH, reporting, train_request, verbosity_o
 )
 @click.version_option(package_name="sft-shards")
 @click.option("--shards", type=PATH, help="Directory of a shard set, made by sft-prep build.")
-@click.option(
-    "--recipe", metavar="NAME|FILE", help="How to train; default: what the shard set names."
-)
-@click.option("--model", metavar="NAME|DIR", help="Hugging Face causal LM; default: the recipe's.")
+@recipe_options
 @click.option("--output", type=PATH, help="Run directory; default: runs/RECIPE-SHARDS.")
-@click.option(
-    "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Change a key of the recipe."
-)
 @click.option(
     "--max-steps",
     type=click.IntRange(min=1),
@@ -44,7 +41,7 @@ from train.cli.common_options import PATH, reporting, train_request, verbosity_o
     metavar="auto|never|DIR",
     default="auto",
     show_default=True,
-    help="Where to go on from.",
+    help="Checkpoint to resume from.",
 )
 @click.option(
     "--push-to-hub", metavar="USER/NAME", help="Push the model to the hub when it is trained."
@@ -52,7 +49,7 @@ from train.cli.common_options import PATH, reporting, train_request, verbosity_o
 @click.option(
     "--push-checkpoints",
     metavar="USER/NAME",
-    help="Push checkpoints to the hub as training goes on.",
+    help="Push checkpoints to the hub while training goes on.",
 )
 @click.option(
     "--trust-checkpoint",
@@ -60,38 +57,23 @@ from train.cli.common_options import PATH, reporting, train_request, verbosity_o
     help="Let --resume DIR read what another run wrote: it can run code.",
 )
 @click.option(
-    "--eval-shards", type=PATH, help="Evaluation set; default: what was held out of the shard set."
+    "--eval-shards",
+    type=PATH,
+    help="Evaluation set; default: the one held out of the shard set, if any.",
 )
 @click.option("--under-launcher", is_flag=True, hidden=True)
 @click.option("-v", "--verbose", count=True, help="More on stderr, and tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Warnings and errors only.")
 @click.pass_context
-def cli(
-    context: click.Context,
-    shards: Path | None,
-    recipe: str | None,
-    model: str | None,
-    output: Path | None,
-    settings: tuple[str, ...],
-    max_steps: int | None,
-    stop_after: int | None,
-    nproc_per_node: int | None,
-    resume: str,
-    push_to_hub: str | None,
-    push_checkpoints: str | None,
-    trust_checkpoint: bool,
-    eval_shards: Path | None,
-    under_launcher: bool,
-    verbose: int,
-    quiet: bool,
-) -> None:
-    """Train a Hugging Face causal LM on a shard set; run the same command again to go on after any
-    stop."""
+def cli(context: click.Context, /, **options: Any) -> None:
+    """Train a Hugging Face causal LM on a shard set; run the same command again to resume after
+    any stop."""
     if context.invoked_subcommand is not None:
         return
-    if shards is None:
+    if options["shards"] is None:
         raise click.UsageError("Missing option '--shards'.", context)
-    with reporting(verbosity_of(context.params), quiet_stop=under_launcher):
+    under_launcher = options["under_launcher"]
+    with reporting(verbosity_of(options), quiet_stop=under_launcher):
         from train.data.tokenizer_match import check_tokenizer
         from train.engine.launcher_env import die_with_parent, read_launcher_env
         from train.launch.local import run_or_launch
@@ -99,13 +81,19 @@ def cli(
 
         if under_launcher:
             die_with_parent()
-        prepared = prepare(train_request(context.params))
-        if not prepared.is_complete and not under_launcher:  # whoever launched has compared
+        request = train_request(options)
+        prepared = prepare(request)
+        # under a launcher the tokenizers have been compared, once and not on every rank
+        if not prepared.is_complete and not under_launcher:
             check_tokenizer(prepared.shard_set, prepared.recipe.model)
-        done = "before" if prepared.is_complete else run_or_launch(prepared, nproc_per_node)
+        done = "before"
+        if not prepared.is_complete:
+            done = run_or_launch(prepared, options["nproc_per_node"])
         if done == "before" and read_launcher_env().rank == 0:
             click.echo(f"{prepared.run.path} is complete: the model is in {prepared.run.model}")
-            push_all(prepared.run.path, checkpoints=push_checkpoints, model=push_to_hub)
+            push_all(
+                prepared.run.path, checkpoints=request.push_checkpoints, model=request.push_to_hub
+            )
         elif done == "here" and read_launcher_env().rank == 0:
             click.echo(prepared.run.model)
 
@@ -126,22 +114,13 @@ for _command in (
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    _check_shared()
-    cli(prog_name="sft-train")
-
-
-def _check_shared() -> None:
-    """`shared` is a common name: stop if another package of that name was found first."""
-    import shared
-
-    here, found = (
-        Path(__file__).resolve().parents[2],
-        [Path(place).resolve().parent for place in shared.__path__],
-    )
-    if found != [here]:
+    """Run the command line, unless a foreign package or module named `shared` hides ours."""
+    # prep/cli/main.py has the same guard: `shared` cannot hold it, for it may be the foreign one
+    spec, ours = find_spec("shared"), Path(__file__).resolve().parents[2] / "shared/__init__.py"
+    if spec is None or Path(str(spec.origin)).resolve() != ours:
         sys.stderr.write(
-            f"error: the package `shared` was imported from {found[0] if found else 'nowhere'},"
-            f" expected {here}; run the console script sft-train, without PYTHONPATH\n"
+            f"error: the package `shared` was found at {spec and spec.origin}, expected {ours}; run"
+            " the console script sft-train, without PYTHONPATH\n"
         )
         raise SystemExit(6)
+    cli(prog_name="sft-train")

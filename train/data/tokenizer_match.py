@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from shared.errors import ArtifactError
+from shared.errors import ArtifactError, one_line, shorten
 from shared.shard_format import Manifest
 from shared.shard_reader import ShardSet
 from train.config import ModelConfig
@@ -73,24 +73,18 @@ def beside_weights(model: ModelConfig) -> tuple[Path | None, str]:
         file = folder / NAME
         return (file, "") if file.is_file() else (None, f"{folder} has no {NAME}")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub.errors import EntryNotFoundError
 
-    no_answer: type[Exception] = HfHubHTTPError.__bases__[
-        0
-    ]  # of the client: httpx's or httpx2's, depending on its release
+    from shared.hub import NO_ANSWER
+
     try:
         return Path(hf_hub_download(model.name, NAME, revision=model.revision)), ""
     except EntryNotFoundError as exc:
-        return None, f"no {NAME} of {model.name} ({_one_line(exc)})"
-    except (no_answer, OfflineModeIsEnabled, HFValidationError, OSError) as exc:
+        return None, f"no {NAME} of {model.name} ({one_line(exc)})"
+    except NO_ANSWER as exc:
         return (
             None,
-            f"the hub does not give the {NAME} of {model.name} ({_one_line(exc)})",
+            f"the hub does not give the {NAME} of {model.name} ({one_line(exc)})",
         )  # nor the weights, probably
 
 
@@ -210,7 +204,7 @@ def _read(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as exc:
         raise ArtifactError(
-            f"{path} is not readable as JSON: {_one_line(exc)}; put a whole one there"
+            f"{path} is not readable as JSON: {one_line(exc)}; put a whole one there"
         ) from exc
     if not isinstance(data, dict):
         raise ArtifactError(
@@ -220,10 +214,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _shown(steps: list[Any]) -> str:
-    text = json.dumps(steps, ensure_ascii=False)
-    return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-def _one_line(exc: Exception) -> str:
-    text = " ".join(str(exc).split())
-    return text if len(text) <= 160 else text[:157] + "..."
+    return shorten(json.dumps(steps, ensure_ascii=False), 120)

@@ -6,15 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from shared.errors import ConfigError
-from shared.hashing import digest
-from shared.shard_format import (
-    FORMAT_VERSION,
-    Kind,
-    Manifest,
-    TemplateEntry,
-    TokenizerEntry,
-    Totals,
-)
+from shared.shard_format import Totals
 from shared.shard_reader import ShardSet
 
 STATED = Path("SHARDS")
@@ -41,19 +33,11 @@ class StatedSizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSize:
-    manifest: Manifest
+    totals: Totals
+    max_seq_len: int
     squared_lengths: float
     """Sum over all sequences of their length squared: what causal attention costs."""
     assumptions: tuple[str, ...] = field(default=())
-
-
-def sizes_stated(
-    rows: int | None, tokens: int | None, loss_tokens: int | None, max_seq_len: int
-) -> StatedSizes | None:
-    """Return what the command line states; None where it states nothing."""
-    if rows is None or tokens is None or loss_tokens is None:
-        return None
-    return StatedSizes(rows=rows, tokens=tokens, loss_tokens=loss_tokens, max_seq_len=max_seq_len)
 
 
 def size_of_shard_set(shard_set: ShardSet) -> DataSize:
@@ -62,7 +46,10 @@ def size_of_shard_set(shard_set: ShardSet) -> DataSize:
     for columns in shard_set.shards:
         lengths = np.diff(columns["seq_offsets"])
         total += int(np.dot(lengths, lengths))
-    return DataSize(manifest=shard_set.manifest, squared_lengths=float(total))
+    manifest = shard_set.manifest
+    return DataSize(
+        totals=manifest.totals, max_seq_len=manifest.max_seq_len, squared_lengths=float(total)
+    )
 
 
 def size_from_flags(sizes: StatedSizes) -> DataSize:
@@ -74,7 +61,14 @@ def size_from_flags(sizes: StatedSizes) -> DataSize:
     packs = -(-sizes.tokens // sizes.max_seq_len)
     mean = sizes.tokens / sizes.rows
     return DataSize(
-        manifest=_manifest(sizes, packs),
+        totals=Totals(
+            packs=packs,
+            sequences=sizes.rows,
+            tokens=sizes.tokens,
+            loss_tokens=sizes.loss_tokens,
+            density=sizes.tokens / (packs * sizes.max_seq_len),
+        ),
+        max_seq_len=sizes.max_seq_len,
         squared_lengths=min(2.0 * mean, sizes.max_seq_len) * sizes.tokens,
         assumptions=(
             (
@@ -84,42 +78,4 @@ def size_from_flags(sizes: StatedSizes) -> DataSize:
             f"full packs of {sizes.max_seq_len:,} tokens, so {packs:,} packs",
             f"lengths spread exponentially around their mean of {mean:,.0f} tokens",
         ),
-    )
-
-
-def _manifest(sizes: StatedSizes, packs: int) -> Manifest:
-    """A manifest of no files: what the order of a run and the config of a model are made from."""
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        name="stated",
-        fingerprint=digest({"stated": [sizes.rows, sizes.tokens]}),
-        inputs_digest=digest({}),
-        inputs={},
-        config={},
-        recipe="",
-        tokenizer=TokenizerEntry(
-            name="none",
-            revision=None,
-            files={},
-            vocab_size=1,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-            terminator_ids=(),
-            canary_ids=(),
-            new_ids=(),
-        ),
-        chat_template=TemplateEntry(name="none", sha256="", split_markers={}),
-        kinds={kind.name.lower(): int(kind) for kind in Kind},
-        max_seq_len=sizes.max_seq_len,
-        max_token_id=0,
-        sources=(),
-        totals=Totals(
-            packs=packs,
-            sequences=sizes.rows,
-            tokens=sizes.tokens,
-            loss_tokens=sizes.loss_tokens,
-            density=sizes.tokens / (packs * sizes.max_seq_len),
-        ),
-        shards=(),
     )

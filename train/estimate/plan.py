@@ -12,9 +12,15 @@ from train.estimate.data_size import DataSize, StatedSizes, size_from_flags, siz
 from train.estimate.memory_advice import Change, changes, fits, setup_of
 from train.estimate.run_length import Division, Forecast, division, forecast
 from train.launch.multi_node import suggested_command
-from train.model.model import model_config
+from train.model.model import model_config, network_config
 from train.recipe_file import load_recipe
-from train.run.prepare import TrainRequest, check_division, make_run_order, open_inputs
+from train.run.prepare import (
+    TrainRequest,
+    check_division,
+    make_run_order,
+    open_inputs,
+    order_by_size,
+)
 from train.sizing.gpu_specs import Gpu, gpu_named
 from train.sizing.memory import Memory, memory_of
 from train.sizing.model_size import ModelSize, model_size
@@ -69,18 +75,20 @@ def make_plan(request: EstimateRequest) -> RunEstimate:
     """Return the plan. Raises ConfigError, DataError or ArtifactError for what no number of GPUs
     can run."""
     recipe, data, shard_set = _inputs(request)
-    order = make_run_order(recipe, data.manifest)
     gpu = gpu_named(request.gpu)
     dtype = torch.float32 if recipe.engine.dtype == "fp32" else torch.bfloat16
-    config = model_config(recipe.model, data.manifest)
-    if (
-        request.sizes is not None
-        and recipe.model.config is not None
-        and "vocab_size" not in recipe.model.config
-    ):
+    if shard_set is not None:
+        order = make_run_order(recipe, shard_set.manifest)
+        config = model_config(recipe.model, shard_set.manifest)
+    elif recipe.model.config is not None and "vocab_size" not in recipe.model.config:
         raise ConfigError(
             "model.config has no vocab_size, and without a shard set nothing else says it; set it"
         )
+    else:
+        order = order_by_size(
+            recipe, fingerprint="", max_seq_len=data.max_seq_len, totals=data.totals
+        )
+        config = network_config(recipe.model, max_seq_len=data.max_seq_len, from_shards={})
     size = model_size(config, lora=recipe.lora, dtype=dtype)
     ranks = request.num_gpus
     problem = _problem(recipe, order, data, ranks)
@@ -91,7 +99,7 @@ def make_plan(request: EstimateRequest) -> RunEstimate:
             recipe, order, data, shard_set, world_size=ranks // recipe.engine.sequence_parallel
         )
     )
-    max_seq_len = data.manifest.max_seq_len
+    max_seq_len = data.max_seq_len
     setup = setup_of(
         recipe, max_seq_len, ranks, dtype=dtype, micro_batches=shared.micro_batches if shared else 1
     )
@@ -139,7 +147,7 @@ def _problem(recipe: TrainConfig, order: StepOrder, data: DataSize, ranks: int) 
     try:
         check_division(recipe, order, ranks)
     except ConfigError as exc:
-        totals = data.manifest.totals
+        totals = data.totals
         alike = round(order.units_per_step * totals.sequences / totals.packs)
         if order.unit == "conversation":
             return str(exc)

@@ -68,7 +68,7 @@ def as_text(plan: RunEstimate) -> str:
 
 def _figures(plan: RunEstimate) -> dict[str, Any]:
     request, forecast, division = plan.request, plan.forecast, plan.division
-    totals = plan.data.manifest.totals
+    totals = plan.data.totals
     return {
         "recipe": plan.recipe.name,
         "gpus": request.num_gpus,
@@ -82,7 +82,7 @@ def _figures(plan: RunEstimate) -> dict[str, Any]:
             "sequences": totals.sequences,
             "tokens": totals.tokens,
             "loss_tokens": totals.loss_tokens,
-            "max_seq_len": plan.data.manifest.max_seq_len,
+            "max_seq_len": plan.data.max_seq_len,
             "squared_lengths": plan.data.squared_lengths,
             "assumptions": list(plan.data.assumptions),
         },
@@ -127,11 +127,11 @@ def _verdict(plan: RunEstimate) -> str:
 
 
 def _data(plan: RunEstimate) -> str:
-    totals = plan.data.manifest.totals
+    totals = plan.data.totals
     where = "stated" if plan.request.sizes is not None else str(plan.request.train.shards)
     return (
         f"{where}: {totals.sequences:,} sequences in {totals.packs:,} packs of"
-        f" {plan.data.manifest.max_seq_len:,}, {totals.tokens:,} tokens, {totals.loss_tokens:,}"
+        f" {plan.data.max_seq_len:,}, {totals.tokens:,} tokens, {totals.loss_tokens:,}"
         " loss tokens"
     )
 

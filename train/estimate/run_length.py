@@ -53,7 +53,7 @@ def forecast(
 ) -> Forecast:
     """Return what a run takes at `flops_per_second` of all GPUs together, while none waits."""
     epochs = order.total_units / order.num_units
-    totals = data.manifest.totals
+    totals = data.totals
     tokens, loss_tokens = round(totals.tokens * epochs), round(totals.loss_tokens * epochs)
     flops = cost.flops(
         tokens=tokens, loss_tokens=loss_tokens, squared_lengths=round(data.squared_lengths * epochs)
@@ -83,7 +83,7 @@ def division(
     that is assumed.
     """
     per_micro_batch = recipe.batch.packs_per_micro_batch
-    capacity = per_micro_batch * (1 if order.unit == "pack" else data.manifest.max_seq_len)
+    capacity = per_micro_batch * (1 if order.unit == "pack" else data.max_seq_len)
     highest, mean, micro_batches = 0.0, 0.0, 0
     full_steps = max(1, order.total_units // order.units_per_step)  # the last one may be short
     for step in (
@@ -110,10 +110,10 @@ def _lengths(
     """Return the lengths of the sequences of each unit of a step."""
     ids = order.step(step)
     if shard_set is None:
-        most = data.manifest.max_seq_len
+        most = data.max_seq_len
         if order.unit == "pack":
             return [np.array([most], np.int64) for _ in ids]
-        mean = data.manifest.totals.tokens / data.manifest.totals.sequences
+        mean = data.totals.tokens / data.totals.sequences
         drawn = np.random.default_rng(step).exponential(mean, len(ids))
         return [np.array([length], np.int64) for length in np.clip(drawn, 1, most).astype(np.int64)]
     if order.unit == "pack":

@@ -7,25 +7,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Literal
 
 from shared import atomic
 from shared.errors import ConfigError
 from train.engine.launcher_env import die_with_parent, launched
-from train.run.command_line import console_script, rank_arguments
+from train.launch.torchrun import standalone_command
 from train.run.directory import RunDir
-from train.run.prepare import Prepared, TrainRequest, check_ranks
+from train.run.prepare import Prepared, check_ranks
 from train.run.read_status import last_change, raise_unless_complete, status_since
-from train.run.stop_request import CTRL_C_LINE
+from train.run.stop_request import CTRL_C_LINE, STOP_SIGNALS, SignalHandler, signal_handlers
 
 logger = logging.getLogger(__name__)
 
 _RANKS_PER_CORE = 4
-_SECONDS_TO_SAVE = 600
 _SECONDS_TO_FAIL = 20.0  # from the failure of one rank to the end of those that wait for it in vain
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def choose_num_ranks(wanted: int | None) -> int:
@@ -91,10 +89,10 @@ def launch(prepared: Prepared, num_ranks: int) -> None:
     # said here, a lock that is taken and a full disk are one line; a rank would fail within
     # torchrun's report
     before = last_change(prepared.run)
-    command = torchrun_command(prepared.request, num_ranks)
+    command = standalone_command(prepared.request, num_ranks)
     with (
         subprocess.Popen(command, preexec_fn=die_with_parent, process_group=0) as process,
-        _forwarding_to(process),
+        signal_handlers(_forwarding_to(process)),
     ):
         code = _wait(process, lambda: status_since(prepared.run, before))
     said = f"the ranks ended with exit code {code}; what they wrote above says why"
@@ -108,9 +106,8 @@ def _check_writable(run: RunDir) -> None:
     probe.unlink()
 
 
-@contextlib.contextmanager
-def _forwarding_to(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Pass on what asks for a stop while the block runs; a second Ctrl-C ends torchrun, and so the
+def _forwarding_to(process: "subprocess.Popen[bytes]") -> dict[signal.Signals, SignalHandler]:
+    """Return handlers that pass on what asks for a stop; a second Ctrl-C ends torchrun, and so the
     ranks, at once."""
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -125,13 +122,7 @@ def _forwarding_to(process: "subprocess.Popen[bytes]") -> Iterator[None]:
         process.kill()
         raise KeyboardInterrupt
 
-    handlers = {**dict.fromkeys(_FORWARDED, forward), signal.SIGINT: stop_after_save}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return {**dict.fromkeys(STOP_SIGNALS, forward), signal.SIGINT: stop_after_save}
 
 
 def _wait(process: "subprocess.Popen[bytes]", status: Callable[[], dict[str, Any] | None]) -> int:
@@ -147,20 +138,3 @@ def _wait(process: "subprocess.Popen[bytes]", status: Callable[[], dict[str, Any
         failed_for += 1.0 if (status() or {}).get("state") == "failed" else 0.0
     process.kill()  # its ranks die with it
     return process.wait()
-
-
-def torchrun_command(request: TrainRequest, num_ranks: int) -> list[str]:
-    """Return the command that starts the ranks.
-
-    The ranks run the console script, never `-m train`: the working directory may hold a train.py.
-    torchrun itself runs with -P for the same reason. It must pass SIGUSR1 on, and wait for a save
-    before it kills.
-    """
-    return [
-        *(sys.executable, "-P", "-m", "train.launch.elastic"),
-        *("--standalone", "--nproc-per-node", str(num_ranks), "--max-restarts", "0"),
-        *("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
-        *("--shutdown-timeout", str(_SECONDS_TO_SAVE)),
-        *("--no-python", str(console_script())),
-        *rank_arguments(request),
-    ]

@@ -5,13 +5,12 @@ Not DeepSpeed's own launcher: that one needs pdsh, does not wait for a save, and
 again.
 """
 
-import contextlib
 import logging
 import math
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -27,9 +26,9 @@ from train.launch.torchrun import (
     rendezvous_options,
     shell_line,
 )
-from train.run.directory import RunDir
 from train.run.prepare import Prepared
 from train.run.read_status import last_change, raise_unless_complete
+from train.run.stop_request import STOP_SIGNALS, signal_handlers
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,15 @@ def run_on_hosts(commands: Sequence[Sequence[str]], prepared: Prepared, hosts: H
     logs[0].parent.mkdir(parents=True, exist_ok=True)
     logger.info("starting %d hosts; what they say: %s", len(commands), logs[0].parent)
     processes = [_start(command, log) for command, log in zip(commands, logs, strict=True)]
-    with _passing_on_signals(run):
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        logger.info("%s: the run stops after this step, and saves", signal.Signals(number).name)
+        run.stop.touch()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    # ssh passes no signals on, so a signal becomes the file that asks the ranks to stop; a second
+    # Ctrl-C ends the connections, and with them the ranks
+    with signal_handlers(dict.fromkeys(STOP_SIGNALS, ask)):
         first = _wait(processes)
     if first is None:
         said = "the ranks ended without a word"
@@ -115,27 +122,3 @@ def _wait(processes: "Sequence[subprocess.Popen[bytes]]") -> int | None:
             for process in processes:
                 process.terminate()
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-
-
-@contextlib.contextmanager
-def _passing_on_signals(run: RunDir) -> Iterator[None]:
-    """Turn a signal to this process into the file that asks the ranks to stop, since ssh carries no
-    signals.
-
-    A second Ctrl-C ends the connections, and so the ranks, at once.
-    """
-
-    def ask(number: int, _frame: FrameType | None) -> None:
-        logger.info("%s: the run stops after this step, and saves", signal.Signals(number).name)
-        run.stop.touch()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {
-        number: signal.signal(number, ask)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,5 +1,5 @@
-"""A run on many nodes: what every launcher has to say, and the torchrun command that starts the
-ranks of one node.
+"""The torchrun command that starts the ranks of one node, and what every launcher of many nodes has
+to say.
 
 Which program starts it on each node (SLURM, ssh, a person) is not known here. All nodes see the
 same directories at the same paths: the working directory, the shard set, the run, and this Python.
@@ -56,17 +56,50 @@ class ShellWord(str):
 def node_command(cluster: Cluster, request: TrainRequest, rendezvous: Sequence[str]) -> list[str]:
     """Return the words, not yet quoted for a shell, that start the ranks of one node.
 
-    `rendezvous` are the options of torchrun that say where the nodes meet. Which node hosts the
-    meeting is always said (`is_host`), since torchrun's guess compares host names and fails for a
+    `rendezvous` are the options of torchrun that say where the nodes meet. They always name the
+    node that hosts it (`is_host`), since torchrun's guess compares host names and fails for a
     second network card or an alias.
     """
+    shape = ["--nnodes", str(cluster.num_nodes), "--nproc-per-node", str(cluster.gpus_per_node)]
+    return _torchrun(
+        "torch.distributed.run",
+        [*shape, "--rdzv-backend", "c10d", *rendezvous],
+        request,
+        max_restarts=cluster.max_restarts,
+        seconds_to_save=cluster.seconds_to_save,
+    )
+
+
+def standalone_command(request: TrainRequest, num_ranks: int) -> list[str]:
+    """Return the command that starts all ranks on this machine, without torchrun's tracebacks."""
+    return _torchrun(
+        "train.launch.elastic",
+        ["--standalone", "--nproc-per-node", str(num_ranks)],
+        request,
+        max_restarts=0,
+        seconds_to_save=600,
+    )
+
+
+def _torchrun(
+    module: str,
+    shape: Sequence[str],
+    request: TrainRequest,
+    *,
+    max_restarts: int,
+    seconds_to_save: int,
+) -> list[str]:
+    """Return torchrun's command for the ranks of one node.
+
+    The ranks run the console script, never `-m train`: the working directory may hold a train.py.
+    torchrun itself runs with -P for the same reason. It must pass SIGUSR1 on, and wait for a save
+    before it kills.
+    """
     return [
-        *(sys.executable, "-P", "-m", "torch.distributed.run"),
-        *("--nnodes", str(cluster.num_nodes), "--nproc-per-node", str(cluster.gpus_per_node)),
-        *("--rdzv-backend", "c10d", *rendezvous),
-        *("--max-restarts", str(cluster.max_restarts)),
+        *(sys.executable, "-P", "-m", module, *shape),
+        *("--max-restarts", str(max_restarts)),
         *("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
-        *("--shutdown-timeout", str(cluster.seconds_to_save)),
+        *("--shutdown-timeout", str(seconds_to_save)),
         *("--no-python", str(console_script())),
         *rank_arguments(request),
     ]

@@ -7,6 +7,7 @@ gathered. The logits of a row exist only for the positions that carry loss.
 
 import difflib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from shared.errors import ArtifactError, ConfigError
+from shared.errors import ArtifactError, ConfigError, one_line
 from shared.shard_format import Manifest
 from train.config import LoraConfig, ModelConfig
 from train.data.micro_batch import MicroBatch
@@ -172,16 +173,17 @@ def model_config(model: ModelConfig, manifest: Manifest) -> PretrainedConfig:
 
     Raises ConfigError for one that cannot be trained or does not fit the shard set.
     """
-    if model.config is not None:
-        config = _config_from_table(model.config, manifest)
-    elif model.name:
-        config = _config_of_pretrained(model)
-    else:
-        raise ConfigError(
-            "no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe"
-        )
-    check_supported(config)
-    new_ids = manifest.tokenizer.new_ids
+    tokenizer = manifest.tokenizer
+    config = network_config(
+        model,
+        max_seq_len=manifest.max_seq_len,
+        from_shards={
+            "vocab_size": max(tokenizer.vocab_size, manifest.max_token_id + 1),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+    )
+    new_ids = tokenizer.new_ids
     has_room = (
         bool(new_ids) and config.vocab_size >= new_ids[0]
     )  # for all but what the mixture added
@@ -193,11 +195,31 @@ def model_config(model: ModelConfig, manifest: Manifest) -> PretrainedConfig:
             " (tokenizer.add_tokens) are grown by themselves; for a tokenizer that came with"
             " tokens added, set model.resize_vocab = true (without [lora])"
         )
+    return config
+
+
+def network_config(
+    model: ModelConfig, *, max_seq_len: int, from_shards: Mapping[str, int | None]
+) -> PretrainedConfig:
+    """Return the transformers config of the model, for sequences of up to `max_seq_len` tokens.
+
+    `from_shards` are keys that a table leaves out where the shards decide them. Raises ConfigError
+    for a model that cannot be trained.
+    """
+    if model.config is not None:
+        config = _config_from_table(model.config, max_seq_len, from_shards)
+    elif model.name:
+        config = _config_of_pretrained(model)
+    else:
+        raise ConfigError(
+            "no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe"
+        )
+    check_supported(config)
     limit = _get(config, "max_position_embeddings")
-    if isinstance(limit, int) and limit < manifest.max_seq_len:
+    if isinstance(limit, int) and limit < max_seq_len:
         raise ConfigError(
             f"the model takes {limit} positions (max_position_embeddings), the shards have"
-            f" sequences of up to {manifest.max_seq_len}; build them with max_seq_len = {limit} or"
+            f" sequences of up to {max_seq_len}; build them with max_seq_len = {limit} or"
             " use another model"
         )
     return config
@@ -273,7 +295,9 @@ def logit_scale(config: PretrainedConfig) -> float:
     return float(factor or 1.0) / float(divisor or 1.0)
 
 
-def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedConfig:
+def _config_from_table(
+    table: dict[str, Any], max_seq_len: int, from_shards: Mapping[str, int | None]
+) -> PretrainedConfig:
     """What the table leaves out follows from the shards: vocabulary, special ids, longest
     sequence."""
     values = dict(table)
@@ -286,7 +310,7 @@ def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedC
         ) from exc
     except StrictDataclassError as exc:  # its own defaults do not make a whole
         raise ConfigError(
-            f"model type {model_type!r} cannot be made from a table: {_one_line(exc)}"
+            f"model type {model_type!r} cannot be made from a table: {one_line(exc)}"
         ) from exc
     defaults = plain.to_dict()
     known = {
@@ -301,14 +325,11 @@ def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedC
             raise ConfigError(
                 f"unknown key 'model.config.{key}' for model type {model_type!r}{hint}"
             )
-    tokenizer = manifest.tokenizer
     derived = {
-        "vocab_size": max(tokenizer.vocab_size, manifest.max_token_id + 1),
+        **from_shards,
         "max_position_embeddings": max(
-            int(defaults.get("max_position_embeddings") or 0), manifest.max_seq_len
+            int(defaults.get("max_position_embeddings") or 0), max_seq_len
         ),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": (
             None
         ),  # nothing is padded, and torch would never train the embedding of that token
@@ -317,7 +338,7 @@ def _config_from_table(table: dict[str, Any], manifest: Manifest) -> PretrainedC
         config = AutoConfig.for_model(model_type, **{**derived, **values})
     except CANNOT_BUILD as exc:
         raise ConfigError(
-            f"model.config is not a valid {model_type!r} config: {_one_line(exc)}"
+            f"model.config is not a valid {model_type!r} config: {one_line(exc)}"
         ) from exc
     assert isinstance(config, PretrainedConfig)
     return config
@@ -334,7 +355,7 @@ def _random_weights(
         if isinstance(exc, torch.OutOfMemoryError):
             raise
         raise ConfigError(
-            f"model.config cannot be built: {type(exc).__name__}: {_one_line(exc)}"
+            f"model.config cannot be built: {type(exc).__name__}: {one_line(exc)}"
         ) from exc
     _check_parameters(network)
     assert isinstance(network, PreTrainedModel)
@@ -351,7 +372,7 @@ def _config_of_pretrained(model: ModelConfig) -> PretrainedConfig:
             "" if Path(model.name).is_dir() else "there is no such directory, and not on the hub: "
         )
         raise ArtifactError(
-            f"cannot read the model {model.name!r}: {where}{_one_line(exc)}"
+            f"cannot read the model {model.name!r}: {where}{one_line(exc)}"
         ) from exc
     assert isinstance(config, PretrainedConfig)
     return config
@@ -377,7 +398,7 @@ def _load_weights(
             output_loading_info=True,
         )
     except (OSError, *CANNOT_BUILD) as exc:
-        raise ArtifactError(f"cannot load the model {model.name!r}: {_one_line(exc)}") from exc
+        raise ArtifactError(f"cannot load the model {model.name!r}: {one_line(exc)}") from exc
     missing = sorted(loading["missing_keys"])
     if missing or loading["mismatched_keys"]:
         wrong = missing or sorted(str(key) for key in loading["mismatched_keys"])
@@ -415,8 +436,3 @@ def _check_parameters(network: PreTrainedModel) -> None:
 def _get(config: PretrainedConfig, key: str) -> Any:
     """The value of a key that only some model types have."""
     return config.to_dict().get(key)
-
-
-def _one_line(exc: Exception) -> str:
-    text = " ".join(str(exc).split())
-    return text if len(text) <= 200 else text[:197] + "..."

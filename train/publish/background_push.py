@@ -1,8 +1,8 @@
-"""Pushes to the hub beside training and after it, by processes of their own: no step and no stop
-waits for the hub.
+"""Pushes to the hub during training and after it, each in its own process: neither a step nor a
+stop waits for the hub.
 
-While the run trains, a push that fails is said and stops nothing. When it has trained, what is
-missing is pushed, and all ranks wait: a launcher could take the end of one for the end of all.
+While the run trains, a push that fails is logged and stops nothing. After the last step the missing
+pushes follow, and all ranks wait: a launcher could take the end of one rank for the end of all.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 class Pusher:
-    """Rank 0's: runs one `sft-train push` at a time."""
+    """Run one `sft-train push` at a time, on rank 0."""
 
     def __init__(
         self, run: RunDir, *, checkpoints: str | None, model: str | None, quiet: bool
     ) -> None:
-        """`checkpoints`, `model`: the repositories that they are to be pushed to, if any."""
+        """`checkpoints`, `model`: the repositories to push them to, if any."""
         self._checkpoints, self._quiet = checkpoints, quiet
         self._at_the_end: list[list[str]] = []
         if checkpoints is not None:
@@ -44,15 +44,17 @@ class Pusher:
         self._process: subprocess.Popen[bytes] | None = None
 
     def push(self, path: Path) -> None:
-        """Have the checkpoint at `path` pushed, unless one is being pushed."""
+        """Start to push the checkpoint at `path`, unless another is being pushed."""
         if self._checkpoints is None:
             return
         busy_with = self.busy_with()
         if busy_with is not None:
             logger.warning(
-                "%s is not pushed yet: %s still is. It is when the run ends, if it is still there",
-                path.name, busy_with.name,
-            )  # fmt: skip
+                "%s is not pushed yet, for %s still is being pushed; if it still exists when the"
+                " run ends, it is pushed then",
+                path.name,
+                busy_with.name,
+            )
             return
         try:
             self._process = _start([str(path), self._checkpoints], quiet=self._quiet)
@@ -74,31 +76,31 @@ class Pusher:
             logger.info("%s is on the hub", self._path.name)
         else:
             logger.warning(
-                "%s was not pushed (see above); training goes on. It is pushed when the run ends,"
-                " if it is still there",
+                "%s was not pushed (see above); training goes on. If it still exists when the run"
+                " ends, it is pushed then",
                 self._path.name,
             )
         self._process = None
         return None
 
     def finish_next(self) -> bool:
-        """Start what is left to push when the run has trained, one thing after the other; return
-        whether all is done.
+        """After the last step, start the next of the missing pushes, one at a time; return whether
+        all are done.
 
         Raises the SftError that a push ended with.
         """
         if self._process is not None and self._process.poll() is None:
             return False
         if self._path is not None:
-            self.busy_with()  # that one may have failed: it is among what follows
+            self.busy_with()  # if that one failed, the pushes at the end include it
             self._path = None
         elif self._process is not None:
-            done = self._at_the_end.pop(0)
+            words = self._at_the_end.pop(0)
             code, self._process = self._process.returncode, None
             if code:
                 raise error_of(code)(
-                    f"the run has trained, but `sft-train push {' '.join(done)}` failed (see"
-                    " above); the same command goes on, or that one"
+                    f"the run has trained, but `sft-train push {' '.join(words)}` failed (see"
+                    " above); run the same command again, or that one"
                 )
         if not self._at_the_end:
             return True
@@ -106,16 +108,16 @@ class Pusher:
         return False
 
     def stop(self) -> None:
-        """End the push that is going on, if any; the hub keeps the files that it has whole."""
+        """Kill the current push, if any; the hub keeps the files that have arrived whole."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
-            logger.warning("a push is cut short; the same command goes on with it")
+            logger.warning("a push is cut short; the same command resumes it")
 
 
 @contextlib.contextmanager
 def pushing(request: TrainRequest, run: RunDir, ranks: Ranks) -> Iterator[Pusher | None]:
-    """Give rank 0 its pusher; end its push if the block fails."""
+    """Yield rank 0 its pusher; kill its push if the block fails."""
     if not ranks.is_main:
         yield None
         return
@@ -133,8 +135,8 @@ def pushing(request: TrainRequest, run: RunDir, ranks: Ranks) -> Iterator[Pusher
 
 
 def push_the_rest(pusher: Pusher | None, ranks: Ranks, stop_request: StopRequest) -> None:
-    """Push what is missing; all ranks wait. Raises the SftError of a push that failed,
-    StoppedOnRequest if asked to."""
+    """Push what is missing, while all ranks wait. Raises the SftError of a push that failed, and
+    StoppedOnRequest."""
     while True:
         answer: object = True
         if pusher is not None:
@@ -142,6 +144,7 @@ def push_the_rest(pusher: Pusher | None, ranks: Ranks, stop_request: StopRequest
                 answer = pusher.finish_next()
             except SftError as exc:
                 answer = exc
+        # rank 0 alone has a pusher; the others learn its answer, so that all ranks end alike
         answer = broadcast_from_main(answer, ranks)
         if isinstance(answer, SftError):
             raise answer
@@ -150,21 +153,15 @@ def push_the_rest(pusher: Pusher | None, ranks: Ranks, stop_request: StopRequest
         if any_rank(stop_request.is_set(), ranks):
             stop_request.clear()
             raise StoppedOnRequest(
-                "stopped while pushing, all steps done; run the same command again to go on"
+                "stopped while pushing, all steps done; run the same command again to resume"
             )
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def _start(words: list[str], *, quiet: bool) -> "subprocess.Popen[bytes]":
-    """Signals for this process, or its group, do not reach the push; what ends this process ends
-    it."""
+    """Start a push that signals to this process, or to its group, do not reach; it dies with this
+    process."""
     environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
-    environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # they would run through the lines of the log
-    command = [
-        str(console_script()),
-        "push",
-        "--die-with-parent",
-        *(["-q"] if quiet else []),
-        *words,
-    ]
+    environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # they would cut through the lines of the log
+    command = [str(console_script()), "push", "--die-with-parent", *["-q"] * quiet, *words]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, process_group=0)

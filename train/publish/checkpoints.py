@@ -1,7 +1,7 @@
-"""Checkpoints on the hub: each lies on a branch RUN-step-N as it lies on disk.
+"""Checkpoints on the hub: each on a branch RUN-step-N, with the files that it has on disk.
 
-Fetched into the `checkpoints` of a run directory, as step-N, it can be gone on from
-(--trust-checkpoint: it holds pickles).
+A run can resume from one that was fetched into its `checkpoints` as step-N, if --trust-checkpoint
+is given, since it holds pickles.
 """
 
 from pathlib import Path
@@ -18,16 +18,15 @@ def push_checkpoint(path: Path, repo: str) -> str:
     Raises IncompleteArtifactError, ArtifactError or ChecksumError for a damaged one, and what
     `sync` raises.
     """
-    path = path.resolve()  # `best` is a link, which may be moved meanwhile
+    path = path.resolve()  # `best` is a link, which training may move meanwhile
     entries = read_state_file(path)["files"]
     for name, entry in entries.items():
         if not (path / name).is_file() or (path / name).stat().st_size != entry["bytes"]:
             raise IncompleteArtifactError(
                 f"{path / name} is missing or not of {entry['bytes']} bytes{recovery_hint(path)}"
             )
-    state = (
-        path / STATE_NAME
-    ).read_bytes()  # as it is now: an evaluation loss may be written into it meanwhile
+    # read once: training may write an evaluation loss into it meanwhile
+    state = (path / STATE_NAME).read_bytes()
     files: dict[str, Content] = {STATE_NAME: state, **{name: path / name for name in entries}}
     run_name = path.parent.parent.name
     return sync(

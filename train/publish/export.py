@@ -1,7 +1,7 @@
 """A trained model as a directory that transformers loads: weights, tokenizer, chat template,
 generation config, card.
 
-The directory is whole or absent: it is written aside, read back, and renamed into place.
+The directory is whole or absent: it is staged beside its place, loaded once, and renamed.
 """
 
 import contextlib
@@ -46,7 +46,8 @@ from train.run.records import read_records
 
 logger = logging.getLogger(__name__)
 
-WHOLE_WEIGHTS_NAME = "mp_rank_00_model_states.pt"  # DeepSpeed's, where weights are not shared out
+# DeepSpeed's name for the weights where every rank has them whole
+WHOLE_WEIGHTS_NAME = "mp_rank_00_model_states.pt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,13 +83,13 @@ def export_model(
 ) -> None:
     """Write the model to `out_dir`; one process calls it, with the full weights.
 
-    With `replace` what is there makes room: what the new export does not hold again, byte for byte,
-    is kept in `NAME-old-NUMBER` beside it. Where a model was `adapted`, `state_dict` holds its
-    adapters only. Raises ArtifactError, with `out_dir` as it was, if the weights do not fill the
-    model that the config describes.
+    With `replace` it replaces what is there; files that the new export does not hold again, byte
+    for byte, are kept in `NAME-old-NUMBER` beside it. Where a model was `adapted`, `state_dict`
+    holds its adapters only. Raises ArtifactError, with `out_dir` unchanged, if the weights do not
+    fill the model that the config describes.
     """
-    place = _in_place_of(out_dir) if replace else atomic.staged_dir(out_dir)
-    with place as staged, library_writing_to(out_dir.parent):
+    staging = _replacing(out_dir) if replace else atomic.staged_dir(out_dir)
+    with staging as staged, library_writing_to(out_dir.parent):
         _write_tokenizer(staged, shard_set)
         (staged / "README.md").write_text(
             render_card(card, has_plot=plot is not None), encoding="utf-8"
@@ -115,16 +116,17 @@ def export_model(
                 )
             generation = generation_config(shard_set.manifest.tokenizer)
             _write_weights(staged, state_dict, model_config, generation, files)
-            _check_loads(staged)
-        _share_modes(staged, like=staged / "README.md")
+        # safetensors makes files that only their owner can read
+        for file in staged.iterdir():
+            file.chmod((staged / "README.md").stat().st_mode)
 
 
 def export_checkpoint(checkpoint_dir: Path, out_dir: Path, files: WeightFiles = AS_TRAINED) -> None:
-    """Write the model of a checkpoint to `out_dir`, which must not exist. Needs the shard set where
-    the run had it.
+    """Write the model of a checkpoint to `out_dir`, which must not exist. Needs the shard set at
+    the path where the run had it.
 
     Raises ArtifactError for a checkpoint that is not whole or has changed, and for another shard
-    set in that place.
+    set at that path.
     """
     if os.path.lexists(out_dir):
         raise ArtifactError(f"{out_dir} exists; give a path that does not, or remove it")
@@ -133,10 +135,18 @@ def export_checkpoint(checkpoint_dir: Path, out_dir: Path, files: WeightFiles = 
         check_digest(checkpoint_dir, name, entry)
     description = json.loads((checkpoint_dir / RUN_NAME).read_bytes())
     recipe = build(TrainConfig, description["recipe"], str(checkpoint_dir / RUN_NAME))
-    shard_set = _shards_of(description, checkpoint_dir)
+    path, fingerprint = Path(description["shards"]["path"]), description["shards"]["fingerprint"]
+    shard_set = open_shard_set(path)
+    if shard_set.manifest.fingerprint != fingerprint:
+        raise FingerprintMismatchError(
+            f"{checkpoint_dir} was trained on shards with fingerprint {fingerprint[:16]}..., {path}"
+            f" now has {shard_set.manifest.fingerprint[:16]}...; put the shard set back that it was"
+            " trained on"
+        )
     config = AutoConfig.from_pretrained(checkpoint_dir / MODEL_DIR)
     metrics = RunDir(checkpoint_dir.resolve().parent.parent).metrics
-    records = [record for record in _records(metrics) if record["step"] <= state["step"]]
+    records = read_records(metrics) if metrics.exists() else []
+    records = [record for record in records if record["step"] <= state["step"]]
     export_model(
         state_dict=_offline_weights(
             checkpoint_dir, state, config.dtype or torch.float32, frozen_left_out=recipe.lora.is_on
@@ -150,44 +160,35 @@ def export_checkpoint(checkpoint_dir: Path, out_dir: Path, files: WeightFiles = 
     )
 
 
-def _in_place_of(out_dir: Path) -> AbstractContextManager[Path]:
-    """Yield a staged directory that will be `out_dir`; files of what is there are kept, unless it
-    holds them again."""
+def _replacing(out_dir: Path) -> AbstractContextManager[Path]:
+    """Yield a staged directory that will replace `out_dir`; old files that it does not hold again
+    are kept."""
     numbered = (out_dir.with_name(f"{out_dir.name}-old-{number}") for number in itertools.count(1))
     old = next(path for path in numbered if not os.path.lexists(path))
 
     def remove_copies(old: Path) -> None:
         if old.is_dir() and not old.is_symlink():
-            for folder, _, names in os.walk(old, topdown=False):
-                for name in names:
-                    _remove_copy(
-                        Path(folder) / name, of=out_dir / Path(folder, name).relative_to(old)
-                    )
-                if (
-                    not any(Path(folder).iterdir())
-                    and (out_dir / Path(folder).relative_to(old)).is_dir()
-                ):
-                    Path(folder).rmdir()
+            # children before their folders, so that a folder that has become empty goes too
+            for path in [*sorted(old.rglob("*"), reverse=True), old]:
+                new = out_dir / path.relative_to(old)
+                if path.is_symlink():
+                    continue
+                if path.is_dir():
+                    if new.is_dir() and not any(path.iterdir()):
+                        path.rmdir()
+                elif path.is_file() and new.is_file() and filecmp.cmp(path, new, shallow=False):
+                    path.unlink()
         if os.path.lexists(old):
             logger.warning(
-                "what lay at %s, and is not the same in the new export, is kept in %s", out_dir, old
+                "files of %s that are not the same in the new export are kept in %s", out_dir, old
             )
 
     return atomic.staged_dir(out_dir, remove_old=remove_copies, old=old)
 
 
-def _remove_copy(file: Path, *, of: Path) -> None:
-    if (
-        file.is_file()
-        and not file.is_symlink()
-        and of.is_file()
-        and filecmp.cmp(file, of, shallow=False)
-    ):
-        file.unlink()
-
-
 def generation_config(tokenizer: TokenizerEntry) -> GenerationConfig:
-    """Return greedy generation that stops at every id which ended a trained turn, and at EOS."""
+    """Return a config of greedy generation that stops at every id that ended a trained turn, and at
+    EOS."""
     ends = dict.fromkeys(tokenizer.terminator_ids)
     if tokenizer.eos_token_id is not None:
         ends[tokenizer.eos_token_id] = None
@@ -199,31 +200,26 @@ def generation_config(tokenizer: TokenizerEntry) -> GenerationConfig:
 
 
 def _pad_token_id(tokenizer: TokenizerEntry) -> int | None:
-    """Batches of prompts need some pad; training never saw one, and the attention mask hides it."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id, *tokenizer.terminator_ids):
-        if token_id is not None:
-            return token_id
-    return None
+    """Return the id to pad batches of prompts with. Training never saw one, and the attention mask
+    hides it."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, *tokenizer.terminator_ids)
+    return next((token_id for token_id in ids if token_id is not None), None)
 
 
 def _write_tokenizer(staged: Path, shard_set: ShardSet) -> None:
-    """Copy the tokenizer that was trained with; a pad token, where it has none, goes into its
-    config only."""
+    """Copy the tokenizer of the shard set; a pad token, where it has none, goes into its config
+    only."""
     for name in shard_set.manifest.tokenizer.files:
         shutil.copyfile(shard_set.tokenizer_dir / name, staged / name)
     pad_token_id = _pad_token_id(shard_set.manifest.tokenizer)
     if shard_set.manifest.tokenizer.pad_token_id is None and pad_token_id is not None:
         file = staged / "tokenizer_config.json"
         settings = json.loads(file.read_bytes()) if file.exists() else {}
-        settings["pad_token"] = _added_token(staged / "tokenizer.json", pad_token_id)
+        # a token of the plain vocabulary cannot be told from text, so only an added one will do
+        added = json.loads((staged / "tokenizer.json").read_bytes()).get("added_tokens", [])
+        names = {entry["id"]: str(entry["content"]) for entry in added}
+        settings["pad_token"] = names.get(pad_token_id)
         file.write_bytes(canonical_json(settings))
-
-
-def _added_token(tokenizer_json: Path, token_id: int) -> str | None:
-    """Return the text of an added token; None for a token of the plain vocabulary, which can't be
-    told from text."""
-    added = json.loads(tokenizer_json.read_bytes()).get("added_tokens", [])
-    return next((str(entry["content"]) for entry in added if entry["id"] == token_id), None)
 
 
 def _write_weights(
@@ -233,6 +229,7 @@ def _write_weights(
     generation: GenerationConfig,
     files: WeightFiles,
 ) -> None:
+    """Write the weights, then compare names and shapes as transformers does when it loads them."""
     if files.dtype != "trained":
         dtype = torch.bfloat16 if files.dtype == "bf16" else torch.float32
         state_dict = {
@@ -240,6 +237,7 @@ def _write_weights(
         }
     dtypes = Counter(tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point())
     config.dtype = dtypes.most_common(1)[0][0] if dtypes else torch.float32
+    # a model without memory: it knows its parameters, its tied weights and how to save
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     tied = set(model.all_tied_weights_keys)
@@ -251,73 +249,41 @@ def _write_weights(
         )
     model.generation_config = generation
     model.save_pretrained(staged, state_dict=weights, max_shard_size=files.max_file_size)
-
-
-def _check_loads(staged: Path) -> None:
-    """Compare names and shapes as transformers does when it loads, without holding the weights a
-    second time."""
+    # on the meta device, so that the weights are not in memory a second time
     _, loading = AutoModelForCausalLM.from_pretrained(
         staged, device_map={"": "meta"}, dtype="auto", output_loading_info=True
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found := sorted(str(key) for key in loading[kind]):
+        if keys := sorted(str(key) for key in loading[kind]):
             raise ArtifactError(
-                f"the export would load with {len(found)} {kind.replace('_', ' ')}, e.g."
-                f" {found[0]}; nothing was kept"
+                f"the export would load with {len(keys)} {kind.replace('_', ' ')}, e.g."
+                f" {keys[0]}; nothing was kept"
             )
-
-
-def _share_modes(folder: Path, *, like: Path) -> None:
-    """Give every file the mode of a plainly written one: safetensors makes files that only their
-    owner reads."""
-    for file in folder.iterdir():
-        file.chmod(like.stat().st_mode)
-
-
-def _shards_of(description: dict[str, Any], checkpoint_dir: Path) -> ShardSet:
-    path, fingerprint = Path(description["shards"]["path"]), description["shards"]["fingerprint"]
-    shard_set = open_shard_set(path)
-    if shard_set.manifest.fingerprint != fingerprint:
-        raise FingerprintMismatchError(
-            f"{checkpoint_dir} was trained on shards with fingerprint {fingerprint[:16]}..., {path}"
-            f" now has {shard_set.manifest.fingerprint[:16]}...; put the shard set back that it was"
-            " trained on"
-        )
-    return shard_set
-
-
-def _records(metrics: Path) -> list[dict[str, Any]]:
-    return read_records(metrics) if metrics.exists() else []
 
 
 def _offline_weights(
     checkpoint_dir: Path, state: dict[str, Any], dtype: torch.dtype, *, frozen_left_out: bool
 ) -> dict[str, torch.Tensor]:
     """Return the full weights on one CPU, in the dtype that was trained."""
+    weights: dict[str, torch.Tensor]
     if state["zero_stage"] == 3:
-        found = _joined_masters(checkpoint_dir, frozen_left_out=frozen_left_out)
+        # DeepSpeed puts the ranks' shares of the fp32 masters together; it prints while it is
+        # imported and at work, but our stdout is for results
+        with contextlib.redirect_stdout(sys.stderr):
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+            weights = get_fp32_state_dict_from_zero_checkpoint(
+                str(checkpoint_dir / ENGINE_DIR),
+                tag=ENGINE_TAG,
+                exclude_frozen_parameters=frozen_left_out,
+            )
     else:
         # every rank had them whole, and rank 0 wrote them; unpickled only after its digest matched
         file = checkpoint_dir / ENGINE_DIR / ENGINE_TAG / WHOLE_WEIGHTS_NAME
-        found = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
+        weights = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
     return {
         name.removeprefix(WEIGHTS_PREFIX): (
             tensor.to(dtype) if tensor.is_floating_point() else tensor
         )
-        for name, tensor in found.items()
+        for name, tensor in weights.items()
     }
-
-
-def _joined_masters(checkpoint_dir: Path, *, frozen_left_out: bool) -> dict[str, torch.Tensor]:
-    """Put the ranks' parts of the fp32 master weights together."""
-    with contextlib.redirect_stdout(
-        sys.stderr
-    ):  # DeepSpeed prints as it is imported and at work; ours are results
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        found: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint_dir / ENGINE_DIR),
-            tag=ENGINE_TAG,
-            exclude_frozen_parameters=frozen_left_out,
-        )
-    return found

@@ -14,8 +14,7 @@ PLOT_NAME = "loss.png"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardFacts:
-    """Lineage of a model. Local paths are cut to their last part: a card is made to be
-    published."""
+    """Where a model comes from. Of local paths only the last part is kept: a card is published."""
 
     base_model: str
     """Hub id, or the name of a local directory; empty for random weights."""
@@ -32,7 +31,8 @@ class CardFacts:
     """The resolved recipe."""
     versions: dict[str, str]
     final: dict[str, Any]
-    """The last record of metrics.jsonl; empty where nothing was logged."""
+    """The last training record of metrics.jsonl, with the evaluation loss of the same step if there
+    is one; empty where nothing was logged."""
 
 
 def card_facts(
@@ -44,6 +44,11 @@ def card_facts(
     if Path(name).is_absolute():
         name, on_hub = Path(name).name, False
         recipe["model"]["name"] = name
+    trained = [record for record in records if "eval_loss" not in record]
+    final = dict(trained[-1]) if trained else {}
+    for record in records:
+        if "eval_loss" in record and record["step"] == final.get("step"):
+            final["eval_loss"] = record["eval_loss"]
     return CardFacts(
         base_model=name,
         base_on_hub=bool(name) and on_hub,
@@ -57,54 +62,52 @@ def card_facts(
         totals=manifest.totals,
         recipe=recipe,
         versions={key: value for key, value in sorted(description["versions"].items()) if value},
-        final=_last_values(records),
+        final=final,
     )
-
-
-def _last_values(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The last record of training, and the evaluation loss of the same step, if it was
-    evaluated."""
-    trained = [record for record in records if "eval_loss" not in record]
-    if not trained:
-        return {}
-    at_end = [
-        record
-        for record in records
-        if "eval_loss" in record and record["step"] == trained[-1]["step"]
-    ]
-    return {**trained[-1], **({"eval_loss": at_end[-1]["eval_loss"]} if at_end else {})}
 
 
 def render_card(facts: CardFacts, *, has_plot: bool = False) -> str:
     """Return the card as Markdown with the hub's YAML front matter."""
-    return "\n".join(
-        [
-            _front_matter(facts),
-            f"# {facts.recipe['name']} on {facts.shards_name}\n",
-            _origin(facts),
-            _USE,
-            "## Data\n",
-            f"Shard set `{facts.shards_name}`, fingerprint `{facts.fingerprint}`.\n",
-            sources_table(facts.sources, facts.totals),
-            (
-                f"Tokenizer `{facts.tokenizer}`, chat template `{facts.chat_template}`, sequences"
-                f" of up to {facts.max_seq_len} tokens, packed. Loss tokens are those that the"
-                " model was trained to predict.\n"
-            ),
-            "## Result\n",
-            _final_table(facts.final),
-            *([f"![curves of the run]({PLOT_NAME})\n"] if has_plot else []),
-            "## Recipe\n",
-            f"```json\n{json.dumps(facts.recipe, indent=2, sort_keys=True)}\n```\n",
-            "## Software\n",
-            ", ".join(f"{name} {version}" for name, version in facts.versions.items()) + "\n",
-            "## License\n",
-            (
-                "Not determined here: it follows from the base model and from the sources above."
-                " Find out before you publish the model.\n"
-            ),
-        ]
-    )
+    origin = "Trained from random weights.\n"
+    if facts.base_model:
+        kind = f"revision `{facts.base_revision}`" if facts.base_on_hub else "a local directory"
+        origin = f"Fine-tuned from `{facts.base_model}` ({kind}).\n"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "license: unknown",
+        *([f"base_model: {json.dumps(facts.base_model)}"] if facts.base_on_hub else []),
+        "tags:",
+        "- sft",
+        "- conversational",
+        "---",
+        "",
+        f"# {facts.recipe['name']} on {facts.shards_name}\n",
+        origin,
+        _USE,
+        "## Data\n",
+        f"Shard set `{facts.shards_name}`, fingerprint `{facts.fingerprint}`.\n",
+        sources_table(facts.sources, facts.totals),
+        (
+            f"Tokenizer `{facts.tokenizer}`, chat template `{facts.chat_template}`, sequences of up"
+            f" to {facts.max_seq_len} tokens, packed. Loss tokens are those that the model was"
+            " trained to predict.\n"
+        ),
+        "## Result\n",
+        _final_table(facts.final),
+        *([f"![curves of the run]({PLOT_NAME})\n"] if has_plot else []),
+        "## Recipe\n",
+        f"```json\n{json.dumps(facts.recipe, indent=2, sort_keys=True)}\n```\n",
+        "## Software\n",
+        ", ".join(f"{name} {version}" for name, version in facts.versions.items()) + "\n",
+        "## License\n",
+        (
+            "Not determined here: it follows from the base model and from the sources above. Find"
+            " out before you publish the model.\n"
+        ),
+    ]
+    return "\n".join(lines)
 
 
 _USE = """## Use
@@ -128,27 +131,6 @@ there was one: encode its text without adding any.
 """
 
 
-def _front_matter(facts: CardFacts) -> str:
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "license: unknown",
-    ]
-    if facts.base_on_hub:
-        lines.append(f"base_model: {json.dumps(facts.base_model)}")
-    lines.append("tags:")
-    lines += ["- sft", "- conversational"]
-    return "\n".join([*lines, "---", ""])
-
-
-def _origin(facts: CardFacts) -> str:
-    if not facts.base_model:
-        return "Trained from random weights.\n"
-    kind = f"revision `{facts.base_revision}`" if facts.base_on_hub else "a local directory"
-    return f"Fine-tuned from `{facts.base_model}` ({kind}).\n"
-
-
 def _final_table(final: Mapping[str, Any]) -> str:
     names = (
         "step",
@@ -159,10 +141,11 @@ def _final_table(final: Mapping[str, Any]) -> str:
         "total_tokens",
         "per_device_tps",
     )
-    shown = {name: final[name] for name in names if final.get(name) is not None}
-    if not shown:
+    rows = [
+        f"| {name} | {value:{',.6g' if isinstance(value, float) else ','}} |"
+        for name in names
+        if (value := final.get(name)) is not None
+    ]
+    if not rows:
         return "Nothing was logged.\n"
-    lines = ["| metric | last record |", "|---|---:|"]
-    lines += [f"| {name} | {value:{',.6g' if isinstance(value, float) else ','}} |"
-              for name, value in shown.items()]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    return "\n".join(["| metric | last record |", "|---|---:|", *rows, ""])

@@ -1,5 +1,6 @@
 """A request to train as a command line: what starts the ranks, and what starts a push."""
 
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -14,26 +15,21 @@ def rank_arguments(request: TrainRequest) -> list[str]:
 
 
 def request_arguments(request: TrainRequest) -> list[str]:
-    """Return the command line that makes `request`."""
-    arguments = ["--shards", str(request.shards)]
-    for name, value in (
-        ("--recipe", request.recipe),
-        ("--model", request.model),
-        ("--output", request.output),
-        ("--eval-shards", request.eval_shards),
-        ("--max-steps", request.max_steps),
-        ("--stop-after", request.stop_after),
-        ("--push-to-hub", request.push_to_hub),
-        ("--push-checkpoints", request.push_checkpoints),
-        ("--resume", request.resume if request.resume != "auto" else None),
-    ):
-        if value is not None:
-            arguments += [name, str(value)]
-    if request.trust_checkpoint:
-        arguments.append("--trust-checkpoint")
-    for setting in request.settings:
-        arguments += ["--set", setting]
-    return arguments + ["-v"] * max(0, request.verbosity) + ["-q"] * max(0, -request.verbosity)
+    """Return the command line that makes `request`: the option of each field that has another value
+    than its default."""
+    arguments: list[str] = []
+    for field in dataclasses.fields(request):
+        value, option = getattr(request, field.name), f"--{field.name.replace('_', '-')}"
+        if field.name == "verbosity":
+            arguments += ["-v"] * value or ["-q"] * -value
+        elif field.name == "settings":
+            for setting in value:
+                arguments += ["--set", setting]
+        elif value is True:
+            arguments.append(option)
+        elif value != field.default:
+            arguments += [option, str(value)]
+    return arguments
 
 
 def console_script() -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ArtifactError, ConfigError, DataError
-from shared.shard_format import EVAL_DIR, MANIFEST_NAME, Manifest
+from shared.shard_format import EVAL_DIR, MANIFEST_NAME, Manifest, Totals
 from shared.shard_reader import ShardSet, open_shard_set
 from train.config import TrainConfig
 from train.data.step_order import StepOrder, check_divides, make_order, units_per_step
@@ -28,21 +28,24 @@ RUNS_DIR = Path("runs")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainRequest:
-    """The command line of `sft-train`, as given."""
+    """The command line of `sft-train`, as given: each field is the option of its name, in the order
+    in which a command line lists them."""
 
     shards: Path
     recipe: str | None = None
     model: str | None = None
     output: Path | None = None
-    settings: tuple[str, ...] = ()
+    eval_shards: Path | None = None
     max_steps: int | None = None
     stop_after: int | None = None
-    resume: str = "auto"
-    eval_shards: Path | None = None
-    trust_checkpoint: bool = False
     push_to_hub: str | None = None
     push_checkpoints: str | None = None
+    resume: str = "auto"
+    trust_checkpoint: bool = False
+    settings: tuple[str, ...] = ()
+    """--set"""
     verbosity: int = 0
+    """-v, -vv; -1 is -q"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,14 +156,26 @@ def _open_eval_set(path: Path | None, shard_set: ShardSet) -> ShardSet | None:
 
 def make_run_order(recipe: TrainConfig, manifest: Manifest) -> StepOrder:
     """Return the order of a run. Raises ConfigError for a batch that the set cannot give."""
-    unit, per_step = units_per_step(recipe.batch, max_seq_len=manifest.max_seq_len)
-    if unit == "conversation":
+    if recipe.batch.conversations_per_step is not None:
         check_conversations(manifest)
+    return order_by_size(
+        recipe,
+        fingerprint=manifest.fingerprint,
+        max_seq_len=manifest.max_seq_len,
+        totals=manifest.totals,
+    )
+
+
+def order_by_size(
+    recipe: TrainConfig, *, fingerprint: str, max_seq_len: int, totals: Totals
+) -> StepOrder:
+    """Return the order of a run over a shard set of that size, which need not exist."""
+    unit, per_step = units_per_step(recipe.batch, max_seq_len=max_seq_len)
     return make_order(
         unit=unit,
-        fingerprint=manifest.fingerprint,
+        fingerprint=fingerprint,
         seed=recipe.run.seed,
-        num_units=manifest.totals.packs if unit == "pack" else manifest.totals.sequences,
+        num_units=totals.packs if unit == "pack" else totals.sequences,
         units_per_step=per_step,
         epochs=recipe.schedule.epochs,
         max_steps=recipe.schedule.max_steps,

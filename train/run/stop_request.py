@@ -10,14 +10,15 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
 from train.engine.launcher_env import launched, read_launcher_env
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
+SignalHandler = Callable[[int, FrameType | None], None]
 CTRL_C_LINE = "Ctrl-C: the run stops after this step, and saves; again ends it at once\n"
 
 
@@ -54,9 +55,16 @@ class StopRequest:
 def watching_signals(file: Path) -> Iterator[StopRequest]:
     """Note what asks for a stop while the block runs; afterwards signals act as before."""
     stop_request = StopRequest(file)
-    before = {number: signal.signal(number, stop_request.note) for number in _SIGNALS}
-    try:
+    with signal_handlers(dict.fromkeys(STOP_SIGNALS, stop_request.note)):
         yield stop_request
+
+
+@contextlib.contextmanager
+def signal_handlers(handlers: Mapping[signal.Signals, SignalHandler]) -> Iterator[None]:
+    """Install `handlers` while the block runs; afterwards signals act as before."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -102,11 +102,17 @@ CONFIG, DATA, ARTIFACT = 3, 4, 5
 @pytest.mark.parametrize(
     ("spoil", "exit_code"),
     [
-        (malformed_json, DATA), (missing_role, DATA), (unknown_template, CONFIG), (unknown_key, CONFIG),
-        (missing_file, DATA), (missing_tokenizer, CONFIG), (template_with_a_syntax_error, CONFIG),
-        (no_row_can_be_used, DATA), (bad_value, CONFIG),
+        (malformed_json, DATA),
+        (missing_role, DATA),
+        (unknown_template, CONFIG),
+        (unknown_key, CONFIG),
+        (missing_file, DATA),
+        (missing_tokenizer, CONFIG),
+        (template_with_a_syntax_error, CONFIG),
+        (no_row_can_be_used, DATA),
+        (bad_value, CONFIG),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line_with_its_exit_code(
     spoil: Callable[[dict[str, Any], Path], str],
     exit_code: int,

@@ -16,10 +16,9 @@ from prep.conversations.json_text import (
     most_keys,
     num_keys,
     parse,
-    short_repr,
     without_nulls,
 )
-from shared.errors import DataError
+from shared.errors import DataError, show
 
 AT = "rows.jsonl line 1 (row 0)"
 # what may look like the end of a key, or hide one
@@ -163,6 +162,6 @@ def test_no_key_is_null_and_nothing_else_is_lost(value: Any) -> None:
 @given(value=st.text(max_size=100))
 @settings(deadline=None)
 def test_a_value_in_a_message_has_at_most_60_characters(value: str) -> None:
-    text = short_repr(value)
+    text = show(value)
     assert len(text) <= 60
     assert text == repr(value) or repr(value).startswith(text.removesuffix("..."))

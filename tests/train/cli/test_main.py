@@ -166,9 +166,7 @@ def test_logging_and_checkpoint_frequency_may_change_on_resume(
     assert train_here(*call, *changes).exit_code == 0
 
 
-def test_resume_never_keeps_off_a_run_that_exists(
-    inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_resume_never_refuses_an_existing_run(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     call = ("--shards", inputs[0], "--recipe", inputs[1], "--output", tmp_path / "run")
     assert train_here(*call, "--stop-after", 1).exit_code == 75
     fails(5, "holds a run already", *call, "--resume", "never")
@@ -199,7 +197,7 @@ def test_a_batch_that_does_not_divide(inputs: tuple[Path, Path], tmp_path: Path)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_a_batch_that_divides_with_smaller_micro_batches_is_told_so(
+def test_a_batch_that_divides_with_smaller_micro_batches_names_them(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     call = ("--shards", inputs[0], "--recipe", inputs[1], "--output", tmp_path / "run")

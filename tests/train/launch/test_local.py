@@ -9,7 +9,8 @@ import pytest
 from shared.errors import ArtifactError, ConfigError, SftError
 from train.cli.main import cli
 from train.engine.launcher_env import LauncherEnv, launched, read_launcher_env, single_process_env
-from train.launch.local import ranks_on, torchrun_command
+from train.launch.local import ranks_on
+from train.launch.torchrun import standalone_command
 from train.run.command_line import rank_arguments
 from train.run.prepare import TrainRequest
 
@@ -43,7 +44,7 @@ def test_a_rank_gets_the_request_of_the_launcher(request_: TrainRequest) -> None
 
 
 def test_torchrun_forwards_signals_waits_for_a_save_and_imports_nothing_from_here() -> None:
-    command = torchrun_command(FULL, 4)
+    command = standalone_command(FULL, 4)
     assert command[1:4] == ["-P", "-m", "train.launch.elastic"]
     assert command[command.index("--nproc-per-node") + 1] == "4"
     assert "SIGUSR1" in command[command.index("--signals-to-handle") + 1].split(",")

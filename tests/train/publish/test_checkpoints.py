@@ -1,350 +1,132 @@
-"""Checkpoints on the hub, if asked: pushed beside training, which waits for nothing; what a fault
-leaves is made up."""
+"""A checkpoint on the hub: a branch with exactly the files that state.json lists, checked before
+they are sent."""
 
-import contextlib
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_state import TOKEN, Hub
-from train_runs import losses, records, status, train_here, weights, write_inputs
-from writable_hub import serve_hub
+from hub_state import Hub
+from pushed_sets import client_of_a_hub
 
-SFT_TRAIN = Path(sys.executable).with_name("sft-train")
+from shared.errors import ArtifactError, ChecksumError, IncompleteArtifactError
+from shared.hashing import sha256_bytes
+from train.publish.checkpoints import push_checkpoint, push_checkpoints
+from train.run.checkpoint_layout import FORMAT_VERSION
+from train.run.directory import RunDir
+
 REPO = "user/tiny"
-STEPS = 9  # checkpoints after 2, 4, 6, 8 and 9; the last two are kept
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return write_inputs(tmp_path_factory.mktemp("inputs"), num_packs=40)
-
-
-@pytest.fixture(scope="module")
-def whole(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that pushes nothing."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    call = ("--shards", inputs[0], "--recipe", inputs[1], "--output", run, "--max-steps", STEPS)
-    assert train_here(*call).exit_code == 0
-    return run
+FILES = {
+    "engine/state/weights.pt": bytes(range(256)) * 9,
+    "model/config.json": b"{}",
+    "run.json": b'{"name": "run"}',
+}
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    with serve_hub() as served:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with client_of_a_hub(tmp_path, monkeypatch) as served:
         yield served
 
 
-def environment(hub: Hub, run: Path) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    return kept | {
-        "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(run.with_name("home")), "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with the checkpoints of steps 2 and 4."""
+    for step in (2, 4):
+        write_checkpoint(tmp_path / "run" / "checkpoints" / f"step-{step:08}", step)
+    return tmp_path / "run"
 
 
-def start(
-    hub: Hub, inputs: tuple[Path, Path], run: Path, *more: object, repo: str = REPO
-) -> "subprocess.Popen[str]":
-    """In a process group of its own, as a shell gives it."""
-    words = [
-        SFT_TRAIN,
-        "--shards",
-        inputs[0],
-        "--recipe",
-        inputs[1],
-        "--output",
-        run,
-        "--max-steps",
-        STEPS,
+def write_checkpoint(path: Path, step: int) -> None:
+    entries = {}
+    for name, data in FILES.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data + bytes([step]))
+        entries[name] = {"bytes": len(data) + 1, "sha256": sha256_bytes(data + bytes([step]))}
+    state = {"format_version": FORMAT_VERSION, "step": step, "files": entries}
+    (path / "state.json").write_text(json.dumps(state))
+
+
+def on_disk(checkpoint: Path) -> dict[str, bytes]:
+    files = (path for path in checkpoint.rglob("*") if path.is_file())
+    return {path.relative_to(checkpoint).as_posix(): path.read_bytes() for path in files}
+
+
+def on_branch(hub: Hub, branch: str) -> dict[str, bytes]:
+    files = hub.repositories[REPO].files(branch)
+    return {name: blob.data for name, blob in files.items() if name != ".gitattributes"}
+
+
+def test_every_checkpoint_of_a_run_is_a_branch_with_its_files(hub: Hub, run: Path) -> None:
+    addresses = push_checkpoints(RunDir(run), REPO)
+    assert addresses == [
+        f"{hub.endpoint}/{REPO}/tree/run-step-00000004",
+        f"{hub.endpoint}/{REPO}/tree/run-step-00000002",
     ]
-    words += ["--push-checkpoints", repo, *more]
-    return subprocess.Popen(
-        [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(hub, run), process_group=0,
-    )  # fmt: skip
-
-
-def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    said = process.communicate(timeout=200)[1]
-    return process.returncode, said
-
-
-def wait_until(has_come: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 120
-    while not has_come():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def held(hub: Hub, branch: str) -> dict[str, bytes]:
-    return {
-        name: blob.data
-        for name, blob in hub.repositories[REPO].files(branch).items()
-        if name != ".gitattributes"
-    }
-
-
-def local(checkpoint: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(checkpoint).as_posix(): path.read_bytes()
-        for path in checkpoint.rglob("*")
-        if path.is_file()
-    }
-
-
-def assert_on_hub(hub: Hub, run: Path) -> None:
-    """Every checkpoint that the run has left is on the hub, byte for byte, and nothing is where the
-    model would be."""
-    names = sorted(path.name for path in run.glob("checkpoints/step-*"))
-    assert names == ["step-00000008", "step-00000009"]
-    for name in names:
-        assert held(hub, f"run-{name}") == local(run / "checkpoints" / name)
-    assert held(hub, "main") == {}
+    for name in ("step-00000002", "step-00000004"):
+        assert on_branch(hub, f"run-{name}") == on_disk(run / "checkpoints" / name)
+    assert on_branch(hub, "main") == {}
     assert hub.repositories[REPO].private
+    commits = len(hub.repositories[REPO].commits)
+    assert push_checkpoints(RunDir(run), REPO) == addresses
+    assert len(hub.repositories[REPO].commits) == commits
 
 
-@pytest.mark.slow
-def test_training_goes_on_while_the_hub_takes_its_time_and_the_checkpoint_in_transfer_stays(
-    hub: Hub, inputs: tuple[Path, Path], whole: Path, tmp_path: Path
+def test_a_branch_is_named_by_the_step_that_a_link_leads_to(hub: Hub, run: Path) -> None:
+    (run / "checkpoints" / "best").symlink_to("step-00000002")
+    address = push_checkpoint(run / "checkpoints" / "best", REPO)
+    assert address.endswith("/tree/run-step-00000002")
+
+
+def test_a_file_on_the_branch_that_the_checkpoint_does_not_have_goes_away(
+    hub: Hub, run: Path
 ) -> None:
-    run = tmp_path / "run"
-    fault = hub.fail("/commit/run-step-00000002", "hold")
-    process = start(hub, inputs, run)
-    wait_until(
-        lambda: fault.reached.is_set() and (run / "model").exists(), process
-    )  # all steps are done
-    assert (run / "checkpoints" / "step-00000002").is_dir()
-    assert not (run / "checkpoints" / "step-00000004").exists()
-    assert status(run)["state"] == "running"
-    fault.released.set()
-    code, said = ended(process)
-    assert code == 0, said
-    assert "step-00000004 is not pushed yet: step-00000002 still is" in said
-    assert_on_hub(hub, run)
-    assert set(held(hub, "run-step-00000002")) == set(local(run / "checkpoints" / "step-00000008"))
-    assert losses(run) == losses(whole)
-    assert status(run)["state"] == "complete"
-    writes = len(hub.writes())
-    assert (
-        ended(start(hub, inputs, run))[0] == 0
-    )  # the same command finds all there: no blob is sent, no commit made
-    assert [line for line in hub.writes()[writes:] if "/commit/" in line or "/lfs/" in line] == []
-
-
-@pytest.mark.slow
-def test_a_push_that_fails_stops_no_step_and_is_made_up_for_at_the_end(
-    hub: Hub, inputs: tuple[Path, Path], whole: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    hub.fail("POST /api/models/user/tiny/commit/run-step-0000000", "403", times=1)
-    code, said = ended(start(hub, inputs, run))
-    assert code == 0, said
-    assert "the hub answered 403" in said
-    assert "was not pushed (see above); training goes on" in said
-    assert_on_hub(hub, run)
-    assert losses(run) == losses(whole)
-
-
-@pytest.mark.slow
-def test_a_hub_that_takes_nothing_costs_no_step_and_the_same_command_goes_on(
-    hub: Hub, inputs: tuple[Path, Path], whole: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    fault = hub.fail("/commit/", "403", times=1000)
-    code, said = ended(start(hub, inputs, run))
-    assert code == 6
-    assert "error: cannot push to user/tiny: the hub answered 403" in said
-    assert (
-        f"error: the run has trained, but `sft-train push --checkpoints {run} {REPO}` failed"
-        in said
+    checkpoint = run / "checkpoints" / "step-00000002"
+    push_checkpoint(checkpoint, REPO)
+    repository = hub.repositories[REPO]
+    files = repository.files("run-step-00000002")
+    hub.commit(
+        repository, "run-step-00000002", {**files, "old.pt": files["run.json"]}, "of an older try"
     )
-    assert (status(run)["state"], status(run)["exit_code"]) == ("failed", 6)
-    assert losses(run) == losses(whole)
-    fault.times = 0
-    code, said = ended(start(hub, inputs, run))
-    assert code == 0, said
-    assert_on_hub(hub, run)
-    for name, tensor in weights(whole).items():
-        assert tensor.equal(weights(run)[name])
+    push_checkpoint(checkpoint, REPO)
+    assert on_branch(hub, "run-step-00000002") == on_disk(checkpoint)
 
 
-@pytest.mark.slow
-def test_a_stop_does_not_wait_for_the_hub_and_what_was_pushed_can_be_gone_on_from(
-    hub: Hub, inputs: tuple[Path, Path], whole: Path, tmp_path: Path
+def test_a_damaged_file_is_not_sent(hub: Hub, run: Path) -> None:
+    file = run / "checkpoints" / "step-00000002" / "engine" / "state" / "weights.pt"
+    data = file.read_bytes()
+    file.write_bytes(b"?" + data[1:])
+    with pytest.raises(ChecksumError, match=f"{file}: its bytes have changed .* was not pushed"):
+        push_checkpoint(run / "checkpoints" / "step-00000002", REPO)
+    assert on_branch(hub, "run-step-00000002") == {}
+    assert not hub.uploads
+    for change in (lambda: file.write_bytes(data[:-1]), file.unlink):
+        change()
+        with pytest.raises(
+            IncompleteArtifactError, match=f"{file} is missing or not of 2305 bytes"
+        ):
+            push_checkpoint(run / "checkpoints" / "step-00000002", REPO)
+    assert not hub.uploads
+
+
+def test_other_bytes_on_the_hub_after_the_push_are_an_error(
+    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then the directory of the run is lost: a checkpoint that is fetched from the hub is
-    enough."""
-    run = tmp_path / "run"
-    fault = hub.fail("/commit/run-step-00000002", "hold")
-    code, said = ended(start(hub, inputs, run, "--stop-after", 5))
-    assert code == 75
-    assert not fault.released.is_set()
-    assert "a push is cut short; the same command goes on with it" in said
-    fault.released.set()
-    code, said = ended(start(hub, inputs, run))
-    assert code == 0, said
-    fetched = held(hub, "run-step-00000005")  # what the second call went on from
-    shutil.rmtree(run)
-    for name, data in fetched.items():
-        file = run / "checkpoints" / "step-00000005" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
-    call = ("--shards", inputs[0], "--recipe", inputs[1], "--output", run, "--max-steps", STEPS)
-    refused = train_here(*call)  # it holds pickles, which nobody wrote here
-    assert refused.exit_code == 5
-    assert "they were not written there" in refused.stderr
-    other = train_here(*call, "--trust-checkpoint", "--set", "optim.learning_rate=1.0")
-    assert other.exit_code == 3
-    assert "optim.learning_rate" in other.stderr
-    done = train_here(*call, "--trust-checkpoint")
-    assert done.exit_code == 0, done.output
-    assert losses(run) == losses(whole)[5:]
+    commit = hub.commit
+
+    def lossy(repository: object, branch: str, files: dict[str, object], message: str) -> str:
+        files.pop("run.json", None)
+        return commit(repository, branch, files, message)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hub, "commit", lossy)
+    with pytest.raises(ChecksumError, match=f"{REPO} does not hold run.json as "):
+        push_checkpoint(run / "checkpoints" / "step-00000002", REPO)
 
 
-@pytest.mark.slow
-def test_two_ranks_push_too_and_a_checkpoint_is_pushed_by_hand(
-    hub: Hub, inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    code, said = ended(start(hub, inputs, run, "--nproc-per-node", 2))
-    assert code == 0, said
-    assert_on_hub(hub, run)
-    checkpoint = run / "checkpoints" / "step-00000009"
-    hub.repositories[REPO].branches.clear()
-    hub.commit(hub.repositories[REPO], "main", {}, "empty")
-    done = subprocess.run(
-        [SFT_TRAIN, "push", checkpoint, REPO],
-        env=environment(hub, run),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == f"{hub.endpoint}/{REPO}/tree/run-step-00000009\n"
-    assert held(hub, "run-step-00000009") == local(checkpoint)
-    file = next(checkpoint.glob("engine/state/*.pt"))
-    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
-    hub.repositories[REPO].branches.pop("run-step-00000009")
-    damaged = subprocess.run(
-        [SFT_TRAIN, "push", checkpoint, REPO],
-        env=environment(hub, run),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert damaged.returncode == 5
-    assert (
-        f"{file}: its bytes have changed since it was written; it was not pushed" in damaged.stderr
-    )
-    assert held(hub, "run-step-00000009") == {}
-    file.unlink()
-    torn = subprocess.run(
-        [SFT_TRAIN, "push", checkpoint, REPO],
-        env=environment(hub, run),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert torn.returncode == 5
-    assert f"{file} is missing" in torn.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_ctrl_c_ends_the_last_pushes_too(
-    num_ranks: int, hub: Hub, inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
-    """All is trained and exported; the terminal sends the signal to every process of the
-    command."""
-    run = tmp_path / "run"
-    fault = hub.fail("/commit/", "hold")
-    ranks = ("--nproc-per-node", num_ranks)
-    process = start(hub, inputs, run, *ranks)
-    wait_until(lambda: fault.reached.is_set() and (run / "model").exists(), process)
-    os.killpg(process.pid, signal.SIGINT)
-    code, said = ended(process)
-    assert code == 75, said
-    assert not fault.released.is_set()
-    assert "stopped while pushing, all steps done; run the same command again to go on" in said
-    assert "was not pushed" not in said  # the signal is for the run, which ends the push itself
-    assert (status(run)["state"], status(run)["exit_code"]) == ("stopped", 75)
-    fault.released.set()
-    code, said = ended(start(hub, inputs, run, *ranks))
-    assert code == 0, said
-    assert_on_hub(hub, run)
-
-
-def pushes_of(run: Path) -> list[str]:
-    """Return the processes that push something of `run`."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            if "push" in words and any(word.startswith(str(run)) for word in words):
-                found.append(folder.name)
-    return found
-
-
-@pytest.mark.slow
-def test_a_killed_run_takes_its_push_along(
-    hub: Hub, inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    fault = hub.fail("/commit/", "hold")
-    process = start(hub, inputs, run)
-    wait_until(fault.reached.is_set, process)
-    assert len(pushes_of(run)) == 1
-    process.kill()
-    process.communicate(
-        timeout=40
-    )  # ends when nobody holds the pipes any more; the hub would for a minute
-    deadline = time.monotonic() + 30
-    while pushes_of(run):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert not fault.released.is_set()
-
-
-@pytest.mark.slow
-def test_the_evaluation_loss_goes_along_and_best_is_pushed_under_its_own_name(
-    hub: Hub, inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    code, said = ended(start(hub, inputs, run, "--eval-shards", inputs[0]))
-    assert code == 0, said
-    first = json.loads(held(hub, "run-step-00000002")["state.json"])
-    assert first["eval_loss"] == pytest.approx(
-        next(
-            record["eval_loss"]
-            for record in records(run)
-            if "eval_loss" in record and record["step"] == 2
-        )
-    )
-    done = subprocess.run(
-        [SFT_TRAIN, "push", run / "checkpoints" / "best", REPO], env=environment(hub, run), capture_output=True,
-        text=True, check=True,
-    )  # fmt: skip
-    best = (run / "checkpoints" / "best").resolve().name
-    assert done.stdout == f"{hub.endpoint}/{REPO}/tree/run-{best}\n"
-
-
-@pytest.mark.parametrize(
-    ("repo", "token", "code"), [("a/b/c", TOKEN, 3), (REPO, "hf_of_nobody", 6)]
-)
-def test_a_hub_that_will_not_have_it_is_told_before_the_first_step(
-    repo: str, token: str, code: int, hub: Hub, inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
-    hub.token = token
-    run = tmp_path / "run"
-    found, said = ended(start(hub, inputs, run, repo=repo))
-    assert found == code, said
-    assert "the hub answered 401; log in" in said or "expected user/name" in said
-    assert not (run / "metrics.jsonl").exists()
+def test_a_directory_without_checkpoints_is_refused(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(IncompleteArtifactError, match="has no checkpoint"):
+        push_checkpoints(RunDir(tmp_path / "run"), REPO)
+    with pytest.raises(ArtifactError):
+        push_checkpoint(tmp_path / "run", REPO)
+    assert hub.requests == []

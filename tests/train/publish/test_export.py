@@ -39,9 +39,15 @@ def _shards(folder: Path, *, tokenizer: Path, **tables: Any) -> ShardSet:
 
 def _config(shard_set: ShardSet, *, tied: bool) -> PretrainedConfig:
     return Qwen3Config(
-        vocab_size=shard_set.manifest.tokenizer.vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=shard_set.manifest.tokenizer.vocab_size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=tied,
+    )
 
 
 def _card(shard_set: ShardSet) -> CardFacts:
@@ -66,9 +72,13 @@ def _export(
     # as a gathered state dict has it: a tied head is a second tensor, not the same one
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     export_model(
-        state_dict=state, model_config=model_config, shard_set=shard_set, card=_card(shard_set), out_dir=out,
+        state_dict=state,
+        model_config=model_config,
+        shard_set=shard_set,
+        card=_card(shard_set),
+        out_dir=out,
         replace=replace,
-    )  # fmt: skip
+    )
     return model
 
 
@@ -225,7 +235,7 @@ def test_the_same_export_again_leaves_nothing_of_the_first(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_an_export_takes_a_place_and_keeps_every_file_that_it_does_not_hold_again(
+def test_an_export_replaces_another_but_keeps_every_file_that_it_does_not_hold_again(
     tmp_path: Path, shards: ShardSet
 ) -> None:
     out = tmp_path / "model"
@@ -247,7 +257,7 @@ def test_an_export_takes_a_place_and_keeps_every_file_that_it_does_not_hold_agai
 
 
 @pytest.mark.parametrize("is_link", [True, False])
-def test_a_link_or_a_file_in_the_place_of_an_export_is_kept(
+def test_a_link_or_a_file_at_the_path_of_an_export_is_kept(
     is_link: bool, tmp_path: Path, shards: ShardSet
 ) -> None:
     mine, out = tmp_path / "mine", tmp_path / "model"
@@ -263,7 +273,7 @@ def test_a_link_or_a_file_in_the_place_of_an_export_is_kept(
     assert out.is_dir() and not out.is_symlink()  # noqa: PT018
 
 
-def test_what_comes_to_the_place_of_an_export_while_it_is_written_stays(
+def test_a_file_that_appears_while_an_export_is_written_stays(
     tmp_path: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def late(facts: CardFacts, **options: Any) -> str:
@@ -278,7 +288,6 @@ def test_what_comes_to_the_place_of_an_export_while_it_is_written_stays(
 
 
 # ---- export of a checkpoint
-# ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -370,46 +379,6 @@ def test_another_shard_set_in_the_old_place_is_refused(run: Path, tmp_path: Path
     (copy / "state.json").write_text(json.dumps(state))
     with pytest.raises(FingerprintMismatchError, match="0000000000000000"):
         export_checkpoint(copy, tmp_path / "model")
-
-
-# ---- the card
-# --------------------------------------------------------------------------------------------
-
-
-def _facts(shards: ShardSet, *, name: str) -> CardFacts:
-    recipe = config.to_plain(load_recipe("tiny"))
-    recipe["model"] |= {"name": name, "config": None}
-    records = [{"step": 7, "train_loss": 1.25, "total_tokens": 12345}]
-    return card_facts(
-        {"recipe": recipe, "versions": {"torch": "2.0", "gone": None}}, shards.manifest, records
-    )
-
-
-def test_the_card_names_data_recipe_result_and_software(shards: ShardSet) -> None:
-    card = render_card(_facts(shards, name="some/model"))
-    assert shards.manifest.fingerprint in card
-    assert "| rows |" in card
-    assert '"learning_rate": 0.001' in card
-    assert "| train_loss | 1.25 |" in card
-    assert "| total_tokens | 12,345 |" in card
-    assert "torch 2.0" in card
-    assert "gone" not in card
-
-
-def test_a_hub_base_model_is_in_the_front_matter_and_a_local_path_is_nowhere(
-    shards: ShardSet,
-) -> None:
-    assert '\nbase_model: "some/model"\n' in render_card(_facts(shards, name="some/model"))
-    card = render_card(_facts(shards, name="/home/someone/base"))
-    assert "base_model:" not in card
-    assert "/home/someone" not in card
-    assert "Fine-tuned from `base` (a local directory)" in card
-
-
-def test_random_weights_are_called_so(shards: ShardSet) -> None:
-    card = render_card(_facts(shards, name=""))
-    assert "Trained from random weights." in card
-    assert "base_model:" not in card
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])

@@ -36,9 +36,13 @@ def hub() -> Iterator[Hub]:
 def call(hub: Hub, home: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {
-        "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN,
-        "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": TOKEN,
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
     words = [SFT_TRAIN, *(str(argument) for argument in arguments)]
     return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=200)
 
@@ -71,7 +75,7 @@ def test_a_model_arrives_whole_with_its_card_and_curves_and_is_not_sent_twice(
     assert (sum(hub.uploads.values()), len(hub.repositories[REPO].commits)) == (uploads, commits)
 
 
-def test_a_run_pushes_if_it_is_asked_and_the_same_command_pushes_what_failed(
+def test_a_run_pushes_only_if_asked_and_the_same_command_pushes_after_a_failure(
     hub: Hub, inputs: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

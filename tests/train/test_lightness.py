@@ -64,8 +64,12 @@ def make_huge(
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["seal"]
     num_packs = num_tokens // 32
-    rows = {"seq_offsets": num_packs + 1, "pack_offsets": num_packs + 1, "pack_loss_tokens": num_packs,
-            "seq_origin": num_packs}  # fmt: skip
+    rows = {
+        "seq_offsets": num_packs + 1,
+        "pack_offsets": num_packs + 1,
+        "pack_loss_tokens": num_packs,
+        "seq_origin": num_packs,
+    }
     ends = {"seq_offsets": num_tokens, "pack_offsets": num_packs}
     folder, files = path / "shards" / "00001", {}
     folder.mkdir()
@@ -81,9 +85,15 @@ def make_huge(
                 file.write(ends[name].to_bytes(8, "little"))
         files[f"{name}.npy"] = {"bytes": size, "sha256": sha256_bytes(header)}
     manifest["shards"].append(
-        {"path": "shards/00001", "packs": num_packs, "sequences": num_packs, "tokens": num_tokens, "loss_tokens": 0,
-         "files": files}
-    )  # fmt: skip
+        {
+            "path": "shards/00001",
+            "packs": num_packs,
+            "sequences": num_packs,
+            "tokens": num_tokens,
+            "loss_tokens": 0,
+            "files": files,
+        }
+    )
     for name, more in (("packs", num_packs), ("sequences", num_packs), ("tokens", num_tokens)):
         manifest["totals"][name] += more
     manifest["fingerprint"] = fingerprint_of_manifest(config.build(Manifest, manifest, "test"))
@@ -98,11 +108,14 @@ from pathlib import Path
 from shared.shard_reader import open_shard_set
 from train.data.step_order import make_order
 def read_chars():
-    return int(dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())["rchar"])
+    lines = open("/proc/self/io").read().splitlines()
+    return int(dict(line.split(": ") for line in lines)["rchar"])
 read, memory = read_chars(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 shard_set = open_shard_set(Path(sys.argv[1]))
-order = make_order(fingerprint=shard_set.manifest.fingerprint, seed=0, num_units=shard_set.num_packs,
-                   units_per_step=16, unit="pack", epochs=2, max_steps=None)
+order = make_order(
+    fingerprint=shard_set.manifest.fingerprint, seed=0, num_units=shard_set.num_packs,
+    units_per_step=16, unit="pack", epochs=2, max_steps=None
+)
 order.step(0), order.step(order.total_steps - 1)
 print(read_chars() - read, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory)
 """
@@ -112,9 +125,12 @@ def cost_of_opening(path: Path) -> tuple[int, int]:
     """Return the bytes read and the KiB of memory gained by opening a set and planning its first
     and last step."""
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(path)], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", PROBE, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
         cwd=ROOT,
-    )  # fmt: skip
+    )
     read, memory = done.stdout.split()
     return int(read), int(memory)
 
@@ -139,9 +155,14 @@ def test_a_step_reads_the_pages_of_its_packs_only(unit: Unit, tmp_path: Path) ->
     shard_set = open_shard_set(make_huge(tmp_path / "huge", packs, num_tokens=32 * 2**20))
     num_units = 3 if unit == "pack" else sum(map(len, packs))
     order = make_order(
-        unit=unit, fingerprint=shard_set.manifest.fingerprint, seed=0, num_units=num_units, units_per_step=num_units,
-        epochs=1, max_steps=None,
-    )  # fmt: skip
+        unit=unit,
+        fingerprint=shard_set.manifest.fingerprint,
+        seed=0,
+        num_units=num_units,
+        units_per_step=num_units,
+        epochs=1,
+        max_steps=None,
+    )
     feed = StepLoader(
         shard_set=shard_set,
         order=order,
