@@ -74,8 +74,10 @@ class Rendered:
 
 def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Rendered:
     """Return the spans of a rendering. Raises TemplateError where they cannot be proved."""
-    own: dict[int, list[Mark]] = {}  # message -> marks of its text
-    foreign: list[Mark] = []  # text of the conversation that is no message's: tools, names, ids
+    # 1. Sort the marks: those of a message's own text, and those of other text of the conversation
+    # (tools, names, ids), which is TEMPLATE to the loss but may not become a control token either.
+    own: dict[int, list[Mark]] = {}
+    foreign: list[Mark] = []
     for mark in text.marks:
         if mark.message == GENERATION:
             continue
@@ -96,6 +98,7 @@ def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Re
                 )
         elif mark.start < mark.end:
             foreign.append(mark)
+    # 2. What is printed of an assistant behind the end of its turn is foreign, or an error.
     for index, marks in own.items():
         marks.sort()
         if conversation.messages[index]["role"] == "assistant":
@@ -105,10 +108,12 @@ def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Re
     blocks = (
         _generation_regions(text, own, conversation, rules) if rules.has_generation_marks else None
     )
+    # 3. Walk over the messages in the order of the text, which need not be that of the conversation
+    # (a system prompt in the last question); empty texts at one position keep the latter. Other
+    # roles become a span for each mark. An assistant's turn becomes a region that is covered whole.
     spans = [Span(m.start, m.end, Kind.TEMPLATE, -1, m.start, m.end, True) for m in foreign]
     messages: list[RenderedMessage] = []
     previous_end = 0
-    # in the order of the text, which need not be that of the conversation; empty texts tie
     order = sorted(own, key=lambda index: (min(mark.start for mark in own[index]), index))
     for position, index in enumerate(order):
         marks = own[index]
@@ -157,6 +162,8 @@ def _take_beyond_the_turn(text: str, index: int, marks: list[Mark], rules: SpanR
     A tool's message may repeat the name of the call that it answers. The assistant's text, printed
     again, would be trained outside its turn, or twice: that is refused.
     """
+    # Two texts of one turn with a terminator between them are two turns. Within a turn, two marks
+    # of a field that share characters of the field mean that they are printed twice.
     printed: dict[str, list[tuple[int, int]]] = {}  # field -> ranges of its text
     end = marks[0].end
     for position, mark in enumerate(marks):
@@ -263,6 +270,7 @@ def _region_around(
     elif rules.call_opening and marks[0].field.startswith("tool_calls"):
         opened = text.rfind(rules.call_opening, floor, first + len(rules.call_opening))
         start = opened if opened >= 0 else first
+    # Some other control token first, and the turn has no terminator: it ends with its text.
     stop = _terminator(text, last, limit, marks, rules)
     if stop and stop[0] in rules.closing:
         return start, _end_of_run(text, stop.end(), rules)
@@ -319,8 +327,11 @@ def _turn_spans(
         pieces.append((max(cursor, mark.start), mark.end, kind, True))
         cursor, before = max(cursor, mark.end), kind
     stop = _terminator(text, cursor, end, marks, rules)
+    # A generation block may extend into the next message: it is cut at a token that ends no turn.
     if stop and stop[0] not in rules.closing:
-        end, stop = stop.start(), None  # a generation block that extends into the next message
+        end, stop = stop.start(), None
+    # Without a control token at the end, the words behind plain content (a newline) are what the
+    # model ends its turn with; behind a call or reasoning they belong to these.
     if stop:
         pieces.append((cursor, stop.start(), before, False))
         end = _end_of_run(text, stop.end(), rules)
@@ -342,6 +353,7 @@ def _turn_spans(
 def _without_overlaps(spans: list[Span]) -> list[Span]:
     """Return the spans in order. If a template prints text of a message inside its text, the span
     that starts later is cut."""
+    # nearly every rendering: templates print one text after the other
     spans.sort()
     if all(a.end <= b.start for a, b in pairwise(spans)):
         return spans

@@ -159,6 +159,7 @@ class ChatTemplate:
         ).from_string(self._text)
         messages = [_with_reasoning_names(message) for message in conversation.messages]
         text = self._render(template, messages, conversation.tools, add_generation_prompt=False)
+        # brackets nest; they do not count as characters of the text
         blocks, starts, position = [], [], 0
         for piece in re.split(f"([{BLOCK_BRACKETS}])", text):
             if piece == BLOCK_BRACKETS[0]:
@@ -227,6 +228,8 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
+        # Whatever a template trips over in a row (a missing key, a division by zero) is a refusal
+        # of this row. Errors of the machine, such as MemoryError, are not.
         except (
             jinja2.TemplateError,
             TypeError,
@@ -265,6 +268,9 @@ class TracingCodeGenerator(CodeGenerator):
         self.write("))")
 
 
+# Python's `"".join` runs in C and returns a plain str without marks. Jinja's generated code calls
+# `environment.concat` for its output; the three other joins of a template are replaced here: `~`,
+# the filter, and the method of a literal.
 class TracingEnvironment(ImmutableSandboxedEnvironment):
     code_generator_class = TracingCodeGenerator
 
@@ -276,7 +282,6 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
         return self.joined("", parts)
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        # 'x'.join(...) on a literal runs in C and would drop the marks
         if (
             isinstance(function, BuiltinMethodType)
             and function.__name__ == "join"

@@ -55,6 +55,7 @@ class Traced(str):
             return NotImplemented
         return Traced(str.__add__(other, self), _marks(other) + _shifted(self.marks, len(other)))
 
+    # Slices and single characters keep their marks; a stepped slice (a reversal) loses them all.
     def __getitem__(self, key: SupportsIndex | slice) -> str:
         if not isinstance(key, slice):
             index = range(len(self))[key]
@@ -99,6 +100,7 @@ class Traced(str):
         return self._cut_three(len(head), len(head) + len(middle))
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
+        # an empty `old` puts `new` between all characters, which no template needs traced
         if not old:
             return str.replace(self, old, new, count)
         return join(new, self.split(old, count))
@@ -206,6 +208,7 @@ def json_marked(text: str, value: Any) -> str:
     )
 
 
+# JSON moves and escapes characters, so its marks know the message and the field, and no offset.
 def _origins(value: Any) -> Iterator[tuple[int, str]]:
     if isinstance(value, TracedDict | TracedList):
         yield value._traced_origin
