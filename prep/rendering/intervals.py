@@ -18,7 +18,8 @@ class Intervals:
         self._ends = sorted(end for _, end in ordered)
 
     def touch(self, first: int, last: int) -> bool:
-        """Say whether the characters [first, last) overlap a range; the ranges must be disjoint."""
+        """Say whether the characters [first, last), at least one, overlap a range; the ranges must
+        be disjoint."""
         return bisect_right(self._ends, first) < bisect_left(self._starts, last)
 
     def starting_in(self, first: int, last: int) -> slice:

@@ -258,10 +258,11 @@ class ChunkBuilder:
                 first, last = offsets[token].tolist()
                 raise DataError(
                     f"{row.where}: two methods disagree about the mask at token {token},"
-                    f" {text[first:last]!r} (behind {text[max(first - 30, 0) : first]!r}): it is"
-                    f" {'trained' if trained[token] else 'not trained'} by the marks of one"
-                    " rendering, and the opposite by a comparison of renderings. Report the row and"
-                    ' its template; rows.on_error = "skip" does not help, a mask must be certain'
+                    f" {text[first:last]!r} (behind {text[max(first - 30, 0) : first]!r}): the"
+                    " marks of one rendering say"
+                    f" {'trained' if trained[token] else 'not trained'}, a comparison of renderings"
+                    " says the opposite. Report the row and its template;"
+                    ' rows.on_error = "skip" does not help, a mask must be certain'
                 )
             audited += index in drawn
         return len(drawn), audited

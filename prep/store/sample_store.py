@@ -58,7 +58,7 @@ class StoredChunk:
         dtype, tail = COLUMNS[name]
         try:
             array: npt.NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, EOFError) as exc:
             raise ArtifactError(
                 f"{file} is damaged ({exc}); remove {self.path} and build again"
             ) from exc

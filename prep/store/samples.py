@@ -34,7 +34,8 @@ def message_ends(samples: Samples) -> Ints:
     """Return the token behind each message, int64 [M]."""
     # A message ends where the next one starts; the last one of a sample ends with the sample, whose
     # successor may have no message.
-    ends = np.append(samples.message_offsets[1:], samples.sample_offsets[-1])
+    num_messages = len(samples.message_offsets)
+    ends = np.append(samples.message_offsets[1:], samples.sample_offsets[-1])[:num_messages]
     filled = np.diff(samples.sample_messages) > 0
     ends[samples.sample_messages[1:][filled] - 1] = samples.sample_offsets[1:][filled]
     return ends

@@ -22,20 +22,26 @@ CALL = {
     "function": {"name": "add", "arguments": {"a": 1, "b": [2, {"c": "x"}]}},
 }
 TOOL = {"type": "function", "function": {"name": "add", "description": "d", "parameters": {
-    "type": "object", "properties": {"a": {"type": "integer", "default": None}}, "required": ["a"]}}}  # fmt: skip
+    "type": "object", "properties": {"a": {"type": "integer", "default": None}},
+    "required": ["a"]}}}  # fmt: skip
 SEEDS: dict[Any, dict[str, Any]] = {
     "messages": {"tools": [TOOL], "messages": [
         {"role": "system", "content": "S"}, {"role": "user", "content": "What is 1 + 2?"},
         {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "hm"},
-        {"role": "tool", "content": "3", "tool_call_id": "c1"}, {"role": "assistant", "content": "3", "train": True},
-        {"role": "user", "content": [{"type": "text", "text": "And?"}]}, {"role": "assistant", "content": "x: \\ \""},
+        {"role": "tool", "content": "3", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "3", "train": True},
+        {"role": "user", "content": [{"type": "text", "text": "And?"}]},
+        {"role": "assistant", "content": "x: \\ \""},
     ]},
     "sharegpt": {"system": "S", "tools": json.dumps([TOOL]), "conversations": [
-        {"from": "human", "value": "Hi"}, {"from": "function_call", "value": json.dumps(CALL["function"])},
+        {"from": "human", "value": "Hi"},
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
         {"from": "observation", "value": "3"}, {"from": "gpt", "value": "It is 3"},
     ]},
-    "alpaca": {"instruction": "Add", "input": "1 2", "output": "3", "system": "S", "history": [["a", "b"]]},
-    "prompt_completion": {"prompt": [{"role": "user", "content": "Q"}], "completion": "A", "tools": [TOOL]},
+    "alpaca": {"instruction": "Add", "input": "1 2", "output": "3", "system": "S",
+    "history": [["a", "b"]]},
+    "prompt_completion": {"prompt": [{"role": "user", "content": "Q"}], "completion": "A",
+    "tools": [TOOL]},
 }  # fmt: skip
 TEMPLATES = ("chatml", "llama3.1", "mistral", "olmo", "qwen2.5", "qwen3", "tulu", "tulu_thinker")
 
@@ -50,17 +56,25 @@ def nested(depth: int, kind: str) -> Any:
 
 
 ODD: list[Any] = [
-    None, True, 0, -1, "", [], {}, [[]], [None], {"": None}, {"": {"": [""]}}, [{}], "x" * 5000, "\x00", "\ufeff",
-    "\u2028", "<|im_end|>", "<|endoftext|> <|user|>", "{", "[1", '{"a": 1, "a": 2}', "null", "[]", '"x"',
-    Raw("1e400"), Raw("-1e400"), Raw("NaN"), Raw("Infinity"), Raw("-0"), Raw("-0.0"), Raw("1E-400"), Raw("9" * 19),
-    Raw("1" + "0" * 400), Raw("9" * 5000), Raw("-" + "9" * 30), Raw("0.1e1"), Raw('"\\ud800"'), Raw('"\\udc00\\ud800"'),
-    Raw('"\\u0000"'), Raw('{"a": 1, "a" : 2}'), Raw('{"\\u0061":1,"a":2}'), Raw('{"a\\\\":1,"b":1,"b":2}'), Raw("}"),
-    Raw('"\x01"'), Raw(""), {"k" * 3000: {"v": ["w", "w"]}}, {"keys": 1, "items": "x", "get": [], "__class__": "y"},
-    *(nested(depth, kind) for depth in (30, 60, 61, 70, 250, 1100, 20_000) for kind in ("object", "list")),
+    None, True, 0, -1, "", [], {}, [[]], [None], {"": None}, {"": {"": [""]}}, [{}], "x" * 5000,
+    "\x00", "\ufeff", "\u2028", "<|im_end|>", "<|endoftext|> <|user|>", "{", "[1",
+    '{"a": 1, "a": 2}', "null", "[]", '"x"',
+    Raw("1e400"), Raw("-1e400"), Raw("NaN"), Raw("Infinity"), Raw("-0"), Raw("-0.0"), Raw("1E-400"),
+    Raw("9" * 19), Raw("1" + "0" * 400), Raw("9" * 5000), Raw("-" + "9" * 30), Raw("0.1e1"),
+    Raw('"\\ud800"'), Raw('"\\udc00\\ud800"'), Raw('"\\u0000"'),
+    Raw('{"a": 1, "a" : 2}'), Raw('{"\\u0061":1,"a":2}'),
+    Raw('{"a\\\\":1,"b":1,"b":2}'), Raw("}"),
+    Raw('"\x01"'), Raw(""), {"k" * 3000: {"v": ["w", "w"]}},
+    {"keys": 1, "items": "x", "get": [], "__class__": "y"},
+    *(nested(depth, kind) for depth in (30, 60, 61, 70, 250, 1100, 20_000)
+      for kind in ("object", "list")),
     Raw('"' + '{\\"a\\":' * 500 + "1" + "}" * 500 + '"'), Raw('"' + "[" * 300 + "]" * 300 + '"'),
 ]  # fmt: skip
-KEYS = ["role", "content", "train", "weight", "name", "tool_calls", "function", "arguments", "tools", "value", "from",
-        "type", "text", "reasoning_content", "function_calls", "functions", "history", "id", "messages"]  # fmt: skip
+KEYS = [
+    "role", "content", "train", "weight", "name", "tool_calls", "function", "arguments", "tools",
+    "value", "from", "type", "text", "reasoning_content", "function_calls", "functions", "history",
+    "id", "messages",
+]  # fmt: skip
 
 
 def dumps(value: Any) -> str:
@@ -145,7 +159,8 @@ _CHAT = f'[{_QUESTION},{{"role":"assistant","content":"b"}}]'
 FIELDS = {
     "arguments": f'{{"messages":[{_QUESTION},{{"role":"assistant","tool_calls":[{_CALL}]}}]}}',
     "tools": f'{{"tools":[{{"name":"f","parameters":%s}}],"messages":{_CHAT}}}',
-    "other": '{"messages":[{"role":"user","content":"a","mood":%s},{"role":"assistant","content":"b"}],"id":1}',
+    "other": '{"messages":[{"role":"user","content":"a","mood":%s},'
+             '{"role":"assistant","content":"b"}],"id":1}',
     "column": f'{{"messages":{_CHAT},"meta":%s}}',
 }  # fmt: skip
 
