@@ -24,7 +24,19 @@ PIECES = [
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {"n": 1}}}
 
 
+# calls, and lists of calls, that are closed by control tokens which end no turn
+LISTED_TOKENS = ("<end>", "<call>", "</call>", "</calls>")
+LISTED = (
+    LOOP + "<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}<call>"
+    "{{ c.function.name }}{{ c.function.arguments | tojson }}</call>{% endfor %}"
+    "{% if m.tool_calls %}</calls>{% endif %}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
 def ready(name: str) -> Ready:
+    if name == "listed calls":
+        return custom(LISTED, LISTED_TOKENS)
     if name in FOREIGN:
         template = ChatTemplate(
             TemplateText(name, FOREIGN[name].text), FOREIGN[name].special_tokens
@@ -56,7 +68,7 @@ def each_character(length: int) -> np.ndarray:
     return np.stack([np.arange(length), np.arange(1, length + 1)], axis=1)
 
 
-@pytest.mark.parametrize("name", sorted({*FOREIGN, *shipped_templates()}))
+@pytest.mark.parametrize("name", sorted({"listed calls", *FOREIGN, *shipped_templates()}))
 def test_both_methods_agree_and_one_wrong_token_is_found(name: str) -> None:
     template, rules = ready(name)
     draw = random.Random(name)

@@ -1,16 +1,19 @@
-"""Rows of every format, bent at random: each becomes a sample, a reject or an unrendered row, and
-never a traceback.
+"""Rows of every format, mutated at random: each becomes a sample, a reject or an unrendered row, and
+none a traceback.
 
-The mutations are those that found something, and more: nesting, odd numbers, duplicate keys, wrong
+The mutations are those that once found a bug, and more: nesting, odd numbers, duplicate keys, wrong
 types, bytes.
 """
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from built_chunks import builder_of
 from raw_chunks import builder, chunk_of
+from trained_tokenizers import tokenizer_json
 
 from prep.conversations.json_text import MAX_DEPTH
 from prep.sources.chunk import Chunk, parse_chunk
@@ -47,7 +50,7 @@ TEMPLATES = ("chatml", "llama3.1", "mistral", "olmo", "qwen2.5", "qwen3", "tulu"
 
 
 class Raw(str):
-    """JSON text that is put into a row as it stands."""
+    """JSON text that is put into a row unchanged."""
 
 
 def nested(depth: int, kind: str) -> Any:
@@ -146,7 +149,7 @@ def check_accounts(chunk: Chunk, made: Any) -> None:
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", SEEDS)
-def test_a_bent_row_is_a_sample_a_reject_or_unrendered(name: str, template: str) -> None:
+def test_a_mutated_row_is_a_sample_a_reject_or_unrendered(name: str, template: str) -> None:
     draw = random.Random(f"{name} {template}")
     lines = [mutated_line(SEEDS[name], draw) for _ in range(60)] + [dumps(SEEDS[name]).encode()]
     chunk = chunk_of(lines, name)
@@ -197,7 +200,7 @@ def test_the_deepest_row_that_is_read_is_rendered_and_hashed(template: str) -> N
         ),
     ],
 )
-def test_a_key_that_stands_twice_is_refused_and_named(line: str) -> None:
+def test_a_duplicate_key_is_refused_and_named(line: str) -> None:
     ((_, _, record),) = parse_chunk(chunk_of([line.encode()]))
     assert isinstance(record, DataError)
     assert "stands twice in one object" in str(record)
@@ -205,7 +208,7 @@ def test_a_key_that_stands_twice_is_refused_and_named(line: str) -> None:
 
 
 @pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
-def test_an_odd_value_in_any_place_of_a_message_is_no_traceback(odd: Any) -> None:
+def test_an_odd_value_anywhere_in_a_message_is_no_traceback(odd: Any) -> None:
     call = {"id": odd, "type": odd, "function": {"name": "f", "arguments": odd, "x": odd}}
     messages: list[Any] = [{key: odd, "role": "user"} for key in KEYS]
     messages += [{"role": "assistant", "content": "", key: odd} for key in KEYS]
@@ -220,6 +223,25 @@ def test_an_odd_value_in_any_place_of_a_message_is_no_traceback(odd: Any) -> Non
     lines = [dumps(row).encode() or b"0" for row in rows]
     chunk = chunk_of(lines)
     check_accounts(chunk, builder("qwen3").build(chunk))
+
+
+def test_an_unverifiable_row_is_listed_and_costs_no_other_row() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|user|>' + m.content + '<|im_end|>' }}"
+        "{% if m.content == 'twice' %}{{ messages | tojson }}{% endif %}{% endfor %}"
+    )
+    specials = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    chunks = builder_of(template, tokenizer_json("byte-level"), specials)
+    contents = ["a", "twice", "b", "<|im_end|>", "c", "twice"]
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "d"}]}
+        for text in contents
+    ]
+    lines = [json.dumps(row).encode() for row in rows]
+    made = chunks.build(replace(chunk_of(lines), first_row=100))
+    assert made.columns["sample_row"].tolist() == [100, 102, 103, 104]
+    rejects = [event[:2] for event in made.facts["rejects"]]
+    assert rejects == [(101, "unverifiable"), (105, "unverifiable")]
 
 
 def test_what_only_looks_like_a_key_is_none() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from prep.writing.owned_files import remove_own, shown, sort_out
 
-OURS = ["manifest.json", "shards/00000/tokens.npy", "shards/00001/kind.npy", "eval/manifest.json"]
+OURS = ["manifest.json", "rejects.jsonl.zst", "shards/00000/tokens.npy", "shards/00001/kind.npy"]
 FOREIGN = ["notes.txt", "shards/00000/notes", "photos/cat.jpg", "eval/x/y"]
 is_own = set(OURS).__contains__
 
@@ -42,7 +42,7 @@ def link(path: Path) -> None:
 def linked_folder(path: Path) -> None:
     (path / "shards" / "00001" / "kind.npy").unlink()
     (path / "shards" / "00001").rmdir()
-    (path / "shards" / "00001").symlink_to(path / "eval")
+    (path / "shards" / "00001").symlink_to(path / "shards" / "00000")
 
 
 def empty_folder(path: Path) -> None:
