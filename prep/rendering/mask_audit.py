@@ -7,7 +7,7 @@ compares plain renderings, and finds tokens by the character offsets of the Hugg
     text           <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nYo.<|im_end|>\\n
     answer crossed out                                                  ###
     messages before it, with the generation prompt                     ^ its turn begins
-    the first control token behind the difference, if it ends turns                 ^ it ends
+    the first control token after the difference, if it ends turns                  ^ it ends
 
 With every row audited, both methods agreed on 127 published templates.
 """
@@ -136,17 +136,17 @@ def _turn(
         if not touched:
             raise NotComparableError
         starts = [
-            _behind_prompt(text, touched[0][0], first, rules, touched[0][0]),
+            _after_prompt(text, touched[0][0], first, rules, touched[0][0]),
             *(start for start, _ in touched[1:]),
         ]
         ends = [_end(text, min(last, end), end, end, rules, has_calls) for _, end in touched]
         return list(zip(starts, ends, strict=True))
     if 0 < prompted <= first:
-        start = _behind_prompt(text, prompted, first, rules, prompted)
+        start = _after_prompt(text, prompted, first, rules, prompted)
     elif has_calls:
         raise NotComparableError  # nothing shows where the words that open a call begin
     else:
-        start = _behind_prompt(text, 0, first, rules, first)
+        start = _after_prompt(text, 0, first, rules, first)
     limit = len(text)
     if index + 1 < len(conversation.messages):
         limit, _ = _range_of_text(template, conversation, index + 1, text, len(text))
@@ -198,7 +198,7 @@ def _crossed_out(value: Any, pattern: re.Pattern[str], key: str = "") -> Any:
     return value
 
 
-def _behind_prompt(text: str, floor: int, first: int, rules: SpanRules, otherwise: int) -> int:
+def _after_prompt(text: str, floor: int, first: int, rules: SpanRules, otherwise: int) -> int:
     """Return the end of the last generation prompt, or of what remains of it, before an answer."""
     prompt = rules.generation_prompt
     start = text.rfind(prompt, floor, first) if prompt else -1
@@ -212,15 +212,15 @@ def _behind_prompt(text: str, floor: int, first: int, rules: SpanRules, otherwis
 def _end(
     text: str, last: int, limit: int, otherwise: int, rules: SpanRules, has_calls: bool
 ) -> int:
-    """Return where a turn ends whose text ends at `last`: behind its terminators, or before any
+    """Return where a turn ends whose text ends at `last`: after its terminators, or before any
     other control token.
 
     Calls are closed by control tokens of their own: the turn extends to the token that ends it.
     """
-    behind = list(rules.control.finditer(text, last, limit))
-    closing = next((match for match in behind if match[0] in rules.closing), None)
-    if not has_calls and behind and closing is not behind[0]:
-        return min(behind[0].start(), otherwise)
+    tokens = list(rules.control.finditer(text, last, limit))
+    closing = next((match for match in tokens if match[0] in rules.closing), None)
+    if not has_calls and tokens and closing is not tokens[0]:
+        return min(tokens[0].start(), otherwise)
     end = closing.end() if closing else otherwise
     while closing and (closing := rules.control.match(text, end)) and closing[0] in rules.closing:
         end = closing.end()

@@ -5,9 +5,9 @@ assistant begins and ends.
              USER               |ASSISTANT|TERMINATOR
                                 [---- region ----)       what the model must produce in this turn
 
-If the template has {% generation %} blocks, they are the regions. If not, a region begins behind
+If the template has {% generation %} blocks, they are the regions. If not, a region begins after
 the generation prompt (without a prompt: at the turn's first character) and ends with the turn's
-terminator: the first control token behind its text, provided that it is one that ends turns
+terminator: the first control token after its text, provided that it is one that ends turns
 (prep/rendering/turns.py). Everything else is TEMPLATE. What cannot be proved is an error.
 """
 
@@ -60,7 +60,7 @@ class Span(NamedTuple):
 
 class RenderedMessage(NamedTuple):
     message: int  # its index in the conversation
-    start: int  # first character behind the message before it
+    start: int  # first character after the message before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +73,16 @@ class Rendered:
 
 
 def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Rendered:
-    """Return the spans of a rendering. Raises TemplateError where they cannot be proved."""
+    """Return the spans of a rendering. Raises TemplateError if they cannot be proved."""
     # 1. Sort the marks: those of a message's own text, and those of other text of the conversation
     # (tools, names, ids), which is TEMPLATE to the loss but may not become a control token either.
-    own: dict[int, list[Mark]] = {}
-    foreign: list[Mark] = []
+    marks_of: dict[int, list[Mark]] = {}
+    foreign_marks: list[Mark] = []
     for mark in text.marks:
         if mark.message == GENERATION:
             continue
         if mark.message >= 0 and mark.field.split("/", 1)[0] in TEXT_FIELDS:
-            own.setdefault(mark.message, []).append(mark)
+            marks_of.setdefault(mark.message, []).append(mark)
             source = conversation.messages[mark.message].get(mark.field)
             source_end = mark.source_start + mark.end - mark.start
             # A mark is a claim about characters. A template can only break it by an operation that
@@ -97,26 +97,28 @@ def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Re
                     " print it"
                 )
         elif mark.start < mark.end:
-            foreign.append(mark)
-    # 2. What is printed of an assistant behind the end of its turn is foreign, or an error.
-    for index, marks in own.items():
+            foreign_marks.append(mark)
+    # 2. What is printed of an assistant after the end of its turn is foreign, or an error.
+    for index, marks in marks_of.items():
         marks.sort()
         if conversation.messages[index]["role"] == "assistant":
-            foreign += _take_beyond_the_turn(text, index, marks, rules)
-    foreign.sort()
-    foreign_ranges = Intervals((mark.start, mark.end) for mark in foreign)
+            foreign_marks += _take_beyond_the_turn(text, index, marks, rules)
+    foreign_marks.sort()
+    foreign_ranges = Intervals((mark.start, mark.end) for mark in foreign_marks)
     blocks = (
-        _generation_regions(text, own, conversation, rules) if rules.has_generation_marks else None
+        _generation_regions(text, marks_of, conversation, rules)
+        if rules.has_generation_marks
+        else None
     )
     # 3. Walk over the messages in the order of the text, which need not be that of the conversation
     # (a system prompt in the last question); empty texts at one position keep the latter. Other
     # roles become a span for each mark. An assistant's turn becomes a region that is covered whole.
-    spans = [Span(m.start, m.end, Kind.TEMPLATE, -1, m.start, m.end, True) for m in foreign]
+    spans = [Span(m.start, m.end, Kind.TEMPLATE, -1, m.start, m.end, True) for m in foreign_marks]
     messages: list[RenderedMessage] = []
     previous_end = 0
-    order = sorted(own, key=lambda index: (min(mark.start for mark in own[index]), index))
+    order = sorted(marks_of, key=lambda index: (min(mark.start for mark in marks_of[index]), index))
     for position, index in enumerate(order):
-        marks = own[index]
+        marks = marks_of[index]
         messages.append(RenderedMessage(index, previous_end))
         if conversation.messages[index]["role"] != "assistant":
             kind = ROLE_KINDS[conversation.messages[index]["role"]]
@@ -127,14 +129,14 @@ def find_spans(text: Traced, conversation: Conversation, rules: SpanRules) -> Re
             ]
             previous_end = max(previous_end, marks[-1].end)
             continue
-        following = own[order[position + 1]] if position + 1 < len(order) else []
+        following = marks_of[order[position + 1]] if position + 1 < len(order) else []
         regions = (
             [_region_around(text, marks, following, previous_end, foreign_ranges, rules)]
             if blocks is None
             else blocks[index]
         )
         for start, end in regions:
-            near = [*marks, *foreign[foreign_ranges.starting_in(start, end)]]
+            near = [*marks, *foreign_marks[foreign_ranges.starting_in(start, end)]]
             inside = sorted(mark for mark in near if start <= mark.start and mark.end <= end)
             spans += _turn_spans(text, position, inside, (start, end), rules)
         previous_end = max(previous_end, regions[-1][1])
@@ -156,7 +158,7 @@ def ends_turns(template: ChatTemplate, rules: SpanRules) -> bool:
 
 
 def _take_beyond_the_turn(text: str, index: int, marks: list[Mark], rules: SpanRules) -> list[Mark]:
-    """Remove the marks behind the end of an assistant's turn from its `marks`, which are in order,
+    """Remove the marks after the end of an assistant's turn from its `marks`, which are in order,
     and return them.
 
     A tool's message may repeat the name of the call that it answers. The assistant's text, printed
@@ -203,12 +205,12 @@ def _turn_ends(text: str, start: int, end: int, rules: SpanRules) -> bool:
 
 
 def _generation_regions(
-    text: Traced, own: dict[int, list[Mark]], conversation: Conversation, rules: SpanRules
+    text: Traced, marks_of: dict[int, list[Mark]], conversation: Conversation, rules: SpanRules
 ) -> dict[int, list[tuple[int, int]]]:
     """Return for each assistant message the generation blocks that hold its text."""
     blocks = outermost((mark.start, mark.end) for mark in text.marks if mark.message == GENERATION)
-    starts = sorted(mark.start for marks in own.values() for mark in marks)
-    # A terminator may have a block of its own, directly behind that of the text: TRL's training
+    starts = sorted(mark.start for marks in marks_of.values() for mark in marks)
+    # A terminator may have a separate block, directly after that of the text: TRL's training
     # templates do so. A block in which no text starts joins the one that it touches.
     for at in range(len(blocks) - 1, 0, -1):
         (before, middle), (start, end) = blocks[at - 1 : at + 1]
@@ -218,7 +220,7 @@ def _generation_regions(
     prompt = rules.generation_prompt
     prompt_tokens = set(rules.control.findall(prompt))
     regions: dict[int, list[tuple[int, int]]] = {}
-    for index, marks in own.items():
+    for index, marks in marks_of.items():
         if conversation.messages[index]["role"] != "assistant":
             continue
         message_blocks = set()
@@ -232,7 +234,7 @@ def _generation_regions(
             message_blocks.add(blocks[at])
         (start, end), *others = sorted(message_blocks)
         # The author may have put the marker into the block: a model is given it as its prompt, so
-        # the region begins behind it, or behind the last control token that the prompt has too.
+        # the region begins after it, or after the last control token that the prompt has too.
         first = marks[0].start
         opened = text.rfind(prompt, start, first) if prompt else -1
         if opened >= 0:
@@ -249,20 +251,20 @@ def _region_around(
     marks: list[Mark],
     following: list[Mark],
     floor: int,
-    foreign: Intervals,
+    foreign_ranges: Intervals,
     rules: SpanRules,
 ) -> tuple[int, int]:
     """Return the region of a turn from its text: from the generation prompt before it to the
-    terminator behind it.
+    terminator after it.
 
     Both are sought in the template's own words only, up to the nearest text of the conversation:
     somebody may have typed them there.
     """
     first, last = marks[0].start, max(mark.end for mark in marks)
     before = max((mark.end for mark in following if mark.end <= first), default=0)
-    behind = min((mark.start for mark in following if mark.start >= last), default=len(text))
-    floor = max(floor, before, foreign.last_end(first, 0))
-    limit = min(behind, foreign.first_start(last, len(text)))
+    after = min((mark.start for mark in following if mark.start >= last), default=len(text))
+    floor = max(floor, before, foreign_ranges.last_end(first, 0))
+    limit = min(after, foreign_ranges.first_start(last, len(text)))
     start = first
     if rules.generation_prompt:
         opened = text.rfind(rules.generation_prompt, floor, first)
@@ -284,7 +286,7 @@ def _region_around(
 def _terminator(
     text: str, start: int, end: int, marks: list[Mark], rules: SpanRules
 ) -> re.Match[str] | None:
-    """Return the first control token behind a message's text; behind a tool call, the first one
+    """Return the first control token after a message's text; after a tool call, the first one
     that is known to end turns.
 
     Some templates close a call, and then the list of calls, with control tokens of their own.
@@ -330,8 +332,8 @@ def _turn_spans(
     # A generation block may extend into the next message: it is cut at a token that ends no turn.
     if stop and stop[0] not in rules.closing:
         end, stop = stop.start(), None
-    # Without a control token at the end, the words behind plain content (a newline) are what the
-    # model ends its turn with; behind a call or reasoning they belong to these.
+    # Without a control token at the end, the words after plain content (a newline) are what the
+    # model ends its turn with; after a call or reasoning they belong to these.
     if stop:
         pieces.append((cursor, stop.start(), before, False))
         end = _end_of_run(text, stop.end(), rules)

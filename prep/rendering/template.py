@@ -275,11 +275,11 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
     code_generator_class = TracingCodeGenerator
 
     @staticmethod
-    def joined(separator: str, parts: Iterable[str]) -> str:
+    def join_marked(separator: str, parts: Iterable[str]) -> str:
         return join(separator, parts)
 
     def concat(self, parts: Iterable[str]) -> str:
-        return self.joined("", parts)
+        return self.join_marked("", parts)
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         if (
@@ -287,7 +287,7 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
             and function.__name__ == "join"
             and type(function.__self__) is str
         ):
-            return self.joined(function.__self__, *args, **kwargs)
+            return self.join_marked(function.__self__, *args, **kwargs)
         return super().call(context, function, *args, **kwargs)
 
     def replace_filters(self) -> None:
@@ -385,7 +385,7 @@ def _join_filter(
 ) -> str:
     if attribute is not None:
         value = map(jinja2.filters.make_attrgetter(environment, attribute), value)
-    return environment.joined(str(d), map(str, value))
+    return environment.join_marked(str(d), map(str, value))
 
 
 def _raise_exception(message: str) -> None:

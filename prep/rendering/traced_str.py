@@ -133,7 +133,7 @@ class Traced(str):
         return self._cut(0, first), self._cut(first, second), self._cut(second, len(self))
 
     def _located(self, pieces: list[str], gap: int) -> list[str]:
-        # The pieces are verbatim and in order: the next occurrence behind the separator is the one.
+        # The pieces are verbatim and in order: the next occurrence after the separator is the one.
         traced_pieces, position = [], 0
         for piece in pieces:
             position = self.index(piece, position)

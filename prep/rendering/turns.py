@@ -2,8 +2,8 @@
 tokens end one.
 
 Learned once, from a few conversations with stand-in contents, before the first row. A terminator is
-what the template prints behind an answer when nothing follows. When something follows, the first
-control token behind the answer counts as well, unless the next message begins with it:
+what the template prints after an answer when nothing follows. When something follows, the first
+control token after the answer counts as well, unless the next message begins with it:
 
     when nothing follows  Yo.<|im_end|>\\n                      -> <|im_end|>
     before a question     Yo.<|im_end|>\\n<|im_start|>user\\nHi  -> <|im_end|>
@@ -96,16 +96,16 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 def _closing(template: ChatTemplate, control: re.Pattern[str]) -> set[str]:
     """Return the control tokens that end an assistant's turn, each learned in one of four ways."""
-    asked = template.render_or_empty(_user())
-    answered = template.render_or_empty(_user(), _assistant())
-    before_answer = _between(answered, QUESTION, ANSWER)
-    behind_question = _behind(asked, QUESTION)
+    question = template.render_or_empty(_user())
+    answer = template.render_or_empty(_user(), _assistant())
+    before_answer = _between(answer, QUESTION, ANSWER)
+    after_question = _after(question, QUESTION)
     # what opens an answer: the token that ends the question is not among it
-    openers = set(control.findall(before_answer)) - set(control.findall(behind_question)[:1])
+    openers = set(control.findall(before_answer)) - set(control.findall(after_question)[:1])
 
     # 1. When nothing follows: the first control token, unless it opens another answer (a generation
     # prompt that is always printed), and the run of tokens that follow it directly.
-    at_end = _behind(answered, ANSWER)
+    at_end = _after(answer, ANSWER)
     closing = set(_without_opening(at_end, before_answer, control)[:1])
     run, match = [], control.search(at_end)
     while match:
@@ -117,19 +117,19 @@ def _closing(template: ChatTemplate, control: re.Pattern[str]) -> set[str]:
     # 2. Before another question: what remains without the opening of a question.
     again = template.render_or_empty(_user(), _assistant(), _user(AGAIN))
     between = _between(again, ANSWER, AGAIN)
-    opening = asked[: max(asked.find(QUESTION), 0)]
+    opening = question[: max(question.find(QUESTION), 0)]
     closing |= set(_without_opening(between, opening, control)[:1])
 
-    # 3. The token behind an answer that ends a question too.
-    after_question = _without_opening(behind_question, before_answer, control)[:1]
-    closing |= set(control.findall(between)[:1]) & set(after_question)
+    # 3. The token after an answer that ends a question too.
+    ends_question = _without_opening(after_question, before_answer, control)[:1]
+    closing |= set(control.findall(between)[:1]) & set(ends_question)
 
     # 4. Behind a call: tokens that close the call, then those that end its turn. The last one that
     # does not open an answer ends the turn.
-    behind_call = control.findall(
-        _behind(template.render_or_empty(_user(), _assistant(tool_calls=_calls())), CALL)
+    after_call = control.findall(
+        _after(template.render_or_empty(_user(), _assistant(tool_calls=_calls())), CALL)
     )
-    return closing | set([token for token in behind_call if token not in openers][-1:])
+    return closing | set([token for token in after_call if token not in openers][-1:])
 
 
 def _without_opening(text: str, opening: str, control: re.Pattern[str]) -> list[str]:
@@ -168,6 +168,6 @@ def _between(text: str, first: str, second: str) -> str:
     return text[start + len(first) : end] if end >= 0 else ""
 
 
-def _behind(text: str, content: str) -> str:
+def _after(text: str, content: str) -> str:
     at = text.rfind(content)
     return text[at + len(content) :] if at >= 0 else ""

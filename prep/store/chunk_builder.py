@@ -258,7 +258,7 @@ class ChunkBuilder:
                 first, last = offsets[token].tolist()
                 raise DataError(
                     f"{row.where}: two methods disagree about the mask at token {token},"
-                    f" {text[first:last]!r} (behind {text[max(first - 30, 0) : first]!r}): the"
+                    f" {text[first:last]!r} (after {text[max(first - 30, 0) : first]!r}): the"
                     " marks of one rendering say"
                     f" {'trained' if trained[token] else 'not trained'}, a comparison of renderings"
                     " says the opposite. Report the row and its template;"

@@ -31,7 +31,7 @@ class Samples:
 
 
 def message_ends(samples: Samples) -> Ints:
-    """Return the token behind each message, int64 [M]."""
+    """Return where each message ends: the index of the token after it, int64 [M]."""
     # A message ends where the next one starts; the last one of a sample ends with the sample, whose
     # successor may have no message.
     num_messages = len(samples.message_offsets)

@@ -30,7 +30,7 @@ def sort_out(path: Path, is_own: Callable[[str], bool]) -> tuple[list[str], list
     A link is never ours. An empty directory is ours if a set has one of that name, or if `is_own`
     accepts `NAME/`.
     """
-    own: list[str] = []
+    ours: list[str] = []
     foreign: list[str] = []
     for folder, folders, files in os.walk(path):
         inside = Path(folder).relative_to(path)
@@ -38,11 +38,11 @@ def sort_out(path: Path, is_own: Callable[[str], bool]) -> tuple[list[str], list
         for name in [*files, *links]:
             relative, file = (inside / name).as_posix(), Path(folder) / name
             is_plain = file.is_file() and not file.is_symlink()
-            (own if is_plain and is_own(relative) else foreign).append(relative)
+            (ours if is_plain and is_own(relative) else foreign).append(relative)
         is_empty, name = not files and not folders, f"{inside.as_posix()}/"
         if is_empty and inside.parts[:1] not in _OWN_FOLDERS and not is_own(name):
             foreign.append(name)
-    return own, sorted(foreign)
+    return ours, sorted(foreign)
 
 
 def remove_own(path: Path, is_own: Callable[[str], bool], *, last: Collection[str]) -> bool:
@@ -53,13 +53,13 @@ def remove_own(path: Path, is_own: Callable[[str], bool], *, last: Collection[st
     """
     if path.is_symlink() or not path.is_dir():
         return False
-    own, foreign = sort_out(path, is_own)
+    ours, foreign = sort_out(path, is_own)
     if foreign:
         logger.warning(
             "%s is not removed: it contains files that are not ours: %s", path, shown(foreign)
         )
         return False
-    for name in sorted(own, key=lambda name: (Path(name).name in last, -name.count("/"), name)):
+    for name in sorted(ours, key=lambda name: (Path(name).name in last, -name.count("/"), name)):
         (path / name).unlink(missing_ok=True)
     for folder, _, _ in os.walk(path, topdown=False):
         Path(folder).rmdir()

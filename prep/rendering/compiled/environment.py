@@ -64,7 +64,7 @@ class RecordingEnvironment(TracingEnvironment):
     intercepted_binops = frozenset("%")
 
     @staticmethod
-    def joined(separator: str, parts: Iterable[Any]) -> str:
+    def join_marked(separator: str, parts: Iterable[Any]) -> str:
         parts = list(parts)
         text = join(plain(separator), map(plain, parts))
         record = next(

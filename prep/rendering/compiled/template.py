@@ -49,7 +49,7 @@ class RoleSequenceTemplate:
         for message, question, argument, answer in self.guards:
             if QUESTIONS[question](contents[message], argument) is not answer:
                 return None
-        # inline reasoning has spans of its own, which no stand-in has
+        # inline reasoning has separate spans, which no stand-in has
         if any("<think>" in contents[message] for message in self.no_thinking_in):
             return None
         texts = [piece if isinstance(piece, str) else contents[piece] for piece in self.pieces]

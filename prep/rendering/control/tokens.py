@@ -43,10 +43,10 @@ def control_tokens(
     plain = template.render_or_empty(question, answer)
     text = template.render_or_empty(question, {**answer, "reasoning_content": _REASON})
     start, end = text.find(_REASON), text.find(_ANSWER)
-    behind = pattern.findall(text, start, end) if 0 <= start < end else []
-    if behind:
+    after_reasoning = pattern.findall(text, start, end) if 0 <= start < end else []
+    if after_reasoning:
         opening = pattern.findall(plain, 0, max(plain.find(_ANSWER), 0))[-1:]
-        markers -= {behind[0], *pattern.findall(text, 0, start)[-1:]} - set(opening)
+        markers -= {after_reasoning[0], *pattern.findall(text, 0, start)[-1:]} - set(opening)
     return tuple(sorted({*always, *(markers & others)}))
 
 
@@ -69,7 +69,7 @@ def _markers(template: ChatTemplate, roles: tuple[str, ...], pattern: re.Pattern
     markers: set[str] = set()
     openings: list[set[str]] = []  # of each assistant turn
     ends = [start + len(content) for start, content in zip(starts, contents, strict=True)]
-    # the gaps before each content, and the one behind the last
+    # the gaps before each content, and the one after the last
     for role, start, end in zip((*roles, ""), (0, *ends), (*starts, len(text)), strict=True):
         if role != "assistant":
             markers |= set(pattern.findall(text, start, end))
