@@ -80,7 +80,15 @@ def _missing_fields(
                 if is_last
                 else " " * end + value[end:]
             )
-        if not _is_printed(value, [mark for mark in marks if mark.field == field]):
+        ranges = sorted((m.source_start, m.end - m.start) for m in marks if m.field == field)
+        # a mark without an offset is that of a field which is printed whole, as JSON
+        if ranges and ranges[0][0] < 0:
+            continue
+        uncovered, position = "", 0
+        for start, length in ranges:
+            uncovered += value[position:start]
+            position = max(position, start + length)
+        if (uncovered + value[position:]).strip():
             yield field
     for call, value in enumerate(message.get("tool_calls") or ()):
         function = value.get("function", value)
@@ -96,15 +104,3 @@ def _missing_fields(
             ):
                 yield "tool_calls"
                 return
-
-
-def _is_printed(value: str, marks: list[Mark]) -> bool:
-    """Say whether the marks of a field cover its text, apart from whitespace."""
-    if any(mark.source_start < 0 for mark in marks):
-        return True  # printed as a whole, as JSON
-    position = 0
-    for start, length in sorted((mark.source_start, mark.end - mark.start) for mark in marks):
-        if start > position and value[position:start].strip():
-            return False
-        position = max(position, start + length)
-    return not value[position:].strip()
