@@ -1,5 +1,5 @@
-"""Rows of every format, mutated at random: each becomes a sample, a reject or an unrendered row, and
-none a traceback.
+"""Rows of every format, mutated at random: each becomes a sample, a reject or an unrendered row.
+None ends in a traceback.
 
 The mutations are those that once found a bug, and more: nesting, odd numbers, duplicate keys, wrong
 types, bytes.
