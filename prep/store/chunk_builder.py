@@ -1,8 +1,13 @@
-"""One chunk of raw rows -> columns of the sample store. Runs in a worker process; knows no other
+"""One chunk of raw rows -> columns of the sample store. Runs in a worker process and knows no other
 chunk.
 
-What a row can become: a sample; a reject (malformed, or its spans cannot be proved); an unrendered
-row (the template would drop a part of it). Each is counted and listed with its reason.
+    row -> conversation -> rendering with spans -> ids with byte ranges -> kinds -> columns
+        malformed       unrendered,              unverifiable
+                        unverifiable
+
+Every row becomes a sample, a reject (malformed, or its spans or its control tokens cannot be
+proved), or an unrendered row (the template would drop some of it). Rejects and unrendered rows are
+listed with their reasons. All checks that are drawn by hash draw the same rows in every build.
 """
 
 from dataclasses import dataclass
@@ -27,12 +32,15 @@ from prep.tokenization.encoder import Encoded, Encoder, EncoderSpec
 from shared.errors import DataError, TemplateError
 from shared.shard_format import ASSISTANT_KINDS, KIND_MASK
 
-REFEREE_EVERY = (
-    128  # one row in so many, by content hash, is encoded again by the Hugging Face tokenizer
-)
-AUDIT_EVERY = 128  # its mask is made again (and that of one row of every chunk)
-AUDIT_CHARACTERS = 1 << 18  # unless it is longer
-PLAIN_EVERY = 32  # and one in so many is rendered again without tracing
+# One row in 128, drawn by its content hash, is encoded by the Hugging Face tokenizer too, and its
+# mask is made by a second method. Checking a row takes as long as building sixty (3 ms against
+# 50 us for GSM8K's), so that a build that checked every row would take forty times as long.
+CROSS_CHECK_EVERY = 128
+# The mask of a longer row is not made again: of a text of many megabytes each rendering takes
+# seconds, and the Hugging Face tokenizer takes gigabytes of memory.
+AUDIT_CHARACTERS = 1 << 18
+# One row in 32 is rendered without tracing too, which must not change its text.
+PLAIN_EVERY = 32
 
 # name -> (dtype, trailing shape); N tokens, S samples, M messages
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -46,10 +54,8 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "message_train": ("|u1", ()),  # [M] 0 no, 1 yes, 2 unset
     "prompt_hash": ("|u1", (16,)),  # [S, 16]
     "content_hash": ("|u1", (16,)),  # [S, 16]
-    "row_group": (
-        "<i4",
-        (),
-    ),  # [R] of every row of a split source, rejected ones too: index into `groups`
+    # [R] for every row of a split source, rejected ones too: index into the fact `groups`
+    "row_group": ("<i4", ()),
 }
 
 
@@ -62,17 +68,17 @@ class ChunkSpec:
     date: str
     encoder: EncoderSpec
     terminators: tuple[str, ...]  # tokens that end a turn although they open the next message
-    drop_messages: bool  # drop a message that the template cannot carry, rather than its row
+    drop_messages: bool  # leave out a message that the template does not print, not its row
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
     columns: dict[str, npt.NDArray[Any]]
-    facts: dict[str, Any]  # JSON: what is counted and listed of the chunk
+    facts: dict[str, Any]  # JSON: counts and lists
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _Row:
     number: int
     where: str
     conversation: Conversation
@@ -92,55 +98,74 @@ class ChunkBuilder:
         self._drop_messages = spec.drop_messages
 
     def build(self, chunk: Chunk) -> ChunkResult:
-        """Turn the rows of a chunk into columns. Raises DataError only where the tokenizer backends
-        disagree."""
+        """Turn the rows of a chunk into columns. Raises DataError only if two methods disagree
+        about the ids or the mask of a row."""
         rejects: list[tuple[int, str, str]] = []  # row, reason, detail
-        missing: list[tuple[int, str]] = []
-        kept: list[_Kept] = []
-        parts: list[str] = []  # of every row
-        dropped_messages = 0
-        for row, where, record in parse_chunk(chunk):
-            parts.append("")
+        unrendered: list[tuple[int, str]] = []  # row, reason
+        groups: list[str] = []  # of every row
+        rows: list[_Row] = []
+        messages_dropped = 0
+        for number, where, record in parse_chunk(chunk):
+            groups.append("")
             try:
                 if isinstance(record, DataError):
                     raise record
-                parts[-1] = read_group(record, chunk.conversion, where=where)
+                groups[-1] = read_group(record, chunk.conversion, where=where)
                 conversation = read_conversation(record, chunk.conversion, where=where)
             except DataError as exc:
-                rejects.append((row, "malformed", str(exc)))
+                rejects.append((number, "malformed", str(exc)))
                 continue
             try:
                 conversation, rendered, reason, dropped = self._render(conversation)
                 digest = content_hash(conversation)
-                if rendered is not None:
-                    self._check(conversation, rendered, digest)
+                if (
+                    rendered is not None
+                    and digest[0] % PLAIN_EVERY == 0
+                    and self._template.render_plain(conversation) != rendered.text
+                ):
+                    raise TemplateError(
+                        f"the template {self._template.name!r} prints another text when it is not"
+                        " traced"
+                    )
             except TemplateError as exc:
-                rejects.append((row, "unverifiable", f"{where}: {exc}"))
+                rejects.append((number, "unverifiable", f"{where}: {exc}"))
                 continue
             if rendered is None:
-                missing.append((row, reason))
+                unrendered.append((number, reason))
             else:
-                dropped_messages += dropped
-                kept.append(_Kept(row, where, conversation, rendered, digest))
-        columns, checked = self._columns(kept, rejects)
-        facts = {
-            "rows": len(parts),
-            "samples": len(columns["sample_row"]),
-            "tokens": len(columns["tokens"]),
+                messages_dropped += dropped
+                rows.append(_Row(number, where, conversation, rendered, digest))
+        rows, encoded = self._encode(rows, rejects)
+        aligned = align(encoded, [row.rendered for row in rows])
+        rows_cross_checked, rows_audited = self._cross_check(encoded, aligned, rows)
+        columns = _columns(encoded, aligned, rows)
+        facts: dict[str, Any] = {
+            "rows": len(groups),
+            "samples": len(rows),
+            "tokens": len(encoded.tokens),
             "rejects": sorted(rejects),
-            "unrendered": missing,
-            "messages_dropped": dropped_messages,
+            "unrendered": unrendered,
+            "messages_dropped": messages_dropped,
             "messages_untrained": int((columns["message_train"] == TRAIN_NO).sum()),
-            "calls_not_json": sum(calls_not_json(row.conversation) for row in kept),
-            **checked,
+            "calls_not_json": sum(calls_not_json(row.conversation) for row in rows),
+            "rows_slow_path": encoded.rows_slow_path,
+            "rows_cross_checked": rows_cross_checked,
+            "rows_audited": rows_audited,
         }
         if chunk.conversion.split_by:
-            facts["groups"], columns["row_group"] = _named(parts)
+            names = sorted(set(groups))
+            number_of = {name: number for number, name in enumerate(names)}
+            facts["groups"] = names
+            columns["row_group"] = np.asarray([number_of[name] for name in groups], np.dtype("<i4"))
         return ChunkResult(columns, facts)
 
     def _render(self, conversation: Conversation) -> tuple[Conversation, Rendered | None, str, int]:
-        """Render until the template carries everything. Returns no rendering, and why, where it
-        cannot."""
+        """Render a conversation, without the messages that the template does not print if they may
+        be dropped.
+
+        Returns (conversation as rendered, rendering, reason, number of dropped messages). If the
+        template does not print everything, there is a reason instead of a rendering.
+        """
         compiled = self._compiled.render(conversation)
         if compiled is not None:
             return conversation, compiled, "", 0
@@ -150,160 +175,119 @@ class ChunkBuilder:
                 text = self._template.render(conversation)
             except TemplateError as exc:
                 return conversation, None, str(exc), dropped
-            lost = dict(all_unrendered(text, conversation, self._rules))
-            if not lost:
+            missing = dict(all_unrendered(text, conversation, self._rules))
+            if not missing:
                 break
-            if not self._drop_messages or len(lost) == len(conversation.messages):
-                return conversation, None, next(iter(lost.values())), dropped
-            conversation = without_messages(conversation, lost)
-            dropped += len(lost)
+            if not self._drop_messages or len(missing) == len(conversation.messages):
+                return conversation, None, next(iter(missing.values())), dropped
+            # the rest may be printed otherwise without these messages, so look again
+            conversation = without_messages(conversation, missing)
+            dropped += len(missing)
         rendered = self._control.check(conversation, find_spans(text, conversation, self._rules))
         return conversation, rendered, "", dropped
 
-    def _check(self, conversation: Conversation, rendered: Rendered, digest: bytes) -> None:
-        if (
-            digest[0] % PLAIN_EVERY == 0
-            and self._template.render_plain(conversation) != rendered.text
-        ):
-            raise TemplateError(
-                f"the template {self._template.name!r} prints another text when it is not traced"
-            )
-
-    def _columns(
-        self, kept: list[_Kept], rejects: list[tuple[int, str, str]]
-    ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, int]]:
+    def _encode(
+        self, rows: list[_Row], rejects: list[tuple[int, str, str]]
+    ) -> tuple[list[_Row], Encoded]:
+        """Encode the rows of a chunk at once; a row that cannot be encoded safely becomes a
+        reject. Returns the other rows."""
         try:
-            encoded = self._encoder.encode([row.rendered for row in kept])
-        except DataError:  # some row cannot be encoded safely: find out which, leave it out, go on
-            kept = [row for row in kept if not self._cannot_encode(row, rejects)]
-            encoded = self._encoder.encode([row.rendered for row in kept])
-        others = [
-            kept[i]
-            for i in self._encoder.rows_with_other_control(encoded, [row.rendered for row in kept])
-        ]
-        if others := [row for row in others if not self._control_is_its_own(row)]:
-            reason = (
-                "the tokenizer makes other control tokens of it than of the same conversation with"
-                " inert contents"
-            )
-            rejects += [(row.number, "unverifiable", f"{row.where}: {reason}") for row in others]
-            return self._columns([row for row in kept if row not in others], rejects)
-        rows = [row.rendered for row in kept]
-        aligned = align(encoded, rows)
-        refereed = self._cross_check(encoded, kept)
-        audited = self._audit(encoded, aligned, kept)
-        conversations = [row.conversation for row in kept]
-        order = [(row.conversation, m.message) for row in kept for m in row.rendered.messages]
-        columns: dict[str, npt.NDArray[Any]] = {
-            "tokens": encoded.tokens,
-            "kind": aligned.kind,
-            "sample_offsets": encoded.row_offsets,
-            "sample_row": np.asarray([row.number for row in kept]),
-            "sample_messages": aligned.row_messages,
-            "message_offsets": aligned.message_offsets,
-            "message_role": np.asarray([ROLE_KINDS[c.messages[i]["role"]] for c, i in order]),
-            "message_train": np.asarray(
-                [TRAIN_UNSET if c.train[i] is None else int(bool(c.train[i])) for c, i in order]
-            ),
-            "prompt_hash": np.frombuffer(b"".join(map(prompt_hash, conversations)), np.uint8),
-            "content_hash": np.frombuffer(b"".join(row.content_hash for row in kept), np.uint8),
-        }
-        typed = {
-            name: np.ascontiguousarray(columns[name].reshape(-1, *tail), dtype=dtype)
-            for name, (dtype, tail) in COLUMNS.items()
-            if name in columns
-        }
-        return typed, {
-            "rows_slow_path": encoded.rows_slow_path,
-            "rows_cross_checked": refereed,
-            "rows_audited": audited,
-        }
-
-    def _control_is_its_own(self, row: _Kept) -> bool:
-        """Ask the tokenizer itself: what a template prints can lie in its vocabulary otherwise than
-        it is written."""
-        inert = self._template.render_plain(self._control.inert(row.conversation))
-        expected, ids = (
-            np.asarray(found)
-            for found in (self._encoder.ids_of(inert), self._encoder.encode([row.rendered]).tokens)
+            encoded = self._encoder.encode([row.rendered for row in rows])
+        except DataError:
+            # one row spoils the batch: encode them one by one to find it
+            safe = []
+            for row in rows:
+                try:
+                    self._encoder.encode([row.rendered])
+                    safe.append(row)
+                except DataError as exc:
+                    rejects.append((row.number, "unverifiable", f"{row.where}: {exc}"))
+            rows = safe
+            encoded = self._encoder.encode([row.rendered for row in rows])
+        # The control ids must be those that the template printed. A tokenizer may spell a control
+        # token differently from the template, so the last word is what it makes of the same
+        # conversation with inert contents.
+        injected = []
+        is_control = self._encoder.is_control
+        rendered = [row.rendered for row in rows]
+        for index in self._encoder.rows_with_other_control(encoded, rendered):
+            inert = self._template.render_plain(self._control.inert(rows[index].conversation))
+            expected = np.asarray(self._encoder.ids_of(inert), np.int32)
+            ids = encoded.tokens[slice(*encoded.row_offsets[index : index + 2])]
+            if not np.array_equal(expected[is_control[expected]], ids[is_control[ids]]):
+                injected.append(rows[index])
+        if not injected:
+            return rows, encoded
+        reason = (
+            "the tokenizer makes other control tokens of it than of the same conversation with"
+            " inert contents"
         )
-        return np.array_equal(
-            *(found[self._encoder.is_control[found]] for found in (expected, ids))
-        )
+        rejects += [(row.number, "unverifiable", f"{row.where}: {reason}") for row in injected]
+        return self._encode([row for row in rows if row not in injected], rejects)
 
-    def _cannot_encode(self, row: _Kept, rejects: list[tuple[int, str, str]]) -> bool:
-        try:
-            self._encoder.encode([row.rendered])
-        except DataError as exc:
-            rejects.append((row.number, "unverifiable", f"{row.where}: {exc}"))
-            return True
-        return False
+    def _cross_check(self, encoded: Encoded, aligned: Aligned, rows: list[_Row]) -> tuple[int, int]:
+        """Make the ids and the mask of a sample of rows a second time: ids by the Hugging Face
+        tokenizer, masks by prep/rendering/mask_audit.py. Raises DataError if they differ.
 
-    def _cross_check(self, encoded: Encoded, kept: list[_Kept]) -> int:
-        """Compare a sample of rows with the Hugging Face tokenizer, id by id."""
-        checked = 0
-        for index, row in enumerate(kept):
-            if row.content_hash[0] % REFEREE_EVERY:
-                continue
-            ids = encoded.tokens[encoded.row_offsets[index] : encoded.row_offsets[index + 1]]
-            if not self._encoder.agrees_with_reference(row.rendered, ids):
+        Returns how many rows were drawn by hash, and of how many of these the mask was compared.
+        The mask of one more row of every chunk is compared, so that small sources have one too. It
+        is not counted, because a manifest does not know of chunks.
+        """
+        drawn = {i for i, row in enumerate(rows) if row.content_hash[0] % CROSS_CHECK_EVERY == 0}
+        one_more = {min(range(len(rows)), key=lambda i: rows[i].content_hash)} if rows else set()
+        audited = 0
+        for index in sorted(drawn | one_more):
+            row, tokens = rows[index], slice(*encoded.row_offsets[index : index + 2])
+            ids, text = encoded.tokens[tokens], row.rendered.text
+            if index in drawn and not self._encoder.agrees_with_reference(row.rendered, ids):
                 raise DataError(
                     f"{row.where}: gigatoken and the Hugging Face tokenizer give different ids for"
                     ' this row; set tokenizer.backend = "transformers" and report the row'
                 )
-            checked += 1
-        return checked
-
-    def _audit(self, encoded: Encoded, aligned: Aligned, kept: list[_Kept]) -> int:
-        """Make the mask of a sample of rows a second time: prep/rendering/mask_audit.py. Raises
-        DataError where they differ.
-
-        Returns how many of the rows drawn by hash were compared. The one row more of every chunk is
-        not counted: a manifest says nothing of chunks.
-        """
-        drawn = {i for i, row in enumerate(kept) if row.content_hash[0] % AUDIT_EVERY == 0}
-        chosen = drawn | (
-            {min(range(len(kept)), key=lambda i: kept[i].content_hash)} if kept else set()
-        )
-        # a text of many megabytes costs renders by the second, and the Hugging Face tokenizer
-        # memory by the gigabyte
-        chosen = {i for i in chosen if len(kept[i].rendered.text) <= AUDIT_CHARACTERS}
-        checked = 0
-        for index in sorted(chosen):
-            row, tokens = kept[index], slice(*encoded.row_offsets[index : index + 2])
+            if len(text) > AUDIT_CHARACTERS:
+                continue
             try:
-                found = list(
-                    windows(self._template, row.conversation, row.rendered.text, self._rules)
-                )
+                expected = list(windows(self._template, row.conversation, text, self._rules))
             except NotComparableError:
                 continue
-            ids, offsets = self._encoder.reference(row.rendered)
+            reference_ids, offsets = self._encoder.reference(row.rendered)
             trained = np.isin(aligned.kind[tokens] & KIND_MASK, ASSISTANT_KINDS)
-            same = np.array_equal(ids, encoded.tokens[tokens])
-            token = first_difference(found, trained, offsets) if same else 0
+            same = np.array_equal(reference_ids, ids)
+            token = first_difference(expected, trained, offsets) if same else 0
             if token is not None:
-                raise DataError(_audit_message(row, token, offsets, trained))
-            checked += index in drawn
-        return checked
+                first, last = offsets[token].tolist()
+                raise DataError(
+                    f"{row.where}: two methods disagree about the mask at token {token},"
+                    f" {text[first:last]!r} (after {text[max(first - 30, 0) : first]!r}): the"
+                    " marks of one rendering say"
+                    f" {'trained' if trained[token] else 'not trained'}, a comparison of renderings"
+                    " says the opposite. Report the row and its template;"
+                    ' rows.on_error = "skip" does not help, a mask must be certain'
+                )
+            audited += index in drawn
+        return len(drawn), audited
 
 
-def _audit_message(
-    row: _Kept, token: int, offsets: npt.NDArray[np.int64], trained: npt.NDArray[np.bool_]
-) -> str:
-    first, last = offsets[token].tolist()
-    text = row.rendered.text
-    return (
-        f"{row.where}: two ways to find what is trained disagree at token {token},"
-        f" {text[first:last]!r} (behind {text[max(first - 30, 0) : first]!r}): by the marks of one"
-        f" render it is {'trained' if trained[token] else 'not trained'}, by comparing renders it"
-        ' is not so. Report the row and its template; rows.on_error = "skip" does not help, a'
-        " mask must be certain"
-    )
-
-
-def _named(parts: list[str]) -> tuple[list[str], npt.NDArray[np.int32]]:
-    """Return the different parts in order, and of every row which of them it belongs to, int32
-    [R]."""
-    names = sorted(set(parts))
-    index = {name: number for number, name in enumerate(names)}
-    return names, np.asarray([index[part] for part in parts], np.dtype("<i4"))
+def _columns(encoded: Encoded, aligned: Aligned, rows: list[_Row]) -> dict[str, npt.NDArray[Any]]:
+    messages = [(row.conversation, m.message) for row in rows for m in row.rendered.messages]
+    columns: dict[str, npt.NDArray[Any]] = {
+        "tokens": encoded.tokens,
+        "kind": aligned.kind,
+        "sample_offsets": encoded.row_offsets,
+        "sample_row": np.asarray([row.number for row in rows]),
+        "sample_messages": aligned.row_messages,
+        "message_offsets": aligned.message_offsets,
+        "message_role": np.asarray([ROLE_KINDS[c.messages[i]["role"]] for c, i in messages]),
+        "message_train": np.asarray(
+            [TRAIN_UNSET if c.train[i] is None else int(bool(c.train[i])) for c, i in messages]
+        ),
+        "prompt_hash": np.frombuffer(
+            b"".join(prompt_hash(row.conversation) for row in rows), np.uint8
+        ),
+        "content_hash": np.frombuffer(b"".join(row.content_hash for row in rows), np.uint8),
+    }
+    return {
+        name: np.ascontiguousarray(columns[name].reshape(-1, *tail), dtype=dtype)
+        for name, (dtype, tail) in COLUMNS.items()
+        if name in columns
+    }

@@ -1,8 +1,8 @@
-"""Who turns chunks into committed columns: this process, local processes, or a Dask cluster on a
-shared file system.
+"""Where chunks become committed columns: in this process, in local processes, or on a Dask cluster
+with a shared file system.
 
-All three run the same function of (spec, chunk, target directory), so who runs it never shows in
-the bytes.
+All three call the same function of (spec, chunk, target directory), so the bytes do not depend on
+which of them does.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ _CONNECT_SECONDS = 30
 @dataclass(frozen=True, slots=True)
 class ChunkWorkers:
     submit: Callable[[Chunk, Path], "Future[None]"]
-    """Commit a chunk to a directory, some time."""
+    """Commit a chunk to a directory; the future is done when the directory exists."""
     max_waiting: int
-    """How many chunks may be under way: they are held in memory."""
+    """How many chunks may be submitted and not done: they are held in memory."""
     worker_died: tuple[type[BaseException], ...]
-    """What a future raises when the process that worked on it is gone."""
+    """What a future raises if the process that worked on it died."""
 
 
 @contextlib.contextmanager
@@ -41,24 +41,19 @@ def chunk_workers(spec: ChunkSpec, *, workers: int, scheduler: str = "") -> Iter
     """Yield workers; `scheduler` is the address of a Dask scheduler, "" for `workers` local
     processes.
 
-    Raises PrerequisiteError where Dask is not installed or nothing answers at the address.
+    Raises PrerequisiteError if Dask is not installed or nothing answers at the address.
     """
-    if scheduler:
-        with _cluster(spec, scheduler) as found:
-            yield found
-    elif workers == 1:
-        yield ChunkWorkers(lambda chunk, target: _now(_work, 0, spec, chunk, target), 1, ())
-    else:
+    if not scheduler and workers == 1:
+        yield ChunkWorkers(lambda chunk, target: _run_now(_work, 0, spec, chunk, target), 1, ())
+        return
+    if not scheduler:
         with WorkerPool(workers, _prepare, 0, spec) as pool:
             yield ChunkWorkers(
                 lambda chunk, target: pool.submit(_work, 0, None, chunk, target),
                 2 * workers,
                 (BrokenExecutor,),
             )
-
-
-@contextlib.contextmanager
-def _cluster(spec: ChunkSpec, scheduler: str) -> Iterator[ChunkWorkers]:
+        return
     try:
         import distributed
     except ImportError as exc:
@@ -78,16 +73,19 @@ def _cluster(spec: ChunkSpec, scheduler: str) -> Iterator[ChunkWorkers]:
                 f"--scheduler {scheduler}: the cluster has no workers; start some"
             )
         executor: Executor = client.get_executor()
-        sent = client.scatter(spec, broadcast=True)  # once to each worker, not once for each chunk
-        key = sent.key
+        # a spec holds the whole tokenizer: sent once to each worker, not with each chunk
+        spec_on_workers = client.scatter(spec, broadcast=True)
+        key = spec_on_workers.key
         yield ChunkWorkers(
-            lambda chunk, target: executor.submit(_work, key, sent, chunk, target.resolve()),
+            lambda chunk, target: executor.submit(
+                _work, key, spec_on_workers, chunk, target.resolve()
+            ),
             2 * threads,
             (distributed.KilledWorker,),
         )
 
 
-def _now(function: Callable[..., None], *arguments: Any) -> "Future[None]":
+def _run_now(function: Callable[..., None], *arguments: Any) -> "Future[None]":
     function(*arguments)
     done: Future[None] = Future()
     done.set_result(None)
@@ -99,9 +97,8 @@ _builders: dict[object, tuple[ChunkSpec | None, ChunkBuilder | SftError]] = {}
 
 
 def _prepare(key: object, spec: ChunkSpec) -> None:
-    gc.set_threshold(
-        50_000, 20, 50
-    )  # rows make many objects and few cycles: 15-25 % of the time went into looking
+    # Rows make many objects and few cycles: 15-25 % of the time went into looking for cycles.
+    gc.set_threshold(50_000, 20, 50)
     try:
         _builders[key] = (spec, ChunkBuilder(spec))
     except SftError as exc:  # an initializer that raises breaks the pool without a reason
@@ -109,32 +106,25 @@ def _prepare(key: object, spec: ChunkSpec) -> None:
 
 
 def _work(key: object, spec: ChunkSpec | None, chunk: Chunk, target: Path) -> None:
-    known = _builders.get(key)
-    if spec is not None and (known is None or known[0] is not spec):
+    if spec is not None and (key not in _builders or _builders[key][0] is not spec):
         _builders.clear()  # a process works for one build at a time
         _prepare(key, spec)
     builder = _builders[key][1]
     if isinstance(builder, SftError):
         raise builder
-    _commit(builder, chunk, target)
-
-
-def _commit(builder: ChunkBuilder, chunk: Chunk, target: Path) -> None:
     result = builder.build(chunk)
     try:
-        with atomic.staged_dir(target, durable=False) as aside:
+        with atomic.staged_dir(target, durable=False) as staging:
             for name, column in result.columns.items():
-                with (aside / f"{name}.npy").open(
-                    "xb"
-                ) as file:  # np.save forgets why a write failed
+                # np.save would lose the reason of a failed write (a full disk)
+                with (staging / f"{name}.npy").open("xb") as file:
                     file.write(npy_header(column.dtype.str, column.shape))
                     file.write(column.data)
-            sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-            (aside / FACTS_NAME).write_bytes(
+            sizes = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
+            (staging / FACTS_NAME).write_bytes(
                 canonical_json({**result.facts, "column_bytes": sizes})
             )
     except (OSError, ArtifactError):
-        if (
-            not target.is_dir()
-        ):  # else another process committed the same chunk first: the same bytes
+        # if it is there, another process committed the same chunk first: the same bytes
+        if not target.is_dir():
             raise

@@ -1,9 +1,8 @@
-"""Worker processes that end with this one, however it ends; an interrupt is the parent's business
-alone.
+"""Worker processes that end with this one, however it ends. An interrupt is left to the parent.
 
 A pool of the standard library outlives a parent that is killed: its workers hold both ends of their
-queue and wait for ever, with a tokenizer each. Here every worker watches a pipe of which only the
-parent holds the other end.
+queue and wait for ever, each with a tokenizer in memory. Here every worker watches a pipe whose
+other end only the parent holds.
 """
 
 import contextlib
@@ -23,8 +22,8 @@ Result = TypeVar("Result")
 
 
 class WorkerPool:
-    """`workers` fresh interpreters, each prepared by `prepare(*arguments)`, started as work comes
-    in."""
+    """`workers` fresh interpreters that call `prepare(*arguments)` first; each starts when there is
+    work for it."""
 
     def __init__(self, workers: int, prepare: Callable[..., None], *arguments: Any) -> None:
         # a fork would inherit the threads and locks of the tokenizer libraries
@@ -48,18 +47,23 @@ class WorkerPool:
     ) -> None:
         if kind is not None and not issubclass(kind, Exception):
             self._leash.close()  # an interrupt does not wait for the work under way
-        if kind is not None:
-            _unblock(self._pool)
+        # With its workers dead, a write to the queue of tasks waits for ever, because we hold its
+        # reading end too. Python closes that end since 3.11.5; before, shutdown hangs (cpython
+        # issue 94777). A thread of the pool may close the descriptor at this moment, so it is not
+        # closed here but pointed at /dev/null.
+        queue = self._pool._call_queue  # type: ignore[attr-defined]
+        if kind is not None and sys.version_info < (3, 11, 5) and queue is not None:
+            with Path(os.devnull).open("rb") as nothing, contextlib.suppress(OSError):
+                os.dup2(nothing.fileno(), queue._reader.fileno())
         self._pool.shutdown(cancel_futures=True)
         self._leash.close()
         self._watched.close()
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> "Future[Result]":
-        """Call `function` in a worker. A worker that died shows as BrokenExecutor in the future,
-        never here."""
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, (signal.SIGINT,)
-        )  # inherited by a process that this starts
+        """Call `function` in a worker. If the worker dies, the future raises BrokenExecutor; this
+        never does."""
+        # A process that this starts inherits the mask: Ctrl-C does not reach it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
         try:
             return self._pool.submit(function, *arguments)
         except BrokenExecutor as exc:
@@ -68,23 +72,6 @@ class WorkerPool:
             return failed
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _unblock(pool: ProcessPoolExecutor) -> None:
-    """Let go of our end of the queue of tasks: with its workers dead, a write to it would wait for
-    us to read.
-
-    Python before 3.11.5 hangs at shutdown then (cpython issue 94777); later ones close it
-    themselves. A thread of the pool closes the descriptor at the same time, so it is not closed
-    here but pointed at nothing.
-    """
-    queue = pool._call_queue  # type: ignore[attr-defined]
-    if sys.version_info < (3, 11, 5) and queue is not None:
-        with (
-            Path(os.devnull).open("rb") as nothing,
-            contextlib.suppress(OSError),
-        ):  # it may be closed already
-            os.dup2(nothing.fileno(), queue._reader.fileno())
 
 
 def _start(watched: Connection, prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -5,15 +5,16 @@ content-addressed.
     STORE/KEY/inputs.json                                      what KEY is the hash of
     STORE/KEY/complete.json                                    written last, at the end
 
-KEY is a hash of all that decides the samples. Mixture ratio, max_seq_len, mask and length policy do
-not: changing them costs no tokenizer call. A killed build loses the chunks in flight and no more.
+KEY is a hash of everything that decides the samples. The mixture ratio, max_seq_len, the mask and
+the length policy do not: changing them costs no tokenizer call. A killed build loses the chunks in
+flight and nothing more.
 """
 
 import contextlib
 import json
 import os
 import shutil
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -57,13 +58,14 @@ class StoredChunk:
         dtype, tail = COLUMNS[name]
         try:
             array: npt.NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, EOFError) as exc:
             raise ArtifactError(
                 f"{file} is damaged ({exc}); remove {self.path} and build again"
             ) from exc
         if array.dtype != np.dtype(dtype) or array.shape[1:] != tail:
             raise ArtifactError(
-                f"{file} holds {array.dtype.str} {array.shape}; remove {self.path} and build again"
+                f"{file} holds {array.dtype.str} {array.shape}, expected {dtype}"
+                f" [N{''.join(f', {size}' for size in tail)}]; remove {self.path} and build again"
             )
         return array.view(np.ndarray)
 
@@ -88,10 +90,10 @@ class SampleStore:
 
 @dataclass(frozen=True, slots=True)
 class StoreRequest:
-    """Which samples are wanted, and how to read their source if they are not there."""
+    """Which samples are needed, and how to read their source if the store lacks them."""
 
     store: Path  # the directory of all stores
-    inputs: dict[str, Any]  # all that decides the samples
+    inputs: dict[str, Any]  # everything that decides the samples
     chunks: Callable[[], Iterator[Chunk]]
 
     @property
@@ -100,24 +102,23 @@ class StoreRequest:
 
 
 def store_path(store: Path, inputs: dict[str, Any]) -> Path:
-    """Return where samples made from `inputs` lie below `store`."""
+    """Return the directory below `store` of the samples that `inputs` decide."""
     return store / digest(inputs)[:32]
 
 
 def is_complete(path: Path) -> bool:
-    """Say whether the store at `path` holds its whole source."""
+    """Say whether the store at `path` contains its whole source."""
     return (path / _COMPLETE).is_file()
 
 
 def known_inputs(store: Path) -> dict[Path, dict[str, Any]]:
-    """Return what each of the stores below `store` was made from."""
-    found = {}
+    """Return the inputs of each of the stores below `store`."""
+    inputs = {}
     for file in sorted(store.glob(f"*/{_INPUTS}")):
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # one being written or removed is none to compare with
-            found[file.parent] = dict(json.loads(file.read_bytes()))
-    return found
+        # another build may be writing or removing this one: nothing to compare with
+        with contextlib.suppress(OSError, ValueError):
+            inputs[file.parent] = dict(json.loads(file.read_bytes()))
+    return inputs
 
 
 def ensure_stores(
@@ -125,59 +126,48 @@ def ensure_stores(
     workers: ChunkWorkers,
     on_chunk: Callable[[int, StoredChunk], None],
 ) -> list[SampleStore]:
-    """Return the store of every request, making what it lacks; the workers go on from one source to
-    the next.
+    """Return the store of every request and make what is missing; the workers need not wait between
+    two sources.
 
-    `on_chunk` is told (index of the request, chunk) for each chunk, in order. Raises whatever a
-    chunk or `on_chunk` raises; what was committed stays.
+    Calls `on_chunk(index of the request, chunk)` for each chunk, in order. Raises whatever a chunk
+    or `on_chunk` raises; committed chunks stay.
     """
     owner: dict[Path, int] = {}
     for index, request in enumerate(requests):
         owner.setdefault(request.path, index)  # the same rows under two names are tokenised once
-    made: dict[int, list[StoredChunk]] = {index: [] for index in owner.values()}
+    chunks: dict[int, list[StoredChunk]] = {index: [] for index in owner.values()}
+    queue: deque[tuple[_Task, Future[None] | None]] = deque()
     with contextlib.ExitStack() as locks:
         for path in owner:
             if not is_complete(path):  # a complete store is only read, by any number of builds
                 lock = path.parent / f"{path.name}.lock"
                 locks.enter_context(atomic.exclusive_lock(lock, "tokenising the same source"))
-        for index, chunk in _make_chunks(
-            [(index, requests[index]) for index in owner.values()], workers
-        ):
-            on_chunk(index, chunk)
-            made[index].append(chunk)
+        # Chunks finish in any order and are reported in theirs. The queue holds those that wait for
+        # an earlier one: done, running, or found in the store.
+        for task in _tasks([(index, requests[index]) for index in owner.values()]):
+            queue.append((task, workers.submit(task.chunk, task.target) if task.chunk else None))
+            while (
+                len(running := [f for _, f in queue if f is not None and not f.done()])
+                >= workers.max_waiting
+            ):
+                wait(running, return_when=FIRST_COMPLETED)
+            while queue and (queue[0][1] is None or queue[0][1].done()):
+                _finish(*queue.popleft(), chunks, workers, on_chunk)
+        while queue:
+            _finish(*queue.popleft(), chunks, workers, on_chunk)
     for index, request in enumerate(requests):
         if owner[request.path] != index:
-            for chunk in made[owner[request.path]]:
+            for chunk in chunks[owner[request.path]]:
                 on_chunk(index, chunk)
-    return [SampleStore(request.path, tuple(made[owner[request.path]])) for request in requests]
-
-
-def _make_chunks(
-    requests: list[tuple[int, StoreRequest]], workers: ChunkWorkers
-) -> Iterator[tuple[int, StoredChunk]]:
-    """Yield every chunk of every request in order, making the missing ones."""
-    queue: deque[tuple[_Task, Future[None] | None]] = deque()
-    made = Counter[int]()
-    for task in _tasks(requests):
-        queue.append((task, workers.submit(task.chunk, task.target) if task.chunk else None))
-        while (
-            len(running := [f for _, f in queue if f is not None and not f.done()])
-            >= workers.max_waiting
-        ):
-            wait(running, return_when=FIRST_COMPLETED)
-        while queue and (queue[0][1] is None or queue[0][1].done()):
-            yield from _finished(*queue.popleft(), made, workers)
-    while queue:
-        yield from _finished(*queue.popleft(), made, workers)
+    return [SampleStore(request.path, tuple(chunks[owner[request.path]])) for request in requests]
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A chunk to make, one that is there (`chunk` None), or the end of a source (`is_end`)."""
+    """A chunk to make, one that the store has (`chunk` is None), or the end of a source."""
 
     request: int
-    path: Path  # of the store
-    target: Path
+    target: Path  # directory of the chunk; of the store at the end of a source
     chunk: Chunk | None = None
     is_end: bool = False
 
@@ -189,7 +179,7 @@ def _tasks(requests: list[tuple[int, StoreRequest]]) -> Iterator[_Task]:
         complete = path / _COMPLETE
         if complete.is_file():
             for number in range(json.loads(complete.read_bytes())["chunks"]):
-                yield _Task(index, path, _chunk_dir(path, number))
+                yield _Task(index, _chunk_dir(path, number))
             continue
         atomic.remove_leftovers(path, r"chunk-\d+|inputs\.json|complete\.json")
         atomic.write_json(path / _INPUTS, request.inputs)
@@ -197,32 +187,37 @@ def _tasks(requests: list[tuple[int, StoreRequest]]) -> Iterator[_Task]:
             target = _chunk_dir(path, chunk.index)
             if target.is_dir() and not _is_whole(target):
                 shutil.rmtree(target)
-            yield _Task(index, path, target, None if target.is_dir() else chunk)
-        yield _Task(index, path, path, is_end=True)
+            yield _Task(index, target, None if target.is_dir() else chunk)
+        yield _Task(index, path, is_end=True)
 
 
-def _finished(
-    task: _Task, future: "Future[None] | None", made: Counter[int], workers: ChunkWorkers
-) -> Iterator[tuple[int, StoredChunk]]:
+def _finish(
+    task: _Task,
+    future: "Future[None] | None",
+    chunks: dict[int, list[StoredChunk]],
+    workers: ChunkWorkers,
+    on_chunk: Callable[[int, StoredChunk], None],
+) -> None:
     if task.is_end:
         os.sync()  # once a source, instead of flushing ten small files for each chunk
-        atomic.write_json(task.path / _COMPLETE, {"chunks": made[task.request]})
+        atomic.write_json(task.target / _COMPLETE, {"chunks": len(chunks[task.request])})
         return
-    if future is not None:
-        try:
+    try:
+        if future is not None:
             future.result()
-        except workers.worker_died as exc:
-            raise PrerequisiteError(
-                "a worker process died (killed, or out of memory); run the same command again to go"
-                " on, with fewer --workers if memory was short"
-            ) from exc
-    made[task.request] += 1
-    yield task.request, StoredChunk(task.target)
+    except workers.worker_died as exc:
+        raise PrerequisiteError(
+            "a worker process died (killed, or out of memory); run the same command again to"
+            " resume, with fewer --workers if memory was short"
+        ) from exc
+    chunk = StoredChunk(task.target)
+    on_chunk(task.request, chunk)
+    chunks[task.request].append(chunk)
 
 
 def _is_whole(target: Path) -> bool:
-    """Say whether a chunk of an unfinished store has all its bytes: a power cut may have come
-    before the disk."""
+    """Say whether a chunk of an unfinished store has all its bytes: chunks are not flushed one by
+    one, so a power cut may leave files that are empty or short."""
     try:
         sizes = json.loads((target / FACTS_NAME).read_bytes())["column_bytes"]
         return bool(sizes) and all(

@@ -1,4 +1,10 @@
-"""Samples end to end in columns, as the store holds them: kinds, messages and their bounds."""
+"""Samples as the store keeps them: columns, with kinds, messages and their bounds end to end.
+
+kind             U U U A A A A T|U U A A T      two samples, N = 13 tokens
+sample_offsets   0               8         13
+message_offsets  0     3         8   10         the first token of each message
+sample_messages  0               2         4
+"""
 
 from dataclasses import dataclass
 
@@ -25,8 +31,11 @@ class Samples:
 
 
 def message_ends(samples: Samples) -> Ints:
-    """Return the token behind each message, int64 [M]."""
-    ends = np.append(samples.message_offsets[1:], samples.sample_offsets[-1])
+    """Return where each message ends: the index of the token after it, int64 [M]."""
+    # A message ends where the next one starts; the last one of a sample ends with the sample, whose
+    # successor may have no message.
+    num_messages = len(samples.message_offsets)
+    ends = np.append(samples.message_offsets[1:], samples.sample_offsets[-1])[:num_messages]
     filled = np.diff(samples.sample_messages) > 0
     ends[samples.sample_messages[1:][filled] - 1] = samples.sample_offsets[1:][filled]
     return ends

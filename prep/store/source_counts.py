@@ -8,7 +8,7 @@ from prep.conversations.formats import PLAIN_MESSAGES, Conversion
 
 @dataclass
 class SourceCounts:
-    """Counts and lists of the rows that the store has read so far."""
+    """Counts and lists of the rows of one source in the chunks that are added so far."""
 
     conversion: Conversion = PLAIN_MESSAGES
     rows: int = 0
@@ -17,13 +17,11 @@ class SourceCounts:
     rows_cross_checked: int = 0
     rows_audited: int = 0
     messages_dropped: int = 0
-    messages_untrained: int = 0  # with `train: false` of their own
+    messages_untrained: int = 0  # marked `train: false`
     calls_not_json: int = 0  # tool calls whose arguments are text but no JSON object
     rejects: list[tuple[int, str, str]] = field(default_factory=list)  # row, reason, detail
     unrendered: list[tuple[int, str]] = field(default_factory=list)  # row, reason
-    groups: set[str] = field(
-        default_factory=set
-    )  # of a source that is split: the values of its column
+    groups: set[str] = field(default_factory=set)  # of a split source: the values of its column
 
     def add(self, facts: dict[str, Any]) -> None:
         """Add the facts of one chunk."""

@@ -1,8 +1,8 @@
-"""Packed sequences -> the column files of shards: copy tokens out of the sample stores in pack
+"""Packed sequences -> the column files of shards: tokens are copied from the sample stores in pack
 order.
 
-Packs are dealt to shards in order, a shard closing before it would exceed `shard_tokens`; a pack
-never crosses shards.
+Shards take packs in order; a shard is closed before it would exceed `shard_tokens`. A pack never
+spans two shards.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ _BLOCK_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
-class Assembled:
+class WrittenColumns:
     shards: list[ShardEntry]
     terminators: dict[int, int]  # id of an added token -> how often it ends a trained turn
     max_token_id: int
@@ -42,14 +42,15 @@ def assemble(
     source_of: Ints,  # [S]
     pack_offsets: Ints,  # [P+1] in sequences
     policy: MaskConfig,
-    is_added: npt.NDArray[np.bool_],  # [vocab_size] added tokens, which control tokens are among
+    is_added: npt.NDArray[np.bool_],  # [vocab_size] added tokens, control tokens included
     shard_tokens: int = SHARD_TOKENS,
     on_sequences: Callable[[int], None],
-) -> Assembled:
-    """Write all shards below `out`; `on_sequences` is told how many sequences were copied."""
-    source = _Columns(stores, policy)
-    lengths = sequences["length"].astype(np.int64)
-    ends = np.concatenate(([0], np.cumsum(lengths)))  # [S+1]
+) -> WrittenColumns:
+    """Write all shards below `out`; `on_sequences` is called with numbers of copied sequences."""
+    # the groups of a split source share one store: the first index of each store stands for it
+    first = {store.path: index for index, store in reversed(list(enumerate(stores)))}
+    store_of = np.asarray([first[store.path] for store in stores], np.int64)  # by source
+    ends = np.concatenate(([0], np.cumsum(sequences["length"], dtype=np.int64)))  # [S+1]
     shards: list[ShardEntry] = []
     counts = Counter[int]()
     max_token_id = 0
@@ -59,78 +60,65 @@ def assemble(
         begin = pack_offsets[first_pack]
         limit = ends[begin] + shard_tokens
         last_pack = int(np.searchsorted(ends[pack_offsets], limit, side="right")) - 1
-        last_pack = max(last_pack, first_pack + 1)
-        part = slice(begin, pack_offsets[last_pack])
-        columns = _gather(source, sequences[part], source_of[part], on_sequences)
+        last_pack = max(last_pack, first_pack + 1)  # a pack larger than a shard is one on its own
+        shard = slice(begin, pack_offsets[last_pack])
+        columns = _copy_sequences(
+            stores, store_of, sequences[shard], source_of[shard], policy, on_sequences
+        )
         columns["pack_offsets"] = pack_offsets[first_pack : last_pack + 1] - begin
-        per_sequence = sequences["loss_tokens"][part].astype(np.int64)
+        per_sequence = sequences["loss_tokens"][shard].astype(np.int64)
         columns["pack_loss_tokens"] = np.add.reduceat(
             per_sequence, columns["pack_offsets"][:-1]
         ).astype(np.int32)
-        np.add.at(loss_tokens, source_of[part], per_sequence)
+        np.add.at(loss_tokens, source_of[shard], per_sequence)
         shards.append(write_shard(out, len(shards), columns))
         max_token_id = max(max_token_id, int(columns["tokens"].max()))
         counts.update(count_terminators(columns, is_added))
         first_pack = last_pack
-    return Assembled(shards, counts, max_token_id, loss_tokens)
+    return WrittenColumns(shards, counts, max_token_id, loss_tokens)
 
 
-class _Columns:
-    """Maps the columns of one chunk at a time of need; masks are computed once per chunk."""
-
-    def __init__(self, stores: Sequence[SampleStore], policy: MaskConfig) -> None:
-        self._stores = stores
-        self._policy = policy
-        first = {store.path: index for index, store in reversed(list(enumerate(stores)))}
-        self.store_of = np.asarray(
-            [first[store.path] for store in stores], np.int64
-        )  # by source: parts share theirs
-
-    def of(self, store: int, chunk: int) -> tuple[npt.NDArray[Any], ...]:
-        """Return (tokens, kind, loss_mask, sample_offsets) of a chunk."""
-        stored = self._stores[store].chunks[chunk]
-        samples = stored.samples()
-        return (
-            stored.column("tokens"),
-            samples.kind,
-            loss_mask_of(samples, self._policy),
-            samples.sample_offsets,
-        )
-
-
-def _gather(
-    columns: _Columns,
-    sequences: npt.NDArray[np.void],
-    source_of: Ints,
+def _copy_sequences(
+    stores: Sequence[SampleStore],
+    store_of: Ints,  # by source
+    sequences: npt.NDArray[np.void],  # [S]
+    source_of: Ints,  # [S]
+    policy: MaskConfig,
     on_sequences: Callable[[int], None],
 ) -> dict[str, npt.NDArray[Any]]:
-    """Copy sequences into new columns, chunk by chunk: each chunk is mapped and masked once per
-    shard."""
+    """Copy the sequences of one shard into new columns, which are in pack order.
+
+    The copies are made chunk by chunk: each chunk is mapped and masked once per shard, though its
+    sequences lie anywhere in the shard.
+    """
     offsets = np.concatenate(([0], np.cumsum(sequences["length"], dtype=np.int64)))
     tokens = np.empty(offsets[-1], np.int32)
     kind = np.empty(offsets[-1], np.uint8)
     mask = np.empty(offsets[-1], np.uint8)
-    store_of = columns.store_of[source_of]
-    order = np.lexsort((sequences["sample"], sequences["chunk"], store_of))
-    key = store_of[order] * (1 << 32) + sequences["chunk"][order]
+    stored_in = store_of[source_of]
+    order = np.lexsort((sequences["sample"], sequences["chunk"], stored_in))
+    key = stored_in[order] * (1 << 32) + sequences["chunk"][order]
     bounds = np.flatnonzero(np.diff(key, prepend=-1, append=-1))
     for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         members = order[first:last]
-        from_tokens, from_kind, from_mask, from_offsets = columns.of(
-            int(store_of[members[0]]), int(sequences["chunk"][members[0]])
-        )
-        starts = from_offsets[sequences["sample"][members]] + sequences["first"][members]
+        chunk = stores[stored_in[members[0]]].chunks[sequences["chunk"][members[0]]]
+        samples = chunk.samples()
+        chunk_tokens, chunk_kind = chunk.column("tokens"), samples.kind
+        chunk_mask = loss_mask_of(samples, policy)
+        starts = samples.sample_offsets[sequences["sample"][members]] + sequences["first"][members]
         for start, length, at in zip(
             starts.tolist(),
             sequences["length"][members].tolist(),
             offsets[members].tolist(),
             strict=True,
         ):
-            tokens[at : at + length] = from_tokens[start : start + length]
-            kind[at : at + length] = from_kind[start : start + length]
-            mask[at : at + length] = from_mask[start : start + length]
+            tokens[at : at + length] = chunk_tokens[start : start + length]
+            kind[at : at + length] = chunk_kind[start : start + length]
+            mask[at : at + length] = chunk_mask[start : start + length]
         on_sequences(len(members))
-    mask[offsets[:-1]] = 0  # of a later fragment too: what comes before it is not in the sequence
+    # The first token of a sequence is never trained: nothing predicts it. This holds for the later
+    # fragments of a split row too, whose previous token is in another sequence.
+    mask[offsets[:-1]] = 0
     origin = np.zeros((len(sequences), 3), np.int64)
     origin[:, 0] = source_of
     origin[:, 1] = sequences["row"]
@@ -147,15 +135,14 @@ def _gather(
 def count_terminators(
     columns: Mapping[str, npt.NDArray[Any]], is_added: npt.NDArray[np.bool_]
 ) -> Counter[int]:
-    """Count the added tokens that trained turns end with; in blocks, for the sake of memory."""
+    """Count the added tokens that end trained turns; block by block, to save memory."""
     counts = Counter[int]()
     for start in range(0, len(columns["tokens"]), _BLOCK_TOKENS):
-        around = slice(
-            start, start + _BLOCK_TOKENS + 1
-        )  # one token more, to see whether a run goes on
-        kind, mask, tokens = (columns[name][around] for name in ("kind", "loss_mask", "tokens"))
+        # one token more, because only the last one of a run of terminators counts
+        block = slice(start, start + _BLOCK_TOKENS + 1)
+        kind, mask, tokens = (columns[name][block] for name in ("kind", "loss_mask", "tokens"))
         ends = np.append(((kind & KIND_MASK) == Kind.TERMINATOR) & (mask == 1), False)
         last = (ends[:-1] & ~ends[1:])[:_BLOCK_TOKENS]
-        found = tokens[:_BLOCK_TOKENS][last]
-        counts.update(found[is_added[found]].tolist())
+        terminators = tokens[:_BLOCK_TOKENS][last]
+        counts.update(terminators[is_added[terminators]].tolist())
     return counts

@@ -1,16 +1,15 @@
-"""The manifest of a set whose shards are written."""
+"""The manifest of a set: what was built from what, counts, and hashes of every file."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from prep.inputs import Inputs
 from prep.selection.source import SelectedSource
 from prep.tokenization.encoder import Encoder
 from prep.tokenization.tokenizer import CANARY_TEXT, LoadedTokenizer
-from prep.writing.columns import Assembled
+from prep.writing.columns import WrittenColumns
 from shared.shard_format import (
     FORMAT_VERSION,
     FileEntry,
@@ -29,14 +28,14 @@ def make_manifest(
     loaded: LoadedTokenizer,
     encoder: Encoder,
     tokenizer_files: dict[str, FileEntry],
-    assembled: Assembled,
+    written: WrittenColumns,
     sources: Sequence[SelectedSource],
     split_markers: dict[str, int],
 ) -> Manifest:
-    """Return the manifest of a set whose shards are written."""
+    """Return the manifest of a set whose other files are written."""
     mixture = inputs.mixture
     totals = {
-        key: sum(getattr(shard, key) for shard in assembled.shards)
+        key: sum(getattr(shard, key) for shard in written.shards)
         for key in ("packs", "sequences", "tokens", "loss_tokens")
     }
     return Manifest(
@@ -47,7 +46,7 @@ def make_manifest(
             tokenizer_files=tokenizer_files,
             template_sha256=inputs.template.sha256,
             source_names=[selected.source.name for selected in sources],
-            shards=assembled.shards,
+            shards=written.shards,
         ),
         inputs_digest=inputs.digest,
         inputs=inputs.tree,
@@ -62,7 +61,7 @@ def make_manifest(
             eos_token_id=loaded.special_ids.get("eos_token"),
             pad_token_id=loaded.special_ids.get("pad_token"),
             terminator_ids=tuple(
-                sorted(assembled.terminators, key=lambda i: (-assembled.terminators[i], i))
+                sorted(written.terminators, key=lambda i: (-written.terminators[i], i))
             ),
             canary_ids=tuple(encoder.ids_of(CANARY_TEXT)),
             new_ids=loaded.new_ids,
@@ -72,17 +71,17 @@ def make_manifest(
         ),
         kinds={kind.name.lower(): int(kind) for kind in Kind},
         max_seq_len=mixture.max_seq_len,
-        max_token_id=assembled.max_token_id,
+        max_token_id=written.max_token_id,
         sources=tuple(
             _source_entry(
                 selected,
                 int(loss_tokens),
                 is_split=mixture.lengths.over_length == "split",
             )
-            for selected, loss_tokens in zip(sources, assembled.loss_tokens, strict=True)
+            for selected, loss_tokens in zip(sources, written.loss_tokens, strict=True)
         ),
         totals=Totals(density=totals["tokens"] / (totals["packs"] * mixture.max_seq_len), **totals),
-        shards=tuple(assembled.shards),
+        shards=tuple(written.shards),
     )
 
 
@@ -94,6 +93,9 @@ def _source_entry(selected: SelectedSource, loss_tokens: int, *, is_split: bool)
     _, first = np.unique(used["row"], return_index=True)  # a repeated row counts once
     rows = used[first]
     cut_short = rows["length"] < rows["full_length"]
+    # of each row the sequence that holds its end, or else the last one that is left of it
+    ordered = used[np.lexsort((used["first"], used["row"]))]
+    is_last = np.append(np.diff(ordered["row"]) > 0, True)[: len(ordered)]
     return SourceEntry(
         name=source.name,
         hub_id=source.hub_id,
@@ -105,7 +107,7 @@ def _source_entry(selected: SelectedSource, loss_tokens: int, *, is_split: bool)
         rows_unrendered=_counts(reason for _, reason in counts.unrendered),
         rows_dropped=dict(sorted(selection.dropped.items())),
         rows_truncated=0 if is_split else int(cut_short.sum()),
-        rows_without_terminator=int((~_last_of_each_row(used)["terminated"]).sum()),
+        rows_without_terminator=int((~ordered["terminated"][is_last]).sum()),
         tokens=int(used["length"].sum(dtype=np.int64)),
         loss_tokens=loss_tokens,
         details={
@@ -130,15 +132,6 @@ def _source_entry(selected: SelectedSource, loss_tokens: int, *, is_split: bool)
             "calls_not_json": counts.calls_not_json,
         },
     )
-
-
-def _last_of_each_row(sequences: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-    """Return of each row the sequence that holds its end, or the latest there is."""
-    ordered = sequences[np.lexsort((sequences["first"], sequences["row"]))]
-    last: npt.NDArray[np.void] = ordered[
-        np.append(np.diff(ordered["row"]) > 0, True)[: len(ordered)]
-    ]
-    return last
 
 
 def _counts(reasons: Iterable[str]) -> dict[str, int]:

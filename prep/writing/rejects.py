@@ -1,4 +1,4 @@
-"""The list of every row that was left out of a set or cut: rejects.jsonl.zst."""
+"""rejects.jsonl.zst: every row that a set left out or cut short, with the reason."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from shared.shard_format import REJECTS_NAME
 
 
 def write_rejects(out: Path, sources: Sequence[SelectedSource]) -> None:
-    """Write one JSON object a line, by source and row, zstd-compressed."""
+    """Write one JSON object per line, by source and row, compressed with zstd."""
     import zstandard
 
     lines = []

@@ -1,4 +1,6 @@
-"""What a set takes of its sources -> its files but the manifest: packs, columns, tokenizer."""
+"""What a set takes of its sources -> packs, columns and tokenizer: all files except the manifest,
+which the caller writes last.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,17 +31,16 @@ class PackedSequences:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The tokenizer of a build, its encoder, and how the two go with the template."""
+    """The tokenizer of a build, its encoder, and how well it fits the template."""
 
     tokenizer: LoadedTokenizer
     encoder: Encoder
+    # markers of the template that are not one token -> how many (prep/rendering/control/markers.py)
     split_markers: dict[str, int]
-    """Markers of the template that are several tokens -> how many; see
-    prep/rendering/control/markers.py."""
 
 
 def pack_sequences(sources: Sequence[SelectedSource], max_seq_len: int) -> PackedSequences:
-    """Return the sequences of all sources in packs."""
+    """Put the sequences of all sources into packs."""
     sequences = np.concatenate([source.selection.sequences for source in sources])
     counts = [len(source.selection.sequences) for source in sources]
     source_of = np.repeat(np.arange(len(sources)), counts)
@@ -56,10 +57,9 @@ def write_set(
     sources: Sequence[SelectedSource],
     packed: PackedSequences,
 ) -> Manifest:
-    """Write columns and tokenizer into the directory `out`; return the manifest, which the caller
-    writes last."""
+    """Write columns and tokenizer into the directory `out` and return the manifest."""
     with progress(f"writing {inputs.mixture.name}", len(packed.sequences), "sequences") as advance:
-        assembled = assemble(
+        written = assemble(
             out,
             stores=[selected.source.samples for selected in sources],
             sequences=packed.sequences,
@@ -80,7 +80,7 @@ def write_set(
         vocabulary.tokenizer,
         vocabulary.encoder,
         files,
-        assembled,
+        written,
         sources,
         vocabulary.split_markers,
     )

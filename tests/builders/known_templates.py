@@ -39,7 +39,8 @@ LLAMA = Family(
 MISTRAL = Family(
     "<s>",
     "</s>",
-    ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+    ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+     "[TOOL_RESULTS]",
      "[/TOOL_RESULTS]"),
 )  # fmt: skip
 GEMMA = Family("<bos>", "<eos>", ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"))
@@ -76,22 +77,26 @@ THOUGHT = [
 ]
 
 R1 = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
-    "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
-    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> "
-    "reasoning process here </think> <answer> answer here </answer>.\n\n"
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
+    "it. The assistant first thinks about the reasoning process in the mind and then provides the "
+    "user with the answer. The reasoning process and answer are enclosed within <think> </think> "
+    "and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+    "<answer> answer here </answer>.\n\n"
 )
 OLMO = (
-    "You are OLMo, a helpful function-calling AI assistant built by Ai2. Your date cutoff is November 2024, and your "
-    "model weights are available at https://huggingface.co/allenai. You do not currently have access to any functions. "
-    "<functions></functions>"
+    "You are OLMo, a helpful function-calling AI assistant built by Ai2. Your date cutoff is "
+    "November 2024, and your model weights are available at https://huggingface.co/allenai. You do "
+    "not currently have access to any functions. <functions></functions>"
 )
 OLMO_7B = (
-    "You are Olmo, a helpful AI assistant built by Ai2. Your date cutoff is December 2024, and your model weights are "
-    "available at https://huggingface.co/allenai."
+    "You are Olmo, a helpful AI assistant built by Ai2. Your date cutoff is December 2024, and "
+    "your model weights are available at https://huggingface.co/allenai."
 )
 QWEN_SELF = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-LLAMA_DAY = "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+LLAMA_DAY = (
+    "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+    "Today Date: 26 Jul 2024\n\n"
+)
 OLMO_DEFAULTS = {
     "olmo": OLMO,
     "olmo_old": OLMO,
@@ -123,51 +128,71 @@ CHATS: list[Case] = [
      "<|user|>\nWhy?\n<|assistant|>\n⟦So.<|endoftext|>⟧"),
     ("tulu_thinker", RUNS, "<|assistant|>\n⟦a<|endoftext|>⟧\n<|user|>\nb\n<|user|>\nc\n"
      "<|assistant|>\n⟦d<|endoftext|>⟧\n<|assistant|>\n⟦e<|endoftext|>⟧\n<|user|>\nf\n"),
-    ("tulu_thinker", THOUGHT, "<|user|>\nQ\n<|assistant|>\n⟦<think>\nhm\n</think>\n\nA<|endoftext|>⟧\n"
+    ("tulu_thinker", THOUGHT,
+     "<|user|>\nQ\n<|assistant|>\n⟦<think>\nhm\n</think>\n\nA<|endoftext|>⟧\n"
      "<|user|>\nR\n<|assistant|>\n⟦<think>\nmm\n</think>\n\nB<|endoftext|>⟧"),
-    ("tulu_thinker_r1_style", TALK, R1 + "<|system|>\nS\n<|user|>\n Hi \n<|assistant|>\n⟦ Yo\n<|endoftext|>⟧\n"
+    ("tulu_thinker_r1_style", TALK,
+     R1 + "<|system|>\nS\n<|user|>\n Hi \n<|assistant|>\n⟦ Yo\n<|endoftext|>⟧\n"
      "<|user|>\nWhy?\n<|assistant|>\n⟦So.<|endoftext|>⟧"),
     ("simple_concat_with_space", TALK, "S  Hi  ⟦ Yo\n⟧ Why? ⟦So.<|endoftext|>⟧"),
     ("simple_concat_with_space", RUNS, "⟦a⟧ b c ⟦d⟧ ⟦e⟧ f<|endoftext|>"),
     ("simple_concat_with_new_line", TALK, "S\n Hi \n⟦ Yo\n⟧\nWhy?\n⟦So.<|endoftext|>⟧"),
     ("simple_concat_with_new_line", RUNS, "⟦a⟧\nb\nc\n⟦d⟧\n⟦e⟧\nf<|endoftext|>"),
-    ("llama3", TALK, "<|begin_of_text|>" + header("system") + "S<|eot_id|>" + header("user") + "Hi<|eot_id|>"
-     + header("assistant") + "⟦Yo<|eot_id|>⟧" + header("user") + "Why?<|eot_id|>" + header("assistant")
+    ("llama3", TALK, "<|begin_of_text|>" + header("system") + "S<|eot_id|>" + header("user")
+     + "Hi<|eot_id|>"
+     + header("assistant") + "⟦Yo<|eot_id|>⟧" + header("user") + "Why?<|eot_id|>"
+     + header("assistant")
      + "⟦So.<|eot_id|>⟧"),
-    ("llama3", RUNS[:4], "<|begin_of_text|>" + header("assistant") + "⟦a<|eot_id|>⟧" + header("user") + "b<|eot_id|>"
+    ("llama3", RUNS[:4], "<|begin_of_text|>" + header("assistant") + "⟦a<|eot_id|>⟧"
+     + header("user") + "b<|eot_id|>"
      + header("user") + "c<|eot_id|>" + header("assistant") + "⟦d<|eot_id|>⟧"),
-    ("llama3.1", TALK, "<|begin_of_text|>" + LLAMA_DAY + "S<|eot_id|>" + header("user") + "Hi<|eot_id|>"
-     + header("assistant") + "⟦Yo<|eot_id|>⟧" + header("user") + "Why?<|eot_id|>" + header("assistant")
+    ("llama3.1", TALK, "<|begin_of_text|>" + LLAMA_DAY + "S<|eot_id|>" + header("user")
+     + "Hi<|eot_id|>"
+     + header("assistant") + "⟦Yo<|eot_id|>⟧" + header("user") + "Why?<|eot_id|>"
+     + header("assistant")
      + "⟦So.<|eot_id|>⟧"),
-    ("llama3.1", RUNS[3:], "<|begin_of_text|>" + LLAMA_DAY + "<|eot_id|>" + header("assistant") + "⟦d<|eot_id|>⟧"
+    ("llama3.1", RUNS[3:], "<|begin_of_text|>" + LLAMA_DAY + "<|eot_id|>" + header("assistant")
+     + "⟦d<|eot_id|>⟧"
      + header("assistant") + "⟦e<|eot_id|>⟧" + header("user") + "f<|eot_id|>"),
     ("mistral", PLAIN, "<s>[INST]  Hi [/INST] ⟦Yo</s>⟧[INST] Why?[/INST] ⟦So.</s>⟧"),
     ("mistral", TALK, "<s>[INST]  Hi [/INST] ⟦Yo</s>⟧[INST] S\n\nWhy?[/INST] ⟦So.</s>⟧"),
-    ("gemma", PLAIN, "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n⟦Yo<end_of_turn>⟧\n"
+    ("gemma", PLAIN,
+     "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n⟦Yo<end_of_turn>⟧\n"
      "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n⟦So.<end_of_turn>⟧\n"),
-    ("gemma", TALK, "<bos><start_of_turn>user\nS\n\nHi<end_of_turn>\n<start_of_turn>model\n⟦Yo<end_of_turn>⟧\n"
+    ("gemma", TALK,
+     "<bos><start_of_turn>user\nS\n\nHi<end_of_turn>\n<start_of_turn>model\n⟦Yo<end_of_turn>⟧\n"
      "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n⟦So.<end_of_turn>⟧\n"),
-    ("qwen2.5", TALK, im("system", "S") + im("user", " Hi ") + "<|im_start|>assistant\n⟦ Yo\n<|im_end|>⟧\n"
+    ("qwen2.5", TALK, im("system", "S") + im("user", " Hi ")
+     + "<|im_start|>assistant\n⟦ Yo\n<|im_end|>⟧\n"
      + im("user", "Why?") + "<|im_start|>assistant\n⟦So.<|im_end|>⟧\n"),
-    ("qwen2.5", RUNS, im("system", QWEN_SELF) + "<|im_start|>assistant\n⟦a<|im_end|>⟧\n" + im("user", "b")
-     + im("user", "c") + "<|im_start|>assistant\n⟦d<|im_end|>⟧\n<|im_start|>assistant\n⟦e<|im_end|>⟧\n"
+    ("qwen2.5", RUNS, im("system", QWEN_SELF) + "<|im_start|>assistant\n⟦a<|im_end|>⟧\n"
+     + im("user", "b")
+     + im("user", "c")
+     + "<|im_start|>assistant\n⟦d<|im_end|>⟧\n<|im_start|>assistant\n⟦e<|im_end|>⟧\n"
      + im("user", "f")),
-    ("qwen3", TALK, im("system", "S") + im("user", " Hi ") + "<|im_start|>assistant\n⟦ Yo\n<|im_end|>⟧\n"
+    ("qwen3", TALK, im("system", "S") + im("user", " Hi ")
+     + "<|im_start|>assistant\n⟦ Yo\n<|im_end|>⟧\n"
      + im("user", "Why?") + "<|im_start|>assistant\n⟦<think>\n\n</think>\n\nSo.<|im_end|>⟧\n"),
     ("qwen3", RUNS, "<|im_start|>assistant\n⟦a<|im_end|>⟧\n" + im("user", "b") + im("user", "c")
-     + "<|im_start|>assistant\n⟦d<|im_end|>⟧\n<|im_start|>assistant\n⟦e<|im_end|>⟧\n" + im("user", "f")),
+     + "<|im_start|>assistant\n⟦d<|im_end|>⟧\n<|im_start|>assistant\n⟦e<|im_end|>⟧\n"
+     + im("user", "f")),
     ("qwen3", THOUGHT, im("user", "Q") + "<|im_start|>assistant\n⟦A<|im_end|>⟧\n" + im("user", "R")
      + "<|im_start|>assistant\n⟦<think>\nmm\n</think>\n\nB<|im_end|>⟧\n"),
-    ("olmo_thinker_remove_intermediate_thinking", THOUGHT, im("system", "You are a helpful AI assistant.")
+    ("olmo_thinker_remove_intermediate_thinking", THOUGHT,
+     im("system", "You are a helpful AI assistant.")
      + im("user", "Q") + "<|im_start|>assistant\n⟦A<|im_end|>⟧\n" + im("user", "R")
      + "<|im_start|>assistant\n⟦<think>\nmm\n</think>\n\nB<|endoftext|>⟧"),
 ]  # fmt: skip
 for _name, _default in OLMO_DEFAULTS.items():
     CHATS += [
-        (_name, RUNS, im("system", _default) + "<|im_start|>assistant\n⟦a<|im_end|>⟧\n" + im("user", "b")
-         + im("user", "c") + "<|im_start|>assistant\n⟦d<|im_end|>⟧\n<|im_start|>assistant\n⟦e<|im_end|>⟧\n"
+        (_name, RUNS, im("system", _default) + "<|im_start|>assistant\n⟦a<|im_end|>⟧\n"
+         + im("user", "b")
+         + im("user", "c")
+         + "<|im_start|>assistant\n⟦d<|im_end|>⟧\n<|im_start|>assistant\n⟦e<|im_end|>⟧\n"
          + im("user", "f")),
-        (_name, TALK, im("system", "S You do not currently have access to any functions. <functions></functions>")
+        (_name, TALK,
+         im("system", "S You do not currently have access to any functions."
+            " <functions></functions>")
          + im("user", " Hi ") + "<|im_start|>assistant\n⟦ Yo\n<|im_end|>⟧\n" + im("user", "Why?")
          + "<|im_start|>assistant\n⟦So.<|endoftext|>⟧"),
     ]  # fmt: skip
@@ -194,7 +219,10 @@ TOOL = {
     "type": "function",
     "function": {"name": "f", "description": "d", "parameters": {"type": "object"}},
 }
-TOOL_JSON = '{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}'
+TOOL_JSON = (
+    '{"type": "function", "function": {"name": "f", "description": "d", "parameters": '
+    '{"type": "object"}}}'
+)
 TOOL_INDENTED = """{
     "type": "function",
     "function": {
@@ -206,16 +234,19 @@ TOOL_INDENTED = """{
     }
 }"""
 QWEN_TOOLS = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function "
-    "signatures within <tools></tools> XML tags:\n<tools>\n"
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
     + TOOL_JSON
     + "\n</tools>\n\nFor each function call, "
-    "return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+    "return a json object with function name and arguments within <tool_call></tool_call> XML "
+    "tags:\n<tool_call>\n"
     '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
 )
 LLAMA_TOOLS = (
-    "Given the following functions, please respond with a JSON for a function call with its proper arguments that best "
-    'answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": dictionary of argument '
+    "Given the following functions, please respond with a JSON for a function call with its proper "
+    "arguments that best "
+    'answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": '
+    "dictionary of argument "
     "name and its value}.Do not use variables.\n\n" + TOOL_INDENTED + "\n\n"
 )
 
@@ -267,24 +298,31 @@ CALLS = (
 )
 RESULTS = "\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>"
 _LLAMA_TALK = (
-    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\nCutting Knowledge Date: "
-    "December 2023\nToday Date: 26 Jul 2024\n\nS<|eot_id|>" + header("user") + LLAMA_TOOLS + "Q<|eot_id|>"
-    + header("assistant") + '⟦{"name": "f", "parameters": {"a": "é"}}<|eot_id|>⟧' + header("ipython")
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n"
+    "Cutting Knowledge Date: "
+    "December 2023\nToday Date: 26 Jul 2024\n\nS<|eot_id|>" + header("user") + LLAMA_TOOLS
+    + "Q<|eot_id|>"
+    + header("assistant") + '⟦{"name": "f", "parameters": {"a": "é"}}<|eot_id|>⟧'
+    + header("ipython")
     + '"x\\""<|eot_id|>' + header("assistant") + "⟦A<|eot_id|>⟧"
 )  # fmt: skip
 
 TOOL_CHATS: list[tuple[str, Row, str]] = [
-    ("qwen3", {"messages": TWO_CALLS, "tools": [TOOL]}, im("system", "S\n\n" + QWEN_TOOLS) + im("user", "Q")
+    ("qwen3", {"messages": TWO_CALLS, "tools": [TOOL]}, im("system", "S\n\n" + QWEN_TOOLS)
+     + im("user", "Q")
      + f"<|im_start|>assistant\n⟦{CALLS}⟧\n<|im_start|>user{RESULTS}<|im_end|>\n"
      "<|im_start|>assistant\n⟦<think>\n\n</think>\n\nA<|im_end|>⟧\n"),
-    ("qwen3", {"messages": REASONED}, im("user", "Q") + "<|im_start|>assistant\n⟦<think>\nhm\n</think>\n\nso\n"
+    ("qwen3", {"messages": REASONED}, im("user", "Q")
+     + "<|im_start|>assistant\n⟦<think>\nhm\n</think>\n\nso\n"
      '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>⟧\n'
      "<|im_start|>user\n<tool_response>\n1\n</tool_response><|im_end|>\n"
      "<|im_start|>assistant\n⟦<think>\naha\n</think>\n\nA<|im_end|>⟧\n"),
-    ("qwen2.5", {"messages": TWO_CALLS, "tools": [TOOL]}, im("system", "S\n\n" + QWEN_TOOLS) + im("user", "Q")
+    ("qwen2.5", {"messages": TWO_CALLS, "tools": [TOOL]}, im("system", "S\n\n" + QWEN_TOOLS)
+     + im("user", "Q")
      + f"<|im_start|>assistant\n⟦{CALLS}⟧\n<|im_start|>user{RESULTS}<|im_end|>\n"
      "<|im_start|>assistant\n⟦A<|im_end|>⟧\n"),
-    ("qwen2.5", {"messages": TWO_CALLS[1:3], "tools": [TOOL]}, im("system", f"{QWEN_SELF}\n\n{QWEN_TOOLS}")
+    ("qwen2.5", {"messages": TWO_CALLS[1:3], "tools": [TOOL]},
+     im("system", f"{QWEN_SELF}\n\n{QWEN_TOOLS}")
      + im("user", "Q") + f"<|im_start|>assistant\n⟦{CALLS}⟧\n"),
     ("mistral", {"messages": TWO_CALLS, "tools": [TOOL, TOOL]},
      f"<s>[AVAILABLE_TOOLS] [{TOOL_JSON}, {TOOL_JSON}][/AVAILABLE_TOOLS][INST] S\n\nQ[/INST]"

@@ -28,6 +28,7 @@ def builder(
 
 def chunk_of(lines: list[bytes], name: Any = "messages") -> Chunk:
     return Chunk(
-        source=0, index=0, first_row=0, num_rows=len(lines), file="rows", first_line=1, kind="lines",
+        source=0, index=0, first_row=0, num_rows=len(lines), file="rows", first_line=1,
+        kind="lines",
         payload=b"\n".join(lines), conversion=Conversion(name),
     )  # fmt: skip

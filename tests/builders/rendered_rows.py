@@ -13,6 +13,7 @@ from shared.errors import TemplateError
 from shared.shard_format import ASSISTANT_KINDS
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+LOOP = "{% for m in messages %}"
 SPECIALS = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 
 ODD_CONTENTS = {
@@ -76,9 +77,3 @@ def trained_characters(rendered: Rendered) -> str:
 def custom(text: str, control: tuple[str, ...] = ("<end>",)) -> tuple[ChatTemplate, SpanRules]:
     template = ChatTemplate(TemplateText("custom", text), {"eos_token": "<end>"})
     return template, learn_rules(template, control)
-
-
-LOOP = "{% for m in messages %}"
-
-
-LOOP = "{% for m in messages %}"

@@ -1,9 +1,10 @@
-"""The environment in which a template runs on probes: nothing may look at a probe's characters
-without its knowledge.
+"""The environment in which a template runs on recorded strings: nothing may look at their
+characters unnoticed.
 
-A probe sees its own methods and operators. What Python does in C with a string that is an argument
-goes past it (`x in 'abc'`, `'abc'.find(x)`, `'%s' % (x,)`, JSON, regular expressions in filters):
-such a use ends the following.
+A recorded string notices calls of its own methods and operators. If it is an argument of something
+that runs in C (`x in 'abc'`, `'abc'.find(x)`, `'%s' % (x,)`, JSON, filters with regular
+expressions), it notices nothing. Every such use sets `record.followed` to false here: the template
+is then not compiled.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,7 +22,9 @@ from prep.rendering.compiled.recorded_str import RecordedStr, plain
 from prep.rendering.template import TracingCodeGenerator, TracingEnvironment
 from prep.rendering.traced_str import Traced, join
 
-# filters that pass contents on, or look at them through questions that a probe writes down
+# Filters that pass contents on, or ask only what a recorded string writes down. All others give up,
+# also those of later Jinja releases: a list of what is harmless fails safe, a list of what is not
+# would not.
 _FOLLOWED_FILTERS = frozenset(
     ("trim", "string", "default", "d", "list", "selectattr", "rejectattr", "map", "first", "last",
      "length", "count", "join", "reverse", "items")
@@ -29,7 +32,8 @@ _FOLLOWED_FILTERS = frozenset(
 
 
 class _RecordingCodeGenerator(TracingCodeGenerator):
-    """Compiles `a in b` to the environment's own membership test, which keeps the record."""
+    """Compiles `a in b` to the environment's membership test, which keeps the record: with a plain
+    `b`, Python's operator would look into `a` in C."""
 
     def visit_Compare(self, node: jinja2.nodes.Compare, frame: Frame) -> None:
         left = node.expr
@@ -53,13 +57,14 @@ class _RecordingCodeGenerator(TracingCodeGenerator):
 
 
 class RecordingEnvironment(TracingEnvironment):
-    """Joins probes into a probe that is nobody's content: asking it anything ends the following."""
+    """Joins recorded strings into one that is the content of no message: a question to it cannot be
+    repeated on other contents, so it ends the recording."""
 
     code_generator_class = _RecordingCodeGenerator
     intercepted_binops = frozenset("%")
 
     @staticmethod
-    def joined(separator: str, parts: Iterable[Any]) -> str:
+    def join_marked(separator: str, parts: Iterable[Any]) -> str:
         parts = list(parts)
         text = join(plain(separator), map(plain, parts))
         record = next(
@@ -120,7 +125,7 @@ def _losing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _lose(values: Any) -> None:
-    """End the following where a probe is among the values, at any depth."""
+    """Give up the recording if a recorded string is among the values, at any depth."""
     if isinstance(values, RecordedStr):
         values.record.followed = False
     elif isinstance(values, dict):

@@ -1,10 +1,10 @@
-"""A traced string that also writes down what a template asks of it, so that the answers can be
-checked on other text.
+"""A traced string that also records what a template asks of it, so that the same questions can be
+asked of other text.
 
-`'</think>' in content`, `content.startswith(...)`, `content.strip()` and truth are questions with
-an answer that a guard can repeat on any text. Anything else that looks at the characters makes the
-rendering depend on the text in a way that is not followed: `Record.followed` turns false, and such
-a template is simply rendered each time.
+`'</think>' in content`, `content.startswith(...)`, `content.strip()` and truth are questions that a
+guard can repeat on any text. Anything else that looks at the characters makes the rendering depend
+on the text in a way that cannot be repeated: `Record.followed` turns false, and the template is
+rendered by Jinja for each row.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,9 +18,7 @@ class Guard(NamedTuple):
     """A question asked of a message's content, and the answer that the rendering was made with."""
 
     message: int
-    question: (
-        str  # "contains", "startswith", "endswith", "strip", "lstrip", "rstrip", "equals", "filled"
-    )
+    question: str  # a key of QUESTIONS
     argument: Any
     answer: bool
 
@@ -55,7 +53,7 @@ class RecordedStr(Traced):
     def of(
         cls, text: str, marks: tuple[Mark, ...], record: Record, message: int = -1
     ) -> "RecordedStr":
-        """Return `text` as a probe that reports to `record`."""
+        """Return `text` as a string that reports to `record`."""
         self = cls(text, marks)
         self.record = record
         self.message = message
@@ -63,8 +61,9 @@ class RecordedStr(Traced):
 
     def _ask(self, question: str, argument: Any = None) -> bool:
         answer = QUESTIONS[question](str.__getitem__(self, slice(None)), argument)
-        plain_argument = argument is None or type(argument) is str or _is_plain_tuple(argument)
-        if self.message < 0 or not plain_argument:
+        parts = argument if type(argument) is tuple else (argument,)
+        # an argument that is recorded itself changes with the conversation: no guard can hold it
+        if self.message < 0 or any(part is not None and type(part) is not str for part in parts):
             self.record.followed = False
         else:
             self.record.guards.add(Guard(self.message, question, argument, answer))
@@ -77,9 +76,8 @@ class RecordedStr(Traced):
         return self._derived(plain(other) + plain(self))
 
     def __len__(self) -> int:
-        self._ask(
-            "filled"
-        )  # Jinja takes the length of a string for its truth; its `length` filter is overridden
+        # Python takes the length for the truth of a string; the `length` filter does not come here
+        self._ask("filled")
         return str.__len__(self)
 
     def __contains__(self, part: Any) -> bool:
@@ -136,12 +134,8 @@ class RecordedStr(Traced):
         return RecordedStr.of(text, text.marks, self.record) if isinstance(text, Traced) else text
 
 
-def _is_plain_tuple(argument: Any) -> bool:
-    return type(argument) is tuple and all(type(part) is str for part in argument)
-
-
 def plain(text: str) -> str:
-    """Return the same text and marks without the questions."""
+    """Return the same text and marks, not recorded."""
     return (
         Traced(str.__getitem__(text, slice(None)), text.marks)
         if isinstance(text, RecordedStr)
@@ -149,6 +143,8 @@ def plain(text: str) -> str:
     )
 
 
+# Every method of str that is not overridden above ends the recording, also those of later Python
+# releases, except for the few that tell nothing about the characters.
 def _unfollowed(name: str) -> Callable[..., Any]:
     original = getattr(str, name)
 

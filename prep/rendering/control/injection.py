@@ -1,15 +1,14 @@
-"""The control tokens of a row are those of the same conversation with inert contents; anything else
-leaves the row out.
+"""Nobody can inject a control token: the control tokens of a row are those of the same conversation
+with inert contents, or the row is left out.
 
-What is text of a message is known from its marks, and the tokenizer makes no control token of it.
-But a template may print text in a way that loses the marks (`|indent`, `'%s' % name`, `|lower`), a
-second time beside the first: a typed `<|im_end|>` would then look like the template's own. So such
-a conversation is rendered again with the letters of its markup made harmless, and must print the
-same control tokens, one by one.
+Marks tell which text is a message's, and the tokenizer makes no control token of that. But a
+template may print a text once more in a way that loses the marks (`|indent`, `'%s' % name`,
+`|lower`): a typed `<|im_end|>` would then look like the template's own. So the conversation is
+rendered again with its markup crossed out, and must print the same control tokens, one by one.
 
-A conversation need not be rendered again where its strings lack a character without which no
-control token is written, and the template's own words hold that character nowhere but in whole
-control tokens.
+The second rendering is skipped if it cannot matter: every control token contains one of a few
+characters, the strings of the conversation contain none of them, and neither do the template's own
+words outside whole control tokens.
 """
 
 import re
@@ -28,8 +27,8 @@ _REASONING_TAG = re.compile(r"</?think>")  # templates look for it; it is no con
 
 
 class ControlCheck:
-    """Compares control tokens of a rendering with those of inert contents, for one template and
-    tokenizer."""
+    """Compares the control tokens of a rendering with those of inert contents, for one template
+    and tokenizer."""
 
     def __init__(
         self, template: ChatTemplate, rules: SpanRules, control_tokens: tuple[str, ...]
@@ -40,15 +39,15 @@ class ControlCheck:
         markup = {
             char for token in tokens for char in token if not char.isalnum() and not char.isspace()
         }
-        # what is left of the template's words without control tokens, and without whole tags that
-        # begin none
-        words = self._control.sub("", "\n".join(template.own_strings()))
+        # The template's own words without control tokens, and without whole tags (<tool_call>) that
+        # are part of none: what is left could complete a typed half of a control token.
+        words = self._control.sub("", "\n".join(template.literals()))
         words = _TAG.sub(
             lambda tag: tag[0] if any(tag[0] in token for token in tokens) else "", words
         )
         needed = _covering(tokens, markup - set(words))
-        # None: the template may put a control token together around a string of the row, so every
-        # row is rendered again
+        # None: the template may build a control token around a string of the row, so every row is
+        # rendered again
         self._needed = (
             None if needed is None else re.compile(f"[{re.escape(''.join(sorted(needed)))}]")
         )
@@ -58,13 +57,19 @@ class ControlCheck:
         self._harmful = re.compile("|".join(harmful) or r"(?!)", re.IGNORECASE)
 
     def check(self, conversation: Conversation, rendered: Rendered) -> Rendered:
-        """Return `rendered` with its control tokens. Raises TemplateError where inert contents
-        would give others."""
-        texts = [(span.start, span.end) for span in rendered.spans if span.is_text]
-        printed = tuple(
-            found[0] for found in self._control.finditer(_blanked(rendered.text, texts))
-        )
-        if self._may_type_control(conversation):
+        """Return `rendered` with its control tokens. Raises TemplateError if inert contents would
+        give others."""
+        # The texts of the conversation become blanks, which keeps a token from forming across one.
+        pieces, cursor = [], 0
+        for span in rendered.spans:
+            if span.is_text:
+                pieces += [rendered.text[cursor : span.start], " " * (span.end - span.start)]
+                cursor = span.end
+        printed = tuple(self._control.findall("".join([*pieces, rendered.text[cursor:]])))
+        texts = [{k: v for k, v in m.items() if k != "role"} for m in conversation.messages]
+        if self._needed is None or any(
+            map(self._needed.search, _strings([texts, conversation.tools]))
+        ):
             inert = self._template.render_plain(self.inert(conversation))
             if printed != tuple(self._control.findall(inert)):
                 raise TemplateError(
@@ -74,8 +79,8 @@ class ControlCheck:
         return replace(rendered, control=printed)
 
     def inert(self, conversation: Conversation) -> Conversation:
-        """Return the conversation with harmless contents: of the same lengths, blanks and reasoning
-        tags kept."""
+        """Return the conversation with harmless contents of the same lengths; blanks and reasoning
+        tags stay."""
         every_letter = self._needed is None
         return Conversation(
             messages=tuple(
@@ -89,22 +94,11 @@ class ControlCheck:
             train=conversation.train,
         )
 
-    def _may_type_control(self, conversation: Conversation) -> bool:
-        if self._needed is None:
-            return True
-        texts = _strings(
-            [{k: v for k, v in m.items() if k != "role"} for m in conversation.messages]
-        )
-        return any(map(self._needed.search, texts)) or any(
-            map(self._needed.search, _strings(conversation.tools))
-        )
-
     def _inert(self, value: Any, every_letter: bool) -> Any:
         if isinstance(value, str):
             return self._inert_text(value, every_letter)
-        if isinstance(
-            value, dict
-        ):  # a template finds its fields by their keys: only markup in them is harmless
+        if isinstance(value, dict):
+            # a template finds its fields by their keys, so these lose only their markup
             return {
                 self._inert_text(k, False): self._inert(v, every_letter) for k, v in value.items()
             }
@@ -119,7 +113,7 @@ class ControlCheck:
             words = (
                 re.sub(r"\S", "x", words)
                 if every_letter
-                else self._harmful.sub(_crossed_out, words)
+                else self._harmful.sub(lambda match: "x" * len(match[0]), words)
             )
             pieces += [words, tag[0] if tag else ""]
             cursor = tag.end() if tag else cursor
@@ -127,10 +121,11 @@ class ControlCheck:
 
 
 def _covering(tokens: list[str], characters: set[str]) -> set[str] | None:
-    """Return some of `characters` such that each token holds one, None where they do not do."""
+    """Return a few of `characters` such that each token contains one, None if there are none."""
     chosen: set[str] = set()
     left = list(tokens)
     while left:
+        # greedy: the character that most of the tokens contain
         best = max(
             sorted(characters), key=lambda char: sum(char in token for token in left), default=""
         )
@@ -139,10 +134,6 @@ def _covering(tokens: list[str], characters: set[str]) -> set[str] | None:
         chosen.add(best)
         left = [token for token in left if best not in token]
     return chosen
-
-
-def _crossed_out(found: re.Match[str]) -> str:
-    return "x" * len(found[0])
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -155,12 +146,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item)
-
-
-def _blanked(text: str, ranges: list[tuple[int, int]]) -> str:
-    """Return `text` with blanks in `ranges`, which are ordered and disjoint."""
-    pieces, cursor = [], 0
-    for start, end in ranges:
-        pieces += [text[cursor:start], " " * (end - start)]
-        cursor = end
-    return "".join([*pieces, text[cursor:]])

@@ -1,8 +1,8 @@
-"""Markers of a chat template, and how many tokens each is: a marker that a tokenizer splits was
-never one to its model.
+"""Markers of a chat template, and how many tokens each of them is. A model whose tokenizer splits a
+marker has never seen it as one.
 
-Shipped templates say which of theirs must be one token (templates/markers.toml). Those of other
-templates are found in what they print around a conversation, by their form.
+For shipped templates, templates/markers.toml lists those that must be one token. Those of other
+templates are recognised by their form in what the template prints around a conversation.
 """
 
 import re
@@ -12,10 +12,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from prep.conversations.conversation import Conversation
 from prep.rendering.template import ChatTemplate
-from shared.errors import TemplateError
 
+# words that look like no marker, so that every marker in the text is the template's
 _WORDS = (
     ("system", "alpha"),
     ("user", "beta"),
@@ -40,30 +39,22 @@ def required_markers(template: str) -> tuple[str, ...]:
 def printed_markers(template: ChatTemplate) -> tuple[str, ...]:
     """Return what looks like a marker in the template's own words around a conversation, in
     order."""
-    for words in (
-        _WORDS,
-        _WORDS[1:],
-        _WORDS[1:3],
-    ):  # some refuse a system message, or a second question
-        messages = tuple({"role": role, "content": text} for role, text in words)
-        try:
-            text = template.render_plain(
-                Conversation(messages=messages, tools=None, train=(None,) * len(messages))
-            )
-        except TemplateError:
-            continue
-        return tuple(dict.fromkeys(match.group() for match in _FORMS.finditer(text)))
+    # some templates refuse a system message, or a second question
+    for words in (_WORDS, _WORDS[1:], _WORDS[1:3]):
+        text = template.render_or_empty(*({"role": role, "content": word} for role, word in words))
+        if text:
+            return tuple(dict.fromkeys(match.group() for match in _FORMS.finditer(text)))
     return ()
 
 
 def split_markers(markers: Iterable[str], tokenizer: Any) -> dict[str, int]:
-    """Return the markers that are no token of `tokenizer` -> how many they take, 0 for one that it
-    reads as unknown."""
-    found = {}
+    """Return the markers that are not one token of `tokenizer` -> how many tokens they are; 0 for
+    one that it reads as unknown."""
+    counts = {}
     for marker in markers:
         ids = tokenizer.encode(marker, add_special_tokens=False).ids
         if len(ids) != 1:
-            found[marker] = len(ids)
+            counts[marker] = len(ids)
         elif ids[0] != tokenizer.token_to_id(marker):
-            found[marker] = 0
-    return found
+            counts[marker] = 0
+    return counts

@@ -1,30 +1,28 @@
-"""Which tokens only the template may make: special ones, EOS, and every added token that opens or
-ends messages.
+"""Which tokens only the template may produce: special ones, EOS, and every added token that opens
+or ends messages.
 
-Some tokenizers flag a role marker `special: false` (DeepSeek's <｜Assistant｜>): typed by a user it
-would become one all the same. So the template says what its markers are: the added tokens that it
-prints around inert contents. What it prints within an answer, such as <think>, is none: models
-write these themselves, and they match as in Hugging Face.
+Some tokenizers flag a role marker `special: false` (DeepSeek's <｜Assistant｜>), and still make the
+token of it when a user types it. So the template decides what its markers are: the added tokens
+that it prints around inert contents. What it prints within an answer, such as <think>, is no
+marker: models write these tokens themselves, and text may contain them as with Hugging Face.
 
-    <｜User｜>  question  <｜Assistant｜>  answer  <｜end｜>     of an opening what every turn has
+    <｜User｜>  question  <｜Assistant｜>  answer  <｜end｜>
     marker               marker                  terminator
+
+Of what opens an answer, only the tokens that every answer has are markers.
 """
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
-from prep.conversations.conversation import Conversation
 from prep.rendering.template import ChatTemplate
 from prep.rendering.turns import any_of
-from shared.errors import TemplateError
 
 _TALK = ("user", "assistant", "user", "assistant")
 _SHAPES = (_TALK, ("system", *_TALK), ("user", "assistant", "tool", "tool", "assistant"))
 _REASON, _ANSWER = "STAND-IN-REASON", "STAND-IN-ANSWER"
-_THINKING = frozenset(
-    ("<think>", "</think>")
-)  # reasoning by their name, whatever a template does with them
+# always reasoning, whatever a template does with them
+_THINKING = frozenset(("<think>", "</think>"))
 
 
 def control_tokens(
@@ -36,10 +34,20 @@ def control_tokens(
     if not others:
         return tuple(sorted(always))
     pattern = any_of((*always, *others))
-    printed: set[str] = set()
+    markers: set[str] = set()
     for roles in _SHAPES:
-        printed |= _markers(template, roles, pattern)
-    return tuple(sorted({*always, *(printed & (others - _reasoning_tags(template, pattern)))}))
+        markers |= _markers(template, roles, pattern)
+    # What stands directly around reasoning is written by the model (a template's own <think>),
+    # unless it opens a turn without reasoning just the same.
+    question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}
+    plain = template.render_or_empty(question, answer)
+    text = template.render_or_empty(question, {**answer, "reasoning_content": _REASON})
+    start, end = text.find(_REASON), text.find(_ANSWER)
+    after_reasoning = pattern.findall(text, start, end) if 0 <= start < end else []
+    if after_reasoning:
+        opening = pattern.findall(plain, 0, max(plain.find(_ANSWER), 0))[-1:]
+        markers -= {after_reasoning[0], *pattern.findall(text, 0, start)[-1:]} - set(opening)
+    return tuple(sorted({*always, *(markers & others)}))
 
 
 def is_markup(token: str) -> bool:
@@ -49,54 +57,27 @@ def is_markup(token: str) -> bool:
 
 
 def _markers(template: ChatTemplate, roles: tuple[str, ...], pattern: re.Pattern[str]) -> set[str]:
+    """Return the tokens that the template prints outside of the answers of one conversation."""
     contents = [f"STAND-IN-{index}." for index in range(len(roles))]
-    text = _rendered(
-        template, *({"role": r, "content": c} for r, c in zip(roles, contents, strict=True))
+    text = template.render_or_empty(
+        *({"role": r, "content": c} for r, c in zip(roles, contents, strict=True))
     )
     prompt = template.generation_prompt()
-    places = [text.find(content) for content in contents]
-    if -1 in places or places != sorted(places):
+    starts = [text.find(content) for content in contents]
+    if -1 in starts or starts != sorted(starts):
         return set()
     markers: set[str] = set()
     openings: list[set[str]] = []  # of each assistant turn
-    ends = [0, *(place + len(content) for place, content in zip(places, contents, strict=True))]
-    for role, start, end in zip((*roles, ""), ends, (*places, len(text)), strict=True):
+    ends = [start + len(content) for start, content in zip(starts, contents, strict=True)]
+    # the gaps before each content, and the one after the last
+    for role, start, end in zip((*roles, ""), (0, *ends), (*starts, len(text)), strict=True):
         if role != "assistant":
             markers |= set(pattern.findall(text, start, end))
             continue
-        prompted = text.rfind(prompt, start, end) if prompt else start
-        opening = start if prompted < 0 else prompted
+        # The generation prompt is the opening. Without one, all of the gap may be.
+        prompted = text.rfind(prompt, start, end) if prompt else -1
+        opening = prompted if prompted >= 0 else start
+        opening_end = prompted + len(prompt) if prompted >= 0 else end
         markers |= set(pattern.findall(text, start, opening))
-        openings.append(
-            set(
-                pattern.findall(
-                    text, opening, prompted + len(prompt) if prompt and prompted >= 0 else end
-                )
-            )
-        )
+        openings.append(set(pattern.findall(text, opening, opening_end)))
     return markers | set.intersection(*openings)
-
-
-def _reasoning_tags(template: ChatTemplate, pattern: re.Pattern[str]) -> set[str]:
-    """Return what the template prints right around reasoning, unless it opens a turn without any
-    just the same."""
-    asked = {"role": "user", "content": "x"}
-    plain = _rendered(template, asked, {"role": "assistant", "content": _ANSWER})
-    text = _rendered(
-        template, asked, {"role": "assistant", "content": _ANSWER, "reasoning_content": _REASON}
-    )
-    start, end = text.find(_REASON), text.find(_ANSWER)
-    behind = pattern.findall(text, start, end) if 0 <= start < end else []
-    if not behind:
-        return set()
-    marker = pattern.findall(plain, 0, max(plain.find(_ANSWER), 0))[-1:]
-    return {behind[0], *pattern.findall(text, 0, start)[-1:]} - set(marker)
-
-
-def _rendered(template: ChatTemplate, *messages: dict[str, Any]) -> str:
-    try:
-        return template.render_plain(
-            Conversation(messages=messages, tools=None, train=(None,) * len(messages))
-        )
-    except TemplateError:
-        return ""

@@ -45,7 +45,7 @@ def only_sequence(shards: ShardSet) -> tuple[list[int], str]:
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[int], str]]:
     """Build the recorded conversations, one set for each way to render them: case -> (ids, mask) in
     the columns."""
-    found = {}
+    masks = {}
     for template, add_bos, eos in sorted(
         {(case["template"], case["add_bos"], case["eos_token"]) for case in CASES}
     ):
@@ -70,8 +70,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[i
                 pack.seq_origin, pack.seq_offsets[:-1], pack.seq_offsets[1:], strict=True
             ):
                 mask = "".join(map(str, pack.loss_mask[start:end].tolist()))
-                found[cases[origin[1]]["case"]] = (pack.tokens[start:end].tolist(), mask)
-    return found
+                masks[cases[origin[1]]["case"]] = (pack.tokens[start:end].tolist(), mask)
+    return masks
 
 
 @needs_real_data
@@ -101,13 +101,14 @@ def test_typed_control_tokens_stay_plain_text(
         id_of(tokenizer, token) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     ]
     pack = shards.pack(0)
-    found = {
+    num_control = {
         int(origin[1]): np.isin(pack.tokens[start:end], controls).sum()
         for origin, start, end in zip(
             pack.seq_origin, pack.seq_offsets[:-1], pack.seq_offsets[1:], strict=True
         )
     }
-    assert found[0] == found[1]  # only what the template printed, the same in both rows
+    # only those that the template printed, which are the same in both rows
+    assert num_control[0] == num_control[1]
 
 
 @pytest.mark.parametrize("backend", ["auto", "transformers"])

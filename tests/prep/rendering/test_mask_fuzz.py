@@ -29,8 +29,10 @@ TEMPLATES = {
     for name, path in shipped_templates().items()
 }
 PIECES = [
-    *PLAIN_ADDED, "a", "Hello", " world", "user", "assistant", "42", "<|im_", "end|>", "[/INST]", "</s>", "\n", "\n\n",
-    " ", "   ", "\t", "\r\n", "\ufeff", "\u2028", "<", "|", ">", "\u00e9", "e\u0301", "\ufb01", "\u6771\u4eac",
+    *PLAIN_ADDED, "a", "Hello", " world", "user", "assistant", "42", "<|im_", "end|>", "[/INST]",
+    "</s>", "\n", "\n\n",
+    " ", "   ", "\t", "\r\n", "\ufeff", "\u2028", "<", "|", ">", "\u00e9", "e\u0301", "\ufb01",
+    "\u6771\u4eac",
     "\U0001f469\u200d\U0001f680",
 ]  # fmt: skip
 a_text = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)

@@ -1,17 +1,18 @@
-"""Shipped templates and Qwen3's own: the text of transformers, and spans that hold what the
-definition says."""
+"""Shipped templates and Qwen3's own print the text of transformers, and train what the definition
+of the mask says."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rendered_rows import (
     CHATML_TOKENS,
+    LOOP,
     ODD_CONTENTS,
     SPECIALS,
     as_transformers,
     conversation_of,
+    custom,
     spans_of,
     trained_text,
 )
@@ -23,10 +24,11 @@ from prep.rendering.coverage import unrendered_fields
 from prep.rendering.template import ChatTemplate, TemplateText, load_template
 from prep.rendering.traced_str import Traced
 from prep.rendering.turns import SpanRules, learn_rules
-from shared.errors import ConfigError
+from shared.errors import ConfigError, TemplateError
 from shared.shard_format import Kind
 
 QWEN3 = SHARED_DATA / "tokenizers" / "qwen3"
+
 # Shipped templates
 
 
@@ -36,13 +38,8 @@ def shipped(name: str, *, add_bos: bool = False) -> ChatTemplate:
     )
 
 
-VERBATIM = (
-    "chatml",
-    "olmo",
-    "simple_chat",
-    "tulu",
-    "zephyr",
-)  # every other: tests/prep/rendering/test_known_templates.py
+# all others: tests/prep/rendering/test_known_templates.py
+VERBATIM = ("chatml", "olmo", "simple_chat", "tulu", "zephyr")
 ROWS = [
     [("user", "Hi"), ("assistant", "Yo")],
     [("system", "S"), ("user", "Hi "), ("assistant", " Yo\n"), ("user", ""), ("assistant", "")],
@@ -72,7 +69,8 @@ def test_shipped_template_renders_as_transformers(
 
 @pytest.mark.parametrize(
     ("name", "prompt"),
-    [("tulu", "<|assistant|>\n"), ("zephyr", "<|assistant|>\n"), ("chatml", "<|im_start|>assistant\n"),
+    [("tulu", "<|assistant|>\n"), ("zephyr", "<|assistant|>\n"),
+    ("chatml", "<|im_start|>assistant\n"),
      ("olmo", "<|im_start|>assistant\n")],
 )  # fmt: skip
 def test_generation_prompt_is_what_the_template_prints_before_an_answer(
@@ -112,8 +110,8 @@ def test_shipped_template_covers_any_content(name: str, content: str) -> None:
     trained = trained_text(rendered)
     assert trained.count(content) >= 2
     assert len(trained) <= 2 * len(content) + 2 * len("<|endoftext|>")
-    asked = "".join(rendered.text[s.start : s.end] for s in rendered.spans if s.kind == Kind.USER)
-    assert asked == content + "x"
+    spans = [s for s in rendered.spans if s.kind == Kind.USER]
+    assert "".join(rendered.text[s.start : s.end] for s in spans) == content + "x"
 
 
 def test_olmo_prints_functions_and_function_calls_inside_the_answer() -> None:
@@ -132,59 +130,27 @@ def test_olmo_prints_functions_and_function_calls_inside_the_answer() -> None:
     assert rendered.text == as_transformers(
         load_template(TemplateConfig(name="olmo"), Path(), None).text, conversation, SPECIALS
     )
-    found = [(rendered.text[s.start : s.end], s.kind) for s in rendered.spans]
-    assert found == [
+    texts = [(rendered.text[s.start : s.end], s.kind) for s in rendered.spans]
+    assert texts == [
         ("S", Kind.SYSTEM), ("[f]", Kind.SYSTEM), ("Q", Kind.USER), ("[g]", Kind.USER),
-        ("<function_calls>", Kind.TOOL_CALL), ("f()<|im_end|>", Kind.TOOL_CALL), ("</function_calls>", Kind.TOOL_CALL),
-        ("<|im_end|>", Kind.TERMINATOR), ("1", Kind.TOOL), ("A", Kind.ASSISTANT), ("<|endoftext|>", Kind.TERMINATOR),
+        ("<function_calls>", Kind.TOOL_CALL), ("f()<|im_end|>", Kind.TOOL_CALL),
+        ("</function_calls>", Kind.TOOL_CALL),
+        ("<|im_end|>", Kind.TERMINATOR), ("1", Kind.TOOL), ("A", Kind.ASSISTANT),
+        ("<|endoftext|>", Kind.TERMINATOR),
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "message", "reason"),
-    [
-        ("tulu", {"role": "tool", "content": "1"}, "tool message"),
-        ("zephyr", {"role": "environment", "content": "1"}, "environment message"),
-        ("olmo", {"role": "tool", "content": "1"}, "tool message"),
-        (
-            "tulu",
-            {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]},
-            "assistant.tool_calls",
-        ),
-        (
-            "chatml",
-            {"role": "assistant", "content": "x", "function_calls": "f()"},
-            "assistant.function_calls",
-        ),
-        (
-            "chatml",
-            {"role": "assistant", "content": "x", "reasoning_content": "r"},
-            "assistant.reasoning_content",
-        ),
-        (
-            "chatml",
-            {"role": "assistant", "content": "x", "thinking": "r"},
-            "assistant.reasoning_content",
-        ),
-        ("chatml", {"role": "user", "content": "x", "functions": "[f]"}, "user.functions"),
-    ],
-)
-def test_what_a_shipped_template_drops_is_named(
-    name: str, message: dict[str, Any], reason: str
-) -> None:
-    template = shipped(name)
-    conversation = parse_conversation(
-        {"messages": [{"role": "user", "content": "Q"}, message]}, where="row"
-    )
-    found = unrendered_fields(
-        template.render(conversation), conversation, learn_rules(template, CHATML_TOKENS)
-    )
-    assert found == (1, reason)
 
 
 def test_an_unknown_template_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="expected one of"):
         load_template(TemplateConfig(name="tullu"), Path(), None)
+
+
+def test_a_template_that_prints_the_date_needs_one() -> None:
+    text = "{{ strftime_now('%d %b %Y') }}" + LOOP + "{{ m.content }}<end>{% endfor %}"
+    with pytest.raises(TemplateError, match=r"template\.date"):
+        custom(text)[0].render(conversation_of(("user", "x")))
+    dated = ChatTemplate(TemplateText("dated", text), {}, "2024-07-26")
+    assert dated.render(conversation_of(("user", "x"))) == "26 Jul 2024x<end>"
 
 
 # Qwen3's own template

@@ -37,21 +37,22 @@ def some_traced(draw: st.DrawFn) -> tuple[str, Traced, dict[int, str]]:
     return plain, Traced(plain, tuple(marks)), sources
 
 
-def check(found: Any, expected: Any, sources: dict[int, str]) -> None:
+def check(result: Any, expected: Any, sources: dict[int, str]) -> None:
     """Equal characters, and every mark points to the same characters of its source."""
     if isinstance(expected, list | tuple):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
+        assert len(result) == len(expected)
+        for one, other in zip(result, expected, strict=True):
             check(one, other, sources)
         return
-    assert found == expected
-    assert isinstance(found, str)
-    for mark in found.marks if isinstance(found, Traced) else ():
-        assert 0 <= mark.start <= mark.end <= len(found)
+    assert result == expected
+    assert isinstance(result, str)
+    for mark in result.marks if isinstance(result, Traced) else ():
+        assert 0 <= mark.start <= mark.end <= len(result)
         if mark.source_start >= 0:
             source = sources[mark.message]
             assert (
-                found[mark.start : mark.end] == source[mark.source_start :][: mark.end - mark.start]
+                result[mark.start : mark.end]
+                == source[mark.source_start :][: mark.end - mark.start]
             )
 
 
@@ -122,13 +123,13 @@ def test_chains_of_operations_give_the_same_characters_and_true_marks(
         arguments = Recorded(data)
         expected = OPERATIONS[name](plain, arguments)
         arguments.rewind()
-        found = OPERATIONS[name](marked, arguments)
-        check(found, expected, sources)
+        result = OPERATIONS[name](marked, arguments)
+        check(result, expected, sources)
         if isinstance(expected, list | tuple):
             glue = data.draw(a_text)
-            plain, marked = glue.join(expected), join(glue, found)
+            plain, marked = glue.join(expected), join(glue, result)
         else:
-            plain, marked = expected, found if isinstance(found, Traced) else Traced(found)
+            plain, marked = expected, result if isinstance(result, Traced) else Traced(result)
         check(marked, plain, sources)
 
 
@@ -154,7 +155,7 @@ def test_an_empty_piece_of_the_template_belongs_to_nobody() -> None:
     assert ("xyz" + traced("ab", 0, "content"))[1:1].marks == ()
 
 
-def test_keys_and_their_json_and_repr_carry_the_origin_of_their_dict() -> None:
+def test_keys_and_json_and_repr_have_the_origin_of_their_dict() -> None:
     value = traced({"a": {"<end>": 1}, "list": ["x"]}, 3, "arguments")
     assert value == {"a": {"<end>": 1}, "list": ["x"]}
     (key,) = value["a"]
@@ -209,11 +210,7 @@ def as_transformers(text: str, conversation: Conversation, **options: Any) -> st
     return rendered[0]
 
 
-def carried_text(text: Traced, message: int) -> str:
-    return "".join(text[m.start : m.end] for m in text.marks if m.message == message)
-
-
-CARRIED = {
+KEPT_MARKS = {
     "plus": "{% for m in messages %}{{ '<' + m.content + '>' }}{% endfor %}",
     "tilde": "{% for m in messages %}{{ '<' ~ m.content ~ 1 ~ none ~ nothing ~ '>' }}{% endfor %}",
     "several expressions": "{% for m in messages %}<{{ m.content }}>{{ loop.index }}{% endfor %}",
@@ -268,7 +265,7 @@ CARRIED = {
     ),
     "blanks": "{%- for m in messages -%}\n  {{- m.content -}}\n  {%- endfor -%}",
 }
-LOST = {
+LOST_MARKS = {
     "upper": "{% for m in messages %}<{{ m.content | upper }}>{% endfor %}",
     "format": "{% for m in messages %}{{ '<%s>' | format(m.content) }}{% endfor %}",
     "percent": "{% for m in messages %}{{ '<%s>' % m.content }}{% endfor %}",
@@ -288,17 +285,17 @@ MESSAGES = conversation_of(
 )
 
 
-@pytest.mark.parametrize("name", [*CARRIED, *LOST])
+@pytest.mark.parametrize("name", [*KEPT_MARKS, *LOST_MARKS])
 def test_traced_rendering_is_that_of_transformers(name: str) -> None:
-    text = (CARRIED | LOST)[name]
+    text = (KEPT_MARKS | LOST_MARKS)[name]
     expected = as_transformers(text, MESSAGES)
     assert compiled(text).render(MESSAGES) == expected
     assert compiled(text).render_plain(MESSAGES) == expected
 
 
-@pytest.mark.parametrize("name", CARRIED)
-def test_what_a_template_carries_is_marked_with_its_own_text(name: str) -> None:
-    template = compiled(CARRIED[name])
+@pytest.mark.parametrize("name", KEPT_MARKS)
+def test_what_a_template_prints_is_marked_with_its_own_text(name: str) -> None:
+    template = compiled(KEPT_MARKS[name])
     text = template.render(MESSAGES)
     assert unrendered_fields(text, MESSAGES, learn_rules(template, ["</s>"])) is None
     for mark in text.marks:
@@ -309,31 +306,31 @@ def test_what_a_template_carries_is_marked_with_its_own_text(name: str) -> None:
             )
 
 
-@pytest.mark.parametrize("name", LOST)
+@pytest.mark.parametrize("name", LOST_MARKS)
 def test_what_loses_its_origin_leaves_the_row_unrendered(name: str) -> None:
-    template = compiled(LOST[name])
-    found = unrendered_fields(template.render(MESSAGES), MESSAGES, learn_rules(template, ["</s>"]))
-    assert found in ((0, "user message"), (0, "user.content"))
+    template = compiled(LOST_MARKS[name])
+    result = unrendered_fields(template.render(MESSAGES), MESSAGES, learn_rules(template, ["</s>"]))
+    assert result in ((0, "user message"), (0, "user.content"))
 
 
-@given(st.lists(a_text, min_size=1, max_size=4), st.sampled_from(sorted(CARRIED)))
+@given(st.lists(a_text, min_size=1, max_size=4), st.sampled_from(sorted(KEPT_MARKS)))
 @settings(deadline=None, max_examples=300)
 def test_traced_rendering_is_that_of_transformers_for_any_text(
     contents: list[str], name: str
 ) -> None:
     conversation = conversation_of(*contents)
     try:
-        found: str | None = compiled(CARRIED[name]).render(conversation)
+        result: str | None = compiled(KEPT_MARKS[name]).render(conversation)
     except TemplateError:
-        found = None
+        result = None
     try:
-        expected: str | None = as_transformers(CARRIED[name], conversation)
+        expected: str | None = as_transformers(KEPT_MARKS[name], conversation)
     except Exception:  # whatever transformers raises, we refuse the row
         expected = None
-    assert found == expected
+    assert result == expected
 
 
-def test_a_dotted_attribute_of_join_is_followed() -> None:
+def test_a_dotted_attribute_of_join_keeps_its_marks() -> None:
     text = "{{ messages | join('|', attribute='inner.name') }}"
     conversation = conversation_of("a", "b", inner={"name": "x"})
     assert compiled(text).render(conversation) == compiled(text).render_plain(conversation) == "x|x"
@@ -348,7 +345,7 @@ def test_whatever_a_template_raises_is_a_refusal(expression: str) -> None:
         compiled("{{ " + expression + " }}").render(conversation_of("a"))
 
 
-def test_reasoning_under_any_name_is_given_as_transformers_gives_it() -> None:
+def test_reasoning_has_the_names_that_transformers_gives_it() -> None:
     text = (
         "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.content }};{%"
         " endfor %}"

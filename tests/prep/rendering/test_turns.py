@@ -1,5 +1,5 @@
-"""What ends a turn, under templates that somebody else wrote: learnt, named or refused, never the
-next opening."""
+"""What ends a turn under templates that somebody else wrote: it is learned, named or refused, and
+never the opening of the next message."""
 
 import json
 from pathlib import Path
@@ -40,8 +40,8 @@ def trained_text(text: str, row: dict[str, Any], family: str = "byte-level", **o
     otherwise."""
     from tokenizers import Tokenizer
 
-    made = builder_of(text, tokenizer_json(family), SPECIALS, backend="transformers", **options)
-    result = made.build(chunk_of([row]))
+    builder = builder_of(text, tokenizer_json(family), SPECIALS, backend="transformers", **options)
+    result = builder.build(chunk_of([row]))
     for _, ids, trained in samples_of(result):
         chosen = [token for token, yes in zip(ids, trained, strict=True) if yes]
         return str(
@@ -123,9 +123,10 @@ def test_an_answer_printed_outside_its_own_turn_is_unverifiable(extra: str, end:
 
 
 def test_a_piece_of_an_answer_that_its_own_turn_lacks_is_unverifiable_elsewhere() -> None:
-    own = "{{ m.content[1:] if m.role == 'assistant' else m.content }}"
+    printed = "{{ m.content[1:] if m.role == 'assistant' else m.content }}"
     shown = "{% if loop.index0 == 2 %}{{ messages[1].content[:1] }} {% endif %}"
-    text = LOOP + "<|im_start|>{{ m.role }}\n" + shown + own + "<|im_end|>\n{% endfor %}" + PROMPT
+    message = "<|im_start|>{{ m.role }}\n" + shown + printed + "<|im_end|>\n"
+    text = LOOP + message + "{% endfor %}" + PROMPT
     row = {"messages": ROW["messages"][:3]}
     assert "outside its own turn" in trained_text(text, row)
 
@@ -217,9 +218,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tables_of(tmp_path: Path, tokenizer: Path, text: str) -> dict[str, Any]:
-    (tmp_path / "own.jinja").write_text(text)
+    (tmp_path / "custom.jinja").write_text(text)
     rows = write_rows(tmp_path / "rows.jsonl", [chat("Hi", "Yo"), chat("Hello", "There")])
-    return mixture_of([rows], tokenizer, template="own.jinja")
+    return mixture_of([rows], tokenizer, template="custom.jinja")
 
 
 def test_a_template_that_never_ends_a_turn_stops_the_build(tokenizer: Path, tmp_path: Path) -> None:
@@ -245,11 +246,11 @@ def test_a_mask_that_the_audit_finds_otherwise_ends_the_build(
     find = chunk_builder.find_spans
 
     def shifted(text: Traced, conversation: Conversation, rules: SpanRules) -> Rendered:
-        found = find(text, conversation, rules)
+        rendered = find(text, conversation, rules)
         spans = [
-            s._replace(kind=Kind.USER) if s.kind == Kind.TERMINATOR else s for s in found.spans
+            s._replace(kind=Kind.USER) if s.kind == Kind.TERMINATOR else s for s in rendered.spans
         ]
-        return Rendered(found.text, spans, found.messages)
+        return Rendered(rendered.text, spans, rendered.messages)
 
     monkeypatch.setattr(chunk_builder, "find_spans", shifted)
     rows = [{**chat("Hi", "Yo"), "tools": [{"name": "f"}]}]
@@ -257,7 +258,7 @@ def test_a_mask_that_the_audit_finds_otherwise_ends_the_build(
     tables = tables_of(tmp_path, tokenizer, text)
     tables["sources"] = [{"path": str(write_rows(tmp_path / "tools.jsonl", rows))}]
     tables["rows"] = {"on_error": "skip"}
-    with pytest.raises(DataError, match=r"two ways .* disagree at token .*<\|im_end\|>"):
+    with pytest.raises(DataError, match=r"two methods disagree .* at token .*<\|im_end\|>"):
         build_set(tables, tmp_path / "out")
 
 

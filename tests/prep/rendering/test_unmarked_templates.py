@@ -1,5 +1,5 @@
-"""Known formats without {% generation %} marks: the same text is trained as with them, tools and
-reasoning included."""
+"""Known formats without {% generation %} blocks train the same text as with them, including tools
+and reasoning."""
 
 import re
 from typing import Any
@@ -51,7 +51,7 @@ def test_tools_and_reasoning_without_marks_are_trained_alike(
     check(name, parse_conversation(row, where="row"), marked)
 
 
-# Other ways of well-known models
+# Formats of other well-known models
 
 HARMONY_TOKENS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>")
 HARMONY = (
@@ -74,7 +74,8 @@ LISTED_TOKENS = (
     "<out>",
     "</out>",
 )
-LISTED = (  # calls and outputs in lists with control tokens of their own, as DeepSeek's models have them
+# calls and outputs in lists with their own control tokens, as DeepSeek's models have them
+LISTED = (
     "{{ bos_token }}{%- for m in messages -%}{%- if m.role == 'user' -%}{{ '<User>' + m.content"
     " }}{%- elif m.role == 'assistant' -%}{%- if messages[loop.index0 - 1].role != 'tool'"
     " -%}<Assistant>{%- endif -%}{{ m.content }}{%- if m.tool_calls -%}<calls>{%- for c in"
@@ -83,7 +84,8 @@ LISTED = (  # calls and outputs in lists with control tokens of their own, as De
     " -%}</calls>{%- endif -%}{{ eos_token }}{%- else -%}{{ '<out>' + m.content + '</out>' }}{%-"
     " endif -%}{%- endfor -%}{%- if add_generation_prompt -%}<Assistant>{%- endif -%}"
 )
-RESULTS_AS_USER = (  # environment and tool results merged into one user turn, a default system prompt
+# environment and tool results merged into one user turn, and a default system prompt
+RESULTS_AS_USER = (
     "{%- if messages[0].role != 'system' -%}<|im_start|>system\nBe good.<|im_end|>\n{% endif -%}{%-"
     " for m in messages -%}{%- set is_result = m.role in ['tool', 'environment'] -%}{%- if"
     " is_result -%}{%- if loop.first or messages[loop.index0 - 1].role not in ['tool',"
@@ -110,19 +112,24 @@ BOTH_CALLS = [
         (HARMONY, HARMONY_TOKENS, "<|return|>",
          [("user", "Q"), ("assistant", "x"), ("user", "R"), ("assistant", PARTS)],
          "<|channel|>final<|message|>x<|end|>"
-         "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>AB<|return|>"),
+         "<|channel|>analysis<|message|>hm<|end|>"
+         "<|start|>assistant<|channel|>final<|message|>AB<|return|>"),
         (LISTED, LISTED_TOKENS, "<EOS>",
-         [("user", "Q"), ("assistant", None, BOTH_CALLS), ("tool", "1"), ("tool", "2"), ("assistant", "A")],
+         [("user", "Q"), ("assistant", None, BOTH_CALLS), ("tool", "1"), ("tool", "2"),
+          ("assistant", "A")],
          '<calls><call>f\n{"a": "é"}</call><call>g\n{"b": [1]}</call></calls><EOS>A<EOS>'),
-        (LISTED, LISTED_TOKENS, "<EOS>", [("user", "Q"), ("assistant", "so</call>", BOTH_CALLS[:1])],
+        (LISTED, LISTED_TOKENS, "<EOS>",
+        [("user", "Q"), ("assistant", "so</call>", BOTH_CALLS[:1])],
          'so</call><calls><call>f\n{"a": "é"}</call></calls><EOS>'),
         (RESULTS_AS_USER, CHATML.control, "<|im_end|>",
-         [("user", "Q"), ("assistant", "so", BOTH_CALLS), ("environment", "1"), ("tool", "2"), ("assistant", "A")],
-         'so\n{"name": "f", "arguments": "{\\"a\\": \\"é\\"}"}\n{"name": "g", "arguments": {"b": [1]}}<|im_end|>'
+         [("user", "Q"), ("assistant", "so", BOTH_CALLS), ("environment", "1"), ("tool", "2"),
+         ("assistant", "A")],
+         'so\n{"name": "f", "arguments": "{\\"a\\": \\"é\\"}"}\n{"name": "g", "arguments": {"b": '
+         '[1]}}<|im_end|>'
          "A<|im_end|>"),
     ],
 )  # fmt: skip
-def test_ways_of_other_models_train_what_the_assistant_wrote(
+def test_formats_of_other_models_train_what_the_assistant_wrote(
     text: str, control: tuple[str, ...], eos: str, messages: list[tuple[Any, ...]], trained: str
 ) -> None:
     template = ChatTemplate(TemplateText("other", text), {"bos_token": "<BOS>", "eos_token": eos})
@@ -137,11 +144,11 @@ def test_ways_of_other_models_train_what_the_assistant_wrote(
     assert results == [content for role, content, *_ in messages if role in ("tool", "environment")]
 
 
-def test_reasoning_that_only_the_last_turn_shows_is_carried() -> None:
+def test_reasoning_that_only_the_last_turn_shows_counts_as_printed() -> None:
     template, rules = custom(HARMONY, HARMONY_TOKENS)
     answer = {"role": "assistant", "content": "A", "reasoning_content": "hm"}
-    asked = {"role": "user", "content": "Q"}
-    row = parse_conversation({"messages": [asked, answer, asked, answer]}, where="row")
+    question = {"role": "user", "content": "Q"}
+    row = parse_conversation({"messages": [question, answer] * 2}, where="row")
     assert trained_text(spans_of(template, rules, row)).count("hm") == 1
 
 
@@ -151,7 +158,7 @@ KEEPS_LAST_THINKING = (
 )
 
 
-def test_thinking_in_the_text_that_only_the_last_turn_shows_is_carried() -> None:
+def test_thinking_in_the_text_that_only_the_last_turn_shows_counts_as_printed() -> None:
     template, rules = custom(KEEPS_LAST_THINKING)
     answer = ("assistant", "<think>hm</think>A")
     rendered = spans_of(

@@ -16,19 +16,20 @@ unit = "Hello world, hello there. The answer is 42. "
 if kind == "many messages":
     texts = [unit * 30] * (8_000_000 // len(unit) // 30)
 else:
-    texts = ["a", (unit + "\\u6771\\u4eac" if kind == "beyond ASCII" else unit) * (8_000_000 // len(unit))]
+    text = unit + "\\u6771\\u4eac" if kind == "beyond ASCII" else unit
+    texts = ["a", text * (8_000_000 // len(unit))]
 def row(texts):
     turns = [dict(role=["user", "assistant"][i % 2], content=text) for i, text in enumerate(texts)]
     return chunk_of([json.dumps(dict(messages=turns), ensure_ascii=False).encode()])
-made = builder("chatml")
-made.build(row(["a", "b"]))
+chunks = builder("chatml")
+chunks.build(row(["a", "b"]))
 chunk = row(texts)
 def status(name):
     (line,) = [line for line in open("/proc/self/status") if line.startswith(name)]
     return int(line.split()[1]) * 1024
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 before = status("VmRSS")
-facts = made.build(chunk).facts
+facts = chunks.build(chunk).facts
 assert facts["samples"] == 1, facts["rejects"]
 print((status("VmHWM") - before) / len(chunk.payload), facts["tokens"] / len(chunk.payload))
 """

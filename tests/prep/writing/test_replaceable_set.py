@@ -144,8 +144,10 @@ def make_set_with_an_empty_folder(out: Path, home: Path) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        make_home, make_file, make_link_to_a_set, make_dangling_link, make_foreign_manifest, make_odd_manifest,
-        make_set_with_notes, make_set_with_notes_inside, make_set_with_a_shard_more, make_set_with_a_linked_column,
+        make_home, make_file, make_link_to_a_set, make_dangling_link, make_foreign_manifest,
+        make_odd_manifest,
+        make_set_with_notes, make_set_with_notes_inside, make_set_with_a_shard_more,
+        make_set_with_a_linked_column,
         make_set_with_an_empty_folder,
     ],
 )  # fmt: skip
@@ -191,7 +193,8 @@ def test_a_file_put_into_the_old_set_while_the_new_one_is_made_is_kept(
 
 
 @pytest.mark.parametrize(
-    "name", ["/", ".", "..", "x/..", "file/set", "file/deep/set", "n" * 201, "n" * 300, "d/" * 3000 + "x",
+    "name", ["/", ".", "..", "x/..", "file/set", "file/deep/set", "n" * 201, "n" * 300,
+    "d/" * 3000 + "x",
              "~no-such-user/x", "/proc/1/set", "/dev/null/set", "/dev/null"],
 )  # fmt: skip
 @pytest.mark.parametrize("rebuild", [(), ("--rebuild",), ("--dry-run",)])

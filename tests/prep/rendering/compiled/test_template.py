@@ -1,4 +1,4 @@
-"""Compiled shapes print what Jinja prints, with the same spans, or step aside."""
+"""A compiled template prints what Jinja prints, with the same spans, or leaves the row to Jinja."""
 
 import pytest
 from hypothesis import given, settings
@@ -49,7 +49,7 @@ LOOK = (
     "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ '!' if LOOK }}{{ m.content"
     " }}<|im_end|>\n{%- endfor -%}"
 )
-# each is answered in C, past a string's own methods
+# each is answered in C, without a call of the string's methods
 PAST_METHODS = [
     "m.content in 'a b c'",
     "m.content not in 'a b c'",
@@ -77,7 +77,7 @@ ROLE_FILTER = (
     "{%- for m in messages -%}{{ m.role | title }}: {{ m.content }}<|im_end|>\n{%- endfor -%}"
 )
 OWN = {name: path.read_text().removesuffix("\n") for name, path in shipped_templates().items()}
-FOLLOWED = {
+COMPILABLE = {
     **OWN,
     "thinking": THINKING,
     "trimming": TRIMMING,
@@ -85,7 +85,7 @@ FOLLOWED = {
     "questions": QUESTIONS,
     "role": ROLE_FILTER,
 }
-UNFOLLOWED = {
+NOT_COMPILABLE = {
     "length": LENGTH,
     "first": FIRST,
     "joined": JOINED,
@@ -111,12 +111,12 @@ CONTENTS = st.lists(st.sampled_from(PIECES), max_size=4).map("".join)
 ROLES = st.lists(st.sampled_from(["user", "assistant", "system"]), min_size=1, max_size=5)
 
 
-def made(text: str) -> tuple[ChatTemplate, CompiledTemplate]:
+def compiled_of(text: str) -> tuple[ChatTemplate, CompiledTemplate]:
     template = ChatTemplate(TemplateText("test", text), TOKENS)
     return template, CompiledTemplate(template, learn_rules(template, CONTROL))
 
 
-MADE = {name: made(text) for name, text in {**FOLLOWED, **UNFOLLOWED}.items()}
+COMPILED = {name: compiled_of(text) for name, text in {**COMPILABLE, **NOT_COMPILABLE}.items()}
 
 
 def conversation(roles: list[str], contents: list[str]) -> Conversation:
@@ -126,49 +126,52 @@ def conversation(roles: list[str], contents: list[str]) -> Conversation:
     return Conversation(messages, None, (None,) * len(roles))
 
 
-@pytest.mark.parametrize("name", sorted(MADE))
+@pytest.mark.parametrize("name", sorted(COMPILED))
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_compiled_rendering_equals_the_traced_one(name: str, data: st.DataObject) -> None:
-    template, compiled = MADE[name]
+    template, compiled = COMPILED[name]
     roles = data.draw(ROLES)
     row = conversation(roles, [data.draw(CONTENTS) for _ in roles])
-    found = compiled.render(row)
-    if found is None:
+    rendered = compiled.render(row)
+    if rendered is None:
         return
     rules = learn_rules(template, CONTROL)
     text = template.render(row)
     assert unrendered_fields(text, row, rules) is None
-    assert found == ControlCheck(template, rules, CONTROL).check(row, find_spans(text, row, rules))
+    traced = find_spans(text, row, rules)
+    assert rendered == ControlCheck(template, rules, CONTROL).check(row, traced)
 
 
-@pytest.mark.parametrize("name", sorted(FOLLOWED))
+@pytest.mark.parametrize("name", sorted(COMPILABLE))
 def test_ordinary_conversations_need_no_jinja(name: str) -> None:
     assert (
-        MADE[name][1].render(conversation(["user", "assistant"] * 2, ["Hi", "Yo", "Why?", "So."]))
+        COMPILED[name][1].render(
+            conversation(["user", "assistant"] * 2, ["Hi", "Yo", "Why?", "So."])
+        )
         is not None
     )
 
 
-@pytest.mark.parametrize("name", sorted(UNFOLLOWED))
-def test_a_template_whose_looks_at_text_cannot_be_followed_is_not_compiled(name: str) -> None:
-    assert MADE[name][1].render(conversation(["user", "assistant"], ["Hi", "Yo"])) is None
+@pytest.mark.parametrize("name", sorted(NOT_COMPILABLE))
+def test_a_template_whose_questions_cannot_be_repeated_is_not_compiled(name: str) -> None:
+    assert COMPILED[name][1].render(conversation(["user", "assistant"], ["Hi", "Yo"])) is None
 
 
 def test_a_template_with_other_filters_is_not_compiled() -> None:
-    _, compiled = made(
+    _, compiled = compiled_of(
         "{%- for m in messages -%}{{ m.role }}: {{ m.content }}{{ m.content | wordcount }}{%-"
         " endfor -%}"
     )
     assert compiled.render(conversation(["user"], ["Hi"])) is None
 
 
-def test_a_shape_that_the_template_refuses_is_left_to_jinja() -> None:
+def test_roles_that_the_template_refuses_are_left_to_jinja() -> None:
     text = (
         "{%- if messages[0].role != 'user' -%}{{ raise_exception('user first') }}{%- endif -%}{{"
         " messages[0].content }}"
     )
-    template, compiled = made(text)
+    template, compiled = compiled_of(text)
     row = conversation(["assistant", "user"], ["Hi", "Yo"])
     assert compiled.render(row) is None
     with pytest.raises(TemplateError, match="user first"):
@@ -186,4 +189,4 @@ def test_a_shape_that_the_template_refuses_is_left_to_jinja() -> None:
 def test_a_message_with_more_than_role_and_content_is_left_to_jinja(extra: dict) -> None:
     row = conversation(["user", "assistant"], ["Hi", "Yo"])
     row.messages[1].update(extra)
-    assert MADE["chatml"][1].render(row) is None
+    assert COMPILED["chatml"][1].render(row) is None

@@ -14,7 +14,8 @@ from shared.errors import TemplateError
 def test_a_name_inside_the_answer_is_text(marked: bool) -> None:
     begin, end = ("{% generation %}", "{% endgeneration %}") if marked else ("", "")
     template, rules = custom(
-        LOOP + "<{{ m.role }}>" + begin + "{% if m.name %}{{ m.name }}: {% endif %}{{ m.content }}<end>" + end
+        LOOP + "<{{ m.role }}>" + begin + "{% if m.name %}{{ m.name }}: {% endif %}{{ m.content }}"
+        "<end>" + end
         + "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )  # fmt: skip
     row = {

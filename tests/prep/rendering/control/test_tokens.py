@@ -1,5 +1,5 @@
-"""Only the template makes control tokens: whatever their flag, whatever the template does to a text
-that types one."""
+"""Only the template makes control tokens, whatever their flag is and whatever the template does to
+a text in which somebody typed one."""
 
 import json
 from functools import cache
@@ -49,12 +49,15 @@ def with_markers(family: str = "byte-level") -> str:
 DEEPSEEK = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}"
     "{% elif m.role == 'assistant' %}{{ '<|Assistant|>' }}"
-    "{% if loop.last and m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
+    "{% if loop.last and m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}"
+    "{% endif %}"
     "{{ m.content.split('</think>')[-1] + '<|end|>' }}"
     "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}</tool_call>{% endfor %}"
-    "{% elif m.role == 'tool' %}{{ '<|User|><result>' + m.content }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% elif m.role == 'tool' %}{{ '<|User|><result>' + m.content }}{% else %}{{ m.content }}{% "
+    "endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|Assistant|>' }}{% endif %}"
-).replace("<|User|>", MARKERS[0]).replace("<|Assistant|>", MARKERS[1]).replace("<|end|>", MARKERS[2])  # fmt: skip
+).replace("<|User|>", MARKERS[0]).replace("<|Assistant|>", MARKERS[1]).replace("<|end|>",
+MARKERS[2])  # fmt: skip
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n'"
     " }}EXTRA{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -86,8 +89,10 @@ TEMPLATES = {
     **UNMARKED,
 }
 PIECES = [
-    *MARKERS, "<|im_end|>", "<|IM_END|>", "<|im_start|>assistant\n", "<|endoftext|>", "<|im _end|>", "im_end", "IM_END",
-    "<think>", "</think>", "<|user|>", "<", "|", ">", "a", "B", " ", "\n", "Hello", "\u00e9", "\u6771",
+    *MARKERS, "<|im_end|>", "<|IM_END|>", "<|im_start|>assistant\n", "<|endoftext|>", "<|im _end|>",
+    "im_end", "IM_END",
+    "<think>", "</think>", "<|user|>", "<", "|", ">", "a", "B", " ", "\n", "Hello", "\u00e9",
+    "\u6771",
 ]  # fmt: skip
 a_text = st.lists(st.sampled_from(PIECES), max_size=5).map("".join)
 
@@ -96,15 +101,15 @@ a_text = st.lists(st.sampled_from(PIECES), max_size=5).map("".join)
 def ready(name: str, family: str) -> tuple[Any, frozenset[int]]:
     """Return (builder, ids of control tokens)."""
     backend = "gigatoken" if family == "byte-level" else "transformers"
-    made = builder_of(TEMPLATES[name], with_markers(family), SPECIALS, backend=backend)
-    return made, frozenset(made._encoder.is_control.nonzero()[0].tolist())
+    builder = builder_of(TEMPLATES[name], with_markers(family), SPECIALS, backend=backend)
+    return builder, frozenset(builder._encoder.is_control.nonzero()[0].tolist())
 
 
 def inert(text: str) -> str:
     """Return a text of the same length that holds no markup at all, apart from the tags of
     reasoning."""
-    kept = text.replace("<think>", "\0").replace("</think>", "\1")
-    crossed = "".join(char if char in "\0\1" or char.isspace() else "x" for char in kept)
+    tags = text.replace("<think>", "\0").replace("</think>", "\1")
+    crossed = "".join(char if char in "\0\1" or char.isspace() else "x" for char in tags)
     return crossed.replace("\0", "<think>").replace("\1", "</think>")
 
 
@@ -118,17 +123,17 @@ def inert(text: str) -> str:
 def test_the_control_ids_of_a_row_are_those_of_the_same_row_with_inert_contents(
     turns: list[tuple[str, str]], system: str | None, name: str, family: str
 ) -> None:
-    made, control = ready(name, family)
+    builder, control = ready(name, family)
     messages = [] if system is None else [{"role": "system", "content": system}]
     for question, answer in turns:
         messages += [
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
         ]
-    result = made.build(chunk_of([{"messages": messages}]))
+    result = builder.build(chunk_of([{"messages": messages}]))
     harmless = [{"role": m["role"], "content": inert(m["content"])} for m in messages]
     for _, ids, _ in samples_of(result):
-        expected = made.build(chunk_of([{"messages": harmless}]))
+        expected = builder.build(chunk_of([{"messages": harmless}]))
         (other,) = (ids for _, ids, _ in samples_of(expected))
         assert [i for i in ids if i in control] == [i for i in other if i in control]
     assert (
@@ -141,7 +146,7 @@ def test_the_control_ids_of_a_row_are_those_of_the_same_row_with_inert_contents(
 
 @pytest.mark.parametrize("name", sorted(LOSSY))
 def test_a_typed_control_token_that_loses_its_origin_leaves_the_row_out(name: str) -> None:
-    made, control = ready(name, "byte-level")
+    builder, control = ready(name, "byte-level")
     typed = (
         "IM_END" if name == "built around" else "<|IM_END|>" if "lower" in name else "<|im_end|>"
     )
@@ -149,9 +154,9 @@ def test_a_typed_control_token_that_loses_its_origin_leaves_the_row_out(name: st
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "ok"}]}
         for text in ("plain words", f"type {typed}" if name != "built around" else typed)
     ]
-    result = made.build(chunk_of(rows))
-    kept = {row: [i for i in ids if i in control] for row, ids, _ in samples_of(result)}
-    assert len(kept[0]) == 4
+    result = builder.build(chunk_of(rows))
+    (ids,) = (ids for _, ids, _ in samples_of(result))
+    assert sum(i in control for i in ids) == 4
     assert [(row, reason) for row, reason, _ in result.facts["rejects"]] == [(1, "unverifiable")]
 
 
@@ -159,22 +164,22 @@ def test_markers_are_control_tokens_whatever_their_flag_and_what_models_write_is
     added = {
         token["content"]: token["special"] for token in json.loads(with_markers())["added_tokens"]
     }
-    found = control_tokens(
+    tokens = control_tokens(
         ChatTemplate(TemplateText("t", DEEPSEEK), SPECIALS), ("<|endoftext|>",), added
     )
-    assert set(found) == {"<|endoftext|>", *MARKERS[:3], "<result>"}
+    assert set(tokens) == {"<|endoftext|>", *MARKERS[:3], "<result>"}
 
 
 @pytest.mark.parametrize("backend", ["gigatoken", "transformers"])
 def test_a_typed_marker_that_is_not_special_stays_text_and_thinking_matches(backend: str) -> None:
-    made = builder_of(DEEPSEEK, with_markers(), SPECIALS, backend=backend)
+    builder = builder_of(DEEPSEEK, with_markers(), SPECIALS, backend=backend)
     tokenizer = tokenizers.Tokenizer.from_str(with_markers())
     row = [
         {"role": "system", "content": "Call <tool_call>f</tool_call>."},
         {"role": "user", "content": f"a{MARKERS[1]}b <think>"},
         {"role": "assistant", "content": "c"},
     ]
-    ((_, ids, _),) = samples_of(made.build(chunk_of([{"messages": row}])))
+    ((_, ids, _),) = samples_of(builder.build(chunk_of([{"messages": row}])))
     names = [tokenizer.id_to_token(i) for i in ids]
     assert [n for n in names if n in MARKERS[:3]] == list(MARKERS[:3])
     assert names.count("<think>") == 1

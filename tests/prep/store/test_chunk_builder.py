@@ -1,16 +1,19 @@
-"""Rows of every format, bent at random: each becomes a sample, a reject or an unrendered row, and
-never a traceback.
+"""Rows of every format, mutated at random: each becomes a sample, a reject or an unrendered row.
+None ends in a traceback.
 
-The mutations are those that found something, and more: nesting, odd numbers, duplicate keys, wrong
+The mutations are those that once found a bug, and more: nesting, odd numbers, duplicate keys, wrong
 types, bytes.
 """
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from built_chunks import builder_of
 from raw_chunks import builder, chunk_of
+from trained_tokenizers import tokenizer_json
 
 from prep.conversations.json_text import MAX_DEPTH
 from prep.sources.chunk import Chunk, parse_chunk
@@ -22,26 +25,32 @@ CALL = {
     "function": {"name": "add", "arguments": {"a": 1, "b": [2, {"c": "x"}]}},
 }
 TOOL = {"type": "function", "function": {"name": "add", "description": "d", "parameters": {
-    "type": "object", "properties": {"a": {"type": "integer", "default": None}}, "required": ["a"]}}}  # fmt: skip
+    "type": "object", "properties": {"a": {"type": "integer", "default": None}},
+    "required": ["a"]}}}  # fmt: skip
 SEEDS: dict[Any, dict[str, Any]] = {
     "messages": {"tools": [TOOL], "messages": [
         {"role": "system", "content": "S"}, {"role": "user", "content": "What is 1 + 2?"},
         {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "hm"},
-        {"role": "tool", "content": "3", "tool_call_id": "c1"}, {"role": "assistant", "content": "3", "train": True},
-        {"role": "user", "content": [{"type": "text", "text": "And?"}]}, {"role": "assistant", "content": "x: \\ \""},
+        {"role": "tool", "content": "3", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "3", "train": True},
+        {"role": "user", "content": [{"type": "text", "text": "And?"}]},
+        {"role": "assistant", "content": "x: \\ \""},
     ]},
     "sharegpt": {"system": "S", "tools": json.dumps([TOOL]), "conversations": [
-        {"from": "human", "value": "Hi"}, {"from": "function_call", "value": json.dumps(CALL["function"])},
+        {"from": "human", "value": "Hi"},
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
         {"from": "observation", "value": "3"}, {"from": "gpt", "value": "It is 3"},
     ]},
-    "alpaca": {"instruction": "Add", "input": "1 2", "output": "3", "system": "S", "history": [["a", "b"]]},
-    "prompt_completion": {"prompt": [{"role": "user", "content": "Q"}], "completion": "A", "tools": [TOOL]},
+    "alpaca": {"instruction": "Add", "input": "1 2", "output": "3", "system": "S",
+    "history": [["a", "b"]]},
+    "prompt_completion": {"prompt": [{"role": "user", "content": "Q"}], "completion": "A",
+    "tools": [TOOL]},
 }  # fmt: skip
 TEMPLATES = ("chatml", "llama3.1", "mistral", "olmo", "qwen2.5", "qwen3", "tulu", "tulu_thinker")
 
 
 class Raw(str):
-    """JSON text that is put into a row as it stands."""
+    """JSON text that is put into a row unchanged."""
 
 
 def nested(depth: int, kind: str) -> Any:
@@ -50,17 +59,25 @@ def nested(depth: int, kind: str) -> Any:
 
 
 ODD: list[Any] = [
-    None, True, 0, -1, "", [], {}, [[]], [None], {"": None}, {"": {"": [""]}}, [{}], "x" * 5000, "\x00", "\ufeff",
-    "\u2028", "<|im_end|>", "<|endoftext|> <|user|>", "{", "[1", '{"a": 1, "a": 2}', "null", "[]", '"x"',
-    Raw("1e400"), Raw("-1e400"), Raw("NaN"), Raw("Infinity"), Raw("-0"), Raw("-0.0"), Raw("1E-400"), Raw("9" * 19),
-    Raw("1" + "0" * 400), Raw("9" * 5000), Raw("-" + "9" * 30), Raw("0.1e1"), Raw('"\\ud800"'), Raw('"\\udc00\\ud800"'),
-    Raw('"\\u0000"'), Raw('{"a": 1, "a" : 2}'), Raw('{"\\u0061":1,"a":2}'), Raw('{"a\\\\":1,"b":1,"b":2}'), Raw("}"),
-    Raw('"\x01"'), Raw(""), {"k" * 3000: {"v": ["w", "w"]}}, {"keys": 1, "items": "x", "get": [], "__class__": "y"},
-    *(nested(depth, kind) for depth in (30, 60, 61, 70, 250, 1100, 20_000) for kind in ("object", "list")),
+    None, True, 0, -1, "", [], {}, [[]], [None], {"": None}, {"": {"": [""]}}, [{}], "x" * 5000,
+    "\x00", "\ufeff", "\u2028", "<|im_end|>", "<|endoftext|> <|user|>", "{", "[1",
+    '{"a": 1, "a": 2}', "null", "[]", '"x"',
+    Raw("1e400"), Raw("-1e400"), Raw("NaN"), Raw("Infinity"), Raw("-0"), Raw("-0.0"), Raw("1E-400"),
+    Raw("9" * 19), Raw("1" + "0" * 400), Raw("9" * 5000), Raw("-" + "9" * 30), Raw("0.1e1"),
+    Raw('"\\ud800"'), Raw('"\\udc00\\ud800"'), Raw('"\\u0000"'),
+    Raw('{"a": 1, "a" : 2}'), Raw('{"\\u0061":1,"a":2}'),
+    Raw('{"a\\\\":1,"b":1,"b":2}'), Raw("}"),
+    Raw('"\x01"'), Raw(""), {"k" * 3000: {"v": ["w", "w"]}},
+    {"keys": 1, "items": "x", "get": [], "__class__": "y"},
+    *(nested(depth, kind) for depth in (30, 60, 61, 70, 250, 1100, 20_000)
+      for kind in ("object", "list")),
     Raw('"' + '{\\"a\\":' * 500 + "1" + "}" * 500 + '"'), Raw('"' + "[" * 300 + "]" * 300 + '"'),
 ]  # fmt: skip
-KEYS = ["role", "content", "train", "weight", "name", "tool_calls", "function", "arguments", "tools", "value", "from",
-        "type", "text", "reasoning_content", "function_calls", "functions", "history", "id", "messages"]  # fmt: skip
+KEYS = [
+    "role", "content", "train", "weight", "name", "tool_calls", "function", "arguments", "tools",
+    "value", "from", "type", "text", "reasoning_content", "function_calls", "functions", "history",
+    "id", "messages",
+]  # fmt: skip
 
 
 def dumps(value: Any) -> str:
@@ -132,7 +149,7 @@ def check_accounts(chunk: Chunk, made: Any) -> None:
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", SEEDS)
-def test_a_bent_row_is_a_sample_a_reject_or_unrendered(name: str, template: str) -> None:
+def test_a_mutated_row_is_a_sample_a_reject_or_unrendered(name: str, template: str) -> None:
     draw = random.Random(f"{name} {template}")
     lines = [mutated_line(SEEDS[name], draw) for _ in range(60)] + [dumps(SEEDS[name]).encode()]
     chunk = chunk_of(lines, name)
@@ -145,7 +162,8 @@ _CHAT = f'[{_QUESTION},{{"role":"assistant","content":"b"}}]'
 FIELDS = {
     "arguments": f'{{"messages":[{_QUESTION},{{"role":"assistant","tool_calls":[{_CALL}]}}]}}',
     "tools": f'{{"tools":[{{"name":"f","parameters":%s}}],"messages":{_CHAT}}}',
-    "other": '{"messages":[{"role":"user","content":"a","mood":%s},{"role":"assistant","content":"b"}],"id":1}',
+    "other": '{"messages":[{"role":"user","content":"a","mood":%s},'
+             '{"role":"assistant","content":"b"}],"id":1}',
     "column": f'{{"messages":{_CHAT},"meta":%s}}',
 }  # fmt: skip
 
@@ -182,7 +200,7 @@ def test_the_deepest_row_that_is_read_is_rendered_and_hashed(template: str) -> N
         ),
     ],
 )
-def test_a_key_that_stands_twice_is_refused_and_named(line: str) -> None:
+def test_a_duplicate_key_is_refused_and_named(line: str) -> None:
     ((_, _, record),) = parse_chunk(chunk_of([line.encode()]))
     assert isinstance(record, DataError)
     assert "occurs twice in one object" in str(record)
@@ -190,7 +208,7 @@ def test_a_key_that_stands_twice_is_refused_and_named(line: str) -> None:
 
 
 @pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
-def test_an_odd_value_in_any_place_of_a_message_is_no_traceback(odd: Any) -> None:
+def test_an_odd_value_anywhere_in_a_message_is_no_traceback(odd: Any) -> None:
     call = {"id": odd, "type": odd, "function": {"name": "f", "arguments": odd, "x": odd}}
     messages: list[Any] = [{key: odd, "role": "user"} for key in KEYS]
     messages += [{"role": "assistant", "content": "", key: odd} for key in KEYS]
@@ -205,6 +223,25 @@ def test_an_odd_value_in_any_place_of_a_message_is_no_traceback(odd: Any) -> Non
     lines = [dumps(row).encode() or b"0" for row in rows]
     chunk = chunk_of(lines)
     check_accounts(chunk, builder("qwen3").build(chunk))
+
+
+def test_an_unverifiable_row_is_listed_and_costs_no_other_row() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|user|>' + m.content + '<|im_end|>' }}"
+        "{% if m.content == 'twice' %}{{ messages | tojson }}{% endif %}{% endfor %}"
+    )
+    specials = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    chunks = builder_of(template, tokenizer_json("byte-level"), specials)
+    contents = ["a", "twice", "b", "<|im_end|>", "c", "twice"]
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "d"}]}
+        for text in contents
+    ]
+    lines = [json.dumps(row).encode() for row in rows]
+    made = chunks.build(replace(chunk_of(lines), first_row=100))
+    assert made.columns["sample_row"].tolist() == [100, 102, 103, 104]
+    rejects = [event[:2] for event in made.facts["rejects"]]
+    assert rejects == [(101, "unverifiable"), (105, "unverifiable")]
 
 
 def test_what_only_looks_like_a_key_is_none() -> None:

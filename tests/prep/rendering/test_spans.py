@@ -1,5 +1,5 @@
-"""Foreign templates without marks: spans equal a hand-written account; what cannot be carried or
-proved is named."""
+"""The spans of foreign templates without generation blocks are those of an account written by hand;
+what cannot be proved is refused."""
 
 import pytest
 from foreign_templates import FOREIGN, Foreign
@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from rendered_rows import LOOP, ODD_CONTENTS, conversation_of, custom, spans_of, trained_characters
 
 from prep.conversations.conversation import Conversation
-from prep.rendering.coverage import unrendered_fields
 from prep.rendering.template import ChatTemplate, TemplateText
 from prep.rendering.turns import SpanRules, learn_rules
 from shared.errors import TemplateError
@@ -105,75 +104,9 @@ def test_foreign_template_trains_what_its_account_says_for_any_contents(
         ("mistral", [("user", "a"), ("tool", "b")], "Only user and assistant"),
     ],
 )
-def test_a_refusal_carries_the_words_of_the_template(
-    name: str, row: list[tuple[str, str]], reason: str
-) -> None:
+def test_a_refusal_quotes_the_template(name: str, row: list[tuple[str, str]], reason: str) -> None:
     with pytest.raises(TemplateError, match=reason):
         READY[name][0].render(conversation_of(*row))
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (
-            LOOP + "{% if m.role != 'system' %}{{ m.content }}<end>{% endif %}{% endfor %}",
-            "system message",
-        ),
-        (
-            LOOP
-            + "{{ m.role }}{% if m.role != 'user' %}{{ m.content }}<end>{% endif %}{% endfor %}",
-            "user message",
-        ),
-        ("{% for m in messages[1:] %}{{ m.content }}<end>{% endfor %}", "system message"),
-        (LOOP + "{{ m.content[:3] }}<end>{% endfor %}", "assistant.content"),
-        (LOOP + "{{ m.content.split('</think>')[-1] }}<end>{% endfor %}", "assistant.content"),
-    ],
-)
-def test_what_a_foreign_template_drops_is_named(text: str, reason: str) -> None:
-    template, rules = custom(text)
-    row = conversation_of(("system", "Sys"), ("user", "Q"), ("assistant", "<think>hm</think>Yes"))
-    found = unrendered_fields(template.render(row), row, rules)
-    assert found is not None
-    assert found[1] == reason
-
-
-def test_a_template_that_prints_the_date_needs_one() -> None:
-    text = "{{ strftime_now('%d %b %Y') }}" + LOOP + "{{ m.content }}<end>{% endfor %}"
-    with pytest.raises(TemplateError, match=r"template\.date"):
-        custom(text)[0].render(conversation_of(("user", "x")))
-    dated = ChatTemplate(TemplateText("dated", text), {}, "2024-07-26")
-    assert dated.render(conversation_of(("user", "x"))) == "26 Jul 2024x<end>"
-
-
-KEEPS_LAST_REASONING = (
-    LOOP + "<{{ m.role }}>{% if m.role == 'assistant' %}"
-    "{% if loop.last and m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-    "{{ m.content.split('</think>')[-1] }}<end>{% else %}{{ m.content }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@pytest.mark.parametrize(
-    ("answers", "reason"),
-    [
-        (["<think>a</think>b", "c"], None),  # an earlier turn: meant to be forgotten
-        (["a</think>b", "c"], None),
-        (["c", "<think>a</think>b"], "assistant.content"),  # the last turn must keep it
-        (
-            ["a</think>b</think>c", "d"],
-            "assistant.content",
-        ),  # more than one end: not reasoning, a hole
-    ],
-)
-def test_only_the_reasoning_of_earlier_turns_may_be_forgotten(
-    answers: list[str], reason: str | None
-) -> None:
-    template, rules = custom(KEEPS_LAST_REASONING)
-    row = conversation_of(
-        ("user", "x"), ("assistant", answers[0]), ("user", "y"), ("assistant", answers[1])
-    )
-    found = unrendered_fields(template.render(row), row, rules)
-    assert (found and found[1]) == reason
 
 
 def test_texts_of_two_messages_in_one_place_are_unverifiable() -> None:
