@@ -286,7 +286,9 @@ class TracingEnvironment(ImmutableSandboxedEnvironment):
             and function.__name__ == "join"
             and type(function.__self__) is str
         ):
-            return self.join_marked(function.__self__, *args, **kwargs)
+            # Jinja hands the variables of a loop to every call within it, and drops them itself
+            arguments = {k: v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars")}
+            return self.join_marked(function.__self__, *args, **arguments)
         return super().call(context, function, *args, **kwargs)
 
     def replace_filters(self) -> None:

@@ -220,6 +220,9 @@ KEPT_MARKS = {
     "join filter": "{{ messages | map(attribute='content') | join(', ') }}",
     "join filter with attribute": "{{ messages | join(', ', attribute='content') }}",
     "join method": "{{ '; '.join(messages | map(attribute='content') | list) }}",
+    "join method in a loop": (
+        "{% for m in messages %}{{ '; '.join([m.role, m.content]) }}{% endfor %}"
+    ),
     "tojson": "{% for m in messages %}{{ m.content | tojson }}{% endfor %}",
     "macro": (
         "{% macro show(x) %}[{{ x }}]{% endmacro %}{% for m in messages %}{{ show(m.content) }}{%"
