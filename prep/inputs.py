@@ -21,7 +21,7 @@ from shared.errors import ConfigError, shorten
 from shared.hashing import digest
 from shared.shard_format import EVAL_DIR, FORMAT_VERSION
 
-SPAN_CODE_VERSION = 6  # bump when the same rows would give other tokens, kinds or messages
+SPAN_CODE_VERSION = 7  # bump when the same rows would give other tokens, kinds or messages
 STORE_VERSION = 2  # bump when columns or counts of a stored chunk get other names
 KNOWN_DATE = "template date"  # key of the date that a set recorded, among the known facts
 _SHOWN_DIFFERENCES = 20
