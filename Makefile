@@ -4,7 +4,7 @@ PYTHON ?= python3
 EXTRAS ?= prep,train,dev
 BIN := .venv/bin
 
-.PHONY: env demo test check lowest format bench nodes clean
+.PHONY: env demo test check lowest format reference bench nodes clean
 
 env: .venv/.made
 
@@ -46,6 +46,10 @@ lowest: .venv-lowest/.made
 format: env
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# the page that lists every key of a mixture and of a recipe
+reference: env
+	$(BIN)/python docs/generate_reference.py
 
 bench: env
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
