@@ -33,7 +33,7 @@ reference = loaded()
 def keys_of(cls: type, prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of a configuration, found without the script."""
     hints = get_type_hints(cls)
-    for field in fields(cls):  # type: ignore[arg-type]
+    for field in fields(cls):
         inner = next(
             (one for one in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(one)),
             None,
