@@ -4,16 +4,18 @@ PYTHON ?= python3
 EXTRAS ?= prep,train,dev
 BIN := .venv/bin
 
-.PHONY: env demo test check lowest format bench nodes clean
+.PHONY: env demo test check lowest format reference bench nodes clean
 
 env: .venv/.made
 
+# on a terminal pip shows its own progress; in a log there is a line for each step
 .venv/.made: pyproject.toml constraints.txt
-	@echo "making .venv with the releases of constraints.txt: a few minutes the first time"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
-	@test -x $(BIN)/python || { echo "1 of 2: an empty environment in .venv"; $(PYTHON) -m venv .venv; }
-	@echo "2 of 2: installing the packages of constraints.txt and this checkout"
-	@$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@echo "1 of 3: $$($(PYTHON) --version) makes an empty environment in .venv"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "2 of 3: installing this checkout [$(EXTRAS)] with the releases of constraints.txt: a few minutes the first time"
+	@test -t 1 || quiet=--quiet; $(BIN)/pip install $$quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@echo "3 of 3: $$(ls -d .venv/lib/*/site-packages/*.dist-info | wc -l) packages are in .venv; to use them: source .venv/bin/activate"
 	@touch $@
 
 demo: env
@@ -46,6 +48,10 @@ lowest: .venv-lowest/.made
 format: env
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# the page that lists every key of a mixture and of a recipe
+reference: env
+	$(BIN)/python docs/generate_reference.py
 
 bench: env
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done

@@ -75,6 +75,7 @@ class TemplateConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskConfig:
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Which messages are trained: those of assistants, the last of those, or every token."""
     boundary: Literal["overlap", "inside"] = "overlap"
     """Whether a token that straddles a trained text and its surroundings is trained (overlap) or
     not (inside)."""
@@ -94,6 +95,7 @@ class LengthsConfig:
     """What happens to a sample over max_seq_len; see prep/selection/over_length.py. No terminator
     is added at a cut."""
     min_loss_tokens: int = 1
+    """Leave out sequences that carry fewer loss tokens."""
 
     def __post_init__(self) -> None:
         if self.min_loss_tokens < 0:
@@ -129,7 +131,9 @@ class SourceConfig:
     name: str = ""
     """Default: the file's stem, or the hub id."""
     split: str = "train"
+    """Split of a hub data set, or of a directory laid out like one."""
     revision: str = "main"
+    """Branch, tag or commit of a hub data set; resolved to a commit and recorded."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
     """What its rows look like (prep/conversations/formats.py); `auto` looks at the keys of the
     first rows and decides for all of them."""
@@ -278,13 +282,16 @@ class MixingConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixtureConfig:
     name: str
+    """The set's name, a plain file name: it goes to data_cache/NAME."""
     max_seq_len: int
+    """Tokens that fit in one pack; no sequence is longer."""
     tokenizer: TokenizerConfig
     template: TemplateConfig
     sources: tuple[SourceConfig, ...]
     recipe: str = ""
     """The recipe that sft-train uses by default."""
     seed: int = 0
+    """Of every random choice: rows that are kept or held out, order within equal lengths."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     rows: RowsConfig = field(default_factory=RowsConfig)

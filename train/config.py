@@ -70,9 +70,13 @@ class OptimConfig:
     """AdamW. Weight decay acts on matrices only, never on norms and biases."""
 
     learning_rate: float
+    """The peak rate, reached at the end of the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.0
+    """Decoupled decay, times the learning rate."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this; 0 does not clip."""
 
@@ -91,9 +95,11 @@ class OptimConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
     kind: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate goes on after the warm-up: straight or by half a cosine to 0, or not at all."""
     warmup_ratio: float = 0.03
     """Warm-up steps = ceil(warmup_ratio x total steps)."""
     epochs: float = 1.0
+    """Passes over the shard set; the last step may be smaller."""
     max_steps: int | None = None
     """Total number of steps instead of `epochs`."""
 
@@ -224,9 +230,11 @@ class LoraConfig:
     themselves."""
 
     rank: int = 0
+    """Rank of the adapters; 0 trains the weights themselves."""
     alpha: float = 16.0
     """The adapters' product counts alpha / rank times."""
     dropout: float = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
     targets: tuple[str, ...] = ()
     """Names of linear layers that get an adapter, such as "q_proj", never the LM head; none named:
     all but that."""
@@ -263,6 +271,7 @@ class CheckpointConfig:
     every_steps: int = 500
     """A checkpoint is also written at the last step and when the run is asked to stop."""
     keep_last: int = 3
+    """Older checkpoints are removed, but never the newest whole one nor the best one."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep_last"):
@@ -290,7 +299,9 @@ class LogConfig:
     every_steps: int = 1
     """Steps per logged line: each line costs one wait for the device."""
     wandb: Literal["off", "offline", "online"] = "off"
+    """Log to Weights & Biases: to its server, or to files for `wandb sync`."""
     wandb_project: str = "sft"
+    """Its project."""
     wandb_name: str = ""
     """Default: the name of the run directory."""
     spike_sigma: float = 6.0
@@ -325,6 +336,7 @@ class RunConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     name: str
+    """The recipe's name, up to 100 printable characters; part of the default run directory."""
     optim: OptimConfig
     batch: BatchConfig
     model: ModelConfig = field(default_factory=ModelConfig)

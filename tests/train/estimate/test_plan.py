@@ -295,9 +295,9 @@ def test_a_shipped_recipe_with_a_model_table_can_be_planned(
     assert planned("--shards", inputs[0], "--recipe", name, "--gpus", 1)["verdict"]["fits"]
 
 
-def test_the_commands_in_the_readme_are_taken(recipe_8b: Path, inputs: tuple[Path, Path]) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    of_shards, of_sizes = re.findall(r"^sft-train plan (.*)$", readme, re.MULTILINE)
+def test_the_commands_on_the_page_are_taken(recipe_8b: Path, inputs: tuple[Path, Path]) -> None:
+    page = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
+    of_shards, of_sizes = re.findall(r"^sft-train plan (.*)$", page, re.MULTILINE)[-2:]
     model = ("--model", recipe_8b.parent / "model")
     plan = planned(*shlex.split(of_sizes), *model)
     assert plan["recipe"] == "tulu3-8b-released"
