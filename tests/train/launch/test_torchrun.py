@@ -99,7 +99,7 @@ def test_two_nodes_train_as_two_ranks_of_one_and_go_on_after_their_link_was_cut(
     nodes.set_link("up")
     code, said = end(start(folder, nodes, "cut", *limit), cut, within=180)
     assert code == 0, said
-    assert "going on after step" in said
+    assert "resuming after step" in said
     assert losses(cut) == losses(Path("one"))
     cut_weights = weights(cut)
     assert all(bool((cut_weights[name] == one[name]).all()) for name in one)

@@ -51,7 +51,7 @@ def test_a_jump_is_reported_with_the_rows_of_its_step_and_noise_is_not(
     losses[200] = 5.0
     log = SpikeLog(tmp_path / "spikes.jsonl", sigma=6.0, after_step=0)
     for start in range(0, 300, 10):
-        log.look_at(list(range(start + 1, start + 11)), losses[start : start + 10], feed)
+        log.check(list(range(start + 1, start + 11)), losses[start : start + 10], feed)
     (spike,) = found(tmp_path / "spikes.jsonl")
     assert spike["step"] == 201
     assert spike["loss"] == 5.0
@@ -63,10 +63,10 @@ def test_a_falling_loss_is_no_spike_and_sigma_0_reports_none(
     feed: StepLoader, tmp_path: Path
 ) -> None:
     falling = [10.0 * 0.98**step for step in range(200)]
-    SpikeLog(tmp_path / "falling", sigma=6.0, after_step=0).look_at(
+    SpikeLog(tmp_path / "falling", sigma=6.0, after_step=0).check(
         list(range(1, 201)), falling, feed
     )
-    SpikeLog(tmp_path / "off", sigma=0.0, after_step=0).look_at(
+    SpikeLog(tmp_path / "off", sigma=0.0, after_step=0).check(
         list(range(1, 201)), [1.0] * 199 + [100.0], feed
     )
     assert found(tmp_path / "falling") == found(tmp_path / "off") == []
@@ -74,9 +74,9 @@ def test_a_falling_loss_is_no_spike_and_sigma_0_reports_none(
 
 def test_too_short_a_past_judges_nothing(feed: StepLoader, tmp_path: Path) -> None:
     log = SpikeLog(tmp_path / "spikes.jsonl", sigma=6.0, after_step=0)
-    log.look_at(list(range(1, 21)), [1.0] * 19 + [50.0], feed)
+    log.check(list(range(1, 21)), [1.0] * 19 + [50.0], feed)
     assert found(tmp_path / "spikes.jsonl") == []
-    log.look_at([21], [50.0], feed)
+    log.check([21], [50.0], feed)
     assert [spike["step"] for spike in found(tmp_path / "spikes.jsonl")] == [21]
 
 
@@ -84,7 +84,7 @@ def test_spikes_after_the_step_that_a_run_goes_on_from_are_forgotten(
     feed: StepLoader, tmp_path: Path
 ) -> None:
     path = tmp_path / "spikes.jsonl"
-    SpikeLog(path, sigma=6.0, after_step=0).look_at(
+    SpikeLog(path, sigma=6.0, after_step=0).check(
         list(range(1, 42)), [1.0] * 20 + [9.0] + [1.0] * 19 + [9.0], feed
     )
     assert [spike["step"] for spike in found(path)] == [21, 41]

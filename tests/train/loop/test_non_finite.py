@@ -145,7 +145,7 @@ def test_skipping_ends_when_its_budget_is_spent_however_often_the_run_is_started
         result = train_here(*call, "--set", f"run.max_skipped={len(steps) - 1}")
         assert result.exit_code == 4
         assert f"step {steps[-1]}: the loss or a gradient is not finite" in result.stderr
-        assert f"run.max_skipped = {len(steps) - 1} steps were left out before it" in result.stderr
+        assert f"run.max_skipped = {len(steps) - 1} steps were skipped before it" in result.stderr
     assert train_here(*call).exit_code == 0
     assert records(run)[-1]["skipped_steps"] == len(steps)
 

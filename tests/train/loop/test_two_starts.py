@@ -116,7 +116,7 @@ def test_a_start_that_decided_before_another_trained_on_goes_on_from_where_that_
     assert train_here(*call, "--stop-after", 4).exit_code == 75
     code, _, err = late.go_on()
     assert code == 0, err
-    assert "going on after step 6" in err
+    assert "resuming after step 6" in err
     assert_undisturbed(run, whole)
 
 
