@@ -1,4 +1,4 @@
-"""A request to train as a command line: what starts the ranks, and what starts a push."""
+"""A request to train as a command line, to start the ranks with; and the program to start."""
 
 import dataclasses
 import shutil
@@ -38,6 +38,6 @@ def console_script() -> Path:
     found = beside if beside.exists() else shutil.which("sft-train")
     if found is None:
         raise PrerequisiteError(
-            "no command sft-train to start the ranks with; install this package with pip"
+            "no command sft-train to start processes with; install this package with pip"
         )
     return Path(found)

@@ -62,6 +62,6 @@ def test_two_ranks_end_in_a_few_lines(
         assert process.returncode == 1
         assert "was killed by SIGKILL" in said
         assert last.startswith(
-            "error: another rank is gone (killed, or out of memory?); the same command goes on"
+            "error: another rank is gone (killed, or out of memory?); run the same command again to"
         )
         assert status(run)["message"].startswith("another rank is gone")
