@@ -75,7 +75,7 @@ def test_hosts_are_read_as_deepspeed_reads_them(tmp_path: Path) -> None:
             "a slots=8\nb slots=4\n",
             "line 2: b has 4 slots and a has 8; every node runs the same number of ranks",
         ),
-        ("a slots=8\na slots=8\n", "line 2: a is there twice"),
+        ("a slots=8\na slots=8\n", "line 2: a is listed twice"),
         ("# nobody\n", "names no host"),
     ],
 )
@@ -127,7 +127,7 @@ def test_a_shape_that_contradicts_the_hostfile_is_refused(
     assert "--nodes 3, but" in result.stderr
     result = launch("--torchrun", "--nodes", 2)
     assert result.exit_code == 3
-    assert "Give --nodes and --gpus-per-node" in result.stderr
+    assert "give --nodes and --gpus-per-node" in result.stderr
 
 
 def test_by_hand_the_head_and_the_others_get_a_line(inputs: tuple[Path, Path]) -> None:
@@ -158,7 +158,7 @@ def test_a_host_that_ssh_cannot_reach_ends_the_others(
         "--deepspeed-hostfile", hostfile(tmp_path, "h1 slots=1\nh2 slots=1\n"), "--submit"
     )
     assert result.exit_code == 1
-    assert "h2 ended with exit code 1; a run/logs/h2.log says why" in result.stderr
+    assert "h2 ended with exit code 1; see a run/logs/h2.log for the reason" in result.stderr
     assert "no route" in Path("a run/logs/h2.log").read_text()
 
 

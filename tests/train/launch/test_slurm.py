@@ -129,12 +129,12 @@ def test_no_value_of_a_user_is_read_by_the_shell(inputs: tuple[Path, Path], tmp_
     ("options", "message"),
     [
         (("--time", "600:00x"), "--time '600:00x'; expected minutes, HH:MM:SS or D-HH:MM:SS"),
-        (("--time", "10"), "--time 10 is 600 s, and the ranks are told to stop 600 s before it"),
+        (("--time", "10"), "--time 10 is 600 s, and the ranks have to stop 600 s before its end"),
         (("--time", "0:10:00"), "is 600 s"),
         (("--time", "0-0:10"), "is 600 s"),
         (("--job-name", "a b"), "--job-name 'a b': expected letters, digits"),
         (("--partition", "x\n#SBATCH --wrap=y"), "--partition"),
-        (("--sbatch", "nodes=4"), "--sbatch nodes=4: expected another option than nodes"),
+        (("--sbatch", "nodes=4"), "--sbatch nodes=4: expected an option other than nodes"),
         (("--sbatch", "--qos=x"), "without dashes"),
         (("--env", "A B=c"), "--env A B=c: expected NAME=VALUE"),
     ],
@@ -156,7 +156,7 @@ def test_the_run_is_checked_as_its_start_would_check_it(inputs: tuple[Path, Path
     refused(5, "nowhere", train=("--shards", "nowhere"))
     refused(
         3,
-        "every start on the cluster would go back there",
+        "every restart on the cluster would go back there",
         train=("--resume", "run/checkpoints/step-00000001"),
     )
     assert not Path("run").exists()
@@ -260,7 +260,7 @@ def test_a_signal_before_the_time_limit_saves_and_requeues_and_the_next_start_go
     with Job(tmp_path, text, restarts=1) as job:
         code, said = job.end(tmp_path)
     assert code == 0, said
-    assert f"going on after step {stopped_at}" in said
+    assert f"resuming after step {stopped_at}" in said
     assert (tmp_path / "requeued").read_text() == "4711\n"
     alone = tmp_path / "alone"
     call = (
