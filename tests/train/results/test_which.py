@@ -17,7 +17,7 @@ from shared import config
 from shared.shard_reader import open_shard_set
 from train.config import TrainConfig
 from train.data.loader import StepLoader
-from train.results.which import _marked
+from train.results.which import _mark
 from train.run.prepare import make_run_order
 
 
@@ -90,7 +90,7 @@ def sequence_ids(shard_set: object, row: int) -> np.ndarray:
     return np.asarray(shard_set.sequence(index).tokens)
 
 
-def test_people_see_the_beginning_of_each_row_with_its_trained_parts_marked(tmp_path: Path) -> None:
+def test_people_see_the_beginning_of_each_row_with_its_trained_parts_mark(tmp_path: Path) -> None:
     run = make_run(tmp_path, world_size=1, batch="packs_per_step = 4")
     lines = show(run, "--step", 1).stdout.splitlines()
     items = [json.loads(line) for line in show(run, "--step", 1, "--json").stdout.splitlines()]
@@ -107,13 +107,13 @@ def test_people_see_the_beginning_of_each_row_with_its_trained_parts_marked(tmp_
 
 def test_text_is_cut_and_can_do_nothing_to_a_terminal() -> None:
     pieces = [("ask\n\x1b[2J", False), ("answer " * 100, True), ("end", False)]
-    short = _marked(pieces, full=False, colour=False)
+    short = _mark(pieces, full=False, colour=False)
     assert short.startswith("ask\\n\\x1b[2J[[answer answer")
     assert short.endswith("]] ...")
     assert len(short) < 220
-    assert _marked(pieces, full=True, colour=True).startswith("ask\n    \\x1b[2J\x1b[32manswer")
-    assert _marked(pieces, full=True, colour=False).endswith("]]end")
-    assert _marked([("a" * 200, False)], full=False, colour=False) == "a" * 200
+    assert _mark(pieces, full=True, colour=True).startswith("ask\n    \\x1b[2J\x1b[32manswer")
+    assert _mark(pieces, full=True, colour=False).endswith("]]end")
+    assert _mark([("a" * 200, False)], full=False, colour=False) == "a" * 200
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_text_is_cut_and_can_do_nothing_to_a_terminal() -> None:
         (("--step", 0), 3, "expected 1 to 8"),
         (("--step", 9), 3, "expected 1 to 8"),
         (("--step", 1, "--rank", 1), 3, "ran on 1 ranks; expected 0 to 0"),
-        (("--step", 1, "--shards", "nowhere"), 5, "say where it is with --shards"),
+        (("--step", 1, "--shards", "nowhere"), 5, "give its path with --shards"),
     ],
 )
 def test_a_step_or_rank_that_is_not_there_is_an_error(
