@@ -205,7 +205,7 @@ def test_the_command_given_is_one_that_sft_train_takes(recipe_8b: Path) -> None:
         ("Give --shards, or all of", ()),
         ("Give --shards, or all of", ("--rows", 3)),
         ("--gpu V1: not known; known are H100 PCIe", (*STATED, "--gpu", "V1")),
-        ("--gpus 12 are no whole nodes", (*STATED, "--gpus", 12)),
+        ("--gpus 12 do not fill whole nodes", (*STATED, "--gpus", 12)),
         ("--mfu 1.5; expected", (*STATED, "--mfu", 1.5)),
         ("expected from 1 to --tokens 5", ("--rows", 1, "--tokens", 5, "--loss-tokens", 6)),
     ],
