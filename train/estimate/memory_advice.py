@@ -91,6 +91,7 @@ def _savings(
         memory = memory_of(size, changed)
         return Change(what=what, gib=memory.total / GIB, fits=fits(memory, gpu), host_gib=host_gib)
 
+    # `saving` collects what every run can do for less memory; `words` are its --set arguments.
     packs, shared_by = recipe.batch.packs_per_micro_batch, recipe.engine.sequence_parallel
     saving, words = setup, ""
     if packs > 1:
@@ -117,6 +118,7 @@ def _savings(
     if setup.zero_stage > 0 and not setup.optimizer_offloaded:
         offloaded = replace(saving, optimizer_offloaded=True)
         before, after = memory_of(size, saving), memory_of(size, offloaded)
+        # The host takes the optimizer states, and the gradients that the GPU no longer keeps.
         host_gib = (before.optimizer + before.gradients - after.gradients) / GIB
         yield change(f"{words} engine.offload_optimizer=cpu".strip(), offloaded, host_gib=host_gib)
     yield from _more_gpus(size, setup, saving, gpu, gpus_per_node=gpus_per_node)
@@ -127,6 +129,7 @@ def _more_gpus(
 ) -> Iterator[Change]:
     """Yield the smallest number of GPUs on which the run fits unchanged, and the smallest on which
     it fits with the changes that save memory, where that is another one."""
+    # Stage 0 is for one rank alone: more GPUs would shard everything.
     stage = 3 if setup.zero_stage == 0 else setup.zero_stage
     seen: set[int] = set()
     for form, words in (

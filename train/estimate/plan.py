@@ -103,6 +103,7 @@ def make_plan(request: EstimateRequest) -> RunEstimate:
     dtype = torch.float32 if recipe.engine.dtype == "fp32" else torch.bfloat16
     size = model_size(config, lora=recipe.lora, dtype=dtype)
 
+    # Ranks that cannot run the steps are no error here: the plan says what would work instead.
     problem, split = "", None
     try:
         check_division(recipe, order, ranks)
@@ -119,6 +120,7 @@ def make_plan(request: EstimateRequest) -> RunEstimate:
         groups = ranks // recipe.engine.sequence_parallel
         split = division(recipe, order, data, shard_set, world_size=groups)
 
+    # Memory is that of the step as the ranks would share it.
     micro_batches = split.micro_batches if split else 1
     setup = setup_of(recipe, data.max_seq_len, ranks, dtype=dtype, micro_batches=micro_batches)
     memory = memory_of(size, setup)

@@ -107,6 +107,7 @@ def as_text(plan: RunEstimate) -> str:
             f" {plan.division.micro_batches} micro-batches; waiting for the slowest rank multiplies"
             f" time by {plan.division.waiting:.2f}"
         )
+    # A short run in minutes: 0.0 hours would say nothing.
     hours = forecast.seconds / 3600
     duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
     cost = ""

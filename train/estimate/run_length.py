@@ -84,6 +84,7 @@ def division(
     max_seq_len, totals = data.max_seq_len, data.totals
     of_packs = order.unit == "pack"
     capacity = recipe.batch.packs_per_micro_batch * (1 if of_packs else max_seq_len)
+    # Sums over the sampled steps: of the most loaded rank, and of the mean rank.
     highest, mean, micro_batches = 0.0, 0.0, 0
     # The last step of the run may be short.
     full_steps = max(1, order.total_units // order.units_per_step)

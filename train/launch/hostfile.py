@@ -44,6 +44,7 @@ def read_hostfile(path: Path) -> Hosts:
             raise ConfigError(
                 f"{path} line {number}: {host} is listed twice; give each host one line"
             )
+        # torchrun takes one --nproc-per-node for all nodes.
         if slots_of and slots not in slots_of.values():
             first = next(iter(slots_of))
             raise ConfigError(

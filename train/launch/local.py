@@ -128,6 +128,7 @@ def _wait(process: "subprocess.Popen[bytes]", status: Callable[[], dict[str, Any
 
     torchrun would give those the time of a save, which they cannot begin without that rank.
     """
+    # Ranks that notice the failure have that long to write why they ended.
     failed_for = 0.0
     while failed_for < _SECONDS_TO_FAIL:
         with contextlib.suppress(subprocess.TimeoutExpired):

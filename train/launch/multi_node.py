@@ -56,6 +56,7 @@ def launch_by_hand(request: LaunchRequest, head: str | None) -> str:
     cluster, prepared = _check(request)
     if prepared.is_complete:
         return _nothing_to_do(prepared)
+    # A head of one node needs no name that others can resolve.
     address = head if head is not None else socket.getfqdn()
     if cluster.num_nodes > 1 and address.startswith("localhost"):
         raise ConfigError(

@@ -85,6 +85,9 @@ def train(context: RunContext, start: TrainState) -> None:
     fetch_started = time.perf_counter()
     for batch in training.loader.steps(start.step):
         data_seconds = time.perf_counter() - fetch_started
+
+        # Compute. The rate depends on nothing but the number of the step, so a resumed run needs no
+        # scheduler state.
         rate = learning_rate(batch.step, peak=peak, schedule=schedule, total_steps=total_steps)
         window.add(_run_step(context, batch, rate=rate), data_seconds=data_seconds)
         counters.add(batch)
@@ -92,6 +95,7 @@ def train(context: RunContext, start: TrainState) -> None:
         step = batch.step + 1
         is_last = step == total_steps
 
+        # Report. A record closes the window that it is made from.
         if is_last or step % recipe.log.every_steps == 0:
             _log(context, window, counters, step=step, rate=rate)
             window = open_window(num_sources, ranks)
@@ -99,14 +103,19 @@ def train(context: RunContext, start: TrainState) -> None:
             # ZeRO has told the host already: decide now whether the run may go on without the step.
             _read(context, window, counters)
 
-        # A signal may reach one rank only, and all have to stop after the same step.
+        # Decide what else this step does. A signal may reach one rank only, and all ranks have to
+        # stop after the same step.
         stop_after = prepared.request.stop_after
         wants_stop = context.stop_request.is_set() or step - start.step == stop_after
         stopping = not is_last and any_rank(wants_stop, ranks)
         saving = is_last or stopping or step % recipe.checkpoint.every_steps == 0
         evaluating = _needs_evaluation(context, step)
         # A checkpoint holds the open window, so that a resumed run logs what this one would have.
+        # And weights are neither saved nor evaluated before every step so far is known to be good.
         sums = _read(context, window, counters) if saving or evaluating else None
+
+        # Save, evaluate, push: in this order, so that a stop finds its checkpoint and the pushed
+        # checkpoint holds its evaluation loss.
         pause_started = time.perf_counter()
         saved = None
         if saving:
@@ -120,7 +129,6 @@ def train(context: RunContext, start: TrainState) -> None:
                 )
         if evaluating:
             _evaluate(context, step, saved)
-        # Only now, so that the pushed checkpoint holds its evaluation loss.
         if saved is not None and context.pusher is not None:
             context.pusher.push(saved)
         # A pause to save or evaluate does not count in the training speed.

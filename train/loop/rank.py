@@ -65,11 +65,13 @@ def _train(prepared: Prepared, ranks: Ranks, stop_request: StopRequest) -> None:
     """Walk through the run. Its lock is held, and `prepared` was decided under it."""
     run, recipe = prepared.run, prepared.recipe
     with recorded_end(run), pushing(prepared.request, run, ranks) as pusher:
+        # Open the run: config.json is written before any rank reads it.
         check_ranks(prepared, ranks.world_size)
         if ranks.is_main:
             _open_run(prepared, ranks.world_size)
         barrier(ranks)
 
+        # Build the model. A checkpoint replaces its weights, and says which step comes next.
         engine, cost = start_model(prepared, ranks)
         start = TrainState(step=0, counters=Counters(), window=None)
         if prepared.resume_from is not None:
@@ -79,6 +81,7 @@ def _train(prepared: Prepared, ranks: Ranks, stop_request: StopRequest) -> None:
                 set_aside_newer(run, path)
             logger.info("resuming after step %d, from %s", start.step, path)
 
+        # Train. Only rank 0 has reports and a pusher; every rank has a watchdog.
         watchdog = Watchdog(
             limit_seconds=60 * recipe.run.hang_timeout_minutes,
             stacks=run.stacks / f"rank-{ranks.rank}.txt",
@@ -96,6 +99,7 @@ def _train(prepared: Prepared, ranks: Ranks, stop_request: StopRequest) -> None:
             )
             loop.train(context, start)
 
+        # Finish. The run is complete once all that was asked for is on the disk and on the hub.
         _export(prepared, engine, ranks)
         push_the_rest(pusher, ranks, stop_request)
         if ranks.is_main:
@@ -114,6 +118,7 @@ def _open_run(prepared: Prepared, world_size: int) -> None:
         if repo is not None:
             # Or days of training would end with the name of a repository that does not exist.
             check_access(repo)
+    # Temporary files of these names belong to starts that were killed: this one holds the lock.
     atomic.remove_leftovers(run.path, r"model|\w+\.(?:json|jsonl|png)")
     atomic.remove_leftovers(run.checkpoints, r"(?:universal-)?step|step-\d+")
     old = read_description(run)
@@ -121,6 +126,7 @@ def _open_run(prepared: Prepared, world_size: int) -> None:
         prepared.recipe, prepared.shard_set, prepared.order, world_size=world_size
     )
     if old is not None:
+        # A resumed run continues its curve in Weights & Biases.
         description["wandb_id"] = old["wandb_id"]
     atomic.write_json(run.config, description)
 

@@ -104,6 +104,7 @@ def sources_of(runs: Iterable[Records]) -> dict[str, int]:
 
 def moving_mean(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
     """Return the mean over `width` values around each one, over fewer at the ends."""
+    # Each mean is a difference of two running sums, so that the width costs nothing.
     sums = np.cumsum(np.concatenate([[0.0], values]))
     index = np.arange(len(values))
     start = np.maximum(0, index - width // 2)

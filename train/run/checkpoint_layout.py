@@ -90,6 +90,7 @@ def check_digest(path: Path, name: str, entry: dict[str, Any]) -> None:
         size = file.stat().st_size
     except FileNotFoundError as exc:
         raise IncompleteArtifactError(f"{file} is missing{recovery_hint(path)}") from exc
+    # The size first: it tells a file that was cut short without hashing what may be gigabytes.
     if size != entry["bytes"]:
         raise IncompleteArtifactError(
             f"{file} has {size} bytes; {STATE_NAME} expects {entry['bytes']}{recovery_hint(path)}"

@@ -30,6 +30,7 @@ from train.data.step_order import StepOrder
 
 State = Literal["running", "complete", "stopped", "failed"]
 
+# Any of these makes a directory one of a run, whatever else lies in it.
 _OF_A_RUN = {".lock", "config.json", "status.json", "metrics.jsonl", "checkpoints", "model", "STOP"}
 # The scripts that start a run, and what a scheduler writes beside it.
 _ALLOWED = (".out", ".err", ".log", ".sh")
@@ -137,6 +138,7 @@ def check_output(run: RunDir) -> None:
     It may not lie at or below a file, nor hold files that no run has written.
     """
     try:
+        # The directory itself may be new: then its nearest parent that exists decides.
         nearest = next(path for path in (run.path, *run.path.parents) if path.exists())
         names = {path.name for path in run.path.iterdir()} if run.path.is_dir() else set()
     except (OSError, ValueError) as exc:
@@ -179,6 +181,7 @@ def check_identity(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) 
             f" --shards has {new['shards'][:16]}...; name the shards of the run, or start another"
             " run with --output"
         )
+    # One difference is reported by name, the others are counted: they often have one cause.
     changed = config.differences(old, new)
     if changed:
         key, before, after = changed[0]

@@ -24,6 +24,7 @@ def holding_run(prepared: Prepared, ranks: Ranks) -> Iterator[Prepared | None]:
     """
     # What rank 0 sends to the others: a word and where to resume, or an error and its exit code.
     verdict: tuple[str, object] = ("", None)
+    # The lock is held until the block of the caller ends.
     with contextlib.ExitStack() as lock:
         refusal: SftError | OSError | None = None
         if ranks.is_main:
@@ -40,6 +41,7 @@ def holding_run(prepared: Prepared, ranks: Ranks) -> Iterator[Prepared | None]:
                 known = exc if isinstance(exc, SftError) else unwritable(exc)
                 verdict = (" ".join(str(exc).split()), known.exit_code if known is not None else 1)
         word, detail = cast(tuple[str, object], broadcast_from_main(verdict, ranks))
+        # Rank 0 raises the error itself, with its traceback; the others one of the same class.
         if refusal is not None:
             raise refusal
         if word not in ("complete", "resume"):

@@ -139,6 +139,7 @@ def _open_eval_set(path: Path | None, shard_set: ShardSet) -> ShardSet | None:
             return None
     eval_set = open_shard_set(path)
     ours, theirs = shard_set.manifest, eval_set.manifest
+    # By the digests of its files: a tokenizer may have another name and be the same.
     if theirs.tokenizer.files != ours.tokenizer.files:
         raise DataError(
             f"{path} was made with another tokenizer ({theirs.tokenizer.name}) than"
@@ -222,6 +223,7 @@ def needs_resharding(prepared: Prepared, world_size: int) -> bool:
 
 def _find_checkpoint(run: RunDir, request: TrainRequest, identity: dict[str, Any]) -> Path | None:
     """Return the checkpoint to resume from, None to start at step 0."""
+    # What the run was begun with: its description, or else its last checkpoint.
     description, resume = read_description(run), request.resume
     has_records = run.metrics.exists() and run.metrics.stat().st_size > 0
     if not has_records and not run.model.exists() and not any(run.checkpoints.glob("*")):
@@ -245,6 +247,7 @@ def _find_checkpoint(run: RunDir, request: TrainRequest, identity: dict[str, Any
                 " give --trust-checkpoint"
             )
         check_identity(read_state_file(committed[-1])["identity"], identity, run.path)
+    # Which of the checkpoints to take: the last one, one of this run, or one of another run.
     if resume == "auto":
         return committed[-1] if committed else None
     wanted = Path(resume)

@@ -78,6 +78,7 @@ def read_outcome(
             and status is not None
             and run.status.stat().st_mtime_ns < changed_after.stat().st_mtime_ns
         )
+        # Also where the status is an old one: this start found nothing left to do.
         if status is not None and status.get("state") == "complete":
             return 0, f"{run.path} is complete: {status['message']}"
         if status is not None and not stale and isinstance(status.get("exit_code"), int):

@@ -25,6 +25,7 @@ def recorded_end(run: RunDir) -> Iterator[None]:
         state: State = "stopped" if isinstance(known, StoppedOnRequest) else "failed"
         code = known.exit_code if isinstance(known, SftError) else 1
         message = " ".join(str(known).split()) or type(known).__name__
+        # An error of the connection to another rank: the cause lies there.
         if "gloo/transport" in message or isinstance(known, torch.distributed.DistError):
             message = (
                 "another rank is gone (killed, or out of memory?); run the same command again to"

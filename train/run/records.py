@@ -21,6 +21,7 @@ def keep_records(path: Path, *, up_to_step: int, is_evaluated: bool = True) -> N
         if record["step"] <= up_to_step
         and (is_evaluated or record["step"] < up_to_step or "eval_loss" not in record)
     ]
+    # The file is replaced, not cut: a crash here leaves the old one.
     lines = "".join(
         json.dumps(record, sort_keys=True, allow_nan=False) + "\n" for record in records
     )
