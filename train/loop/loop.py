@@ -164,13 +164,13 @@ def _run_step(context: RunContext, batch: StepBatch, *, rate: float) -> StepResu
     if context.prepared.recipe.loss.load_balancing_weight:
         balancing = torch.zeros(1, device=ranks.device)
     losses = accumulate(training.engine, batch.micro_batches, ranks, source_totals, balancing)
-    refused = update(training.engine, learning_rate=rate)
+    skipped = update(training.engine, learning_rate=rate)
     return StepResult(
         batch=batch,
         losses=losses,
         source_totals=source_totals,
         balancing=balancing,
-        refused=refused,
+        skipped=skipped,
         grad_norm=training.engine.get_global_grad_norm(),
     )
 
@@ -180,8 +180,8 @@ def _read(context: RunContext, window: MetricsWindow, counters: Counters) -> Win
 
     Raises DataError for any other step.
     """
-    sums, refused_steps = window.read(context.ranks)
-    for result in refused_steps:
+    sums, skipped = window.read(context.ranks)
+    for result in skipped:
         counters.skipped_steps += 1
         handle_non_finite_step(
             result.batch,

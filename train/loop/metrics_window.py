@@ -5,9 +5,9 @@ the device, and `read` fetches those of all steps at once: one message between r
 rank sends one float64 vector, and the sum of the vectors holds all that a record needs:
 
     source losses    source counts    first pending step           ...    last pending step
-    1 + sources      1 + sources      loss balancing refused norm         4 numbers
+    1 + sources      1 + sources      loss balancing skipped norm        4 numbers
 
-Only then does the host learn which updates were refused because a gradient was not finite.
+Only then does the host learn which updates were skipped because a gradient was not finite.
 """
 
 import math
@@ -36,8 +36,8 @@ class StepResult:
     """This rank's share, float64 [2, 1 + num_sources]; see train/model/source_loss.py."""
     balancing: torch.Tensor | None
     """This rank's share of the load balancing loss, fp32 [1]."""
-    refused: torch.Tensor
-    """Whether the update was refused, the same on all ranks; bool []."""
+    skipped: torch.Tensor
+    """Whether the update was skipped, the same on all ranks; bool []."""
     grad_norm: torch.Tensor | float
     """Before clipping, the same on all ranks; fp32 []."""
 
@@ -47,7 +47,7 @@ class MetricsWindow:
     """Counts of tokens are known at once and are the same on every rank; losses wait for `read`."""
 
     source_totals: torch.Tensor
-    """This rank's share of all steps that were not refused; float64 [2, 1 + num_sources]."""
+    """This rank's share of all steps that were not skipped; float64 [2, 1 + num_sources]."""
     resumed: WindowSums | None = None
     """The first steps of the window, if the run was resumed in the middle of it."""
     started: float = field(default_factory=time.perf_counter)
@@ -60,20 +60,20 @@ class MetricsWindow:
     pending: list[StepResult] = field(default_factory=list)
     """The steps that are not read yet."""
     losses: list[float] = field(default_factory=list)
-    """Over all ranks, of the steps that were read, had loss tokens and were not refused."""
+    """Over all ranks, of the steps that were read, had loss tokens and were not skipped."""
     loss_steps: list[int] = field(default_factory=list)
     """The numbers of these steps, counted from 1."""
     balancing: list[float] = field(default_factory=list)
     grad_norm: float | None = None
-    """Of the last step that was read; None if its update was refused."""
+    """Of the last step that was read; None if its update was skipped."""
 
     def add(self, result: StepResult, *, data_seconds: float) -> None:
         """Add a step, without waiting for the device."""
         batch = result.batch
         if batch.num_loss_tokens:
-            # The totals of a refused step may be NaN, and no later step could undo that. Only the
-            # device knows yet whether this step was refused, so the device makes the choice.
-            self.source_totals += torch.where(result.refused, 0.0, result.source_totals)
+            # The totals of a skipped step may be NaN, and no later step could undo that. Only the
+            # device knows yet whether this step was skipped, so the device makes the choice.
+            self.source_totals += torch.where(result.skipped, 0.0, result.source_totals)
         self.pending.append(replace(result, batch=replace(batch, micro_batches=[])))
         self.steps += 1
         self.tokens += batch.num_tokens
@@ -83,9 +83,10 @@ class MetricsWindow:
         self.data_seconds += data_seconds
 
     def read(self, ranks: Ranks) -> tuple[WindowSums, list[StepResult]]:
-        """Return the sums of the window over all ranks, and the pending steps that were refused.
+        """Return the sums of the window over all ranks, and the pending steps that were skipped.
 
-        Every rank has to call it after the same step.
+        Every rank has to call it after the same step. A window may be read more than once: by a
+        save in the middle of it, and for its record.
         """
         zero = torch.zeros(1, dtype=torch.float64, device=ranks.device)
         vector = [self.source_totals.flatten()]
@@ -93,7 +94,7 @@ class MetricsWindow:
             vector.append(result.losses.sum(0, keepdim=True).double())
             vector.append(zero if result.balancing is None else result.balancing.double())
             # Every rank knows these two. Only rank 0 sends them, so that the sum is the value.
-            for known in (result.refused, result.grad_norm):
+            for known in (result.skipped, result.grad_norm):
                 number = torch.as_tensor(known, dtype=torch.float64, device=ranks.device)
                 vector.append(number.reshape(1) if ranks.is_main else zero)
 
@@ -103,12 +104,12 @@ class MetricsWindow:
             values = sum_over_ranks(torch.cat(vector), ranks).tolist()
 
         columns = self.source_totals.shape[1]
-        refused_steps = []
+        skipped_steps = []
         for index, result in enumerate(self.pending):
-            loss, balancing, refused, norm = values[2 * columns + 4 * index :][:4]
-            self.grad_norm = norm if not refused and math.isfinite(norm) else None
-            if refused:
-                refused_steps.append(result)
+            loss, balancing, skipped, norm = values[2 * columns + 4 * index :][:4]
+            self.grad_norm = norm if not skipped and math.isfinite(norm) else None
+            if skipped:
+                skipped_steps.append(result)
             elif result.batch.num_loss_tokens:
                 self.losses.append(loss)
                 self.loss_steps.append(result.batch.step + 1)
@@ -123,7 +124,7 @@ class MetricsWindow:
             source_tokens=values[columns : 2 * columns],
             loss_tokens=before.loss_tokens + self.loss_tokens,
         )
-        return sums, refused_steps
+        return sums, skipped_steps
 
 
 def open_window(num_sources: int, ranks: Ranks, resumed: WindowSums | None = None) -> MetricsWindow:

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite: every rank has refused its update, and the weights
+"""A step whose loss or gradient is not finite: every rank has skipped its update, and the weights
 are unchanged.
 
 The run stops and names what the step held, or skips the step (`run.on_non_finite`). The ranks

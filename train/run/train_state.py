@@ -31,7 +31,7 @@ class WindowSums:
     """
 
     losses: list[float]
-    """The loss of each step that had loss tokens and was not refused."""
+    """The loss of each step that had loss tokens and was not skipped."""
     balancing: list[float]
     """The load balancing loss of each of these steps; empty for a model that has none."""
     source_losses: list[float]
