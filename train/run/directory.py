@@ -141,7 +141,7 @@ def check_output(run: RunDir) -> None:
         # The directory itself may be new: then its nearest parent that exists decides.
         nearest = next(path for path in (run.path, *run.path.parents) if path.exists())
         names = {path.name for path in run.path.iterdir()} if run.path.is_dir() else set()
-    except (OSError, ValueError) as exc:
+    except OSError as exc:
         raise ArtifactError(f"--output {run.path}: {exc}; name another directory") from exc
     if not nearest.is_dir():
         raise ArtifactError(
