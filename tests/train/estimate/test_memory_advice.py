@@ -24,11 +24,12 @@ def test_more_gpus_make_a_run_fit(recipe_8b: Path) -> None:
     assert more
 
 
+@pytest.mark.parametrize("num_gpus", [1, 8])
 def test_the_number_of_gpus_that_is_advised_is_the_smallest_doubling_that_fits(
-    recipe_8b: Path,
+    num_gpus: int, recipe_8b: Path
 ) -> None:
     call = (*STATED, "--recipe", recipe_8b, "--gpu", "L40S", "--gpus")
-    changes = planned(*call, 1)["changes"]
+    changes = planned(*call, num_gpus)["changes"]
     unchanged = next(change for change in changes if change["what"].startswith("--gpus"))
     words = unchanged["what"].split()
     gpus = int(words[1])

@@ -1,6 +1,7 @@
 """Starting by ssh: the words that each host gets, a host that cannot be reached, and a stop."""
 
 import itertools
+import os
 import shlex
 import subprocess
 import time
@@ -49,7 +50,12 @@ def test_each_host_gets_its_own_line_of_shell(inputs: tuple[Path, Path], tmp_pat
 def test_a_host_that_ssh_cannot_reach_ends_the_others(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ssh = "import sys, time\nif 'h2' in sys.argv: sys.exit('ssh: no route to h2')\ntime.sleep(600)"
+    ssh = (
+        "import os, sys, time\n"
+        "if 'h2' in sys.argv: sys.exit('ssh: no route to h2')\n"
+        "print(os.getpid(), flush=True)\n"
+        "time.sleep(600)"
+    )
     monkeypatch.setenv("PATH", write_programs(tmp_path / "bin", ssh=ssh)["PATH"])
     monkeypatch.setattr("train.launch.ssh._SECONDS_FOR_THE_OTHERS", 0.2)
     path = hostfile(tmp_path, "h1 slots=1\nh2 slots=1\n")
@@ -57,6 +63,8 @@ def test_a_host_that_ssh_cannot_reach_ends_the_others(
     assert result.exit_code == 1
     assert "h2 ended with exit code 1; see run/logs/h2.log for the reason" in result.stderr
     assert "no route" in Path("run/logs/h2.log").read_text()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("run/logs/h1.log").read_text()), 0)
 
 
 def test_without_ssh_the_error_is_one_line(
