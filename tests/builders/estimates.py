@@ -1,4 +1,4 @@
-"""Estimates of runs through `sft-train plan`: a Llama of 8B without weights, sizes without shards."""
+"""Estimates through `sft-train plan`: a Llama of 8B without weights, sizes without shards."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""The batch script is the golden one, survives any value, and, run by bash, saves, requeues and ends
-the run."""
+"""The batch script is the golden one, survives any value, and, run by bash, saves, requeues and
+resumes."""
 
 import contextlib
 import os

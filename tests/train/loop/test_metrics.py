@@ -1,5 +1,5 @@
-"""metrics.jsonl holds what the docstring of train/loop/metrics.py lists, no more and no less; Weights
-& Biases shows the same."""
+"""metrics.jsonl holds exactly what the docstring of train/loop/metrics.py lists; Weights & Biases
+shows the same."""
 
 import json
 import re
@@ -17,12 +17,10 @@ from train.loop.metrics import console_line
 NAMES = ("algebra", "chat")
 STEPS = 4
 
-INTEGERS = {
-    "step", "skipped_steps", "loss_tokens", "total_tokens", "total_tokens_including_padding", "eval_tokens"
-}  # fmt: skip
-MAY_BE_NULL = {
-    "train_loss", "train_loss/SOURCE", "grad_norm", "load_balancing_loss", "mfu", "eval_loss/SOURCE"
-}  # fmt: skip
+INTEGERS = {"step", "skipped_steps", "loss_tokens", "total_tokens", "eval_tokens"}
+INTEGERS |= {"total_tokens_including_padding"}
+MAY_BE_NULL = {"train_loss", "train_loss/SOURCE", "grad_norm", "load_balancing_loss", "mfu"}
+MAY_BE_NULL |= {"eval_loss/SOURCE"}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("records")
     for name, seed in (("set", 1), ("set/eval", 2)):
         packs = random_packs(num_packs=10, max_seq_len=32, vocab_size=VOCAB, seed=seed)
-        origins = [[(place % 2, place, 0) for place in range(len(pack))] for pack in packs]
+        origins = [[(row % 2, row, 0) for row in range(len(pack))] for pack in packs]
         write_shard_set(
             folder / name,
             packs,

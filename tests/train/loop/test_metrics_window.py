@@ -1,5 +1,7 @@
-"""A window holds the sums of its good steps, whenever it is read; the loop reads it once per record,
-while DeepSpeed under ZeRO reads the gradient norm in each step."""
+"""A window holds the sums of its good steps, however often it is read; one read makes a record.
+
+Under ZeRO DeepSpeed reads the gradient norm in each step.
+"""
 
 import math
 import random
@@ -115,7 +117,7 @@ def reads_of_a_run(
     counts: Counter[tuple[str, str]] = Counter()
     counting = False
 
-    def counted(name: str) -> Any:
+    def counting_reads(name: str) -> Any:
         original = getattr(torch.Tensor, name)
 
         def read(self: torch.Tensor, *arguments: Any, **options: Any) -> Any:
@@ -130,7 +132,7 @@ def reads_of_a_run(
         return read
 
     for name in READS:
-        monkeypatch.setattr(torch.Tensor, name, counted(name))
+        monkeypatch.setattr(torch.Tensor, name, counting_reads(name))
     train = loop.train
 
     def watched(*arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""The start of a rank: what it announces is true, and its first weights depend on the seed alone."""
+"""The start of a rank announces what is true, and its first weights depend on the seed alone."""
 
 import re
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""A request survives its command line, whatever its values are; the program beside this Python is the
-one that is started."""
+"""A request survives its command line, whatever its values; the program beside this Python is
+the one that is started."""
 
 import random
 import sys

@@ -1,4 +1,4 @@
-"""What is decided before torch is imported: which checkpoint to resume from, and which ranks can run."""
+"""What is decided before torch is imported: which checkpoint to resume, which ranks can run."""
 
 import dataclasses
 import json
@@ -39,7 +39,8 @@ def stopped(inputs: tuple[Path, Path], tmp_path: Path) -> TrainRequest:
 
 def test_no_torch_is_needed(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from train.run.prepare import TrainRequest, prepare\n"
+        "import sys; from pathlib import Path\n"
+        "from train.run.prepare import TrainRequest, prepare\n"
         "shards, recipe, output = sys.argv[1:]\n"
         "prepare(TrainRequest(shards=Path(shards), recipe=recipe, output=Path(output)))\n"
         "print('torch' in sys.modules)"

@@ -1,4 +1,4 @@
-"""How a run ended is read from status.json, and not from the exit code that torchrun makes of it."""
+"""How a run ended is read from status.json, not from the exit code that torchrun makes of it."""
 
 import os
 import threading

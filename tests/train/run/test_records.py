@@ -1,4 +1,4 @@
-"""Records on disk: cut back to the checkpoint on resume; a line that a crash cut short is ignored."""
+"""Records are cut back to the checkpoint on resume; a line that a crash cut short is ignored."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A stop is requested by a signal or a file, on whichever rank; a second Ctrl-C ends the process."""
+"""A stop is requested by a signal or a file, on any rank; a second Ctrl-C ends the process."""
 
 import os
 import signal
