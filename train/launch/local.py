@@ -93,14 +93,14 @@ def launch(prepared: Prepared, num_ranks: int) -> None:
         probe.unlink()
     before = last_change(prepared.run)
     command = standalone_command(prepared.request, num_ranks)
-    # In a process group of its own: Ctrl-C at a terminal would otherwise reach torchrun beside us,
-    # and it takes a second signal as an order to end without a save.
+    # In a new process group: Ctrl-C at a terminal would otherwise reach torchrun too, which takes a
+    # second signal as an order to end without a save.
     with (
         subprocess.Popen(command, preexec_fn=die_with_parent, process_group=0) as process,
         signal_handlers(_forwarding_to(process)),
     ):
         code = _wait(process, lambda: status_since(prepared.run, before))
-    message = f"the ranks ended with exit code {code}; what they wrote above tells why"
+    message = f"the ranks ended with exit code {code}; see their output above for the reason"
     raise_unless_complete(prepared, exit_code=code, before=before, message=message)
 
 

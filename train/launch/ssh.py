@@ -67,8 +67,8 @@ def run_on_hosts(commands: Sequence[Sequence[str]], prepared: Prepared, hosts: H
     for command, log in zip(commands, logs, strict=True):
         with log.open("ab") as file:
             try:
-                # In a session of its own: Ctrl-C in this terminal asks for a stop, and must not cut
-                # the connection.
+                # In a new session: Ctrl-C in this terminal asks for a stop, and must not cut the
+                # connection.
                 process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
