@@ -109,16 +109,12 @@ def rendezvous_options(
 ) -> list[str]:
     """Return torchrun's options for a rendezvous on `head`; `address` is where others reach this
     node."""
-    own = [] if address is None else ["--local-addr", address]
-    endpoint = f"[{head}]:{port}" if ":" in head else f"{head}:{port}"
+    # The brackets of an IPv6 address.
+    host = f"[{head}]" if ":" in head else head
     return [
-        "--rdzv-endpoint",
-        endpoint,
-        "--rdzv-id",
-        run_id,
-        "--rdzv-conf",
-        f"is_host={int(is_host)}",
-        *own,
+        *("--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", run_id),
+        *("--rdzv-conf", f"is_host={int(is_host)}"),
+        *([] if address is None else ["--local-addr", address]),
     ]
 
 

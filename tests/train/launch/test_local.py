@@ -1,26 +1,12 @@
-"""How many ranks start on this machine, by which command, and where they may not start."""
+"""How many ranks start on this machine, and where they may not start."""
 
 import os
-from pathlib import Path
 
 import pytest
 
 from shared.errors import ConfigError
 from train.engine.launcher_env import LauncherEnv, launched, read_launcher_env, single_process_env
 from train.launch.local import ranks_on, run_or_launch
-from train.launch.torchrun import standalone_command
-from train.run.prepare import TrainRequest
-
-
-def test_torchrun_forwards_signals_waits_for_a_save_and_imports_no_local_file() -> None:
-    command = standalone_command(TrainRequest(shards=Path("s")), 4)
-    assert command[1:4] == ["-P", "-m", "train.launch.elastic"]
-    assert command[command.index("--nproc-per-node") + 1] == "4"
-    assert "SIGUSR1" in command[command.index("--signals-to-handle") + 1].split(",")
-    assert int(command[command.index("--shutdown-timeout") + 1]) >= 300
-    script = command[command.index("--no-python") + 1]
-    assert Path(script).name == "sft-train"
-    assert Path(script).is_absolute()
 
 
 def test_one_process_is_rank_0_of_1_and_cleans_up() -> None:

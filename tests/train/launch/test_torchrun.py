@@ -22,6 +22,7 @@ from train.launch.torchrun import (
     rendezvous_options,
     shell_line,
     shell_lines,
+    standalone_command,
 )
 from train.run.prepare import TrainRequest
 
@@ -104,6 +105,17 @@ def test_a_node_learns_the_shape_of_the_cluster_and_who_hosts_the_rendezvous() -
     assert Path(options["--no-python"]).is_absolute()
     assert words[1] == "-P"
     assert cluster.world_size == 32
+
+
+def test_torchrun_forwards_signals_waits_for_a_save_and_imports_no_local_file() -> None:
+    command = standalone_command(TrainRequest(shards=Path("s")), 4)
+    assert command[1:4] == ["-P", "-m", "train.launch.elastic"]
+    assert command[command.index("--nproc-per-node") + 1] == "4"
+    assert "SIGUSR1" in command[command.index("--signals-to-handle") + 1].split(",")
+    assert int(command[command.index("--shutdown-timeout") + 1]) >= 300
+    script = command[command.index("--no-python") + 1]
+    assert Path(script).name == "sft-train"
+    assert Path(script).is_absolute()
 
 
 @pytest.mark.full
