@@ -33,7 +33,7 @@ def write_into(file: Path) -> None:
 
 CHANGES = {
     truncate: "it has 128 bytes, it had",
-    replace: "another file lies at its place",
+    replace: "another file has its name",
     write_into: "it was written to",
     os.remove: "it cannot be found any more",
 }
