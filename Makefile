@@ -38,7 +38,7 @@ check: env
 LOWEST := .venv-lowest/bin
 lowest: .venv-lowest/.made
 	$(LOWEST)/python -m pytest -n 2 --dist loadfile -m 'not slow and not full' tests/prep \
-		tests/train/model tests/train/test_config.py tests/train/publish/test_export.py tests/train/loop/test_rank.py
+		tests/train/model tests/train/test_config.py tests/train/publish/test_export.py tests/train/loop/test_rank.py tests/train/loop/test_loop.py
 
 .venv-lowest/.made: pyproject.toml constraints-lowest.txt
 	@test -x $(LOWEST)/python || $(PYTHON) -m venv .venv-lowest

@@ -1,5 +1,5 @@
-"""Lets tests import helper modules beside them (`shard_sets`): in importlib mode pytest does not
-add the folder."""
+"""Fixtures of all tests; and tests may import what lies in builders/ and doubles/ (`shard_sets`):
+pytest does not add folders to the path in importlib mode."""
 
 import logging
 import os
@@ -13,9 +13,8 @@ import pytest
 if TYPE_CHECKING:
     from prep_processes import ForkedPrep
 
-# One thread here and in every process that a test starts: sums in another order differ in the last
-# bit, and tests that compare runs bit by bit share the machine with others. Set before anything
-# imports torch.
+# One thread here and in every process that a test starts: more threads would add in another order
+# when the machine is busy, and some tests compare runs bit by bit. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 for _folder in ("builders", "doubles"):
@@ -24,7 +23,7 @@ for _folder in ("builders", "doubles"):
 
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[ForkedPrep]":
-    """sft-prep forked from a process that has all its imports done: a run takes a second less."""
+    """sft-prep forked from a process that has done its imports, which saves a second per run."""
     from prep_processes import ForkedPrep
 
     server = ForkedPrep(tmp_path_factory.mktemp("forked"))
@@ -34,8 +33,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[ForkedPrep]":
 
 @pytest.fixture(autouse=True)
 def heard() -> None:
-    """Let pytest hear our loggers whatever commands ran in this process before: they keep their
-    lines to themselves."""
+    """Let pytest see our log lines: a command that ran in this process has turned that off."""
     for name in ("prep", "train", "shared"):
         logging.getLogger(name).propagate = True
 

@@ -1,4 +1,4 @@
-"""The demo's columns and its first losses are those on record: a refactoring changes neither
+"""The demo's columns and its first losses are the recorded ones, which a refactoring may not change
 (tests/builders/golden_demo.py)."""
 
 from pathlib import Path
@@ -11,8 +11,8 @@ from shared.hashing import sha256_file
 pytestmark = pytest.mark.slow
 
 OTHER_CPU = 2e-5
-"""Relative: other vector units and libraries round sums otherwise, 1e-7 at first, and twenty steps
-add to it."""
+"""Relative. Other vector units and libraries round sums differently, by 1e-7 in the first step; the
+difference grows over twenty steps."""
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_columns_are_those_on_record(shards: Path) -> None:
+def test_the_columns_are_the_recorded_ones(shards: Path) -> None:
     assert columns_of(shards) == COLUMNS.read_text()
     for line in COLUMNS.read_text().splitlines():
         digest, name = line.split()
@@ -30,10 +30,10 @@ def test_the_columns_are_those_on_record(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_the_losses_are_those_on_record(ranks: int, shards: Path, tmp_path: Path) -> None:
-    found, expected = train(shards, tmp_path / "run", ranks), recorded_losses()[ranks]
-    assert len(found) == len(expected) == STEPS
-    for step, (values, recorded) in enumerate(zip(found, expected, strict=True), 1):
+def test_the_losses_are_the_recorded_ones(ranks: int, shards: Path, tmp_path: Path) -> None:
+    curve, expected = train(shards, tmp_path / "run", ranks), recorded_losses()[ranks]
+    assert len(curve) == len(expected) == STEPS
+    for step, (values, recorded) in enumerate(zip(curve, expected, strict=True), 1):
         loss, norm = values
         assert loss == pytest.approx(recorded[0], rel=OTHER_CPU), f"step {step}"
         assert norm == pytest.approx(recorded[1], rel=10 * OTHER_CPU), f"step {step}"

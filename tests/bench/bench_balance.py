@@ -1,14 +1,15 @@
-"""How unevenly the ranks work in a step, before and after `assign_micro_batches`, on the lengths of real
-conversations.
+"""How unevenly the ranks work in a step, before and after `assign_micro_batches`, on the lengths of
+real conversations.
 
 Cost is that of train/data/balance.py: per sequence its length squared plus 32,768 per token. Ranks
 wait for one another at every micro-batch under ZeRO-3 (the first figures: sum over micro-batches of
-the dearest rank / sum of the mean rank), and at the end of the step under ZeRO-1 and 2 (then:
-dearest rank / mean rank). 1.000 is no waiting. The last figure is what no division goes below: the
-dearest pack or conversation cannot be divided.
+the most loaded rank / sum of the mean rank), and at the end of the step under ZeRO-1 and 2 (then:
+most loaded rank / mean rank). 1.000 is no waiting. The last figure is the least that any division
+can reach: the costliest pack or conversation cannot be divided.
 
-    packs          before: in the order of the plan, dealt round-robin
-    conversations  before: unpacked, one per micro-batch, dealt round-robin, as trainers without packing do
+    packs          before: in the order of the plan, round-robin
+    conversations  before: unpacked, one per micro-batch, round-robin, as in trainers without
+                   packing
 
     python tests/bench/bench_balance.py [--shards DIR | --conversations GLOB --tokenizer DIR]
 """
@@ -33,7 +34,8 @@ from train.data.step_plan import StepPlan, plan_step
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 EPOCHS = 4
-Costs = npt.NDArray[np.float64]  # [num_micro_batches, world_size]
+# [num_micro_batches, world_size]
+Costs = npt.NDArray[np.float64]
 
 
 def build_set(conversations: str, tokenizer: str, folder: Path) -> Path:
@@ -60,13 +62,19 @@ def build_set(conversations: str, tokenizer: str, folder: Path) -> Path:
 def order_of(shard_set: ShardSet, unit: Unit, per_step: int) -> StepOrder:
     num_units = shard_set.num_packs if unit == "pack" else shard_set.num_sequences
     return make_order(
-        unit=unit, fingerprint=shard_set.manifest.fingerprint, seed=0, num_units=num_units, units_per_step=per_step,
-        epochs=EPOCHS, max_steps=None,
-    )  # fmt: skip
+        unit=unit,
+        fingerprint=shard_set.manifest.fingerprint,
+        seed=0,
+        num_units=num_units,
+        units_per_step=per_step,
+        epochs=EPOCHS,
+        max_steps=None,
+    )
 
 
 def whole_steps(shard_set: ShardSet, order: StepOrder, world_size: int) -> Iterator[StepPlan]:
-    for step in range(order.total_steps - 1):  # the last one is short
+    # The last step is short.
+    for step in range(order.total_steps - 1):
         yield plan_step(shard_set, order, step, world_size=world_size, packs_per_micro_batch=1)
 
 
@@ -85,8 +93,8 @@ def after(plan: StepPlan) -> Costs:
 
 
 def imbalance(steps: list[Costs]) -> tuple[float, float]:
-    """Return dearest / mean rank, waiting at every micro-batch and at the end of a step, over all
-    steps."""
+    """Return most loaded / mean rank over all steps: waiting at every micro-batch, and waiting at
+    the end of a step."""
     mean = sum(costs.mean(axis=1).sum() for costs in steps)
     at_micro_batches = sum(costs.max(axis=1).sum() for costs in steps)
     at_steps = sum(costs.sum(axis=0).max() for costs in steps)
@@ -94,7 +102,7 @@ def imbalance(steps: list[Costs]) -> tuple[float, float]:
 
 
 def least(plans: list[StepPlan], world_size: int) -> float:
-    """Return dearest unit / mean rank where that is more than 1, over all steps."""
+    """Return costliest unit / mean rank over all steps, counting 1 for steps where it is less."""
     costs = [costs_of(plan.lengths) for plan in plans]
     means = [cost.sum() / world_size for cost in costs]
     return float(
@@ -116,11 +124,9 @@ def main() -> None:
         )
         totals = shard_set.manifest.totals
         print(
-            f"{totals.sequences:,} conversations, {totals.tokens:,} tokens, {totals.packs:,}"
-            " packs of ",
-            end="",
+            f"{totals.sequences:,} conversations, {totals.tokens:,} tokens, {totals.packs:,} packs"
+            f" of {shard_set.manifest.max_seq_len:,}\n"
         )
-        print(f"{shard_set.manifest.max_seq_len:,}\n")
         figures = "waiting at each, before | after | waiting at the end, before | after | least"
         print(f"| step | ranks | micro-batches | {figures} |")
         print("|---|---|---|---|---|---|---|---|")

@@ -1,15 +1,14 @@
-"""What `sft-train plan` says of memory against what runs need: peak RSS of one and two ranks on a
-CPU.
+"""The memory that `sft-train plan` predicts against what runs need: peak RSS of one and two ranks
+on a CPU.
 
-A run of a model of almost no size says what Python and the libraries need; that is subtracted.
-malloc is told to give freed pages back at once: otherwise its fragmentation is measured too, up to
-a third more. All in fp32, random weights, two micro-batches a step, two steps, the peak taken
-before the export.
+What Python and the libraries need is measured with a tiny model, and subtracted. malloc is set to
+return freed pages at once: otherwise its fragmentation would be measured too, up to a third more.
+All runs are in fp32 with random weights, two steps of two micro-batches; the peak is taken before
+the export.
 
     python tests/bench/bench_memory.py
 """
 
-import itertools
 import json
 import os
 import subprocess
@@ -70,19 +69,17 @@ def main() -> None:
     errors = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = {
-            ranks: measured(
-                folder / f"base-{ranks}", Case(hidden=16, layers=1, max_seq_len=32, ranks=ranks), 64
-            )
-            for ranks in (1, 2)
-        }
+        base = {}
+        for ranks in (1, 2):
+            tiny = Case(hidden=16, layers=1, max_seq_len=32, ranks=ranks)
+            base[ranks] = measured(folder / f"base-{ranks}", tiny, 64)
         for number, case in enumerate(CASES):
             work = folder / str(number)
-            found = measured(work, case, VOCABULARY) - base[case.ranks]
+            peak = measured(work, case, VOCABULARY) - base[case.ranks]
             expected = predicted(work, case)
-            errors.append(expected / found - 1)
+            errors.append(expected / peak - 1)
             print(
-                f"| {case.title()} | {case.ranks} | {expected:.2f} | {found:.2f} |"
+                f"| {case.title()} | {case.ranks} | {expected:.2f} | {peak:.2f} |"
                 f" {errors[-1]:+.0%} |",
                 flush=True,
             )
@@ -100,17 +97,10 @@ def measured(work: Path, case: Case, vocabulary: int) -> float:
     )
     write_shard_set(work / "set", packs, max_seq_len=case.max_seq_len, vocab_size=vocabulary)
     (work / "recipe.toml").write_text(recipe(case))
-    command = [
-        Path(sys.executable).with_name("sft-train"),
-        "--shards",
-        "set",
-        "--recipe",
-        "recipe.toml",
-    ]
-    done = subprocess.run(
-        [*command, "--output", "run", "--nproc-per-node", str(case.ranks)],
-        cwd=work, env={**os.environ, **MALLOC, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [Path(sys.executable).with_name("sft-train"), "--shards", "set"]
+    command += ["--recipe", "recipe.toml", "--output", "run", "--nproc-per-node", str(case.ranks)]
+    environment = {**os.environ, **MALLOC, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{case}: sft-train failed:\n{done.stderr[-3000:]}")
     lines = (work / "run" / "metrics.jsonl").read_text().splitlines()
@@ -118,7 +108,7 @@ def measured(work: Path, case: Case, vocabulary: int) -> float:
 
 
 def predicted(work: Path, case: Case) -> float:
-    """Return what the plan's functions say of the same run, on a CPU and in fp32."""
+    """Return the plan's estimate of the same run, on a CPU and in fp32."""
     config: TrainConfig = load_recipe(str(work / "recipe.toml"))
     manifest = read_manifest(work / "set")
     size = model_size(model_config(config.model, manifest), lora=config.lora, dtype=torch.float32)
@@ -129,23 +119,25 @@ def predicted(work: Path, case: Case) -> float:
 
 
 def recipe(case: Case) -> str:
-    lines = itertools.chain(
-        [
-            'name = "bench"',
-            "[model]",
-            f"gradient_checkpointing = {str(case.checkpointing).lower()}",
-        ],
-        [
-            f"mlp_tiles = {case.tiles}",
-            "[model.config]",
-            'model_type = "llama"',
-            f"hidden_size = {case.hidden}",
-        ],
-        [f"intermediate_size = {case.hidden * 11 // 4}", f"num_hidden_layers = {case.layers}"],
-        ["num_attention_heads = 4", "num_key_value_heads = 4", "[optim]", "learning_rate = 1e-4"],
-        ["[schedule]", f"max_steps = {STEPS}", "[batch]", f"packs_per_step = {2 * case.ranks}"],
-    )
-    return "\n".join(lines) + "\n"
+    return f"""
+name = "bench"
+[model]
+gradient_checkpointing = {str(case.checkpointing).lower()}
+mlp_tiles = {case.tiles}
+[model.config]
+model_type = "llama"
+hidden_size = {case.hidden}
+intermediate_size = {case.hidden * 11 // 4}
+num_hidden_layers = {case.layers}
+num_attention_heads = 4
+num_key_value_heads = 4
+[optim]
+learning_rate = 1e-4
+[schedule]
+max_steps = {STEPS}
+[batch]
+packs_per_step = {2 * case.ranks}
+"""
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Time the packer on a million lengths: `python tests/bench/bench_pack.py`. Prints seconds and
-density per capacity."""
+"""Time the packer on a million lengths, and print seconds and density for each capacity.
+
+python tests/bench/bench_pack.py
+"""
 
 import time
 

@@ -1,15 +1,19 @@
 """sft-prep against what its users have today, on the same rows and machine, in one run: tokens per
 second and ratios.
 
-    R1   a render of the prefix for each turn, the Hugging Face tokenizer with offsets, `datasets.map`, 2 processes
-    R2   TRL's own preparation: SFTTrainer with assistant_only_loss and packing, 2 processes (needs `pip install trl`)
-    ours `sft-prep build` with 2 workers, all of it: read, render, tokenise, mask, verify, pack, hash, write
+    R1    a rendering of the prefix for each turn, the Hugging Face tokenizer with offsets,
+          `datasets.map`, 2 processes
+    R2    the preparation of TRL: SFTTrainer with assistant_only_loss and packing, 2 processes
+          (needs `pip install trl`)
+    ours  `sft-prep build` with 2 workers, all of it: read, render, tokenise, mask, verify, pack,
+          hash, write
 
-Rows are those of the given files that the template carries, so that all three see the same text.
-Ours is measured on `--repeat` copies of them (as separate sources), because one copy is done before
-the processes have started; the references are measured on one copy, their start-up left out.
+Rows are those of the given files that the template renders, so that all three see the same text.
+Ours is measured on `--repeat` copies of them (as separate sources), because one copy would be done
+before the processes have started; the references are measured on one copy, without their start-up.
 
-python tests/bench/bench_prep.py [--conversations GLOB] [--tokenizer DIR] [--repeat 40] [--skip-trl]
+    python tests/bench/bench_prep.py [--conversations GLOB] [--tokenizer DIR] [--repeat 40]
+                                     [--skip-trl]
 """
 
 import argparse
@@ -38,8 +42,8 @@ DATA = HERE.parents[3] / "shared" / "data"
 Row = dict[str, Any]
 
 
-def carried(rows: list[Row]) -> list[Row]:
-    """Return the rows that the tulu template carries whole, with role and content only."""
+def renderable(rows: list[Row]) -> list[Row]:
+    """Return the rows that the tulu template renders in full, with role and content only."""
     plain = ("system", "user", "assistant")
     return [
         {"messages": [{"role": m["role"], "content": m["content"]} for m in row["messages"]]}
@@ -75,9 +79,8 @@ def reference_rows(tokenizer_dir: str, template: str, rows: list[Row]) -> tuple[
         return {"input_ids": encoded["input_ids"], "loss_mask": mask}
 
     dataset = Dataset.from_list(rows)
-    dataset.select(range(4)).map(
-        encode, num_proc=2
-    )  # processes and imports are not what is measured
+    # A first map starts processes and imports, which are not to be measured.
+    dataset.select(range(4)).map(encode, num_proc=2)
     began = time.perf_counter()
     encoded = dataset.map(encode, num_proc=2, remove_columns=dataset.column_names)
     seconds = time.perf_counter() - began
@@ -85,29 +88,36 @@ def reference_rows(tokenizer_dir: str, template: str, rows: list[Row]) -> tuple[
 
 
 def trl_rows(tokenizer_dir: str, template: str, rows: list[Row], folder: Path) -> tuple[int, float]:
-    """R2: return tokens made and seconds taken by SFTTrainer's constructor, that of a few rows
-    taken off."""
+    """R2: return tokens made and seconds taken by SFTTrainer's constructor, less those for a few
+    rows."""
     from datasets import Dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer.chat_template = template
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
+    model_config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
+    model = LlamaForCausalLM(model_config)
 
     def prepare(part: list[Row]) -> tuple[Any, float]:
         arguments = SFTConfig(
-            output_dir=str(folder), max_length=2048, packing=True, assistant_only_loss=True, dataset_num_proc=2,
-            report_to="none", use_cpu=True, bf16=False, per_device_train_batch_size=1, gradient_checkpointing=False,
-        )  # fmt: skip
+            output_dir=str(folder),
+            max_length=2048,
+            packing=True,
+            assistant_only_loss=True,
+            dataset_num_proc=2,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            per_device_train_batch_size=1,
+            gradient_checkpointing=False,
+        )
         dataset = Dataset.from_list(part)
         began = time.perf_counter()
         trainer = SFTTrainer(
@@ -134,10 +144,10 @@ def mixture(name: str, tokenizer: str, sources: list[Path]) -> MixtureConfig:
     )
 
 
-def own_build(
+def our_build(
     name: str, tokenizer: str, rows: list[Row], repeat: int, folder: Path
 ) -> tuple[int, float, int]:
-    """Return tokens, seconds and bytes of source of one whole build with two workers."""
+    """Return tokens, seconds and source bytes of a whole build with two workers."""
     folder = folder / name
     folder.mkdir()
     source = folder / "rows.jsonl"
@@ -147,23 +157,20 @@ def own_build(
     copies = [
         Path(shutil.copy(source, folder / f"copy-{number:03d}.jsonl")) for number in range(repeat)
     ]
-    for number, copy in enumerate(
-        copies
-    ):  # each copy is a source of its own: other bytes, another sample store
+    # Each copy has other bytes, and so another sample store.
+    for number, copy in enumerate(copies):
         with copy.open("ab") as file:
             file.write(b"\n" * number)
     began = time.perf_counter()
-    made = build(
-        BuildRequest(
-            mixture(name, tokenizer, copies), folder, folder / "set", folder / "store", 2, False
-        ),
-        rebuild=False,
+    request = BuildRequest(
+        mixture(name, tokenizer, copies), folder, folder / "set", folder / "store", 2, False
     )
+    made = build(request, rebuild=False)
     seconds = time.perf_counter() - began
     return made.totals.tokens, seconds, sum(copy.stat().st_size for copy in copies)
 
 
-def own_stages(tokenizer: str, rows: list[Row], folder: Path) -> list[tuple[str, int, float, int]]:
+def our_stages(tokenizer: str, rows: list[Row], folder: Path) -> list[tuple[str, int, float, int]]:
     """Return (stage, tokens, seconds, bytes) in one process, without its start."""
     source = folder / "stages.jsonl"
     source.write_bytes(
@@ -176,9 +183,8 @@ def own_stages(tokenizer: str, rows: list[Row], folder: Path) -> list[tuple[str,
     began = time.perf_counter()
     chunks = list(iter_chunks(inputs.sources[0], source_index=0))
     cut = time.perf_counter()
-    builder.build(
-        chunks[0]
-    )  # the tokenizer's word cache and the template's shapes are warm, as in a long build
+    # Fills the tokenizer's word cache and compiles the template, as early in a long build.
+    builder.build(chunks[0])
     warm = time.perf_counter()
     tokens = sum(builder.build(chunk).facts["tokens"] for chunk in chunks)
     done = time.perf_counter()
@@ -209,42 +215,34 @@ def main() -> None:
     multi: list[Row] = []
     for file in files:
         with gzip.open(file, "rb") as stream:
-            rows = carried(
-                [json.loads(line) for line in stream.read().split(b"\n") if line.strip()]
-            )
+            lines = [line for line in stream.read().split(b"\n") if line.strip()]
+            rows = renderable([json.loads(line) for line in lines])
         every += rows
         if rows and sum(len(row["messages"]) > 2 for row in rows) > len(rows) / 4:
             multi += rows
-    lines: list[tuple[str, int, float, int, str]] = []
+    results: list[tuple[str, int, float, int, str]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokens, seconds = reference_rows(options.tokenizer, template, multi)
         r1 = tokens / seconds
-        lines.append((f"R1, multi-turn ({len(multi):,} rows)", tokens, seconds, 0, "1.0x R1"))
+        results.append((f"R1, multi-turn ({len(multi):,} rows)", tokens, seconds, 0, "1.0x R1"))
         r2 = 0.0
         if not options.skip_trl:
             tokens, seconds = trl_rows(options.tokenizer, template, every, folder / "trl")
             r2 = tokens / seconds
-            lines.append((f"R2, all ({len(every):,} rows)", tokens, seconds, 0, "1.0x R2"))
-        for stage, tokens, seconds, size in own_stages(options.tokenizer, multi * 4, folder):
-            lines.append((stage, tokens, seconds, size, f"{tokens / seconds / r1:,.0f}x R1"))
-        tokens, seconds, size = own_build(
+            results.append((f"R2, all ({len(every):,} rows)", tokens, seconds, 0, "1.0x R2"))
+        for stage, tokens, seconds, size in our_stages(options.tokenizer, multi * 4, folder):
+            results.append((stage, tokens, seconds, size, f"{tokens / seconds / r1:,.0f}x R1"))
+        tokens, seconds, size = our_build(
             "multi", options.tokenizer, multi, 4 * options.repeat, folder
         )
-        lines.append(
-            (
-                "sft-prep build, multi-turn",
-                tokens,
-                seconds,
-                size,
-                f"{tokens / seconds / r1:,.0f}x R1",
-            )
-        )
-        tokens, seconds, size = own_build("all", options.tokenizer, every, options.repeat, folder)
+        ratio = f"{tokens / seconds / r1:,.0f}x R1"
+        results.append(("sft-prep build, multi-turn", tokens, seconds, size, ratio))
+        tokens, seconds, size = our_build("all", options.tokenizer, every, options.repeat, folder)
         ratio = f"{tokens / seconds / r2:,.1f}x R2" if r2 else "-"
-        lines.append(("sft-prep build, all", tokens, seconds, size, ratio))
+        results.append(("sft-prep build, all", tokens, seconds, size, ratio))
     print(f"{'stage':<36} {'tokens':>12} {'seconds':>9} {'tokens/s':>12} {'MB/s':>7}  ratio")
-    for stage, tokens, seconds, size, ratio in lines:
+    for stage, tokens, seconds, size, ratio in results:
         speed = f"{size / seconds / 1e6:7.1f}" if size else f"{'-':>7}"
         print(
             f"{stage:<36} {tokens:>12,} {seconds:>9.2f} {tokens / seconds:>12,.0f} {speed}  {ratio}"

@@ -1,14 +1,13 @@
 """A mixture of Tulu 3's size: 939,343 rows in 19 sources, about 490 tokens a row, made from real
 conversations.
 
-Each row strings together turns of random conversations up to a length drawn from a log-normal
-distribution, so that no row is a copy. Prints the seconds of a cold build, of a second one, and of
-re-packings that need no tokenizer, with the peak memory of the largest process; then of a cold
-build of the same rows as one source, split by a column, and of one that uses another share of a
-part.
+Each row joins turns of random conversations up to a length drawn from a log-normal distribution, so
+that no row is a copy. Prints the seconds of a cold build, of a second one, and of re-packings that
+need no tokenizer, with the peak memory of the largest process; then of a cold build of the same
+rows as one source, split by a column, and of one that uses another share of a group.
 
-python tests/bench/bench_scale.py [--rows 939343] [--conversations GLOB] [--tokenizer DIR] [--keep
-DIR]
+    python tests/bench/bench_scale.py [--rows 939343] [--conversations GLOB] [--tokenizer DIR]
+                                      [--keep DIR]
 """
 
 import argparse
@@ -25,31 +24,28 @@ from pathlib import Path
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SOURCES = 19
-MEAN_TOKENS, SIGMA, BYTES_PER_TOKEN = (
-    330,
-    1.0,
-    4.2,
-)  # whole turns overshoot: rows come out at about 490 tokens
+# Whole turns overshoot: rows come out at about 490 tokens.
+MEAN_TOKENS, SIGMA, BYTES_PER_TOKEN = 330, 1.0, 4.2
 SFT_PREP = Path(sys.executable).parent / "sft-prep"
 
 
 def turns_of(pattern: Path) -> list[tuple[bytes, bytes, int]]:
     """Return (user, assistant, bytes) of every exchange, each already JSON."""
-    found = []
+    turns = []
     for file in sorted(pattern.parent.glob(pattern.name)):
         with gzip.open(file, "rb") as stream:
             for line in stream.read().split(b"\n"):
                 messages = json.loads(line)["messages"] if line.strip() else []
                 for first, second in pairwise(messages):
-                    if (first["role"], second["role"]) == ("user", "assistant") and not second.get(
-                        "tool_calls"
-                    ):
-                        pair = [
-                            json.dumps(m["content"], ensure_ascii=False).encode()
-                            for m in (first, second)
-                        ]
-                        found.append((pair[0], pair[1], sum(map(len, pair))))
-    return found
+                    roles = (first["role"], second["role"])
+                    if roles != ("user", "assistant") or second.get("tool_calls"):
+                        continue
+                    user, assistant = (
+                        json.dumps(message["content"], ensure_ascii=False).encode()
+                        for message in (first, second)
+                    )
+                    turns.append((user, assistant, len(user) + len(assistant)))
+    return turns
 
 
 def write_sources(folder: Path, turns: list[tuple[bytes, bytes, int]], rows: int) -> list[Path]:
@@ -59,18 +55,16 @@ def write_sources(folder: Path, turns: list[tuple[bytes, bytes, int]], rows: int
     for number, file in enumerate(files):
         with file.open("wb") as stream:
             for _ in range(rows * (number + 1) // SOURCES - rows * number // SOURCES):
-                wanted = draw.lognormvariate(0.0, SIGMA) * mean * 0.6065  # exp(-sigma^2 / 2)
+                # 0.6065 is exp(-sigma^2 / 2), which makes the mean of the draws 1.
+                wanted = draw.lognormvariate(0.0, SIGMA) * mean * 0.6065
                 parts: list[bytes] = []
                 while wanted > 0 or not parts:
                     user, assistant, size = turns[draw.randrange(len(turns))]
-                    parts.append(
-                        b'{"role":"user","content":%s},{"role":"assistant","content":%s}'
-                        % (user, assistant)
-                    )
+                    turn = b'{"role":"user","content":%s},{"role":"assistant","content":%s}'
+                    parts.append(turn % (user, assistant))
                     wanted -= size
-                stream.write(
-                    b'{"source":"part-%02d","messages":[%s]}\n' % (number, b",".join(parts))
-                )
+                row = b'{"source":"group-%02d","messages":[%s]}\n'
+                stream.write(row % (number, b",".join(parts)))
     return files
 
 
@@ -118,9 +112,8 @@ def main() -> None:
         )
         one = f'path = "{folder}/source-*.jsonl"\nsplit_by = "source"'
         split = write_mixture(folder, "split", options.tokenizer, [one])
-        thin = write_mixture(
-            folder, "thin", options.tokenizer, [f"{one}\npart_epochs = {{ part-00 = 0.5 }}"]
-        )
+        thinned = f"{one}\ngroup_epochs = {{ group-00 = 0.5 }}"
+        thin = write_mixture(folder, "thin", options.tokenizer, [thinned])
         print(
             f"{options.rows:,} rows, {sum(file.stat().st_size for file in files) / 1e6:,.0f} MB of"
             " JSON lines",
@@ -130,33 +123,15 @@ def main() -> None:
         timed("cold build, 2 workers", *common, "--out", folder / "set")
         timed("the same again", *common, "--out", folder / "set")
         timed("max_seq_len = 2048", *common, "--out", folder / "a", "--set", "max_seq_len=2048")
-        timed(
-            "train_on = last_assistant",
-            *common,
-            "--out",
-            folder / "b",
-            "--set",
-            "mask.train_on=last_assistant",
-        )
-        timed(
-            "over_length = drop",
-            *common,
-            "--out",
-            folder / "c",
-            "--set",
-            "lengths.over_length=drop",
-        )
-        timed(
-            "half of the first source",
-            *common,
-            "--out",
-            folder / "d",
-            "--set",
-            "sources.0.fraction=0.5",
-        )
+        for title, out, setting in (
+            ("train_on = last_assistant", "b", "mask.train_on=last_assistant"),
+            ("over_length = drop", "c", "lengths.over_length=drop"),
+            ("half of the first source", "d", "sources.0.fraction=0.5"),
+        ):
+            timed(title, *common, "--out", folder / out, "--set", setting)
         common = ("--store", folder / "store", "--workers", 2)
         timed("cold build, split by a column", "--mixture", split, *common, "--out", folder / "e")
-        timed("half of the first part", "--mixture", thin, *common, "--out", folder / "f")
+        timed("half of the first group", "--mixture", thin, *common, "--out", folder / "f")
 
 
 if __name__ == "__main__":

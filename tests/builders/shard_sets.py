@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from shared.shard_writer import write_shard
 def random_packs(
     *, num_packs: int, max_seq_len: int, vocab_size: int, seed: int = 0, loss_fraction: float = 0.5
 ) -> list[list[tuple[list[int], list[int]]]]:
-    """Packs of sequences (tokens, loss mask) with lengths from 2 up; every pack is nearly full."""
+    """Return packs of sequences (tokens, loss mask) of 2 tokens or more; packs are nearly full."""
     rng = np.random.default_rng(seed)
     packs = []
     for _ in range(num_packs):
@@ -45,22 +46,21 @@ def random_packs(
 
 
 def word_tokenizer(vocab_size: int) -> dict[str, bytes]:
-    """The files of a tokenizer whose word N is token N, with a chat template: enough for an
-    export."""
+    """Return the files of a tokenizer whose word N is token N, with a chat template."""
     words = {f"w{index}": index for index in range(vocab_size)}
     model = {"type": "WordLevel", "vocab": words, "unk_token": "w1"}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"}, "decoder": None, "model": model,
-        "added_tokens": [{"id": 0, "content": "w0", "special": True, "single_word": False, "lstrip": False,
-                          "rstrip": False, "normalized": False}],
-    }  # fmt: skip
-    template = "{% for message in messages %}{{ message['content'] }} w0 {% endfor %}"
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "w0",
-        "chat_template": template,
+        "version": "1.0",
+        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "decoder": None,
+        "model": model,
+        "added_tokens": [{"id": 0, "content": "w0", "special": True, **flags}],
     }
+    template = "{% for message in messages %}{{ message['content'] }} w0 {% endfor %}"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w0"}
+    settings["chat_template"] = template
     return {
         "tokenizer.json": json.dumps(tokenizer).encode(),
         "tokenizer_config.json": json.dumps(settings).encode(),
@@ -68,11 +68,22 @@ def word_tokenizer(vocab_size: int) -> dict[str, bytes]:
 
 
 def empty_source(name: str) -> SourceEntry:
-    """A further source of a set; the totals of all are told of the first."""
+    """Return a further source of a set; the first one has the totals of all."""
     return SourceEntry(
-        name=name, hub_id=None, revision=None, content_sha256=None, rows_read=0, rows_used=0, rows_rejected={},
-        rows_unrendered={}, rows_dropped={}, rows_truncated=0, rows_without_terminator=0, tokens=0, loss_tokens=0,
-    )  # fmt: skip
+        name=name,
+        hub_id=None,
+        revision=None,
+        content_sha256=None,
+        rows_read=0,
+        rows_used=0,
+        rows_rejected={},
+        rows_unrendered={},
+        rows_dropped={},
+        rows_truncated=0,
+        rows_without_terminator=0,
+        tokens=0,
+        loss_tokens=0,
+    )
 
 
 def write_shard_set(
@@ -99,41 +110,57 @@ def write_shard_set(
         (path / TOKENIZER_DIR / file_name).write_bytes(data)
         files[file_name] = FileEntry(bytes=len(data), sha256=sha256_bytes(data))
     shards = _write_shards(path, packs, packs_per_shard, origins)
-    row = sum(shard.sequences for shard in shards)
-    tokens_total = sum(shard.tokens for shard in shards)
-    loss_total = sum(shard.loss_tokens for shard in shards)
-    first = SourceEntry(
-        name=source_names[0], hub_id=None, revision=None, content_sha256=None, rows_read=row, rows_used=row,
-        rows_rejected={}, rows_unrendered={}, rows_dropped={}, rows_truncated=0, rows_without_terminator=0,
-        tokens=tokens_total, loss_tokens=loss_total,
-    )  # fmt: skip
+    totals = Totals(
+        packs=len(packs),
+        sequences=sum(shard.sequences for shard in shards),
+        tokens=sum(shard.tokens for shard in shards),
+        loss_tokens=sum(shard.loss_tokens for shard in shards),
+        density=sum(shard.tokens for shard in shards) / (len(packs) * max_seq_len),
+    )
+    first = replace(
+        empty_source(source_names[0]),
+        rows_read=totals.sequences,
+        rows_used=totals.sequences,
+        tokens=totals.tokens,
+        loss_tokens=totals.loss_tokens,
+    )
     inputs = {"made": "by a test", "packs": len(packs)}
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         name=name,
         fingerprint=fingerprint_of(
-            max_seq_len=max_seq_len, tokenizer_files=files, template_sha256=sha256_bytes(chat_template),
-            source_names=list(source_names), shards=shards,
+            max_seq_len=max_seq_len,
+            tokenizer_files=files,
+            template_sha256=sha256_bytes(chat_template),
+            source_names=list(source_names),
+            shards=shards,
         ),
         inputs_digest=digest(inputs),
         inputs=inputs,
         config={},
         recipe=recipe,
         tokenizer=TokenizerEntry(
-            name="made-up", revision=None, files=files, vocab_size=vocab_size, bos_token_id=None, eos_token_id=0,
-            pad_token_id=None, terminator_ids=(0,), canary_ids=(), new_ids=new_ids,
+            name="made-up",
+            revision=None,
+            files=files,
+            vocab_size=vocab_size,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=None,
+            terminator_ids=(0,),
+            canary_ids=(),
+            new_ids=new_ids,
         ),
-        chat_template=TemplateEntry(name="none", sha256=sha256_bytes(chat_template), split_markers={}),
+        chat_template=TemplateEntry(
+            name="none", sha256=sha256_bytes(chat_template), split_markers={}
+        ),
         kinds={kind.name.lower(): int(kind) for kind in Kind},
         sources=(first, *(empty_source(name) for name in source_names[1:])),
         max_seq_len=max_seq_len,
         max_token_id=max(max(ids) for pack in packs for ids, _ in pack),
-        totals=Totals(
-            packs=len(packs), sequences=row, tokens=tokens_total, loss_tokens=loss_total,
-            density=tokens_total / (len(packs) * max_seq_len),
-        ),
+        totals=totals,
         shards=tuple(shards),
-    )  # fmt: skip
+    )
     atomic.write_json(path / MANIFEST_NAME, sealed(manifest))
     return path
 
@@ -144,8 +171,7 @@ def _write_shards(
     packs_per_shard: int,
     origins: Sequence[Sequence[tuple[int, int, int]]] | None,
 ) -> list[ShardEntry]:
-    """Write the columns of every shard; without `origins` sequences are rows 0, 1, ... of source
-    0."""
+    """Write all columns; without `origins` sequences are rows 0, 1, ... of source 0."""
     shards, row = [], 0
     for index, start in enumerate(range(0, len(packs), packs_per_shard)):
         chosen = packs[start : start + packs_per_shard]

@@ -1,8 +1,7 @@
-"""Stand-ins for programs of a cluster that is not here: `srun` and `scontrol` of SLURM, and `ssh`.
+"""Stand-ins for programs of a SLURM cluster: `srun`, `scontrol` and `sbatch`.
 
-They do what their manuals say of the little that we use: srun starts a task per node, passes
-SIGUSR1 on and answers SIGTERM with a kill; `scontrol requeue` notes the job; ssh runs a line of
-shell in the network namespace HOST names.
+They follow the manuals in the little that we use: srun starts a task per node, passes SIGUSR1 on
+and answers SIGTERM with a kill; `scontrol requeue` notes the job; sbatch keeps the script.
 """
 
 import os
@@ -19,9 +18,10 @@ hosts = os.environ["SLURM_JOB_NODELIST"].split(",")
 assert int(options["--nodes"]) == int(options["--ntasks"]) == len(hosts)
 tasks = []
 for number, host in enumerate(hosts):
-    place = {"SLURM_NODEID": str(number), "SLURM_PROCID": str(number), "SLURMD_NODENAME": host}
+    task = {"SLURM_NODEID": str(number), "SLURM_PROCID": str(number), "SLURMD_NODENAME": host}
     with open(options["--output"].replace("%n", str(number)), "ab") as log:
-        tasks.append(subprocess.Popen(command, env={**os.environ, **place}, stdout=log, stderr=subprocess.STDOUT))
+        out = {"stdout": log, "stderr": subprocess.STDOUT}
+        tasks.append(subprocess.Popen(command, env={**os.environ, **task}, **out))
 def tell(number):
     for task in tasks:
         if task.poll() is None:

@@ -1,5 +1,5 @@
-"""Program for tests: start the engine in bf16 and write down what it really works with. Run by
-torchrun or alone.
+"""Program for tests, run by torchrun or alone: start the engine in bf16 and record which dtypes it
+really uses.
 
 Arguments: shard set, recipe, output file, ZeRO stage.
 """
@@ -21,30 +21,32 @@ from train.model.model import build_model
 from train.recipe_file import load_recipe
 from train.sizing.zero_stage import resolve_zero_stage
 
-PASSES = 33  # 33 g needs more digits than bf16 has
+# The sum of 33 equal gradients needs more digits than bf16 has.
+PASSES = 33
 
 
-def main(shards: str, recipe_file: str, out: str, wanted: str) -> None:
+def main(shards: str, recipe_file: str, out: str, zero_stage: str) -> None:
     recipe, shard_set = load_recipe(recipe_file), open_shard_set(Path(shards))
     pack = shard_set.pack(0)
     num_loss_tokens = int(pack.loss_mask.sum())
     weights = torch.full((num_loss_tokens,), 1 / num_loss_tokens).numpy()
     batch = make_micro_batch([pack], [weights], uniform_weight=1 / num_loss_tokens)
     with process_group() as ranks:
-        chosen = EngineConfig(zero_stage="auto" if wanted == "auto" else int(wanted))  # type: ignore[arg-type]
-        stage = resolve_zero_stage(chosen, world_size=ranks.world_size)
+        wanted: Any = "auto" if zero_stage == "auto" else int(zero_stage)
+        stage = resolve_zero_stage(EngineConfig(zero_stage=wanted), world_size=ranks.world_size)
         settings = deepspeed_config(stage, recipe.optim, dtype=torch.bfloat16)
         attention = register_attention("per_sequence")
         model = build_model(
             recipe.model, shard_set.manifest, attention=attention, dtype=torch.bfloat16, seed=1
         )
-        engine = start_engine(
-            model.eval(), recipe.optim, settings
-        )  # no dropout: each pass has the same gradient
-        found = {"generated": settings, "ran_with": engine._config._param_dict, **described(engine)}
+        # Without dropout each pass has the same gradient.
+        engine = start_engine(model.eval(), recipe.optim, settings)
+        config = {"generated": settings, "ran_with": engine._config._param_dict}
+        dtypes = described(engine)
         error, dtype = error_of_sums(engine, [batch], ranks)
         if ranks.is_main:
-            Path(out).write_text(json.dumps({**found, "error_of_sums": error, "sums": dtype}))
+            results = {**config, **dtypes, "error_of_sums": error, "sums": dtype}
+            Path(out).write_text(json.dumps(results))
 
 
 def described(engine: Any) -> dict[str, Any]:

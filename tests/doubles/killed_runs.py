@@ -1,4 +1,4 @@
-"""Kill a run at a moment that its directory shows, and say afterwards in which phase it was hit."""
+"""Kill a run at a moment that its directory shows, and tell afterwards in which phase it was."""
 
 import contextlib
 import fcntl
@@ -13,35 +13,36 @@ from pathlib import Path
 
 from train_runs import command, records
 
-KEPT = 2  # checkpoint.keep_last of the recipe
+# checkpoint.keep_last of the recipe.
+KEPT = 2
 
 
 def rank_processes(launcher: int) -> list[int]:
     """Return the ranks that a running `sft-train` has started, by rank."""
-    found = {}
+    pids = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            variables = dict(
-                item.partition("=")[::2]
-                for item in (folder / "environ").read_text().split("\0")
-                if item
-            )
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            grandparent = int(
-                Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1]
-            )
+            items = (folder / "environ").read_text().split("\0")
+            variables = dict(item.partition("=")[::2] for item in items if item)
+            parent = _parent_of(folder.name)
+            grandparent = _parent_of(parent)
         except (OSError, ValueError):
             continue
         if "RANK" in variables and grandparent == launcher:
-            found[int(variables["RANK"])] = int(folder.name)
-    return [found[rank] for rank in sorted(found)]
+            pids[int(variables["RANK"])] = int(folder.name)
+    return [pids[rank] for rank in sorted(pids)]
+
+
+def _parent_of(pid: int | str) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def last_step(run: Path) -> int:
     """Return the last step that metrics.jsonl holds."""
     try:
         return max((record["step"] for record in records(run)), default=0)
-    except (OSError, ValueError):  # not there yet, or a line is being written
+    except (OSError, ValueError):
+        # The file does not exist yet, or a line is being written.
         return 0
 
 
@@ -50,7 +51,7 @@ def newest_checkpoint(run: Path) -> int:
 
 
 def moment(run: Path, phase: str, draw: random.Random) -> Callable[[], bool]:
-    """Return what says that the moment to kill a call that starts now has come."""
+    """Return a function that tells when to kill a call that starts now."""
     begun, target = newest_checkpoint(run), newest_checkpoint(run) + draw.randint(1, 5)
     description = run / "config.json"
     changed = description.stat().st_mtime_ns if description.exists() else 0
@@ -72,31 +73,30 @@ def moment(run: Path, phase: str, draw: random.Random) -> Callable[[], bool]:
 
 
 def kill_at(run: Path, phase: str, draw: random.Random, *arguments: object) -> str:
-    """Start `sft-train`, SIGKILL it or one of its ranks at a moment of `phase`, return the phase
-    that it was hit in.
+    """Start `sft-train`, SIGKILL it or one of its ranks at a moment of `phase`, and return the
+    phase that the kill interrupted.
 
-    A 2 among `arguments` is the number of ranks; otherwise the command is the only one, and nobody
-    looks for more.
+    A 2 among `arguments` is the number of ranks; without it the command is the only rank.
     """
     has_come = moment(run, phase, draw)
     before = last_step(run)
     process = subprocess.Popen(
-        command(*arguments), env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+        command(*arguments),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     alone, ranks, look_again = draw.random() < 0.5, [], 0.0 if 2 in arguments else math.inf
     try:
         deadline = time.monotonic() + 240
         while not has_come() and time.monotonic() < deadline:
             assert process.poll() is None, f"the run ended before it could be killed in {phase}"
-            if time.monotonic() > look_again:  # known by then: a kill must not come late
+            if time.monotonic() > look_again:
+                # Looked up in advance, so that the kill does not come late.
                 ranks, look_again = rank_processes(process.pid), time.monotonic() + 0.25
             time.sleep(0.0005)
-        time.sleep(
-            draw.uniform(0, 3.0)
-            if phase == "start"
-            else draw.choice([0.0, 0.0, draw.uniform(0, 0.02)])
-        )
+        pause = draw.uniform(0, 3.0 if phase == "start" else 0.02)
+        time.sleep(pause if phase == "start" else draw.choice([0.0, 0.0, pause]))
         victims = draw.sample(ranks, min(1, len(ranks))) if alone else ranks
         for victim in victims:
             with contextlib.suppress(ProcessLookupError):
@@ -118,7 +118,7 @@ def wait_for_the_dying(run: Path) -> None:
 
 def phase_of(run: Path, step_before: int) -> str:
     """Say what a killed run was doing, from what it left behind."""
-    return next(phase for phase, found in _signs(run, step_before) if found)
+    return next(phase for phase, applies in _signs(run, step_before) if applies)
 
 
 def _signs(run: Path, step_before: int) -> Iterator[tuple[str, bool]]:

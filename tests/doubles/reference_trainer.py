@@ -1,9 +1,9 @@
-"""A trainer of its own, to compare with: each sequence alone, plain torch, and nothing of this
-project's code.
+"""An independent trainer to compare with: each sequence alone, in plain torch, without any code of
+this project.
 
-It reads the columns of a shard set with np.load and is told which sequences make up a step. All
-else is written here once more, in the plainest way: loss and its normalisation, clipping, AdamW,
-the schedule, the evaluation.
+It reads the columns of a shard set with np.load; the caller names the sequences of each step. The
+rest is written here again in the plainest way: the loss and its normalisation, clipping, AdamW, the
+schedule, the evaluation.
 """
 
 import json
@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-Origin = tuple[int, int]  # row of the source, first token of the sample
-Tokens = tuple[torch.Tensor, torch.Tensor]  # ids and loss mask of a sequence
+# The row of the source, and the first token of the sample.
+Origin = tuple[int, int]
+# The ids and the loss mask of a sequence.
+Tokens = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class Trained:
 
 def sequences_of(shards: Path) -> dict[Origin, Tokens]:
     """Return every sequence of a set by where it comes from."""
-    found = {}
+    sequences = {}
     manifest = json.loads((shards / "manifest.json").read_text())
     for entry in manifest["shards"]:
         columns = ("tokens", "loss_mask", "seq_offsets", "seq_origin")
@@ -51,13 +53,10 @@ def sequences_of(shards: Path) -> dict[Origin, Tokens]:
             np.load(shards / entry["path"] / f"{name}.npy") for name in columns
         )
         for number, (_, row, first) in enumerate(origin.tolist()):
-            place = slice(offsets[number], offsets[number + 1])
-            ids, counted = (
-                torch.from_numpy(tokens[place].astype(np.int64)),
-                torch.from_numpy(mask[place] == 1),
-            )
-            found[row, first] = (ids, counted)
-    return found
+            span = slice(offsets[number], offsets[number + 1])
+            ids = torch.from_numpy(tokens[span].astype(np.int64))
+            sequences[row, first] = (ids, torch.from_numpy(mask[span] == 1))
+    return sequences
 
 
 def train(
@@ -68,16 +67,13 @@ def train(
         model, attn_implementation="eager", dtype=torch.float32
     ).train()
     parameters = list(network.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": [p for p in parameters if p.ndim > 1],
-                "weight_decay": settings.weight_decay,
-            },
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        betas=settings.betas,
-    )
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=settings.betas)
     losses, norms = [], []
     for number, sequences in enumerate(steps):
         for group in optimizer.param_groups:
@@ -102,15 +98,17 @@ def train(
 
 
 def cross_entropies(network: PreTrainedModel, sequence: Tokens) -> torch.Tensor:
-    """Return the loss of each token that counts: what comes before it predicts it."""
+    """Return the loss of each token that counts, predicted from the tokens before it."""
     ids, counted = sequence
     logits = network(input_ids=ids[None], use_cache=False).logits[0, :-1]
     return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")[counted[1:]]
 
 
 def weight(sequence: Tokens, of_step: Sequence[Tokens], settings: Settings) -> float:
-    """Return the weight of each token of `sequence` in the loss of the step; a sample is a sequence
-    here."""
+    """Return the weight of each token of `sequence` in the loss of the step.
+
+    Here a sample is a sequence: no row was split.
+    """
     counts = [int(counted.sum()) for _, counted in of_step]
     match settings.norm:
         case "token":

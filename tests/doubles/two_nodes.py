@@ -1,8 +1,8 @@
 """Two nodes on one machine: network namespaces with an address each, joined by a cable that can be
 cut.
 
-Nothing leaves them: there is no route but between the two. They are removed at the end, whatever
-happened in between.
+The only route is that between the two, so nothing leaves them. They are removed at the end in any
+case.
 """
 
 import contextlib
@@ -15,16 +15,16 @@ from pathlib import Path
 
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
 
-# ssh for these nodes: the line of shell runs in the namespace whose address is HOST, and ends when
-# the connection does
+# ssh for these nodes: the line of shell runs in the namespace whose address is HOST, and ends with
+# the connection.
 SSH = """
 import ctypes, json, os, signal, subprocess, sys
 host, line = sys.argv[-2:]
-place = json.loads(os.environ["NAMESPACES"])[host]
+node = json.loads(os.environ["NAMESPACES"])[host]
 def tie():
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-there = subprocess.Popen(["ip", "netns", "exec", place, "sh", "-c", line], preexec_fn=tie)
-code = there.wait()
+shell = subprocess.Popen(["ip", "netns", "exec", node, "sh", "-c", line], preexec_fn=tie)
+code = shell.wait()
 sys.exit(code if code >= 0 else 255)
 """
 
@@ -35,8 +35,7 @@ class TwoNodes:
     interface: str
 
     def set_link(self, state: str) -> None:
-        """Plug in (`up`) or pull (`down`) the second node's cable: what is on its way is lost, and
-        nobody is told."""
+        """Plug in (`up`) or pull (`down`) the second node's cable: packets are lost silently."""
         _ip("netns", "exec", self.namespaces[1], "ip", "link", "set", self.interface, state)
 
 
@@ -47,7 +46,7 @@ def missing() -> str | None:
     name = f"sft-probe-{os.getpid()}"
     done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        return f"no network namespaces here: {done.stderr.strip()}"
+        return f"cannot make network namespaces: {done.stderr.strip()}"
     subprocess.run(["ip", "netns", "delete", name], check=False)
     return None
 
@@ -59,20 +58,8 @@ def two_nodes() -> Iterator[TwoNodes]:
     try:
         for name in names:
             _ip("netns", "add", name)
-        _ip(
-            "-n",
-            names[0],
-            "link",
-            "add",
-            "cable0",
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "cable0",
-            "netns",
-            names[1],
-        )
+        peer = ("peer", "name", "cable0", "netns", names[1])
+        _ip("-n", names[0], "link", "add", "cable0", "type", "veth", *peer)
         for name, address in zip(names, ADDRESSES, strict=True):
             _ip("-n", name, "address", "add", f"{address}/24", "dev", "cable0")
             for interface in ("lo", "cable0"):

@@ -1,8 +1,8 @@
-"""What Weights & Biases wrote without a network: `.wandb` files are logs of protobuf records in
+"""The records that Weights & Biases writes offline: `.wandb` files are logs of protobuf records in
 LevelDB's format.
 
-Seven bytes of header, then chunks within blocks of 32 KiB: checksum, length, kind (1 whole, 2
-first, 3 middle, 4 last).
+After a header of seven bytes come chunks within blocks of 32 KiB, each with checksum, length and
+kind (1 whole, 2 first, 3 middle, 4 last).
 """
 
 import json
@@ -16,22 +16,20 @@ _BLOCK, _HEADER = 1 << 15, 7
 
 def histories(folder: Path) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return (run id, logged rows) of every run directory below `folder`, in order of time."""
-    found = []
+    runs = []
     for file in sorted(folder.glob("offline-run-*/*.wandb")):
         run_id, rows = "", []
         for record in _records(file):
             if record.WhichOneof("record_type") == "run":
                 run_id = record.run.run_id
             elif record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append(
-                    {
-                        item.key or ".".join(item.nested_key): json.loads(item.value_json)
-                        for item in items
-                    }
-                )
-        found.append((run_id, rows))
-    return found
+                row = {
+                    item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                    for item in record.history.item
+                }
+                rows.append(row)
+        runs.append((run_id, rows))
+    return runs
 
 
 def _records(file: Path) -> Iterator[Any]:
@@ -39,7 +37,8 @@ def _records(file: Path) -> Iterator[Any]:
 
     data, at, parts = file.read_bytes(), _HEADER, b""
     while at + _HEADER <= len(data):
-        if _BLOCK - at % _BLOCK < _HEADER:  # the rest of a block that holds no header
+        if _BLOCK - at % _BLOCK < _HEADER:
+            # The rest of the block is too small for a header.
             at += _BLOCK - at % _BLOCK
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)

@@ -1,4 +1,4 @@
-"""`sft-train plan`: what a run will take and whether it will fit, before any GPU is asked for."""
+"""`sft-train plan`: what a run will take and whether it fits, before any GPU is requested."""
 
 from dataclasses import dataclass, replace
 
@@ -38,14 +38,15 @@ class EstimateRequest:
     gpu: str
     mfu: float
     price: float | None
-    """Of a GPU for an hour."""
+    """Of one GPU for an hour."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.mfu <= 1.0:
             raise ConfigError(f"--mfu {self.mfu}; expected a fraction from above 0 to 1")
         if self.num_gpus > self.gpus_per_node and self.num_gpus % self.gpus_per_node:
             raise ConfigError(
-                f"--gpus {self.num_gpus} are no whole nodes of --gpus-per-node {self.gpus_per_node}"
+                f"--gpus {self.num_gpus} do not fill whole nodes of --gpus-per-node"
+                f" {self.gpus_per_node}; give a multiple of {self.gpus_per_node}"
             )
 
 
@@ -59,51 +60,71 @@ class RunEstimate:
     gpu: Gpu
     zero_stage: int
     problems: tuple[str, ...]
-    """Why the ranks can't run the steps at all."""
+    """Why the ranks cannot run the steps at all."""
     division: Division | None
-    """None where there are problems."""
+    """None if there are problems."""
     forecast: Forecast
-    """Without waiting where there are problems."""
+    """Without any waiting if there are problems."""
     memory: Memory
     fits: bool
     changes: tuple[Change, ...]
-    """What would make it fit, or spare time."""
+    """What would make it fit, or save time."""
     command: str
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.forecast.seconds / 3600 * self.request.num_gpus
+
+    @property
+    def cost(self) -> float | None:
+        """None without a price."""
+        return None if self.request.price is None else self.gpu_hours * self.request.price
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one GPU."""
+        return self.forecast.tokens / self.forecast.seconds / self.request.num_gpus
 
 
 def make_plan(request: EstimateRequest) -> RunEstimate:
-    """Return the plan. Raises ConfigError, DataError or ArtifactError for what no number of GPUs
-    can run."""
-    recipe, data, shard_set = _inputs(request)
-    gpu = gpu_named(request.gpu)
-    dtype = torch.float32 if recipe.engine.dtype == "fp32" else torch.bfloat16
+    """Return the plan.
+
+    Raises ConfigError, DataError or ArtifactError for what no number of GPUs can run.
+    """
+    recipe, data, shard_set = _open_inputs(request)
     if shard_set is not None:
         order = make_run_order(recipe, shard_set.manifest)
         config = model_config(recipe.model, shard_set.manifest)
-    elif recipe.model.config is not None and "vocab_size" not in recipe.model.config:
-        raise ConfigError(
-            "model.config has no vocab_size, and without a shard set nothing else says it; set it"
-        )
     else:
-        order = order_by_size(
-            recipe, fingerprint="", max_seq_len=data.max_seq_len, totals=data.totals
-        )
-        config = network_config(recipe.model, max_seq_len=data.max_seq_len, from_shards={})
+        longest = data.max_seq_len
+        order = order_by_size(recipe, fingerprint="", max_seq_len=longest, totals=data.totals)
+        config = network_config(recipe.model, max_seq_len=longest, from_shards={})
+    gpu, ranks = gpu_named(request.gpu), request.num_gpus
+    dtype = torch.float32 if recipe.engine.dtype == "fp32" else torch.bfloat16
     size = model_size(config, lora=recipe.lora, dtype=dtype)
-    ranks = request.num_gpus
-    problem = _problem(recipe, order, data, ranks)
-    shared = (
-        None
-        if problem
-        else division(
-            recipe, order, data, shard_set, world_size=ranks // recipe.engine.sequence_parallel
-        )
-    )
-    max_seq_len = data.max_seq_len
-    setup = setup_of(
-        recipe, max_seq_len, ranks, dtype=dtype, micro_batches=shared.micro_batches if shared else 1
-    )
+
+    # Ranks that cannot run the steps are no error here: the plan says what would work instead.
+    problem, split = "", None
+    try:
+        check_division(recipe, order, ranks)
+    except ConfigError as exc:
+        problem = str(exc)
+        if order.unit == "pack":
+            totals = data.totals
+            per_step = round(order.units_per_step * totals.sequences / totals.packs)
+            problem += (
+                f". Steps of conversations divide over any ranks: about {per_step} of them are as"
+                f" many tokens, --set 'batch={{conversations_per_step={per_step}}}'"
+            )
+    else:
+        groups = ranks // recipe.engine.sequence_parallel
+        split = division(recipe, order, data, shard_set, world_size=groups)
+
+    # Memory is that of the step as the ranks would share it.
+    micro_batches = split.micro_batches if split else 1
+    setup = setup_of(recipe, data.max_seq_len, ranks, dtype=dtype, micro_batches=micro_batches)
     memory = memory_of(size, setup)
+    per_node = min(ranks, request.gpus_per_node)
     return RunEstimate(
         request=request,
         recipe=recipe,
@@ -113,52 +134,39 @@ def make_plan(request: EstimateRequest) -> RunEstimate:
         gpu=gpu,
         zero_stage=setup.zero_stage,
         problems=(problem,) if problem else (),
-        division=shared,
+        division=split,
         forecast=forecast(
             recipe,
             order,
             data,
             size.cost,
             flops_per_second=ranks * gpu.peak_flops * request.mfu,
-            waiting=shared.waiting if shared else 1.0,
+            waiting=split.waiting if split else 1.0,
         ),
         memory=memory,
         fits=fits(memory, gpu),
         changes=tuple(changes(size, setup, gpu, recipe, gpus_per_node=request.gpus_per_node)),
-        command=_command(request),
+        command=suggested_command(
+            replace(request.train, verbosity=0),
+            num_nodes=ranks // per_node,
+            gpus_per_node=per_node,
+        ),
     )
 
 
-def _inputs(request: EstimateRequest) -> tuple[TrainConfig, DataSize, ShardSet | None]:
-    if request.sizes is None:
-        recipe, shard_set = open_inputs(request.train)
-        return recipe, size_of_shard_set(shard_set), shard_set
+def _open_inputs(request: EstimateRequest) -> tuple[TrainConfig, DataSize, ShardSet | None]:
+    """Return the recipe, the size of the data, and the shard set if there is one already."""
     train = request.train
+    if request.sizes is None:
+        recipe, shard_set = open_inputs(train)
+        return recipe, size_of_shard_set(shard_set), shard_set
     if train.recipe is None:
         raise ConfigError(
             "no recipe: without a shard set that names one, give --recipe NAME|FILE.toml"
         )
     recipe = load_recipe(train.recipe, train.settings, model=train.model, max_steps=train.max_steps)
-    return recipe, size_from_flags(request.sizes), None
-
-
-def _problem(recipe: TrainConfig, order: StepOrder, data: DataSize, ranks: int) -> str:
-    """Return why `ranks` can't run the steps, with what can be done; empty where they can."""
-    try:
-        check_division(recipe, order, ranks)
-    except ConfigError as exc:
-        totals = data.totals
-        alike = round(order.units_per_step * totals.sequences / totals.packs)
-        if order.unit == "conversation":
-            return str(exc)
-        return (
-            f"{exc}. Steps of conversations divide over any ranks: about {alike} are as many"
-            f" tokens, --set 'batch={{conversations_per_step={alike}}}'"
+    if recipe.model.config is not None and "vocab_size" not in recipe.model.config:
+        raise ConfigError(
+            "model.config has no vocab_size, and there is no shard set to take it from; set it"
         )
-    return ""
-
-
-def _command(request: EstimateRequest) -> str:
-    per_node = min(request.num_gpus, request.gpus_per_node)
-    train = replace(request.train, verbosity=0)
-    return suggested_command(train, num_nodes=request.num_gpus // per_node, gpus_per_node=per_node)
+    return recipe, size_from_flags(request.sizes), None

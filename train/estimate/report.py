@@ -1,8 +1,7 @@
-"""A plan as lines for people and as one JSON object."""
+"""An estimate of a run as lines for people and as one JSON object."""
 
 import dataclasses
 import json
-from typing import Any
 
 from train.estimate.plan import RunEstimate
 from train.sizing.memory import GIB
@@ -18,58 +17,15 @@ _PARTS = {
     "update": "update",
     "reserve": "reserve",
 }
-_TIGHT = 0.95  # of the room: beyond it the error of the estimate decides
+# Above this share of a GPU's memory the error of the estimate decides.
+_TIGHT = 0.95
 
 
 def as_json(plan: RunEstimate) -> str:
     """Return the plan as an indented JSON object: sizes in GiB, times in hours."""
-    return json.dumps(_figures(plan), indent=2)
-
-
-def as_text(plan: RunEstimate) -> str:
-    """Return the plan in lines."""
-    request, forecast, order = plan.request, plan.forecast, plan.order
-    lines = [
-        (
-            f"{plan.recipe.name} on {request.num_gpus} x {plan.gpu.name}, ZeRO stage"
-            f" {plan.zero_stage}: {_verdict(plan)}"
-        ),
-        "",
-        (
-            f"model    {_count(plan.size.parameters)} parameters, {_count(plan.size.trained)} of"
-            " them train"
-        ),
-        f"data     {_data(plan)}",
-        *(f"         assumed: {assumption}" for assumption in plan.data.assumptions),
-        (
-            f"run      {forecast.steps:,} steps of {order.units_per_step:,} {order.unit}s,"
-            f" {forecast.warmup_steps:,} of warm-up; {forecast.epochs:g} epochs"
-        ),
-        (
-            f"         {forecast.tokens:,} tokens, {forecast.loss_tokens:,} loss tokens,"
-            f" {forecast.flops:.3g} FLOPs"
-        ),
-        *_division_lines(plan),
-        (
-            f"time     {_hours(forecast.seconds)} at {request.mfu:.0%} MFU (stated): "
-            f"{_tokens_per_second(plan):,.0f} tokens/s per GPU{_cost_text(plan)}"
-        ),
-        "",
-        f"memory per GPU, GiB of {plan.gpu.memory_gib:.1f} that a program gets",
-        *(f"  {title:26}{getattr(plan.memory, name) / GIB:8.1f}" for name, title in _PARTS.items()),
-        f"  {'peak, in the ' + plan.memory.peak_in:26}{plan.memory.total / GIB:8.1f}",
-        "",
-        *_change_lines(plan),
-        *(f"problem: {problem}" for problem in plan.problems),
-        *([f"command: {plan.command}"] if not plan.problems else []),
-    ]
-    return "\n".join(lines)
-
-
-def _figures(plan: RunEstimate) -> dict[str, Any]:
     request, forecast, division = plan.request, plan.forecast, plan.division
     totals = plan.data.totals
-    return {
+    figures = {
         "recipe": plan.recipe.name,
         "gpus": request.num_gpus,
         "gpu": plan.gpu.name,
@@ -101,10 +57,10 @@ def _figures(plan: RunEstimate) -> dict[str, Any]:
         "time": {
             "mfu": request.mfu,
             "hours": forecast.seconds / 3600,
-            "gpu_hours": _gpu_hours(plan),
-            "tokens_per_second_per_gpu": _tokens_per_second(plan),
+            "gpu_hours": plan.gpu_hours,
+            "tokens_per_second_per_gpu": plan.tokens_per_second,
             "price_per_gpu_hour": request.price,
-            "cost": _cost(plan),
+            "cost": plan.cost,
         },
         "memory_gib": {
             **{name: getattr(plan.memory, name) / GIB for name in _PARTS},
@@ -115,79 +71,71 @@ def _figures(plan: RunEstimate) -> dict[str, Any]:
         "changes": [dataclasses.asdict(change) for change in plan.changes],
         "command": plan.command,
     }
+    return json.dumps(figures, indent=2)
 
 
-def _verdict(plan: RunEstimate) -> str:
+def as_text(plan: RunEstimate) -> str:
+    """Return the plan in lines."""
+    request, forecast, totals = plan.request, plan.forecast, plan.data.totals
     total, room = plan.memory.total / GIB, plan.gpu.memory_gib
-    memory = (
-        "does not fit" if not plan.fits else "fits" if total <= _TIGHT * room else "fits barely"
-    )
-    text = f"{memory}, {total:.1f} of {room:.1f} GiB per GPU"
-    return f"does not run, see below ({text})" if plan.problems else text
-
-
-def _data(plan: RunEstimate) -> str:
-    totals = plan.data.totals
-    where = "stated" if plan.request.sizes is not None else str(plan.request.train.shards)
-    return (
-        f"{where}: {totals.sequences:,} sequences in {totals.packs:,} packs of"
+    fit = "does not fit"
+    if plan.fits:
+        fit = "fits" if total <= _TIGHT * room else "fits barely"
+    verdict = f"{fit}, {total:.1f} of {room:.1f} GiB per GPU"
+    if plan.problems:
+        verdict = f"does not run, see below ({verdict})"
+    source = "stated" if request.sizes is not None else str(request.train.shards)
+    lines = [
+        f"{plan.recipe.name} on {request.num_gpus} x {plan.gpu.name}, ZeRO stage {plan.zero_stage}:"
+        f" {verdict}",
+        "",
+        f"model    {_count(plan.size.parameters)} parameters, {_count(plan.size.trained)} of them"
+        " trained",
+        f"data     {source}: {totals.sequences:,} sequences in {totals.packs:,} packs of"
         f" {plan.data.max_seq_len:,}, {totals.tokens:,} tokens, {totals.loss_tokens:,}"
-        " loss tokens"
-    )
-
-
-def _division_lines(plan: RunEstimate) -> list[str]:
-    if plan.division is None:
-        return []
-    per_rank = plan.forecast.tokens / plan.forecast.steps / plan.request.num_gpus
-    return [
-        f"ranks    {per_rank:,.0f} tokens of a rank in a step, at most"
-        f" {plan.division.micro_batches} micro-batches; waiting for the slowest rank multiplies"
-        f" time by {plan.division.waiting:.2f}"
+        " loss tokens",
+        *(f"         assumed: {assumption}" for assumption in plan.data.assumptions),
+        f"run      {forecast.steps:,} steps of {plan.order.units_per_step:,} {plan.order.unit}s,"
+        f" {forecast.warmup_steps:,} of warm-up; {forecast.epochs:g} epochs",
+        f"         {forecast.tokens:,} tokens, {forecast.loss_tokens:,} loss tokens,"
+        f" {forecast.flops:.3g} FLOPs",
     ]
-
-
-def _change_lines(plan: RunEstimate) -> list[str]:
-    if not plan.changes:
-        return []
-    head = "fits too, and computes nothing twice:" if plan.fits else "what would change it:"
-    fits = {True: "fits", False: "does not fit"}
-    host = {
-        change.what: f" (and {change.host_gib:.0f} GiB of the host for each GPU)"
-        for change in plan.changes
-    }
-    rows = [
-        f"  {change.gib:7.1f} GiB {fits[change.fits]:12}"
-        f" {change.what}{host[change.what] if change.host_gib else ''}"
-        for change in plan.changes
+    if plan.division is not None:
+        per_rank = forecast.tokens / forecast.steps / request.num_gpus
+        lines.append(
+            f"ranks    {per_rank:,.0f} tokens of a rank in a step, at most"
+            f" {plan.division.micro_batches} micro-batches; waiting for the slowest rank multiplies"
+            f" time by {plan.division.waiting:.2f}"
+        )
+    # A short run in minutes: 0.0 hours would say nothing.
+    hours = forecast.seconds / 3600
+    duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    cost = ""
+    if plan.cost is not None:
+        price = f"{plan.gpu_hours:,.0f} GPU hours at {request.price:g} each"
+        cost = f"; {price}: {plan.cost:,.0f}"
+    lines += [
+        f"time     {duration} at {request.mfu:.0%} MFU (stated): {plan.tokens_per_second:,.0f}"
+        f" tokens/s per GPU{cost}",
+        "",
+        f"memory per GPU, GiB of {room:.1f} that a program gets",
+        *(f"  {title:26}{getattr(plan.memory, name) / GIB:8.1f}" for name, title in _PARTS.items()),
+        f"  {'peak, in the ' + plan.memory.peak_in:26}{total:8.1f}",
+        "",
     ]
-    return [head, *rows, ""]
-
-
-def _gpu_hours(plan: RunEstimate) -> float:
-    return plan.forecast.seconds / 3600 * plan.request.num_gpus
-
-
-def _cost(plan: RunEstimate) -> float | None:
-    return None if plan.request.price is None else _gpu_hours(plan) * plan.request.price
-
-
-def _cost_text(plan: RunEstimate) -> str:
-    cost = _cost(plan)
-    return (
-        ""
-        if cost is None
-        else f"; {_gpu_hours(plan):,.0f} GPU hours at {plan.request.price:g} each: {cost:,.0f}"
-    )
-
-
-def _tokens_per_second(plan: RunEstimate) -> float:
-    return plan.forecast.tokens / plan.forecast.seconds / plan.request.num_gpus
+    if plan.changes:
+        lines.append("faster, and fits too:" if plan.fits else "what would change it:")
+        for change in plan.changes:
+            fit = "fits" if change.fits else "does not fit"
+            host = f" (and {change.host_gib:.0f} GiB of the host for each GPU)"
+            suffix = host if change.host_gib else ""
+            lines.append(f"  {change.gib:7.1f} GiB {fit:12} {change.what}{suffix}")
+        lines.append("")
+    lines += [f"problem: {problem}" for problem in plan.problems]
+    if not plan.problems:
+        lines.append(f"command: {plan.command}")
+    return "\n".join(lines)
 
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"

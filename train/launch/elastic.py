@@ -1,5 +1,4 @@
-"""torchrun for the ranks of one machine, without its tracebacks: their own last words say why they
-ended."""
+"""torchrun for the ranks of one machine, without its tracebacks: the ranks print why they ended."""
 
 import signal
 import sys
@@ -10,11 +9,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main() -> None:
-    """Run torchrun with the arguments of this process; exit code of the rank that failed first, or
-    1."""
+    """Run torchrun with the arguments of this process, and exit with the code of the rank that
+    failed first.
+
+    The exit code is 1 if that rank was killed, or if torchrun itself got a signal.
+    """
     try:
         run.main()
-    except SignalException:  # it was passed on to the ranks
+    except SignalException:
+        # torchrun has passed it on to the ranks.
         raise SystemExit(1) from None
     except ChildFailedError as exc:
         for rank, failure in sorted(exc.failures.items()):

@@ -1,4 +1,4 @@
-"""A DeepSpeed hostfile: `HOST slots=N` lines, comments and blank lines, as DeepSpeed reads it."""
+"""A DeepSpeed hostfile: `HOST slots=N` lines, comments and blank lines, read as DeepSpeed does."""
 
 import re
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ class Hosts:
     """The hosts of a file, in its order; the first is the head."""
 
     names: tuple[str, ...]
-    """What ssh is told: HOST or USER@HOST."""
+    """What ssh connects to: HOST or USER@HOST."""
     slots: int
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where the other hosts reach each."""
+        """Where the hosts reach one another: the names without USER@."""
         return tuple(name.rpartition("@")[2] for name in self.names)
 
 
 def read_hostfile(path: Path) -> Hosts:
-    """Return the hosts of `path`. Raises ConfigError that names the line."""
+    """Return the hosts of `path`. Raises ConfigError for the first line that is wrong."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
@@ -42,8 +42,9 @@ def read_hostfile(path: Path) -> Hosts:
         host, slots = match["host"], int(match["slots"])
         if host in slots_of:
             raise ConfigError(
-                f"{path} line {number}: {host} is there twice; give each host one line"
+                f"{path} line {number}: {host} is listed twice; give each host one line"
             )
+        # torchrun takes one --nproc-per-node for all nodes.
         if slots_of and slots not in slots_of.values():
             first = next(iter(slots_of))
             raise ConfigError(

@@ -1,5 +1,7 @@
-"""Start the ranks of a run on this machine, and say how it ended: torchrun would turn every exit
-code into 1."""
+"""Start the ranks of a run on this machine, and tell how the run ended.
+
+torchrun turns every exit code into 1, so the reason is read from status.json.
+"""
 
 import contextlib
 import logging
@@ -15,7 +17,6 @@ from shared import atomic
 from shared.errors import ConfigError
 from train.engine.launcher_env import die_with_parent, launched
 from train.launch.torchrun import standalone_command
-from train.run.directory import RunDir
 from train.run.prepare import Prepared, check_ranks
 from train.run.read_status import last_change, raise_unless_complete, status_since
 from train.run.stop_request import CTRL_C_LINE, STOP_SIGNALS, SignalHandler, signal_handlers
@@ -23,44 +24,48 @@ from train.run.stop_request import CTRL_C_LINE, STOP_SIGNALS, SignalHandler, sig
 logger = logging.getLogger(__name__)
 
 _RANKS_PER_CORE = 4
-_SECONDS_TO_FAIL = 20.0  # from the failure of one rank to the end of those that wait for it in vain
+# From the failure of one rank to the end of those that wait for it in vain.
+_SECONDS_TO_FAIL = 20.0
 
 
 def choose_num_ranks(wanted: int | None) -> int:
-    """Return `wanted`, or all visible GPUs, or 1. Raises ConfigError for more ranks than GPUs,
-    where there are any."""
+    """Return `wanted`, by default a rank for each visible GPU, or 1 without a GPU.
+
+    Raises ConfigError for more ranks than GPUs.
+    """
     import torch
 
     return ranks_on(torch.cuda.device_count(), wanted)
 
 
 def ranks_on(num_gpus: int, wanted: int | None) -> int:
-    """Return how many ranks to start on a machine with `num_gpus` visible GPUs; without any, they
-    run on the CPU."""
-    if wanted is not None and num_gpus and wanted > num_gpus:
+    """Return how many ranks to start on a machine with `num_gpus` visible GPUs.
+
+    Without a GPU the ranks run on the CPU.
+    """
+    if wanted is None:
+        return max(1, num_gpus)
+    if num_gpus and wanted > num_gpus:
         raise ConfigError(
             f"--nproc-per-node {wanted}, but {num_gpus} GPUs are visible; give at most {num_gpus}"
         )
-    if (
-        wanted is not None
-        and not num_gpus
-        and wanted > (most := _RANKS_PER_CORE * (os.cpu_count() or 1))
-    ):
+    most = _RANKS_PER_CORE * (os.cpu_count() or 1)
+    if not num_gpus and wanted > most:
         raise ConfigError(
-            f"--nproc-per-node {wanted} without a GPU; give at most {most}, {_RANKS_PER_CORE} for a"
-            " core"
+            f"--nproc-per-node {wanted} without a GPU; give at most {most}, {_RANKS_PER_CORE} per"
+            " CPU core"
         )
-    return wanted or max(1, num_gpus)
+    return wanted
 
 
 Done = Literal["here", "by ranks", "before"]
 
 
 def run_or_launch(prepared: Prepared, num_ranks: int | None) -> Done:
-    """Train in this process, or start ranks and wait for them; return who did it, this start or one
-    before it.
+    """Train in this process, or start ranks and wait for them; return who trained.
 
-    Raises the SftError that ended the run.
+    "before" means that another start has completed the run meanwhile. Raises the SftError that
+    ended the run.
     """
     if launched():
         if num_ranks is not None:
@@ -79,31 +84,24 @@ def run_or_launch(prepared: Prepared, num_ranks: int | None) -> Done:
 
 
 def launch(prepared: Prepared, num_ranks: int) -> None:
-    """Run torchrun and pass signals on to it. Raises the SftError that the run left in status.json.
-
-    torchrun gets a process group of its own: Ctrl-C at a terminal would reach it beside us, and it
-    takes the second signal for a wish to end without a save.
-    """
+    """Run torchrun and pass signals on to it. Raises the SftError that the ranks recorded."""
+    # A held lock and a full disk are noticed here first: from here the error is one line, from a
+    # rank it would come with torchrun's report.
     with atomic.exclusive_lock(prepared.run.lock, f"training in {prepared.run.path}"):
-        _check_writable(prepared.run)
-    # said here, a lock that is taken and a full disk are one line; a rank would fail within
-    # torchrun's report
+        probe = prepared.run.path / ".tmp-probe"
+        atomic.write_bytes(probe, bytes(4096))
+        probe.unlink()
     before = last_change(prepared.run)
     command = standalone_command(prepared.request, num_ranks)
+    # In a new process group: Ctrl-C at a terminal would otherwise reach torchrun too, which takes a
+    # second signal as an order to end without a save.
     with (
         subprocess.Popen(command, preexec_fn=die_with_parent, process_group=0) as process,
         signal_handlers(_forwarding_to(process)),
     ):
         code = _wait(process, lambda: status_since(prepared.run, before))
-    said = f"the ranks ended with exit code {code}; what they wrote above says why"
-    raise_unless_complete(prepared, exit_code=code, before=before, said=said)
-
-
-def _check_writable(run: RunDir) -> None:
-    """Raise OSError if not even a status can be written."""
-    probe = run.path / ".tmp-probe"
-    atomic.write_bytes(probe, bytes(4096))
-    probe.unlink()
+    message = f"the ranks ended with exit code {code}; see their output above for the reason"
+    raise_unless_complete(prepared, exit_code=code, before=before, message=message)
 
 
 def _forwarding_to(process: "subprocess.Popen[bytes]") -> dict[signal.Signals, SignalHandler]:
@@ -126,15 +124,16 @@ def _forwarding_to(process: "subprocess.Popen[bytes]") -> dict[signal.Signals, S
 
 
 def _wait(process: "subprocess.Popen[bytes]", status: Callable[[], dict[str, Any] | None]) -> int:
-    """Return torchrun's exit code; end it where a rank has failed and others still wait for that
-    rank.
+    """Return torchrun's exit code; kill it if a rank has failed and others still wait for it.
 
-    torchrun would give them the time of a save, which they can't begin without it.
+    torchrun would give those the time of a save, which they cannot begin without that rank.
     """
+    # Ranks that notice the failure have that long to write why they ended.
     failed_for = 0.0
     while failed_for < _SECONDS_TO_FAIL:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=1.0)
         failed_for += 1.0 if (status() or {}).get("state") == "failed" else 0.0
-    process.kill()  # its ranks die with it
+    # The ranks die with it.
+    process.kill()
     return process.wait()

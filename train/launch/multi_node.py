@@ -1,5 +1,5 @@
-"""`sft-train launch`: check a run as its start would check it, then say, or do, what starts it on
-many nodes."""
+"""`sft-train launch`: check a run as its start would, then print or run what starts it on many
+nodes."""
 
 import socket
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from train.run.prepare import Prepared, TrainRequest, check_ranks, prepare
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchRequest:
-    """The command line of `sft-train launch`, as far as all ways to start share it."""
+    """The options of `sft-train launch` that all three ways to start share."""
 
     train: TrainRequest
     num_nodes: int | None
@@ -37,7 +37,7 @@ class LaunchRequest:
 
 
 def launch_by_slurm(request: LaunchRequest, options: SlurmOptions) -> str:
-    """Return the batch script, or what sbatch said of it. Raises ConfigError and what `prepare`
+    """Return the batch script, or sbatch's answer to it. Raises ConfigError and what `prepare`
     raises."""
     cluster, prepared = _check(request)
     if prepared.is_complete:
@@ -56,6 +56,7 @@ def launch_by_hand(request: LaunchRequest, head: str | None) -> str:
     cluster, prepared = _check(request)
     if prepared.is_complete:
         return _nothing_to_do(prepared)
+    # A head of one node needs no name that others can resolve.
     address = head if head is not None else socket.getfqdn()
     if cluster.num_nodes > 1 and address.startswith("localhost"):
         raise ConfigError(
@@ -64,8 +65,8 @@ def launch_by_hand(request: LaunchRequest, head: str | None) -> str:
     port, run_id = cluster.port or DEFAULT_PORT, prepared.run.path.name
 
     def line(*, is_head: bool) -> str:
-        own = address if is_head else None
-        rendezvous = rendezvous_options(address, port, run_id, is_host=is_head, address=own)
+        local = address if is_head else None
+        rendezvous = rendezvous_options(address, port, run_id, is_host=is_head, address=local)
         words = node_command(cluster, prepared.request, rendezvous)
         return f"cd {quote(str(Path.cwd()))} && {shell_line(words, cluster.environment)}"
 
@@ -76,19 +77,20 @@ def launch_by_hand(request: LaunchRequest, head: str | None) -> str:
 
 
 def launch_by_ssh(request: LaunchRequest, path: Path) -> str:
-    """Return the ssh commands for the hosts of a DeepSpeed hostfile, or run them and say where the
-    model is.
+    """Return the ssh commands for the hosts of a DeepSpeed hostfile; with --submit run them and
+    return the path of the model.
 
     Raises the SftError that ended the run.
     """
     hosts = read_hostfile(path)
-    for name, given, found in (
+    for name, value, in_file in (
         ("--nodes", request.num_nodes, len(hosts.names)),
         ("--gpus-per-node", request.gpus_per_node, hosts.slots),
     ):
-        if given not in (None, found):
+        if value not in (None, in_file):
             raise ConfigError(
-                f"{name} {given}, but {path} has {found}; leave the option out, or change the file"
+                f"{name} {value}, but {path} has {in_file}; leave the option out, or change the"
+                " file"
             )
     cluster, prepared = _check(request, num_nodes=len(hosts.names), gpus_per_node=hosts.slots)
     if prepared.is_complete:
@@ -101,7 +103,7 @@ def launch_by_ssh(request: LaunchRequest, path: Path) -> str:
 
 
 def suggested_command(request: TrainRequest, *, num_nodes: int, gpus_per_node: int) -> str:
-    """Return the line of shell that trains `request` on such machines: what a person would type."""
+    """Return the line of shell that a person would type to train `request` on such machines."""
     words = request_arguments(request)
     if num_nodes == 1:
         return shell_line(["sft-train", *words, "--nproc-per-node", str(gpus_per_node)])
@@ -112,11 +114,10 @@ def suggested_command(request: TrainRequest, *, num_nodes: int, gpus_per_node: i
 def _check(
     request: LaunchRequest, *, num_nodes: int | None = None, gpus_per_node: int | None = None
 ) -> tuple[Cluster, Prepared]:
-    """Return the cluster and the run, both checked. No torch, and no look at GPUs: they are on
-    other machines."""
+    """Return the cluster and the run, both checked; no torch, since the GPUs are elsewhere."""
     nodes, gpus = num_nodes or request.num_nodes, gpus_per_node or request.gpus_per_node
     if nodes is None or gpus is None:
-        raise ConfigError("how large is the cluster? Give --nodes and --gpus-per-node")
+        raise ConfigError("the size of the cluster is missing: give --nodes and --gpus-per-node")
     cluster = Cluster(
         num_nodes=nodes,
         gpus_per_node=gpus,
@@ -127,11 +128,11 @@ def _check(
     )
     if request.train.resume not in ("auto", "never"):
         raise ConfigError(
-            f"--resume {request.train.resume}: every start on the cluster would go back there;"
+            f"--resume {request.train.resume}: every restart on the cluster would go back there;"
             " remove the checkpoints after it, or start another run with --output"
         )
     prepared = prepare(request.train)
-    # checked here and now; a later start of the same job goes on
+    # `--resume never` was obeyed by this check. A restart of the same job has to resume.
     prepared = replace(prepared, request=replace(request.train, resume="auto"))
     if not prepared.is_complete:
         check_ranks(prepared, cluster.world_size)
@@ -140,10 +141,7 @@ def _check(
 
 
 def _nothing_to_do(prepared: Prepared) -> str:
-    asked = prepared.request.push_to_hub or prepared.request.push_checkpoints
-    push = (
-        f"; push it with sft-train push [--checkpoints] {prepared.run.path} USER/NAME"
-        if asked
-        else ""
-    )
+    push = ""
+    if prepared.request.push_to_hub or prepared.request.push_checkpoints:
+        push = f"; push it with sft-train push [--checkpoints] {prepared.run.path} USER/NAME"
     return f"{prepared.run.path} is complete: the model is in {prepared.run.model}{push}"

@@ -1,10 +1,9 @@
-"""The batch script of a run on SLURM: one torchrun per node, a save before the time limit, the job
-in the queue again.
+"""The batch script of a run on SLURM: one torchrun per node, a save before the time limit, and the
+job back in the queue.
 
-How SLURM behaves, which the script relies on: `--signal=B:` reaches the batch shell alone, and its
-trap runs only while the shell waits for a background process; srun passes SIGUSR1 on to its tasks
-but answers SIGTERM by killing them; a requeued job runs the same script again under the same job
-id.
+The script relies on what SLURM does: `--signal=B:` reaches the batch shell alone, and its trap runs
+only while the shell waits for a background process; srun passes SIGUSR1 on to its tasks but answers
+SIGTERM by killing them; a requeued job runs the same script again under the same job id.
 """
 
 import re
@@ -71,7 +70,7 @@ fi
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlurmOptions:
-    """What sbatch is told beyond the shape of the job."""
+    """The options of sbatch beyond the shape of the job."""
 
     job_name: str | None = None
     """Default: the name of the run directory."""
@@ -79,27 +78,25 @@ class SlurmOptions:
     account: str | None = None
     time: str | None = None
     cpus_per_node: int | None = None
-    """None: the nodes are taken whole (--exclusive)."""
+    """None: the job gets whole nodes (--exclusive)."""
     others: tuple[str, ...] = ()
     """NAME=VALUE or NAME: any other option of sbatch, without its dashes."""
 
 
 def batch_script(cluster: Cluster, prepared: Prepared, options: SlurmOptions) -> str:
-    """Return the script for sbatch. Raises ConfigError for a value that sbatch could read as
-    something else."""
+    """Return the script for sbatch. Raises ConfigError for a value that sbatch could misread."""
     rendezvous = [
-        "--rdzv-endpoint",
-        ShellWord('"$head:$port"'),
-        "--rdzv-id",
-        ShellWord('"$SLURM_JOB_ID"'),
+        *("--rdzv-endpoint", ShellWord('"$head:$port"')),
+        *("--rdzv-id", ShellWord('"$SLURM_JOB_ID"')),
     ]
+    variables = [setting.partition("=") for setting in cluster.environment]
     return _SCRIPT.format(
         directives="\n".join(f"#SBATCH {line}" for line in _directives(cluster, prepared, options)),
         seconds=cluster.seconds_to_save,
         folder=quote(str(Path.cwd())),
-        exports="".join(f"export {_assignment(setting)}\n" for setting in cluster.environment),
+        exports="".join(f"export {name}={quote(value)}\n" for name, _, value in variables),
         run=quote(str(prepared.run.path)),
-        # two jobs may share a node: take a port by the job, below those that the kernel hands out
+        # Two jobs may share a node: the port depends on the job, below those that Linux hands out.
         port=cluster.port if cluster.port is not None else "$((20000 + SLURM_JOB_ID % 10000))",
         srun_cpus=(
             "--cpu-bind=none"
@@ -108,15 +105,13 @@ def batch_script(cluster: Cluster, prepared: Prepared, options: SlurmOptions) ->
         ),
         command=shell_lines(node_command(cluster, prepared.request, rendezvous)),
         sft_train=quote(str(console_script())),
-        requeue=(
-            _REQUEUE if prepared.request.stop_after is None else ""
-        ),  # --stop-after: it is to end there
+        # With --stop-after the job is to end there.
+        requeue=_REQUEUE if prepared.request.stop_after is None else "",
     )
 
 
 def _directives(cluster: Cluster, prepared: Prepared, options: SlurmOptions) -> list[str]:
-    """Return the options for sbatch; it reads them without a shell, so they hold plain characters
-    only."""
+    """Return the options for sbatch, which reads them without a shell and knows no quoting."""
     _check_time(options.time, cluster.seconds_to_save)
     named = {
         "--job-name": options.job_name or re.sub(r"[^A-Za-z0-9_.-]", "-", prepared.run.path.name),
@@ -137,7 +132,8 @@ def _directives(cluster: Cluster, prepared: Prepared, options: SlurmOptions) -> 
         name = other.partition("=")[0]
         if name in _OURS or name.startswith("-"):
             raise ConfigError(
-                f"--sbatch {other}: expected another option than {', '.join(_OURS)}, without dashes"
+                f"--sbatch {other}: expected an option other than {', '.join(_OURS)}, without"
+                " dashes"
             )
         lines.append(f"--{_plain('--sbatch', other)}")
     return lines
@@ -146,50 +142,48 @@ def _directives(cluster: Cluster, prepared: Prepared, options: SlurmOptions) -> 
 def _plain(name: str, value: str) -> str:
     if not _PLAIN.fullmatch(value):
         raise ConfigError(
-            f"{name} {value!r}: expected letters, digits and _.,:@%/+=*[]- only, as sbatch reads"
-            " them"
+            f"{name} {value!r}: expected letters, digits and _.,:@%/+=*[]- only; sbatch knows no"
+            " quoting"
         )
     return value
 
 
 def _check_time(time: str | None, seconds_to_save: int) -> None:
-    """Raise ConfigError unless the time limit, in any of SLURM's forms, leaves time to train before
-    the signal."""
+    """Raise ConfigError unless the time limit, in any of SLURM's forms, leaves time to train."""
     if time is None:
         return
     match = _TIME.fullmatch(time)
     if match is None:
         raise ConfigError(f"--time {time!r}; expected minutes, HH:MM:SS or D-HH:MM:SS")
     parts = [int(part) for part in match["parts"].split(":")]
-    if match["days"] is not None:  # D-HH, D-HH:MM, D-HH:MM:SS
+    if match["days"] is not None:
+        # D-HH, D-HH:MM or D-HH:MM:SS
         hours, minutes, seconds = [*parts, 0, 0][:3]
         hours += 24 * int(match["days"])
     elif len(parts) == 3:
         hours, minutes, seconds = parts
-    else:  # MM, MM:SS
+    else:
+        # MM or MM:SS
         hours, minutes, seconds = 0, *[*parts, 0][:2]
     limit = (hours * 60 + minutes) * 60 + seconds
     if limit <= seconds_to_save:
         raise ConfigError(
-            f"--time {time} is {limit} s, and the ranks are told to stop {seconds_to_save} s before"
-            " it (--seconds-to-save); ask for more time, or leave less for the save"
+            f"--time {time} is {limit} s, and the ranks have to stop {seconds_to_save} s before its"
+            " end (--seconds-to-save); ask for more time, or leave less for the save"
         )
 
 
-def _assignment(setting: str) -> str:
-    name, _, value = setting.partition("=")
-    return f"{name}={quote(value)}"
-
-
 def submit(script: str) -> str:
-    """Hand `script` to sbatch; return what it said. Raises PrerequisiteError if there is none, or
-    it refuses."""
+    """Hand `script` to sbatch and return its answer.
+
+    Raises PrerequisiteError if there is no sbatch, or if it refuses the job.
+    """
     try:
-        done = subprocess.run(["sbatch"], input=script, capture_output=True, text=True, check=False)
+        job = subprocess.run(["sbatch"], input=script, capture_output=True, text=True, check=False)
     except FileNotFoundError as exc:
         raise PrerequisiteError(
             "no command sbatch; run this on a login node of the cluster, or leave --submit out"
         ) from exc
-    if done.returncode != 0:
-        raise PrerequisiteError(f"sbatch refused the job: {done.stderr.strip()}")
-    return done.stdout.strip()
+    if job.returncode != 0:
+        raise PrerequisiteError(f"sbatch refused the job: {job.stderr.strip()}")
+    return job.stdout.strip()

@@ -1,8 +1,6 @@
-"""One ssh for each host of a hostfile, each running that node's torchrun; this process waits for
-them all.
+"""One ssh for each host of a hostfile, which runs torchrun there; this process waits for them all.
 
-Not DeepSpeed's own launcher: that one needs pdsh, does not wait for a save, and starts nothing
-again.
+DeepSpeed's own launcher would need pdsh, does not wait for a save, and never restarts a rank.
 """
 
 import logging
@@ -37,11 +35,7 @@ _SECONDS_FOR_THE_OTHERS = 30.0
 
 
 def ssh_commands(cluster: Cluster, prepared: Prepared, hosts: Hosts) -> list[list[str]]:
-    """Return the command line that starts the ranks of each host from here.
-
-    `-tt` ties the far end to this one: when the connection ends, torchrun there gets SIGHUP and
-    takes its ranks along.
-    """
+    """Return the command line that starts the ranks of each host from here."""
     commands = []
     port, run_id = cluster.port or DEFAULT_PORT, prepared.run.path.name
     for number, (host, address) in enumerate(zip(hosts.names, hosts.addresses, strict=True)):
@@ -50,6 +44,7 @@ def ssh_commands(cluster: Cluster, prepared: Prepared, hosts: Hosts) -> list[lis
         )
         line = shell_line(node_command(cluster, prepared.request, rendezvous), cluster.environment)
         remote = f"cd {quote(str(Path.cwd()))} && exec {line}"
+        # With -tt torchrun on the host gets SIGHUP when the connection ends, and ends its ranks.
         commands.append(["ssh", "-o", "BatchMode=yes", "-tt", host, remote])
     return commands
 
@@ -57,59 +52,61 @@ def ssh_commands(cluster: Cluster, prepared: Prepared, hosts: Hosts) -> list[lis
 def run_on_hosts(commands: Sequence[Sequence[str]], prepared: Prepared, hosts: Hosts) -> None:
     """Run the commands until all have ended. Raises the SftError that ended the run.
 
-    What each host says goes to RUN/logs/HOST.log.
+    The output of each host goes to RUN/logs/HOST.log.
     """
     run = prepared.run
     with atomic.exclusive_lock(run.lock, f"training in {run.path}"):
-        # said here, it is one line; a rank that finds the lock taken fails within torchrun's report
+        # A lock that is held is one line of error from here; from a rank it would come with
+        # torchrun's report.
         pass
     before = last_change(run)
     logs = [run.path / "logs" / f"{host}.log" for host in hosts.names]
     logs[0].parent.mkdir(parents=True, exist_ok=True)
-    logger.info("starting %d hosts; what they say: %s", len(commands), logs[0].parent)
-    processes = [_start(command, log) for command, log in zip(commands, logs, strict=True)]
+    logger.info("starting %d hosts; their output is in %s", len(commands), logs[0].parent)
+    processes: list[subprocess.Popen[bytes]] = []
+    for command, log in zip(commands, logs, strict=True):
+        with log.open("ab") as file:
+            try:
+                # In a new session: Ctrl-C in this terminal asks for a stop, and must not cut the
+                # connection.
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,
+                )
+            except FileNotFoundError as exc:
+                raise PrerequisiteError(
+                    "no command ssh to start the other hosts with; leave --submit out"
+                ) from exc
+        processes.append(process)
 
     def ask(number: int, _frame: FrameType | None) -> None:
         logger.info("%s: the run stops after this step, and saves", signal.Signals(number).name)
         run.stop.touch()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    # ssh passes no signals on, so a signal becomes the file that asks the ranks to stop; a second
-    # Ctrl-C ends the connections, and with them the ranks
+    # ssh passes no signals on, so a signal becomes the file that asks the ranks to stop. A second
+    # Ctrl-C ends the connections, and with them the ranks.
     with signal_handlers(dict.fromkeys(STOP_SIGNALS, ask)):
         first = _wait(processes)
-    if first is None:
-        said = "the ranks ended without a word"
-    else:
-        said = (
-            f"{hosts.names[first]} ended with exit code {processes[first].returncode};"
-            f" {logs[first]} says why"
+    code, message = 0, "the ranks ended without recording why"
+    if first is not None:
+        code, host = 1, hosts.names[first]
+        message = (
+            f"{host} ended with exit code {processes[first].returncode}; see {logs[first]} for the"
+            " reason"
         )
-    raise_unless_complete(prepared, exit_code=0 if first is None else 1, before=before, said=said)
-
-
-def _start(command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
-    """Start one ssh. In a session of its own: Ctrl-C in this terminal asks for a stop, it does not
-    cut connections."""
-    with log.open("ab") as file:
-        try:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
-        except FileNotFoundError as exc:
-            raise PrerequisiteError(
-                "no command ssh to start the other hosts with; leave --submit out"
-            ) from exc
+    raise_unless_complete(prepared, exit_code=code, before=before, message=message)
 
 
 def _wait(processes: "Sequence[subprocess.Popen[bytes]]") -> int | None:
-    """Wait for all; return the first that failed. After it torchrun elsewhere has a while to see
-    that by itself."""
+    """Wait for all; return the index of the first that failed.
+
+    The others then have a while to notice by themselves, as torchrun does, before they are ended.
+    """
     first, deadline = None, math.inf
     while True:
         codes = [process.poll() for process in processes]

@@ -1,8 +1,7 @@
-"""The torchrun command that starts the ranks of one node, and what every launcher of many nodes has
-to say.
+"""The torchrun command of one node, and what the launchers of many nodes share.
 
-Which program starts it on each node (SLURM, ssh, a person) is not known here. All nodes see the
-same directories at the same paths: the working directory, the shard set, the run, and this Python.
+Who starts it on each node (SLURM, ssh, a person) is not known here. All nodes see the same
+directories at the same paths: the working directory, the shard set, the run, and this Python.
 """
 
 import re
@@ -26,10 +25,10 @@ class Cluster:
     gpus_per_node: int
     """Also the ranks of a node: one for each GPU."""
     max_restarts: int = 3
-    """How often torchrun starts all ranks again after one failed; they go on from the last
+    """How often torchrun restarts all ranks after one failed; they resume from the last
     checkpoint."""
     seconds_to_save: int = 600
-    """Time between the wish to stop and the kill."""
+    """Time between the request to stop and the kill."""
     port: int | None = None
     """Of torchrun's rendezvous on the head node; None: chosen by the launcher."""
     environment: tuple[str, ...] = ()
@@ -110,16 +109,12 @@ def rendezvous_options(
 ) -> list[str]:
     """Return torchrun's options for a rendezvous on `head`; `address` is where others reach this
     node."""
-    own = [] if address is None else ["--local-addr", address]
-    endpoint = f"[{head}]:{port}" if ":" in head else f"{head}:{port}"
+    # The brackets of an IPv6 address.
+    host = f"[{head}]" if ":" in head else head
     return [
-        "--rdzv-endpoint",
-        endpoint,
-        "--rdzv-id",
-        run_id,
-        "--rdzv-conf",
-        f"is_host={int(is_host)}",
-        *own,
+        *("--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", run_id),
+        *("--rdzv-conf", f"is_host={int(is_host)}"),
+        *([] if address is None else ["--local-addr", address]),
     ]
 
 

@@ -1,9 +1,8 @@
-"""The loss on an evaluation set: over all its loss tokens and for each source, exact for any number
-of ranks.
+"""The loss on an evaluation set, over all its loss tokens and for each source.
 
-No dropout and no random number is drawn, so that training is bit for bit what it is without
-evaluation. Every rank runs as many forward passes as the others: under ZeRO-3 they gather weights
-together.
+It is exact for any number of ranks. Dropout is off and no random number is drawn, so training is
+bit for bit what it is without evaluation. Every rank runs the same number of forward passes,
+because under ZeRO-3 the ranks gather the weights together.
 """
 
 import time
@@ -36,11 +35,11 @@ class EvalLoader:
     sequence_parallel: int
 
     def pack_ids(self) -> Ids:
-        """Return the packs to evaluate, int64: all, or a sample that only the set decides: packs
-        lie sorted by size."""
+        """Return the packs to evaluate, int64: all, or a sample that depends on the set alone."""
         num_packs = self.shard_set.num_packs
         if not self.max_packs or self.max_packs >= num_packs:
             return np.arange(num_packs, dtype=np.int64)
+        # The first packs would be no fair sample: the set lists its packs by size.
         key = seed_from("evaluation packs", self.shard_set.manifest.fingerprint)
         return np.sort(permute(np.arange(self.max_packs, dtype=np.int64), num_packs, key))
 
@@ -49,38 +48,37 @@ class EvalLoader:
         groups = self.world_size // self.sequence_parallel
         group, slice_index = divmod(self.rank, self.sequence_parallel)
         ids, size = self.pack_ids(), self.packs_per_micro_batch
-        own = ids[group::groups]
+        ids_of_group = ids[group::groups]
+        # The group with the most packs decides how many micro-batches every rank yields.
         for start in range(0, -(-len(ids) // groups), size):
-            batch = self._micro_batch(own[start : start + size])
+            batch_ids = ids_of_group[start : start + size]
+            packs = [self.shard_set.pack(pack_id) for pack_id in batch_ids.tolist()]
+            counts = self.shard_set.loss_tokens(batch_ids).tolist()
+            for pack, pack_id, count in zip(packs, batch_ids.tolist(), counts, strict=True):
+                check_pack(
+                    pack,
+                    pack_id,
+                    num_loss_tokens=count,
+                    max_token_id=self.shard_set.manifest.max_token_id,
+                    where=str(self.shard_set.path),
+                )
+            weights = [np.ones(count, np.float32) for count in counts]
+            batch = make_micro_batch(packs, weights, uniform_weight=1.0)
             yield take_slice(batch, slice_index, self.sequence_parallel)
 
-    def _micro_batch(self, pack_ids: Ids) -> MicroBatch:
-        packs = [self.shard_set.pack(pack_id) for pack_id in pack_ids.tolist()]
-        counts = self.shard_set.loss_tokens(pack_ids).tolist()
-        for pack, pack_id, count in zip(packs, pack_ids.tolist(), counts, strict=True):
-            check_pack(
-                pack,
-                pack_id,
-                num_loss_tokens=count,
-                max_token_id=self.shard_set.manifest.max_token_id,
-                where=str(self.shard_set.path),
-            )
-        return make_micro_batch(
-            packs, [np.ones(count, np.float32) for count in counts], uniform_weight=1.0
-        )
 
-
-def evaluate(engine: Any, feed: EvalLoader, ranks: Ranks) -> dict[str, Any]:
+def evaluate(engine: Any, loader: EvalLoader, ranks: Ranks) -> dict[str, Any]:
     """Return the evaluation part of a record of metrics.jsonl, the same on every rank."""
     started = time.perf_counter()
-    manifest = feed.shard_set.manifest
+    manifest = loader.shard_set.manifest
     totals = empty_totals(len(manifest.sources), ranks.device)
     engine.eval()
     with torch.no_grad():
-        for batch in feed.micro_batches():
+        for batch in loader.micro_batches():
             engine(batch.to(ranks.device), totals)
     engine.train()
     losses, tokens = sum_over_ranks(totals, ranks).tolist()
+    # Column 0 holds the fillers.
     num_tokens = sum(tokens[1:])
     return {
         "eval_loss": sum(losses[1:]) / num_tokens,

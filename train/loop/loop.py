@@ -1,4 +1,8 @@
-"""The training loop: fetch, forward and backward, update, log, checkpoint; one step a turn."""
+"""The training loop: fetch, forward and backward, update, log, save, evaluate; one step a pass.
+
+The host runs ahead of the device. It waits only where a record is logged, a checkpoint is saved or
+an evaluation runs (train/loop/metrics_window.py); under ZeRO DeepSpeed waits in every update.
+"""
 
 import gc
 import logging
@@ -35,17 +39,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
-    """What steps and evaluations are computed with."""
+    """What computes the steps and the evaluations."""
 
     engine: Any
     cost: ModelCost
-    feed: StepLoader
-    eval_feed: EvalLoader | None
+    loader: StepLoader
+    eval_loader: EvalLoader | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reports:
-    """What a run reports through."""
+    """Where a run reports to."""
 
     log: MetricsLog
     spikes: SpikeLog
@@ -59,111 +63,138 @@ class RunContext:
     ranks: Ranks
     training: Training
     reports: Reports | None
-    """On rank 0."""
+    """None on all ranks but rank 0."""
     pusher: Pusher | None
-    """On rank 0."""
+    """None on all ranks but rank 0."""
     stop_request: StopRequest
     watchdog: Watchdog
 
 
 def train(context: RunContext, start: TrainState) -> None:
-    """Run the steps after `start.step` to the end. Raises StoppedOnRequest, with the state
-    saved, on a request to stop."""
-    recipe, total_steps = context.prepared.recipe, context.prepared.order.total_steps
+    """Run the steps after `start.step` to the end of the run.
+
+    Raises StoppedOnRequest, with the state saved, on a request to stop.
+    """
+    prepared, training, ranks = context.prepared, context.training, context.ranks
+    recipe, total_steps = prepared.recipe, prepared.order.total_steps
+    peak, schedule = recipe.optim.learning_rate, recipe.schedule
+    num_sources = len(training.loader.shard_set.manifest.sources)
     counters = start.counters
-    num_sources = len(context.training.feed.shard_set.manifest.sources)
     _finish_interrupted_save(context, start)
-    window = open_window(num_sources, context.ranks, start.window)
+    window = open_window(num_sources, ranks, start.window)
     fetch_started = time.perf_counter()
-    for batch in context.training.feed.steps(start.step):
+    for batch in training.loader.steps(start.step):
         data_seconds = time.perf_counter() - fetch_started
-        rate = learning_rate(
-            batch.step,
-            peak=recipe.optim.learning_rate,
-            schedule=recipe.schedule,
-            total_steps=total_steps,
-        )
+
+        # Compute. The rate depends on nothing but the number of the step, so a resumed run needs no
+        # scheduler state.
+        rate = learning_rate(batch.step, peak=peak, schedule=schedule, total_steps=total_steps)
         window.add(_run_step(context, batch, rate=rate), data_seconds=data_seconds)
         counters.add(batch)
+        # Batches are numbered from 0; records and checkpoints count the updates done.
         step = batch.step + 1
         is_last = step == total_steps
+
+        # Report. A record closes the window that it is made from.
         if is_last or step % recipe.log.every_steps == 0:
             _log(context, window, counters, step=step, rate=rate)
-            window = open_window(num_sources, context.ranks)
-        elif is_refused(context.training.engine):
+            window = open_window(num_sources, ranks)
+        elif is_refused(training.engine):
+            # ZeRO has told the host already: decide now whether the run may go on without the step.
             _read(context, window, counters)
-        stopping = not is_last and _should_stop(context, steps_done=step - start.step)
-        saves = is_last or stopping or step % recipe.checkpoint.every_steps == 0
-        evaluates = _is_due(context, step)
-        sums = _read(context, window, counters) if saves or evaluates else None
-        saved = None
+
+        # Decide what else this step does. A signal may reach one rank only, and all ranks have to
+        # stop after the same step.
+        stop_after = prepared.request.stop_after
+        wants_stop = context.stop_request.is_set() or step - start.step == stop_after
+        stopping = not is_last and any_rank(wants_stop, ranks)
+        saving = is_last or stopping or step % recipe.checkpoint.every_steps == 0
+        evaluating = _needs_evaluation(context, step)
+        # A checkpoint holds the open window, so that a resumed run logs what this one would have.
+        # And weights are neither saved nor evaluated before every step so far is known to be good.
+        sums = _read(context, window, counters) if saving or evaluating else None
+
+        # Save, evaluate, push: in this order, so that a stop finds its checkpoint and the pushed
+        # checkpoint holds its evaluation loss.
         pause_started = time.perf_counter()
-        if saves:
+        saved = None
+        if saving:
             saved = _save(context, TrainState(step=step, counters=counters, window=sums))
             if stopping or is_last:
                 context.stop_request.clear()
             if stopping:
                 raise StoppedOnRequest(
                     f"stopped after step {step} of {total_steps}, saved in {saved}; run the same"
-                    " command again to go on"
+                    " command again to resume"
                 )
-        if evaluates:
+        if evaluating:
             _evaluate(context, step, saved)
         if saved is not None and context.pusher is not None:
-            context.pusher.push(saved)  # with its evaluation loss
-        # a pause to save or evaluate is no part of the training speed
+            context.pusher.push(saved)
+        # A pause to save or evaluate does not count in the training speed.
         window.started += time.perf_counter() - pause_started
+
         if step == start.step + 1:
-            # what lives now lives to the end: frozen, it keeps later collections and stalls small
+            # What lives after the first step lives to the end. Frozen, it is not searched again by
+            # each collection, whose pause on one rank would keep all the others waiting.
             gc.collect()
             gc.freeze()
         context.watchdog.step_ended()
         fetch_started = time.perf_counter()
 
 
+def _finish_interrupted_save(context: RunContext, start: TrainState) -> None:
+    """Do what an interrupted run still owed its last checkpoint: evaluate it, then push it."""
+    path, checkpoints = context.prepared.resume_from, context.prepared.run.checkpoints
+    if path is not None and path.parent.resolve() != checkpoints.resolve():
+        # --resume may start a new run from a checkpoint of another one, which stays as it is.
+        path = None
+    if start.step and start.eval_loss is None and _needs_evaluation(context, start.step):
+        _evaluate(context, start.step, path)
+    if context.pusher is not None and path is not None:
+        context.pusher.push(path)
+
+
 def _run_step(context: RunContext, batch: StepBatch, *, rate: float) -> StepResult:
     """Run forward and backward passes and the update, without waiting for the device."""
-    device = context.ranks.device
-    source_totals = empty_totals(len(context.training.feed.shard_set.manifest.sources), device)
-    balancing = (
-        torch.zeros(1, device=device)
-        if context.prepared.recipe.loss.load_balancing_weight
-        else None
-    )
-    losses = accumulate(
-        context.training.engine, batch.micro_batches, context.ranks, source_totals, balancing
-    )
-    refused = update(context.training.engine, learning_rate=rate)
+    training, ranks = context.training, context.ranks
+    num_sources = len(training.loader.shard_set.manifest.sources)
+    source_totals = empty_totals(num_sources, ranks.device)
+    balancing = None
+    if context.prepared.recipe.loss.load_balancing_weight:
+        balancing = torch.zeros(1, device=ranks.device)
+    losses = accumulate(training.engine, batch.micro_batches, ranks, source_totals, balancing)
+    skipped = update(training.engine, learning_rate=rate)
     return StepResult(
         batch=batch,
         losses=losses,
         source_totals=source_totals,
         balancing=balancing,
-        refused=refused,
-        grad_norm=context.training.engine.get_global_grad_norm(),
+        skipped=skipped,
+        grad_norm=training.engine.get_global_grad_norm(),
     )
 
 
 def _read(context: RunContext, window: MetricsWindow, counters: Counters) -> WindowSums:
-    """Return the sums of the window. Raises DataError if it holds a refused step that may not be
-    skipped."""
-    sums, refused = window.read(context.ranks)
-    # without those of an earlier call, which the checkpoint holds
-    losses = sums.losses[len(sums.losses) - len(window.loss_steps) :]
-    for result in refused:
+    """Return the sums of the window, once every step in it is known to be good or may be skipped.
+
+    Raises DataError for any other step.
+    """
+    sums, skipped = window.read(context.ranks)
+    for result in skipped:
         counters.skipped_steps += 1
         handle_non_finite_step(
             result.batch,
             result.losses,
             config=context.prepared.recipe.run,
             skipped_steps=counters.skipped_steps,
-            feed=context.training.feed,
+            loader=context.training.loader,
             ranks=context.ranks,
         )
-    for step, loss in zip(window.loss_steps, losses, strict=True):
+    for step, loss in zip(window.loss_steps, window.losses, strict=True):
         if not math.isfinite(loss):
             raise DataError(
-                f"step {step}: the loss is not finite, though the gradients were; lower"
+                f"step {step}: the loss is not finite, although the gradients were; lower"
                 " optim.learning_rate"
             )
     return sums
@@ -172,32 +203,26 @@ def _read(context: RunContext, window: MetricsWindow, counters: Counters) -> Win
 def _log(
     context: RunContext, window: MetricsWindow, counters: Counters, *, step: int, rate: float
 ) -> None:
+    """Write the record of the window and report its loss spikes."""
     sums = _read(context, window, counters)
     if context.reports is None:
         return
-    peak = peak_flops(context.ranks.device)
+    order, training, ranks = context.prepared.order, context.training, context.ranks
+    manifest, peak = training.loader.shard_set.manifest, peak_flops(ranks.device)
     record = {
         "step": step,
-        "epoch": context.prepared.order.epoch_after(step),
+        "epoch": order.epoch_after(step),
         "learning_rate": rate,
-        **make_record(
-            window, sums, counters, ranks=context.ranks, cost=context.training.cost, peak=peak
-        ),
-        **means(
-            "train_loss",
-            sums.source_losses,
-            sums.source_tokens,
-            context.training.feed.shard_set.manifest,
-        ),
+        **make_record(window, sums, counters, ranks=ranks, cost=training.cost, peak=peak),
+        **means("train_loss", sums.source_losses, sums.source_tokens, manifest),
     }
-    context.reports.log.write(record, total_steps=context.prepared.order.total_steps)
-    # without those of an earlier call, which the checkpoint holds
-    losses = sums.losses[len(sums.losses) - len(window.loss_steps) :]
-    context.reports.spikes.look_at(window.loss_steps, losses, context.training.feed)
+    context.reports.log.write(record, total_steps=order.total_steps)
+    context.reports.spikes.check(window.loss_steps, window.losses, training.loader)
 
 
 def _save(context: RunContext, state: TrainState) -> Path:
-    with context.watchdog.resting(), library_writing_to(context.prepared.run.path):
+    """Save a checkpoint; the one that is being pushed outlives the limit on old ones."""
+    with context.watchdog.paused(), library_writing_to(context.prepared.run.path):
         return save_checkpoint(
             context.training.engine,
             state,
@@ -209,50 +234,22 @@ def _save(context: RunContext, state: TrainState) -> Path:
         )
 
 
-def _is_due(context: RunContext, step: int) -> bool:
+def _needs_evaluation(context: RunContext, step: int) -> bool:
     """Return whether the weights after `step` steps are to be evaluated."""
     recipe, order = context.prepared.recipe, context.prepared.order
     every = recipe.eval.every_steps or recipe.checkpoint.every_steps
-    return context.training.eval_feed is not None and (
-        step == order.total_steps or step % every == 0
-    )
-
-
-def _finish_interrupted_save(context: RunContext, start: TrainState) -> None:
-    """Finish the evaluation and the push that an interrupted run owed its last checkpoint."""
-    own = _own_checkpoint(context.prepared)
-    if start.step and start.eval_loss is None and _is_due(context, start.step):
-        _evaluate(context, start.step, own)
-    if context.pusher is not None and own is not None:
-        context.pusher.push(own)
-
-
-def _own_checkpoint(prepared: Prepared) -> Path | None:
-    """Return the checkpoint that the run resumed from, unless it belongs to another run."""
-    path = prepared.resume_from
-    return (
-        path
-        if path is not None and path.parent.resolve() == prepared.run.checkpoints.resolve()
-        else None
-    )
+    is_due = step == order.total_steps or step % every == 0
+    return is_due and context.training.eval_loader is not None
 
 
 def _evaluate(context: RunContext, step: int, saved: Path | None) -> None:
     """Evaluate the weights after `step` steps; `saved` is their checkpoint, if there is one."""
-    assert context.training.eval_feed is not None
-    with context.watchdog.resting():
-        result = evaluate(context.training.engine, context.training.eval_feed, context.ranks)
+    assert context.training.eval_loader is not None
+    with context.watchdog.paused():
+        result = evaluate(context.training.engine, context.training.eval_loader, context.ranks)
     if context.reports is None:
         return
-    context.reports.log.write_eval(
-        {"step": step, "epoch": context.prepared.order.epoch_after(step), **result}
-    )
+    epoch = context.prepared.order.epoch_after(step)
+    context.reports.log.write_eval({"step": step, "epoch": epoch, **result})
     if saved is not None:
         record_eval_loss(saved, result["eval_loss"])
-
-
-def _should_stop(context: RunContext, *, steps_done: int) -> bool:
-    """Return the same answer on all ranks: a signal that only one of them got stops them all."""
-    stop_after = context.prepared.request.stop_after
-    wished = context.stop_request.is_set() or (stop_after is not None and steps_done >= stop_after)
-    return any_rank(wished, context.ranks)

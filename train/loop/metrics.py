@@ -1,37 +1,38 @@
-"""What a run reports: metrics.jsonl, the console line, and Weights & Biases if asked. All three
-show the same record.
+"""What a run reports: metrics.jsonl, the console line, and Weights & Biases if log.wandb is set.
 
-    step, epoch               updates done; passes over the packs that lie behind
+All three show the same record:
+
+    step, epoch               updates done; passes over the packs that they make
     learning_rate             of the last update
     train_loss                mean over the window's steps of the exact loss of the global batch,
-                              normalised as loss.norm says; null if they held no loss token
-    grad_norm                 of the last step, before clipping; null if its update was left out
-    skipped_steps             steps left out since the start of the run (`run.on_non_finite =
+                              normalised by loss.norm; null if they held no loss token
+    grad_norm                 of the last step, before clipping; null if its update was skipped
+    skipped_steps             steps skipped since the start of the run (`run.on_non_finite =
                               "skip"`)
     train_loss/SOURCE         mean over the window's loss tokens of a source, whatever loss.norm is;
                               null if there were none
-    load_balancing_loss       mean over the window's steps, without its weight; null where there is
-                              none
-    loss_tokens               targets in the window
-    loss_tokens_per_second    goodput: targets per second over all ranks, over the window
+    load_balancing_loss       mean over the window's steps, without its weight; null for a model
+                              that has none
+    loss_tokens               loss tokens in the window
+    loss_tokens_per_second    over all ranks, over the window
     padding_share             of the positions in the window: fillers of ranks without a
-                              micro-batch, and what makes shared rows divide; packs themselves are
-                              not padded
+                              micro-batch, and padding that makes a row divide over the ranks that
+                              share it; packs themselves are not padded
     total_tokens, total_tokens_including_padding  since the start of the run, over all ranks
     per_device_tps, per_device_tps_including_padding  tokens per second and rank, over the window
-    step_seconds, data_seconds  mean per step: all of it, and the wait for data
-    mfu                       see train/sizing/flops.py; null where the device's peak is not known
+    step_seconds, data_seconds  mean per step: the whole step, and its wait for data
+    mfu                       see train/sizing/flops.py; null if the device's peak is not known
     memory_gib                peak on this rank: of the GPU, or of the process on a CPU
 
-An evaluation has a record of its own:
+An evaluation writes another record:
 
     step, epoch                              as above
     eval_loss                 mean cross-entropy over the loss tokens of the evaluation set
     eval_loss/SOURCE          over those of one of its sources; null if it has none
-    eval_tokens, eval_seconds  how many those are; how long it took
+    eval_tokens, eval_seconds  the number of these loss tokens; how long the evaluation took
 
-A window is the steps since the last record (`log.every_steps`). Steps and counts are integers, all
-else fractions.
+A window is the steps since the last record (`log.every_steps`). Steps and counts are integers, the
+rest are floats.
 """
 
 import json
@@ -43,6 +44,7 @@ from typing import Any, TextIO
 
 import torch
 
+from shared.errors import PrerequisiteError
 from train.config import LogConfig
 from train.engine.process_group import Ranks
 from train.loop.metrics_window import MetricsWindow
@@ -62,9 +64,17 @@ def make_record(
     cost: ModelCost,
     peak: float | None,
 ) -> dict[str, Any]:
-    """Return the part of a record that follows from the window and the counters."""
+    """Return the part of a record that follows from the window and the counters.
+
+    Sums and counters include the steps before a resume in the middle of the window; speeds do not.
+    """
     seconds = time.perf_counter() - window.started
     steps = max(1, window.steps)
+    if ranks.device.type == "cuda":
+        memory_gib = torch.cuda.max_memory_allocated(ranks.device) / 2**30
+    else:
+        # Linux counts it in KiB.
+        memory_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     flops = cost.flops(
         tokens=window.tokens, loss_tokens=window.loss_tokens, squared_lengths=window.squared_lengths
     )
@@ -85,7 +95,7 @@ def make_record(
         "step_seconds": seconds / steps,
         "data_seconds": window.data_seconds / steps,
         "mfu": None if peak is None else flops / seconds / ranks.world_size / peak,
-        "memory_gib": _peak_memory_gib(ranks.device),
+        "memory_gib": memory_gib,
     }
 
 
@@ -104,8 +114,10 @@ class MetricsLog:
         after_step: int,
         is_evaluated: bool,
     ) -> None:
-        """Open the log of a run that goes on after step `after_step`: later records, and a torn
-        last line, go away."""
+        """Open the log of a run that resumes after step `after_step`.
+
+        Later records go away, and so does a last line that a crash cut short.
+        """
         keep_records(path, up_to_step=after_step, is_evaluated=is_evaluated)
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(path.parent, config, run_name, wandb_id, recipe)
@@ -118,10 +130,8 @@ class MetricsLog:
         self._file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(
-                {key: value for key, value in record.items() if value is not None},
-                step=record["step"],
-            )
+            shown = {key: value for key, value in record.items() if value is not None}
+            self._wandb.log(shown, step=record["step"])
 
     def write_eval(self, record: dict[str, Any]) -> None:
         """Write the record of an evaluation."""
@@ -141,10 +151,9 @@ class MetricsLog:
 
 def console_line(record: dict[str, Any], total_steps: int) -> str:
     """Return one line with the numbers that people watch."""
-    loss = "-" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
     parts = [
         f"step {record['step']}/{total_steps}",
-        f"loss {loss}",
+        "loss -" if record["train_loss"] is None else f"loss {record['train_loss']:.4f}",
         f"lr {record['learning_rate']:.2e}",
         "grad -" if record["grad_norm"] is None else f"grad {record['grad_norm']:.3g}",
         f"{record['per_device_tps']:,.0f} tok/s/device",
@@ -158,50 +167,32 @@ def console_line(record: dict[str, Any], total_steps: int) -> str:
 def _start_wandb(
     folder: Path, config: LogConfig, run_name: str, wandb_id: str, recipe: dict[str, Any]
 ) -> Any:
+    """Return the Weights & Biases run, or None if it is off.
+
+    Raises PrerequisiteError if the package is missing or refuses the login.
+    """
     if config.wandb == "off":
         return None
     try:
         import wandb
     except ImportError as exc:
-        from shared.errors import PrerequisiteError
-
         raise PrerequisiteError(
             f"log.wandb = {config.wandb!r} needs the package wandb; install it or set off"
         ) from exc
     try:
-        return _wandb_run(wandb, folder, config, run_name, wandb_id, recipe)
+        return wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_name or run_name,
+            id=wandb_id,
+            resume="allow",
+            mode=config.wandb,
+            dir=str(folder),
+            config=recipe,
+            # Or it would wrap stderr, where our log goes.
+            settings=wandb.Settings(console="off", silent=True),
+        )
     except wandb.errors.Error as exc:
-        from shared.errors import PrerequisiteError
-
         raise PrerequisiteError(
             f"log.wandb = {config.wandb!r}: {' '.join(str(exc).split())}; log in with `wandb"
             " login`, or set offline or off"
         ) from exc
-
-
-def _wandb_run(
-    wandb: Any,
-    folder: Path,
-    config: LogConfig,
-    run_name: str,
-    wandb_id: str,
-    recipe: dict[str, Any],
-) -> Any:
-    return wandb.init(
-        project=config.wandb_project,
-        name=config.wandb_name or run_name,
-        id=wandb_id,
-        resume="allow",
-        mode=config.wandb,
-        dir=str(folder),
-        config=recipe,
-        settings=wandb.Settings(
-            console="off", silent=True
-        ),  # it would wrap stderr, where our log goes
-    )
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts it in KiB

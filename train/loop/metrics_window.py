@@ -1,8 +1,13 @@
-"""The steps since the last record. What they computed stays on the device until it is read: one
-wait for all of it.
+"""The steps since the last record of metrics.jsonl, and how their losses get from the device to it.
 
-Also whether a step was refused, its weights left alone, may not be known before: such steps are
-told apart then.
+Reading a number makes the host wait until the device has caught up. So a step leaves its numbers on
+the device, and `read` fetches those of all steps at once: one message between ranks, one wait. Each
+rank sends one float64 vector, and the sum of the vectors holds all that a record needs:
+
+    source losses    source counts    first pending step           ...    last pending step
+    1 + sources      1 + sources      loss balancing skipped norm        4 numbers
+
+Only then does the host learn which updates were skipped because a gradient was not finite.
 """
 
 import math
@@ -16,31 +21,35 @@ from train.engine.process_group import Ranks, sum_over_ranks
 from train.model.source_loss import empty_totals
 from train.run.train_state import WindowSums
 
+_NO_SUMS = WindowSums(losses=[], balancing=[], source_losses=[], source_tokens=[], loss_tokens=0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What a step left on the device."""
+    """The numbers of one step, still on the device."""
 
     batch: StepBatch
     """Without its micro-batches once it is in a window."""
-    losses: (
-        torch.Tensor
-    )  # of this rank's micro-batches: their parts of the step's loss; fp32 [num_micro_batches]
-    source_totals: (
-        torch.Tensor
-    )  # this rank's part, float64 [2, 1 + num_sources]; see train/model/source_loss.py
-    balancing: torch.Tensor | None  # this rank's part of the load balancing loss, fp32 [1]
-    refused: torch.Tensor  # whether the update was refused, the same on all ranks; bool []
-    grad_norm: torch.Tensor | float  # before clipping, the same on all ranks; fp32 []
+    losses: torch.Tensor
+    """What each micro-batch of this rank adds to the loss of the step; fp32 [num_micro_batches]."""
+    source_totals: torch.Tensor
+    """This rank's share, float64 [2, 1 + num_sources]; see train/model/source_loss.py."""
+    balancing: torch.Tensor | None
+    """This rank's share of the load balancing loss, fp32 [1]."""
+    skipped: torch.Tensor
+    """Whether the update was skipped, the same on all ranks; bool []."""
+    grad_norm: torch.Tensor | float
+    """Before clipping, the same on all ranks; fp32 []."""
 
 
 @dataclass(kw_only=True, slots=True)
 class MetricsWindow:
-    """Counts are known at once, and the same on every rank; losses are read together."""
+    """Counts of tokens are known at once and are the same on every rank; losses wait for `read`."""
 
-    source_totals: (
-        torch.Tensor
-    )  # of the steps that were not refused, this rank's part; float64 [2, 1 + num_sources]
+    source_totals: torch.Tensor
+    """This rank's share of all steps that were not skipped; float64 [2, 1 + num_sources]."""
+    resumed: WindowSums | None = None
+    """The first steps of the window, if the run was resumed in the middle of it."""
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
     tokens: int = 0
@@ -48,25 +57,24 @@ class MetricsWindow:
     loss_tokens: int = 0
     squared_lengths: int = 0
     data_seconds: float = 0.0
-    carried_loss_tokens: int = 0
-    """Those of the window before the run was resumed in the middle of it."""
+    pending: list[StepResult] = field(default_factory=list)
+    """The steps that are not read yet."""
     losses: list[float] = field(default_factory=list)
-    """Read, over all ranks."""
-    balancing: list[float] = field(default_factory=list)
+    """Over all ranks, of the steps that were read, had loss tokens and were not skipped."""
     loss_steps: list[int] = field(default_factory=list)
-    """The steps of the last of `losses`, counted from 1: those before are of another call."""
+    """The numbers of these steps, counted from 1."""
+    balancing: list[float] = field(default_factory=list)
     grad_norm: float | None = None
-    """Of the last step that was read; None if its update was refused."""
-    unread: list[StepResult] = field(default_factory=list)
+    """Of the last step that was read; None if its update was skipped."""
 
     def add(self, result: StepResult, *, data_seconds: float) -> None:
         """Add a step, without waiting for the device."""
         batch = result.batch
         if batch.num_loss_tokens:
-            self.source_totals += torch.where(
-                result.refused, 0.0, result.source_totals
-            )  # they may be no numbers
-        self.unread.append(replace(result, batch=replace(batch, micro_batches=[])))
+            # The totals of a skipped step may be NaN, and no later step could undo that. Only the
+            # device knows yet whether this step was skipped, so the device makes the choice.
+            self.source_totals += torch.where(result.skipped, 0.0, result.source_totals)
+        self.pending.append(replace(result, batch=replace(batch, micro_batches=[])))
         self.steps += 1
         self.tokens += batch.num_tokens
         self.positions += batch.num_positions
@@ -75,66 +83,54 @@ class MetricsWindow:
         self.data_seconds += data_seconds
 
     def read(self, ranks: Ranks) -> tuple[WindowSums, list[StepResult]]:
-        """Return what the window has gathered, over all ranks, and the refused steps of which
-        nobody knew yet.
+        """Return the sums of the window over all ranks, and the pending steps that were skipped.
 
-        One message between ranks, and one wait for the device.
+        Every rank has to call it after the same step. A window may be read more than once: by a
+        save in the middle of it, and for its record.
         """
-        if not self.steps and not self.losses:
-            return self._sums([0.0] * self.source_totals.numel()), []
-        size, columns = 4, self.source_totals.shape[1]
-        parts = [_as_numbers(result, ranks) for result in self.unread]
-        values: list[float] = sum_over_ranks(
-            torch.cat([self.source_totals.flatten(), *parts]), ranks
-        ).tolist()
-        found = []
-        for number, result in enumerate(self.unread):
-            start = 2 * columns + size * number
-            loss, balancing, refused, norm = values[start : start + size]
-            self.grad_norm = norm if not refused and math.isfinite(norm) else None
-            if refused:
-                found.append(result)
+        zero = torch.zeros(1, dtype=torch.float64, device=ranks.device)
+        vector = [self.source_totals.flatten()]
+        for result in self.pending:
+            vector.append(result.losses.sum(0, keepdim=True).double())
+            vector.append(zero if result.balancing is None else result.balancing.double())
+            # Every rank knows these two. Only rank 0 sends them, so that the sum is the value.
+            for known in (result.skipped, result.grad_norm):
+                number = torch.as_tensor(known, dtype=torch.float64, device=ranks.device)
+                vector.append(number.reshape(1) if ranks.is_main else zero)
+
+        # A save right after a record finds nothing to read: it costs no message and no wait.
+        values = [0.0] * self.source_totals.numel()
+        if self.steps or self.resumed is not None:
+            values = sum_over_ranks(torch.cat(vector), ranks).tolist()
+
+        columns = self.source_totals.shape[1]
+        skipped_steps = []
+        for index, result in enumerate(self.pending):
+            loss, balancing, skipped, norm = values[2 * columns + 4 * index :][:4]
+            self.grad_norm = norm if not skipped and math.isfinite(norm) else None
+            if skipped:
+                skipped_steps.append(result)
             elif result.batch.num_loss_tokens:
                 self.losses.append(loss)
                 self.loss_steps.append(result.batch.step + 1)
                 if result.balancing is not None:
                     self.balancing.append(balancing)
-        self.unread = []
-        return self._sums(values[: 2 * columns]), found
-
-    def _sums(self, source_totals: list[float]) -> WindowSums:
-        columns = self.source_totals.shape[1]
-        return WindowSums(
-            losses=[*self.losses],
-            balancing=[*self.balancing],
-            source_losses=source_totals[:columns],
-            source_tokens=source_totals[columns:],
-            loss_tokens=self.carried_loss_tokens + self.loss_tokens,
+        self.pending = []
+        before = self.resumed or _NO_SUMS
+        sums = WindowSums(
+            losses=before.losses + self.losses,
+            balancing=before.balancing + self.balancing,
+            source_losses=values[:columns],
+            source_tokens=values[columns : 2 * columns],
+            loss_tokens=before.loss_tokens + self.loss_tokens,
         )
+        return sums, skipped_steps
 
 
-def _as_numbers(result: StepResult, ranks: Ranks) -> torch.Tensor:
-    """Return what is to be read of a step as float64 [4]; what all ranks know comes from rank 0
-    alone."""
-    zero = torch.zeros(1, dtype=torch.float64, device=ranks.device)
-    balancing = zero if result.balancing is None else result.balancing.double()
-    loss = result.losses.sum(0, keepdim=True).double()
-    if not ranks.is_main:
-        return torch.cat([loss, balancing, zero, zero])
-    norm = torch.as_tensor(result.grad_norm, dtype=torch.float64, device=ranks.device).reshape(1)
-    return torch.cat([loss, balancing, result.refused.double().reshape(1), norm])
-
-
-def open_window(num_sources: int, ranks: Ranks, carried: WindowSums | None = None) -> MetricsWindow:
-    """Return an empty window, or one that goes on from what a checkpoint carried: sums by source,
-    on rank 0 only."""
-    if carried is None:
-        return MetricsWindow(source_totals=empty_totals(num_sources, ranks.device))
-    share = 1.0 if ranks.is_main else 0.0
-    values = [carried.source_losses, carried.source_tokens]
-    return MetricsWindow(
-        source_totals=share * torch.tensor(values, dtype=torch.float64, device=ranks.device),
-        losses=[*carried.losses],
-        balancing=[*carried.balancing],
-        carried_loss_tokens=carried.loss_tokens,
-    )
+def open_window(num_sources: int, ranks: Ranks, resumed: WindowSums | None = None) -> MetricsWindow:
+    """Return an empty window, or one that continues the sums of a checkpoint."""
+    totals = empty_totals(num_sources, ranks.device)
+    if resumed is not None and ranks.is_main:
+        # The sums of a checkpoint are those of all ranks, so one rank alone starts from them.
+        totals += totals.new_tensor([resumed.source_losses, resumed.source_tokens])
+    return MetricsWindow(source_totals=totals, resumed=resumed)

@@ -1,4 +1,9 @@
-"""One rank of a run, from an empty process to an exported model, with the loop in the middle."""
+"""One rank of a run, from an empty process to an exported model, with the loop in the middle.
+
+`run_rank` joins the other ranks and takes the run's lock; `_train` is the walk from the first file
+to the last: open the run, build the model, load the checkpoint, train, export, push, complete.
+Every rank walks it; what writes files is done by rank 0 alone.
+"""
 
 import contextlib
 import faulthandler
@@ -11,9 +16,7 @@ from typing import Any
 from shared import atomic, config
 from train.checkpoint.checkpoint import load_checkpoint, remove_older, set_aside_newer
 from train.data.loader import StepLoader
-from train.engine.engine import (
-    consolidated_weights,
-)
+from train.engine.engine import consolidated_weights
 from train.engine.process_group import Ranks, barrier, process_group
 from train.loop import loop
 from train.loop.evaluate import EvalLoader
@@ -31,23 +34,25 @@ from train.run.record_status import record_end, recorded_end
 from train.run.records import read_records
 from train.run.stop_request import StopRequest, watching_signals
 from train.run.train_state import Counters, TrainState
+from train.sizing.flops import ModelCost
 
 logger = logging.getLogger(__name__)
 
 
 def run_rank(prepared: Prepared) -> bool:
-    """Train, or resume training, and export; return False where another start has completed the run
-    meanwhile.
+    """Train or resume, and export. Return False if another start has completed the run meanwhile.
 
-    Raises SftError, StoppedOnRequest among them, after status.json was written; only an error that
+    Raises SftError, StoppedOnRequest among them, after status.json was written. Only an error that
     denies this start the run leaves everything in its directory alone.
     """
     if not faulthandler.is_enabled():
-        faulthandler.enable(sys.__stderr__ or 2)  # shows where a truncated shard file raised SIGBUS
-    longest_wait = 2 * _patience(prepared) + timedelta(minutes=1)  # the watchdog speaks first
+        # It shows where a shard file was read that had been cut short: the kernel sends SIGBUS.
+        faulthandler.enable(sys.__stderr__ or 2)
+    # Longer than the watchdog waits, which can say more about a hang than the process group can.
+    timeout = timedelta(minutes=2 * prepared.recipe.run.hang_timeout_minutes + 1)
     with (
         watching_signals(prepared.run.stop) as stop_request,
-        process_group(longest_wait) as ranks,
+        process_group(timeout) as ranks,
         holding_run(prepared, ranks) as decided,
     ):
         if decided is None:
@@ -57,49 +62,90 @@ def run_rank(prepared: Prepared) -> bool:
 
 
 def _train(prepared: Prepared, ranks: Ranks, stop_request: StopRequest) -> None:
-    """Do what `run_rank` does, with the run's lock held and `prepared` decided under it."""
-    run = prepared.run
+    """Walk through the run. Its lock is held, and `prepared` was decided under it."""
+    run, recipe = prepared.run, prepared.recipe
     with recorded_end(run), pushing(prepared.request, run, ranks) as pusher:
+        # Open the run: config.json is written before any rank reads it.
         check_ranks(prepared, ranks.world_size)
         if ranks.is_main:
             _open_run(prepared, ranks.world_size)
         barrier(ranks)
+
+        # Build the model. A checkpoint replaces its weights, and says which step comes next.
         engine, cost = start_model(prepared, ranks)
-        start = _starting_state(prepared, engine, ranks)
+        start = TrainState(step=0, counters=Counters(), window=None)
+        if prepared.resume_from is not None:
+            path = prepared.resume_from
+            start = load_checkpoint(engine, path, run=run, ranks=ranks, seed=recipe.run.seed)
+            if ranks.is_main:
+                set_aside_newer(run, path)
+            logger.info("resuming after step %d, from %s", start.step, path)
+
+        # Train. Only rank 0 has reports and a pusher; every rank has a watchdog.
         watchdog = Watchdog(
-            limit_seconds=_patience(prepared).total_seconds(),
+            limit_seconds=60 * recipe.run.hang_timeout_minutes,
             stacks=run.stacks / f"rank-{ranks.rank}.txt",
             on_hang=lambda reason: record_end(run, "failed", exit_code=1, message=reason),
         )
         with _reporting(prepared, ranks, start) as reports, watchdog.watching():
-            training = loop.Training(
-                engine=engine,
-                cost=cost,
-                feed=_feed(prepared, ranks),
-                eval_feed=_eval_feed(prepared, ranks),
-            )
             context = loop.RunContext(
                 prepared=prepared,
                 ranks=ranks,
-                training=training,
+                training=_training(prepared, ranks, engine, cost),
                 reports=reports,
                 pusher=pusher,
                 stop_request=stop_request,
                 watchdog=watchdog,
             )
             loop.train(context, start)
-        _finish(prepared, engine, ranks)
+
+        # Finish. The run is complete once all that was asked for is on the disk and on the hub.
+        _export(prepared, engine, ranks)
         push_the_rest(pusher, ranks, stop_request)
-        _complete(prepared, ranks)
+        if ranks.is_main:
+            # The pusher may have kept a checkpoint that is old by now.
+            remove_older(run, keep_last=recipe.checkpoint.keep_last)
+            steps = prepared.order.total_steps
+            message = f"trained {steps} steps, model in {run.model}"
+            write_status(run, "complete", exit_code=0, message=message)
+            logger.info("done: %d steps, model in %s, loss in %s", steps, run.model, run.plot)
 
 
-def _patience(prepared: Prepared) -> timedelta:
-    return timedelta(minutes=prepared.recipe.run.hang_timeout_minutes)
+def _open_run(prepared: Prepared, world_size: int) -> None:
+    """Remove what killed starts left behind, and write what the run is."""
+    run, request = prepared.run, prepared.request
+    for repo in {request.push_checkpoints, request.push_to_hub}:
+        if repo is not None:
+            # Or days of training would end with the name of a repository that does not exist.
+            check_access(repo)
+    # Temporary files of these names belong to starts that were killed: this one holds the lock.
+    atomic.remove_leftovers(run.path, r"model|\w+\.(?:json|jsonl|png)")
+    atomic.remove_leftovers(run.checkpoints, r"(?:universal-)?step|step-\d+")
+    old = read_description(run)
+    description = describe(
+        prepared.recipe, prepared.shard_set, prepared.order, world_size=world_size
+    )
+    if old is not None:
+        # A resumed run continues its curve in Weights & Biases.
+        description["wandb_id"] = old["wandb_id"]
+    atomic.write_json(run.config, description)
 
 
-def _feed(prepared: Prepared, ranks: Ranks) -> StepLoader:
-    recipe = prepared.recipe
-    return StepLoader(
+def _training(prepared: Prepared, ranks: Ranks, engine: Any, cost: ModelCost) -> loop.Training:
+    """Return what computes the steps: the engine, and the loaders of this rank."""
+    recipe, eval_loader = prepared.recipe, None
+    if prepared.eval_set is not None:
+        eval_loader = EvalLoader(
+            shard_set=prepared.eval_set,
+            max_packs=recipe.eval.max_packs,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            packs_per_micro_batch=recipe.batch.packs_per_micro_batch,
+            sequence_parallel=recipe.engine.sequence_parallel,
+        )
+        num_packs = len(eval_loader.pack_ids())
+        logger.info("evaluating on %s: %d packs", prepared.eval_set.path, num_packs)
+    loader = StepLoader(
         shard_set=prepared.shard_set,
         order=prepared.order,
         loss=recipe.loss,
@@ -108,58 +154,14 @@ def _feed(prepared: Prepared, ranks: Ranks) -> StepLoader:
         packs_per_micro_batch=recipe.batch.packs_per_micro_batch,
         sequence_parallel=recipe.engine.sequence_parallel,
     )
-
-
-def _starting_state(prepared: Prepared, engine: Any, ranks: Ranks) -> TrainState:
-    if prepared.resume_from is None:
-        return TrainState(step=0, counters=Counters(), window=None)
-    state = load_checkpoint(
-        engine, prepared.resume_from, run=prepared.run, ranks=ranks, seed=prepared.recipe.run.seed
-    )
-    if ranks.is_main:
-        set_aside_newer(prepared.run, prepared.resume_from)
-    logger.info("going on after step %d, from %s", state.step, prepared.resume_from)
-    return state
-
-
-def _open_run(prepared: Prepared, world_size: int) -> None:
-    """Write what the run is, on rank 0, holding its lock."""
-    run, request = prepared.run, prepared.request
-    for repo in {request.push_checkpoints, request.push_to_hub}:
-        if repo is not None:
-            check_access(repo)  # or days of training would end with a name that does not exist
-    atomic.remove_leftovers(run.path, r"model|\w+\.(?:json|jsonl|png)")
-    atomic.remove_leftovers(run.checkpoints, r"(?:universal-)?step|step-\d+")
-    old = read_description(run)
-    description = describe(
-        prepared.recipe, prepared.shard_set, prepared.order, world_size=world_size
-    )
-    if old is not None:
-        description["wandb_id"] = old["wandb_id"]
-    atomic.write_json(run.config, description)
-
-
-def _eval_feed(prepared: Prepared, ranks: Ranks) -> EvalLoader | None:
-    if prepared.eval_set is None:
-        return None
-    recipe = prepared.recipe
-    feed = EvalLoader(
-        shard_set=prepared.eval_set,
-        max_packs=recipe.eval.max_packs,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        packs_per_micro_batch=recipe.batch.packs_per_micro_batch,
-        sequence_parallel=recipe.engine.sequence_parallel,
-    )
-    logger.info("evaluating on %s: %d packs", prepared.eval_set.path, len(feed.pack_ids()))
-    return feed
+    return loop.Training(engine=engine, cost=cost, loader=loader, eval_loader=eval_loader)
 
 
 @contextlib.contextmanager
 def _reporting(
     prepared: Prepared, ranks: Ranks, start: TrainState
 ) -> Iterator[loop.Reports | None]:
-    """Give what the run reports through, on rank 0."""
+    """Open what rank 0 reports to; close it when the block ends."""
     if not ranks.is_main:
         yield None
         return
@@ -182,8 +184,9 @@ def _reporting(
         log.close()
 
 
-def _finish(prepared: Prepared, engine: Any, ranks: Ranks) -> None:
-    """Export the model and draw the loss; the tokenizer is first read here."""
+def _export(prepared: Prepared, engine: Any, ranks: Ranks) -> None:
+    """Draw the loss and export the model; the tokenizer is read for the first time here."""
+    # All ranks take part in gathering the weights, which ZeRO-3 has spread over them.
     weights = consolidated_weights(engine)
     if ranks.is_main:
         from train.publish.export import export_model
@@ -193,26 +196,15 @@ def _finish(prepared: Prepared, engine: Any, ranks: Ranks) -> None:
         run = prepared.run
         description = read_description(run)
         assert description is not None
-        records = read_records(run.metrics)
         plot_runs([run.path], run.plot)
         export_model(
             state_dict=weights,
             model_config=engine.module.model.config,
             shard_set=prepared.shard_set,
-            card=card_facts(description, prepared.shard_set.manifest, records),
+            card=card_facts(description, prepared.shard_set.manifest, read_records(run.metrics)),
             out_dir=run.model,
             adapted=adapted_by(prepared.recipe),
             plot=run.plot,
             replace=True,
         )
     barrier(ranks)
-
-
-def _complete(prepared: Prepared, ranks: Ranks) -> None:
-    run, steps = prepared.run, prepared.order.total_steps
-    if ranks.is_main:
-        remove_older(run, keep_last=prepared.recipe.checkpoint.keep_last)
-        write_status(
-            run, "complete", exit_code=0, message=f"trained {steps} steps, model in {run.model}"
-        )
-        logger.info("done: %d steps, model in %s, loss in %s", steps, run.model, run.plot)

@@ -6,8 +6,8 @@ from train.config import ScheduleConfig
 
 
 def learning_rate(step: int, *, peak: float, schedule: ScheduleConfig, total_steps: int) -> float:
-    """Return the rate of update `step`, counted from 0: warm-up from 0 to `peak`, then what
-    `schedule.kind` says.
+    """Return the rate of update `step`, counted from 0: it warms up from 0 to `peak`, then follows
+    `schedule.kind`.
 
         rate  peak     /\\            linear: straight to 0 at total_steps
                       /   \\          cosine: half a cosine to 0 at total_steps

@@ -1,7 +1,7 @@
-"""Let an exported model answer: free questions, or questions with known answers, which are
-counted."""
+"""Let an exported model answer prompts, and questions whose answers are known and counted."""
 
 import gzip
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,8 +21,9 @@ _BATCH_SIZE = 64
 class Question:
     messages: tuple[Message, ...]
     """The conversation up to the answer."""
-    expected: str | None
-    skill: str
+    expected: str = ""
+    """Empty for a prompt, whose answer is only shown."""
+    skill: str = ""
 
 
 def ask(
@@ -33,22 +34,23 @@ def ask(
     show: int,
     max_new_tokens: int,
 ) -> list[str]:
-    """Return lines that show the answers to `prompts`, and the exact-match accuracy on `questions`
-    with `show` samples.
+    """Return lines with the answers to `prompts`, with `show` of the questions, and the accuracy.
 
-    `questions` is a JSON-lines file of conversations (`messages`) that end in the expected answer;
-    a field `skill` or `source` splits the count. Raises ArtifactError, ConfigError or DataError.
+    `questions` is a JSON-lines file of conversations (`messages`) that end in the expected answer.
+    An answer counts if it matches exactly; a field `skill` or `source` splits the count. Raises
+    ArtifactError, ConfigError or DataError.
     """
     if not prompts and questions is None:
         raise ConfigError("nothing to ask: give --prompt TEXT or --questions FILE")
     known = [] if questions is None else read_questions(questions)
+    # The directory of a run will do for that of its model.
     if RunDir(model_dir).model.is_dir():
         model_dir = RunDir(model_dir).model
     if not (model_dir / "config.json").is_file():
         raise ArtifactError(
             f"{model_dir} holds no config.json; expected a whole model that sft-train exported"
         )
-    free = [Question(({"role": "user", "content": text},), None, "") for text in prompts]
+    free = [Question(({"role": "user", "content": text},)) for text in prompts]
     answers = _generate(model_dir, [*free, *known], max_new_tokens=max_new_tokens)
     lines = [
         line
@@ -61,7 +63,7 @@ def ask(
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Return the questions of a .jsonl or .jsonl.gz file. Raises DataError that names the line."""
+    """Return the questions of a .jsonl or .jsonl.gz file. Raises DataError with the bad line."""
     try:
         data = path.read_bytes()
     except OSError as exc:
@@ -69,40 +71,35 @@ def read_questions(path: Path) -> list[Question]:
             f"cannot read {path}: {exc.strerror}; give a JSON-lines file with --questions"
         ) from exc
     text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    found = [
-        _parse(line, f"{path} line {number}")
-        for number, line in enumerate(text.split("\n"), 1)
-        if line.strip()
-    ]
-    if not found:
+    questions = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            messages = [
+                {"role": str(message["role"]), "content": str(message["content"])}
+                for message in row["messages"]
+            ]
+        except (ValueError, KeyError, TypeError) as exc:
+            raise DataError(
+                f"{path} line {number}: expected an object with `messages` of role and content;"
+                f" {exc!r}"
+            ) from exc
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise DataError(
+                f"{path} line {number}: the conversation does not end in an assistant's message,"
+                " the expected answer"
+            )
+        skill = str(row.get("skill") or row.get("source") or "")
+        questions.append(Question(tuple(messages[:-1]), messages[-1]["content"], skill))
+    if not questions:
         raise DataError(f"{path} holds no questions; expected one conversation per line")
-    return found
-
-
-def _parse(line: str, where: str) -> Question:
-    try:
-        row = json.loads(line)
-        messages = [
-            {"role": str(item["role"]), "content": str(item["content"])} for item in row["messages"]
-        ]
-    except (ValueError, KeyError, TypeError) as exc:
-        raise DataError(
-            f"{where}: expected an object with `messages` of role and content; {exc!r}"
-        ) from exc
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError(
-            f"{where}: the conversation does not end in an assistant's message, the expected answer"
-        )
-    return Question(
-        tuple(messages[:-1]),
-        messages[-1]["content"],
-        str(row.get("skill") or row.get("source") or ""),
-    )
+    return questions
 
 
 def _generate(model_dir: Path, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
-    """Return the greedy answers, in order. Prompts of similar length share a batch, padded on the
-    left."""
+    """Return the greedy answer to each question, in order."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -118,13 +115,14 @@ def _generate(model_dir: Path, questions: Sequence[Question], *, max_new_tokens:
         )
         for question in questions
     ]
+    # Prompts of similar length share a batch, padded on the left.
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     answers = [""] * len(texts)
     for start in range(0, len(order), _BATCH_SIZE):
-        chosen = order[start : start + _BATCH_SIZE]
-        # the template printed every special token: the tokenizer must add none
+        indices = order[start : start + _BATCH_SIZE]
+        # The template has printed every special token: the tokenizer must add none.
         batch = tokenizer(
-            [texts[index] for index in chosen],
+            [texts[index] for index in indices],
             return_tensors="pt",
             padding=True,
             add_special_tokens=False,
@@ -137,52 +135,33 @@ def _generate(model_dir: Path, questions: Sequence[Question], *, max_new_tokens:
                 do_sample=False,
             )
         new = output[:, batch["input_ids"].shape[1] :]
-        for index, text in zip(
-            chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
-        ):
-            answers[index] = text.strip()
+        decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
+        for index, answer in zip(indices, decoded, strict=True):
+            answers[index] = answer.strip()
     return answers
 
 
 def _report(questions: Sequence[Question], answers: Sequence[str], *, show: int) -> list[str]:
-    """Samples first, spread over the skills, then the counts."""
-    right: dict[str, list[bool]] = defaultdict(list)
+    """Return the lines of `show` questions, then the accuracy of each skill and of all."""
+    by_skill: dict[str, list[tuple[Question, str]]] = defaultdict(list)
     for question, answer in zip(questions, answers, strict=True):
-        assert question.expected is not None
-        right[question.skill].append(answer == question.expected.strip())
+        by_skill[question.skill].append((question, answer))
+    # The shown questions take one of each skill in turn, longer conversations of a skill first.
+    queues = [sorted(pairs, key=lambda pair: -len(pair[0].messages)) for pairs in by_skill.values()]
+    turns = [pair for turn in itertools.zip_longest(*queues) for pair in turn if pair is not None]
     lines = []
-    for index in _spread(questions, show):
-        lines += [
-            *_dialogue(questions[index], answers[index]),
-            f"  expected: {questions[index].expected}",
-            "",
-        ]
-    if len(right) > 1:
-        width = max(len(skill) for skill in right)
-        lines += [
-            f"{skill or '-':{width}}  {_share(hits)}" for skill, hits in sorted(right.items())
-        ]
-    lines.append(f"exact match: {_share([hit for hits in right.values() for hit in hits])}")
+    for question, answer in turns[:show]:
+        lines += [*_dialogue(question, answer), f"  expected: {question.expected}", ""]
+
+    hits = {
+        skill: [answer == question.expected.strip() for question, answer in pairs]
+        for skill, pairs in by_skill.items()
+    }
+    if len(hits) > 1:
+        width = max(map(len, hits))
+        lines += [f"{skill or '-':{width}}  {_share(hits[skill])}" for skill in sorted(hits)]
+    lines.append(f"exact match: {_share(list(itertools.chain(*hits.values())))}")
     return lines
-
-
-def _spread(questions: Sequence[Question], show: int) -> list[int]:
-    """Return `show` indices that take one of each skill in turn, longer conversations of a skill
-    first."""
-    by_skill: dict[str, list[int]] = defaultdict(list)
-    for index, question in enumerate(questions):
-        by_skill[question.skill].append(index)
-    queues = [
-        sorted(indices, key=lambda index: -len(questions[index].messages))
-        for indices in by_skill.values()
-    ]
-    turns = [
-        queue[turn]
-        for turn in range(max(map(len, queues)))
-        for queue in queues
-        if turn < len(queue)
-    ]
-    return turns[:show]
 
 
 def _dialogue(question: Question, answer: str) -> list[str]:

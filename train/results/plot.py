@@ -1,14 +1,13 @@
-"""The curves of one or more runs over one another, drawn from metrics.jsonl: a panel for what their
-records hold.
+"""The curves of one or more runs over one another, drawn from their metrics.jsonl.
 
 training loss (wide)
-learning rate | tokens / s / device | evaluation loss      the last only where there is one
-a small panel for each source: its training loss, dashed with dots its evaluation loss
+learning rate | tokens / s / device | evaluation loss      the last only if a run has one
+a small panel for each source: its training loss, and its evaluation loss dashed with dots
 """
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +35,40 @@ _STYLE = {
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
-_SMOOTH_FROM = 40  # records: shorter curves are drawn as they are
+# Curves of fewer records are not smoothed.
+_SMOOTH_FROM = 40
 _SOURCES_PER_ROW = 5
 _MAX_SOURCES = 30
-_MAX_NAME = 28  # characters that fit over a small panel
+# Characters that fit over a small panel.
+_MAX_NAME = 28
 
 
 def plot_runs(run_dirs: list[Path], out: Path) -> None:
-    """Draw the runs over one another into the PNG `out`. Raises ArtifactError for a run without
-    records."""
-    runs = {label: _read(path) for label, path in zip(_labels(run_dirs), run_dirs, strict=True)}
+    """Draw the runs over one another into the PNG `out`.
+
+    Raises ArtifactError for a run without records.
+    """
+    labels = [path.resolve().name for path in run_dirs]
+    if len(set(labels)) < len(labels):
+        labels = [str(path) for path in run_dirs]
+    runs: dict[str, Records] = {}
+    for label, path in zip(labels, run_dirs, strict=True):
+        metrics = RunDir(path).metrics
+        runs[label] = read_records(metrics) if metrics.is_file() else []
+        if not runs[label]:
+            raise ArtifactError(
+                f"{metrics} holds no records; expected the directory of a run that has logged a"
+                " step"
+            )
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     counts = sources_of(runs.values())
+    # Of many sources those with the most losses are drawn, in alphabetical order.
     shown = sorted(sorted(counts, key=lambda source: -counts[source])[:_MAX_SOURCES])
     rows = -(-len(shown) // _SOURCES_PER_ROW)
     with mpl.rc_context(_STYLE):
-        # without pyplot: no display, no global state
+        # Without pyplot there is no display and no global state.
         figure = Figure(
             figsize=(11 if rows else 9, 5.4 + 1.7 * rows), layout="constrained", dpi=130
         )
@@ -73,20 +88,23 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
 
 
 def sources_of(runs: Iterable[Records]) -> dict[str, int]:
-    """Return how many losses there are of each source; nothing where there is but one: its curve is
-    the loss itself."""
-    found = Counter(
+    """Return how many losses each source has; nothing if there is only one source.
+
+    Its curve would be that of the loss itself.
+    """
+    counts = Counter(
         key.partition("/")[2]
         for records in runs
         for record in records
         for key, value in record.items()
         if key.startswith(("train_loss/", "eval_loss/")) and value is not None
     )
-    return dict(sorted(found.items())) if len(found) > 1 else {}
+    return dict(sorted(counts.items())) if len(counts) > 1 else {}
 
 
 def moving_mean(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
     """Return the mean over `width` values around each one, over fewer at the ends."""
+    # Each mean is a difference of two running sums, so that the width costs nothing.
     sums = np.cumsum(np.concatenate([[0.0], values]))
     index = np.arange(len(values))
     start = np.maximum(0, index - width // 2)
@@ -99,17 +117,20 @@ def _draw_main(figure: Any, runs: dict[str, Records]) -> Any:
     titles = {"learning_rate": "learning rate", "per_device_tps": "tokens / s / device"}
     if any(record.get("eval_loss") is not None for records in runs.values() for record in records):
         titles["eval_loss"] = "evaluation loss"
-    places = figure.subplot_mosaic(
+    panels = figure.subplot_mosaic(
         [["train_loss"] * len(titles), list(titles)], height_ratios=[1.7, 1]
     )
     for name, title in {"train_loss": "training loss", **titles}.items():
-        axes = places[name]
+        axes = panels[name]
         for number, (label, records) in enumerate(runs.items()):
             _draw_curve(axes, records, name, colour=_COLOURS[number % len(_COLOURS)], label=label)
         axes.set_title(title, loc="left", fontsize=9)
         axes.set_xlabel("step")
-        _set_scale(axes, name)
-    return places["train_loss"]
+        if name == "learning_rate":
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        else:
+            axes.set_ylim(bottom=0)
+    return panels["train_loss"]
 
 
 def _draw_sources(
@@ -121,14 +142,10 @@ def _draw_sources(
     for axes, source, title in zip(panels, shown, titles(shown), strict=False):
         for number, records in enumerate(runs.values()):
             colour = _COLOURS[number % len(_COLOURS)]
-            _draw_curve(axes, records, f"train_loss/{source}", colour=colour, label=None)
-            _draw_curve(
-                axes,
-                records,
-                f"eval_loss/{source}",
-                colour=_INK if len(runs) == 1 else colour,
-                label=None,
-            )
+            _draw_curve(axes, records, f"train_loss/{source}", colour=colour)
+            # Two curves in a panel are told apart by colour, those of two runs already are.
+            colour = _INK if len(runs) == 1 else colour
+            _draw_curve(axes, records, f"eval_loss/{source}", colour=colour)
         axes.set_title(title, loc="left", fontsize=7.5)
         axes.tick_params(labelsize=7)
         axes.set_ylim(bottom=0)
@@ -140,75 +157,37 @@ def _draw_sources(
     )
 
 
-def _draw_curve(axes: Any, records: Records, name: str, *, colour: str, label: str | None) -> None:
+def _draw_curve(
+    axes: Any, records: Records, name: str, *, colour: str, label: str | None = None
+) -> None:
     points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     if not points:
         return
     steps, values = (np.array(column, np.float64) for column in zip(*points, strict=True))
     if name.startswith("eval_loss"):
-        axes.plot(
-            steps,
-            values,
-            color=colour,
-            linewidth=1.2,
-            linestyle="--",
-            marker="o",
-            markersize=3,
-            label=label,
-        )
+        style = {"linewidth": 1.2, "linestyle": "--", "marker": "o", "markersize": 3}
     elif name.startswith("train_loss") and len(values) >= _SMOOTH_FROM:
         axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-        axes.plot(
-            steps,
-            moving_mean(values, max(3, len(values) // 25)),
-            color=colour,
-            linewidth=1.6,
-            label=label,
-        )
+        values = moving_mean(values, max(3, len(values) // 25))
+        style = {"linewidth": 1.6}
     else:
-        marker = "o" if len(values) == 1 else None
-        axes.plot(steps, values, color=colour, linewidth=1.4, marker=marker, label=label)
-
-
-def _set_scale(axes: Any, name: str) -> None:
-    if name == "learning_rate":
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    else:
-        axes.set_ylim(bottom=0)
+        # A line through one point would be invisible.
+        style = {"linewidth": 1.4, "marker": "o" if len(values) == 1 else None}
+    axes.plot(steps, values, color=colour, label=label, **style)
 
 
 def titles(sources: list[str]) -> list[str]:
-    """Return names that fit over small panels and draw as they are: matplotlib reads $ as
-    mathematics.
+    """Return the names of sources as titles that fit over small panels.
 
-    Of long ones what comes before the last slash goes, if they still differ without it, and then
-    their middle.
+    If some are too long, all lose what comes before the last slash, unless two would then be equal;
+    names that are still too long lose their middle.
     """
     last = [source.rpartition("/")[2] for source in sources]
     if max(map(len, sources), default=0) > _MAX_NAME and len(set(last)) == len(set(sources)):
         sources = last
-    return [_shorten(source).replace("$", r"\$") for source in sources]
-
-
-def _shorten(name: str) -> str:
-    return (
-        name
-        if len(name) <= _MAX_NAME
-        else f"{name[: _MAX_NAME // 2 - 1]}...{name[-_MAX_NAME // 2 + 2 :]}"
-    )
-
-
-def _read(run_dir: Path) -> Records:
-    metrics = RunDir(run_dir).metrics
-    records = read_records(metrics) if metrics.is_file() else []
-    if not records:
-        raise ArtifactError(
-            f"{metrics} holds no records; expected the directory of a run that has logged a step"
-        )
-    return records
-
-
-def _labels(run_dirs: Sequence[Path]) -> list[str]:
-    """Return the directories' names, or whole paths where two share a name."""
-    names = [path.resolve().name for path in run_dirs]
-    return names if len(set(names)) == len(names) else [str(path) for path in run_dirs]
+    head, tail = _MAX_NAME // 2 - 1, _MAX_NAME // 2 - 2
+    short = [
+        name if len(name) <= _MAX_NAME else f"{name[:head]}...{name[-tail:]}" for name in sources
+    ]
+    # matplotlib reads what is between two $ as mathematics.
+    return [name.replace("$", r"\$") for name in short]

@@ -1,4 +1,4 @@
-"""A request to train as a command line: what starts the ranks, and what starts a push."""
+"""A request to train as a command line, to start the ranks with; and the program to start."""
 
 import dataclasses
 import shutil
@@ -15,8 +15,8 @@ def rank_arguments(request: TrainRequest) -> list[str]:
 
 
 def request_arguments(request: TrainRequest) -> list[str]:
-    """Return the command line that makes `request`: the option of each field that has another value
-    than its default."""
+    """Return the command line that makes `request`: the options of the fields that differ from
+    their defaults."""
     arguments: list[str] = []
     for field in dataclasses.fields(request):
         value, option = getattr(request, field.name), f"--{field.name.replace('_', '-')}"
@@ -35,9 +35,9 @@ def request_arguments(request: TrainRequest) -> list[str]:
 def console_script() -> Path:
     """Return the sft-train beside this Python. Raises PrerequisiteError if there is none."""
     beside = Path(sys.executable).with_name("sft-train")
-    found = beside if beside.exists() else shutil.which("sft-train")
-    if found is None:
+    path = beside if beside.exists() else shutil.which("sft-train")
+    if path is None:
         raise PrerequisiteError(
-            "no command sft-train to start the ranks with; install this package with pip"
+            "no command sft-train to start processes with; install this package with pip"
         )
-    return Path(found)
+    return Path(path)

@@ -1,20 +1,20 @@
-"""The run directory: what lies where, the run's description, and how the run stands.
+"""The run directory: its files, the description of the run in config.json, and status.json.
 
 runs/NAME/
   config.json     the resolved recipe, the shard set, versions: what a resume must agree with
-  status.json     how the run stands, for launchers and requeue scripts: the state and the exit code
+  status.json     the state and the exit code of the run, for launchers and requeue scripts
   metrics.jsonl   one object per logged step
-  spikes.jsonl    one object per step whose loss spiked; there only if one did
-  stacks/         where each rank stood when the run hung; there only if it did
-  STOP            made by a user to stop the run after a save; removed when that is done
+  spikes.jsonl    one object per step whose loss spiked; written only if one did
+  stacks/         the stacks of each rank when the run hung; written only if it did
+  STOP            made by a user to stop the run after a save; removed after the stop
   checkpoints/    step-00000500/ ...
   model/          the trained model in Hugging Face format
-  model-old-N/    what was in model/ and is not of the run, kept by an export over it
+  model-old-N/    files in model/ that the run did not write, moved here by an export
   loss.png
 """
 
+import contextlib
 import json
-import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,17 +28,12 @@ from shared.shard_reader import ShardSet
 from train.config import TrainConfig
 from train.data.step_order import StepOrder
 
-logger = logging.getLogger(__name__)
-
 State = Literal["running", "complete", "stopped", "failed"]
 
+# Any of these makes a directory one of a run, whatever else lies in it.
 _OF_A_RUN = {".lock", "config.json", "status.json", "metrics.jsonl", "checkpoints", "model", "STOP"}
-_ALLOWED = (
-    ".out",
-    ".err",
-    ".log",
-    ".sh",
-)  # what starts a run, and what a scheduler writes beside it
+# The scripts that start a run, and what a scheduler writes beside it.
+_ALLOWED = (".out", ".err", ".log", ".sh")
 _VERSIONED = ("torch", "transformers", "deepspeed", "liger-kernel", "numpy", "sft-shards")
 
 
@@ -88,11 +83,11 @@ class RunDir:
 
 
 def identity(recipe: TrainConfig, shard_set: ShardSet, order: StepOrder) -> dict[str, Any]:
-    """Return what must not change within a run: all that the weights after a step depend on.
+    """Return what must not change within a run: everything that the weights after a step depend on.
 
     Left out on purpose: logging, checkpoint frequency, number of ranks, packs per micro-batch,
     attention kernel, gradient checkpointing and ZeRO stage, which change speed and memory only; and
-    what to do when a step fails or hangs, so that a run which did can go on with another answer.
+    what to do when a step fails or hangs, so that a run that failed can resume with another answer.
     """
     plain = config.to_plain(recipe)
     return {
@@ -119,6 +114,10 @@ def describe(
 ) -> dict[str, Any]:
     """Return the content of config.json for a new run."""
     manifest = shard_set.manifest
+    versions: dict[str, str | None] = dict.fromkeys(_VERSIONED)
+    for name in _VERSIONED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {
         "recipe": config.to_plain(recipe),
         "shards": {
@@ -129,23 +128,25 @@ def describe(
         "identity": identity(recipe, shard_set, order),
         "world_size": world_size,
         "wandb_id": secrets.token_hex(8),
-        "versions": {name: _version(name) for name in _VERSIONED},
+        "versions": versions,
     }
 
 
-def check_place(run: RunDir) -> None:
-    """Raise ArtifactError where no run can lie at `run`: at or below a file, or among files that
-    are not a run's."""
+def check_output(run: RunDir) -> None:
+    """Raise ArtifactError unless `run` may be a run directory: free, empty or a run's already.
+
+    It may not lie at or below a file, nor hold files that no run has written.
+    """
     try:
-        for place in (run.path, *run.path.parents):
-            if place.exists():
-                break
+        # The directory itself may be new: then its nearest parent that exists decides.
+        nearest = next(path for path in (run.path, *run.path.parents) if path.exists())
         names = {path.name for path in run.path.iterdir()} if run.path.is_dir() else set()
-    except (OSError, ValueError) as exc:
+    except OSError as exc:
         raise ArtifactError(f"--output {run.path}: {exc}; name another directory") from exc
-    if not place.is_dir():
+    if not nearest.is_dir():
         raise ArtifactError(
-            f"--output {run.path}: {place} is a file; expected a directory, or a name that is free"
+            f"--output {run.path}: {nearest} is a file; expected a directory, or a name that is"
+            " free"
         )
     foreign = {
         name
@@ -160,8 +161,7 @@ def check_place(run: RunDir) -> None:
 
 
 def read_description(run: RunDir) -> dict[str, Any] | None:
-    """Return config.json, or None where there is no run yet. Raises ArtifactError if it is
-    damaged."""
+    """Return config.json, or None if there is no run yet. Raises ArtifactError if it is damaged."""
     data = _read_json(run.config)
     if data is not None and not (
         isinstance(data.get("identity"), dict) and isinstance(data.get("wandb_id"), str)
@@ -171,32 +171,35 @@ def read_description(run: RunDir) -> dict[str, Any] | None:
 
 
 def check_identity(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> None:
-    """Raise FingerprintMismatchError for other shards and ConfigError for another recipe than the
-    run began with."""
+    """Check that a resume keeps to the shards and the recipe that the run began with.
+
+    Raises FingerprintMismatchError for other shards, ConfigError for another recipe.
+    """
     if old.get("shards") != new["shards"]:
         raise FingerprintMismatchError(
             f"{where} was trained on shards with fingerprint {str(old.get('shards'))[:16]}...,"
-            f" these have {new['shards'][:16]}...; name those shards, or start another run with"
-            " --output"
+            f" --shards has {new['shards'][:16]}...; name the shards of the run, or start another"
+            " run with --output"
         )
+    # One difference is reported by name, the others are counted: they often have one cause.
     changed = config.differences(old, new)
     if changed:
         key, before, after = changed[0]
         more = f" ({len(changed) - 1} more differ)" if len(changed) > 1 else ""
         raise ConfigError(
             f"{where} was begun with {key} = {json.dumps(before)}, now it is"
-            f" {json.dumps(after)}{more}; put it back to go on with that run, or start another with"
+            f" {json.dumps(after)}{more}; put it back to resume that run, or start another run with"
             " --output"
         )
 
 
 def write_status(run: RunDir, state: State, *, exit_code: int | None, message: str) -> None:
-    """Record how the run stands; `exit_code` is None while it runs."""
+    """Write status.json; `exit_code` is None while the run goes on."""
     atomic.write_json(run.status, {"state": state, "exit_code": exit_code, "message": message})
 
 
 def read_status(run: RunDir) -> dict[str, Any] | None:
-    """Return status.json, or None where there is none."""
+    """Return status.json, or None if there is none."""
     return _read_json(run.status)
 
 
@@ -212,10 +215,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(data, dict):
         raise ArtifactError(f"{path} holds no JSON object; remove it or use another --output")
     return data
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

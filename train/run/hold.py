@@ -1,4 +1,4 @@
-"""One start at a time in a run directory: rank 0 holds its lock and decides what is left to do."""
+"""One start at a time in a run directory: rank 0 holds the lock and decides what is left to do."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,13 +17,14 @@ from train.run.read_status import error_of
 
 @contextlib.contextmanager
 def holding_run(prepared: Prepared, ranks: Ranks) -> Iterator[Prepared | None]:
-    """Keep other starts out of the run directory; give what there is to do, None if it is complete.
+    """Keep other starts out of the run directory; give what is left to do, None if it is complete.
 
-    `prepare` may have looked an hour ago, before another start trained on: so it is decided again,
+    `prepare` may have looked an hour ago, before another start trained on. So rank 0 decides again
     under the lock. A refusal reaches every rank, so that all of them end with its exit code.
     """
-    decided: Prepared | None = None
-    verdict: tuple[str, object] = ("", None)  # a word and where to resume, or an error and its code
+    # What rank 0 sends to the others: a word and where to resume, or an error and its exit code.
+    verdict: tuple[str, object] = ("", None)
+    # The lock is held until the block of the caller ends.
     with contextlib.ExitStack() as lock:
         refusal: SftError | OSError | None = None
         if ranks.is_main:
@@ -40,6 +41,7 @@ def holding_run(prepared: Prepared, ranks: Ranks) -> Iterator[Prepared | None]:
                 known = exc if isinstance(exc, SftError) else unwritable(exc)
                 verdict = (" ".join(str(exc).split()), known.exit_code if known is not None else 1)
         word, detail = cast(tuple[str, object], broadcast_from_main(verdict, ranks))
+        # Rank 0 raises the error itself, with its traceback; the others one of the same class.
         if refusal is not None:
             raise refusal
         if word not in ("complete", "resume"):

@@ -1,5 +1,7 @@
-"""Everything that can be decided and refused before torch is imported: recipe, shards, plan, run
-directory."""
+"""Everything that can be decided or refused before torch is imported.
+
+That is the recipe, the shards, the order of the steps, and what the run directory holds already.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from train.run.checkpoint_layout import list_checkpoints, read_state_file, same_
 from train.run.directory import (
     RunDir,
     check_identity,
-    check_place,
+    check_output,
     identity,
     read_description,
     read_status,
@@ -28,8 +30,7 @@ RUNS_DIR = Path("runs")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainRequest:
-    """The command line of `sft-train`, as given: each field is the option of its name, in the order
-    in which a command line lists them."""
+    """The command line of `sft-train`: each field is the option of its name, in this order."""
 
     shards: Path
     recipe: str | None = None
@@ -63,7 +64,7 @@ class Prepared:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run is trained and exported already."""
+        """Whether the run has been trained and exported."""
         status = read_status(self.run)
         return status is not None and status.get("state") == "complete" and self.run.model.is_dir()
 
@@ -71,37 +72,35 @@ class Prepared:
 def prepare(request: TrainRequest) -> Prepared:
     """Open and check what `request` names. Raises ConfigError, DataError or ArtifactError.
 
-    What it says of the run directory holds until another start changes it: `decide_again`, under
-    the run's lock, is what counts.
+    Another start may change the run directory later: what counts is `decide_again`, under the
+    run's lock.
     """
     recipe, shard_set = open_inputs(request)
     manifest = shard_set.manifest
     order = make_run_order(recipe, manifest)
     run = RunDir(request.output or RUNS_DIR / f"{recipe.name}-{manifest.name}")
-    check_place(run)
-    found = identity(recipe, shard_set, order)
+    check_output(run)
+    run_identity = identity(recipe, shard_set, order)
     return Prepared(
         request=request,
         recipe=recipe,
         shard_set=shard_set,
         order=order,
         run=run,
-        identity=found,
-        resume_from=_find_checkpoint(run, request, found),
+        identity=run_identity,
+        resume_from=_find_checkpoint(run, request, run_identity),
         eval_set=_open_eval_set(request.eval_shards, shard_set),
     )
 
 
 def decide_again(prepared: Prepared) -> Prepared:
-    """Return `prepared` with the checkpoint to go on from as the run directory is now. Call it
-    under the run's lock.
+    """Return `prepared` with the checkpoint to resume from as the run directory is now.
 
-    Another start may have trained, stopped or completed the run since. Raises what `prepare`
-    raises.
+    Call it under the run's lock: another start may have trained, stopped or completed the run
+    since. Raises what `prepare` raises.
     """
-    return replace(
-        prepared, resume_from=_find_checkpoint(prepared.run, prepared.request, prepared.identity)
-    )
+    path = _find_checkpoint(prepared.run, prepared.request, prepared.identity)
+    return replace(prepared, resume_from=path)
 
 
 def open_inputs(request: TrainRequest) -> tuple[TrainConfig, ShardSet]:
@@ -110,8 +109,8 @@ def open_inputs(request: TrainRequest) -> tuple[TrainConfig, ShardSet]:
     manifest = shard_set.manifest
     if not manifest.totals.loss_tokens:
         raise DataError(
-            f"{request.shards} has no loss tokens: every token is masked, there is nothing to learn"
-            " from"
+            f"{request.shards} has no loss tokens: every token is masked, so there is nothing to"
+            " learn from"
         )
     recipe_name = request.recipe or manifest.recipe
     if not recipe_name:
@@ -130,14 +129,17 @@ def open_inputs(request: TrainRequest) -> tuple[TrainConfig, ShardSet]:
 
 
 def _open_eval_set(path: Path | None, shard_set: ShardSet) -> ShardSet | None:
-    """Return the set at `path`, or the one that lies in the shard set, if any. Raises DataError or
-    ArtifactError."""
+    """Return the set at `path`, or the evaluation set inside the shard set, if any.
+
+    Raises DataError or ArtifactError.
+    """
     if path is None:
         path = shard_set.path / EVAL_DIR
         if not (path / MANIFEST_NAME).exists():
             return None
     eval_set = open_shard_set(path)
     ours, theirs = shard_set.manifest, eval_set.manifest
+    # By the digests of its files: a tokenizer may have another name and be the same.
     if theirs.tokenizer.files != ours.tokenizer.files:
         raise DataError(
             f"{path} was made with another tokenizer ({theirs.tokenizer.name}) than"
@@ -188,20 +190,20 @@ def check_ranks(prepared: Prepared, world_size: int) -> None:
 
 
 def check_division(recipe: TrainConfig, order: StepOrder, world_size: int) -> None:
-    """Raise ConfigError unless steps of `order` divide over `world_size` ranks as `recipe` shares
-    them out."""
+    """Raise ConfigError unless the steps of `order` divide over `world_size` ranks."""
     stage = resolve_zero_stage(recipe.engine, world_size=world_size)
     if recipe.lora.quantize != "none" and stage == 3:
         raise ConfigError(
-            f"lora.quantize = {recipe.lora.quantize!r} goes with whole weights on every rank, not"
-            " with ZeRO stage 3; set engine.zero_stage = 2"
+            f"lora.quantize = {recipe.lora.quantize!r} needs whole weights on every rank, and ZeRO"
+            " stage 3 splits them; set engine.zero_stage = 2"
         )
     shared_by = recipe.engine.sequence_parallel
     if world_size % shared_by:
         raise ConfigError(
             f"engine.sequence_parallel = {shared_by} does not divide {world_size} ranks"
         )
-    if order.unit == "pack":  # conversations divide over any number of ranks
+    # Conversations divide over any number of ranks.
+    if order.unit == "pack":
         check_divides(
             packs_per_step=order.units_per_step,
             packs_per_micro_batch=recipe.batch.packs_per_micro_batch,
@@ -210,28 +212,23 @@ def check_division(recipe: TrainConfig, order: StepOrder, world_size: int) -> No
 
 
 def needs_resharding(prepared: Prepared, world_size: int) -> bool:
-    """Return whether the checkpoint to go on from was written by other ranks, or another ZeRO
-    stage, than now run."""
+    """Return whether the checkpoint to resume from was written by another number of ranks or with
+    another ZeRO stage."""
     if prepared.resume_from is None:
         return False
     stage = resolve_zero_stage(prepared.recipe.engine, world_size=world_size)
-    return not same_layout(
-        read_state_file(prepared.resume_from), world_size=world_size, zero_stage=stage
-    )
-
-
-def _has_begun(run: RunDir) -> bool:
-    """Return whether some step was taken: whether the directory holds anything that hangs on what
-    the run is."""
-    has_records = run.metrics.exists() and run.metrics.stat().st_size > 0
-    return has_records or run.model.exists() or any(run.checkpoints.glob("*"))
+    state = read_state_file(prepared.resume_from)
+    return not same_layout(state, world_size=world_size, zero_stage=stage)
 
 
 def _find_checkpoint(run: RunDir, request: TrainRequest, identity: dict[str, Any]) -> Path | None:
-    """Return the checkpoint to go on from, None to start at step 0."""
+    """Return the checkpoint to resume from, None to start at step 0."""
+    # What the run was begun with: its description, or else its last checkpoint.
     description, resume = read_description(run), request.resume
-    if description is not None and not _has_begun(run):
-        description = None  # its start failed before the first step
+    has_records = run.metrics.exists() and run.metrics.stat().st_size > 0
+    if not has_records and not run.model.exists() and not any(run.checkpoints.glob("*")):
+        # A start that failed before its first step binds nobody to its recipe.
+        description = None
     if resume == "never":
         if description is not None:
             raise ArtifactError(
@@ -246,10 +243,11 @@ def _find_checkpoint(run: RunDir, request: TrainRequest, identity: dict[str, Any
         if not request.trust_checkpoint:
             raise ArtifactError(
                 f"{run.path} has checkpoints but no config.json: they were not written there."
-                " DeepSpeed's files can run code when they are read: if you trust who wrote them,"
-                " say --trust-checkpoint"
+                " DeepSpeed's files can run code when they are read; if you trust who wrote them,"
+                " give --trust-checkpoint"
             )
         check_identity(read_state_file(committed[-1])["identity"], identity, run.path)
+    # Which of the checkpoints to take: the last one, one of this run, or one of another run.
     if resume == "auto":
         return committed[-1] if committed else None
     wanted = Path(resume)
@@ -257,19 +255,19 @@ def _find_checkpoint(run: RunDir, request: TrainRequest, identity: dict[str, Any
         raise ArtifactError(
             f"--resume {resume}: there is no such checkpoint; expected auto, never or its directory"
         )
-    own = [path for path in committed if path.resolve() == wanted.resolve()]
-    if own:
-        return own[0]
+    matches = [path for path in committed if path.resolve() == wanted.resolve()]
+    if matches:
+        return matches[0]
     if not request.trust_checkpoint:
         raise ArtifactError(
             f"--resume {resume} is not a checkpoint of {run.path}. DeepSpeed's files can run code"
-            " when they are read: if you trust who wrote it, say --trust-checkpoint, to start a"
-            " run from it in another --output"
+            " when they are read; if you trust who wrote it, give --trust-checkpoint to start a run"
+            " from it in another --output"
         )
     if committed:
         raise ArtifactError(
-            f"{run.path} has checkpoints of its own; leave --resume out to go on from"
-            f" {committed[-1].name}, or start from the other one in another --output"
+            f"{run.path} has checkpoints already; leave --resume out to resume from"
+            f" {committed[-1].name}, or start from {resume} in another --output"
         )
     check_identity(read_state_file(wanted)["identity"], identity, wanted)
     return wanted

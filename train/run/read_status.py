@@ -1,5 +1,7 @@
-"""How a run ended, from status.json: torchrun turns every failure into exit code 1, and a stop on
-request into 0."""
+"""How a run ended, read from status.json.
+
+torchrun's exit code does not tell: it turns every failure into 1, and a stop on request into 0.
+"""
 
 import time
 from pathlib import Path
@@ -24,13 +26,12 @@ _ERRORS: dict[object, type[SftError]] = {
 
 
 def error_of(exit_code: object) -> type[SftError]:
-    """Return the error that a process which ended with `exit_code` stands for."""
+    """Return the class of error that ends a process with `exit_code`."""
     return _ERRORS.get(exit_code, SftError)
 
 
 def last_change(run: RunDir) -> int | None:
-    """Return when status.json changed: what tells the outcome of this start from that of an earlier
-    one."""
+    """Return when status.json was last written: it tells a new status from an earlier one."""
     return run.status.stat().st_mtime_ns if run.status.exists() else None
 
 
@@ -40,34 +41,34 @@ def status_since(run: RunDir, before: int | None) -> dict[str, Any] | None:
 
 
 def raise_unless_complete(
-    prepared: Prepared, *, exit_code: int, before: int | None, said: str
+    prepared: Prepared, *, exit_code: int, before: int | None, message: str
 ) -> None:
-    """Raise the SftError that the ranks left in status.json since `before`, or one that says
-    `said`.
+    """Raise the SftError that the ranks left in status.json since `before`, or one with `message`.
 
-    `exit_code`: of what started the ranks, that of the first of them to fail. One that another
-    start's status contradicts tells of ranks that were refused the run: they have said so.
+    `exit_code` is that of the process that started the ranks: of the first rank that failed.
     """
     status = status_since(prepared.run, before)
     if exit_code in _ERRORS and (status is None or status.get("exit_code") != exit_code):
-        raise error_of(exit_code)(said)
+        # Another start holds the run: status.json is about that one, and these ranks were refused.
+        raise error_of(exit_code)(message)
     if exit_code == 0 and (status is None or status.get("exit_code") == 0):
         return
-    if status is None or status.get("exit_code") is None:  # they were killed
+    if status is None or status.get("exit_code") is None:
+        # The ranks were killed, perhaps by SIGBUS: a shard file that was cut short explains that.
         prepared.shard_set.check_unchanged()
-        raise SftError(said)
+        raise SftError(message)
     raise error_of(status["exit_code"])(status["message"])
 
 
 def read_outcome(
     run: RunDir, *, changed_after: Path | None = None, wait_seconds: float = 0.0
 ) -> tuple[int, str]:
-    """Return the exit code of a run that has ended, and a line that says how it stands.
+    """Return the exit code of a run that has ended, and a line for people.
 
-    With `changed_after`, a status older than that file tells of an earlier start: this one ended
-    without a word, code 1. The last word of a rank on another node may take a while to be seen here
+    A status older than the file `changed_after` is that of an earlier start: this one ended without
+    writing any, exit code 1. What a rank on another node wrote may take a while to show up here
     through a network file system: `wait_seconds` is how long to look again. Raises ArtifactError
-    where there is no run.
+    if there is no run.
     """
     deadline = time.monotonic() + wait_seconds
     while True:
@@ -75,8 +76,9 @@ def read_outcome(
         stale = (
             changed_after is not None
             and status is not None
-            and _is_older(run.status, changed_after)
+            and run.status.stat().st_mtime_ns < changed_after.stat().st_mtime_ns
         )
+        # Also where the status is an old one: this start found nothing left to do.
         if status is not None and status.get("state") == "complete":
             return 0, f"{run.path} is complete: {status['message']}"
         if status is not None and not stale and isinstance(status.get("exit_code"), int):
@@ -87,15 +89,8 @@ def read_outcome(
     if status is None:
         raise ArtifactError(f"{run.path} has no status.json: no run was started there")
     if stale:
-        return (
-            1,
-            (
-                f"{run.path} ended before its ranks began; their logs say why. Before that:"
-                f" {status['state']}"
-            ),
+        return 1, (
+            f"{run.path} ended before its ranks began; their logs hold the reason. Before that:"
+            f" {status['state']}"
         )
-    return 1, f"{run.path} is running, or was killed: its ranks have not said how they ended"
-
-
-def _is_older(path: Path, mark: Path) -> bool:
-    return path.stat().st_mtime_ns < mark.stat().st_mtime_ns
+    return 1, f"{run.path} is running, or was killed: its ranks have not recorded how they ended"

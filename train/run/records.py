@@ -1,4 +1,4 @@
-"""The records of a run on disk, metrics.jsonl: what export, plots and spikes read without a log."""
+"""The records of a run on disk, metrics.jsonl and spikes.jsonl: read them, and cut them back."""
 
 import json
 from pathlib import Path
@@ -8,25 +8,28 @@ from shared import atomic
 
 
 def keep_records(path: Path, *, up_to_step: int, is_evaluated: bool = True) -> None:
-    """Drop the records of metrics.jsonl after step `up_to_step`, and a last line that a crash cut
-    short.
+    """Drop the records after step `up_to_step`, and a last line that a crash cut short.
 
-    If that step is yet to be evaluated, a record of its evaluation goes too.
+    If the checkpoint of that step has no evaluation loss, the record of its evaluation goes too:
+    the resumed run evaluates it again.
     """
     if not path.exists():
         return
-    kept = [
+    records = [
         record
         for record in read_records(path)
         if record["step"] <= up_to_step
         and (is_evaluated or record["step"] < up_to_step or "eval_loss" not in record)
     ]
-    lines = "".join(json.dumps(record, sort_keys=True, allow_nan=False) + "\n" for record in kept)
+    # The file is replaced, not cut: a crash here leaves the old one.
+    lines = "".join(
+        json.dumps(record, sort_keys=True, allow_nan=False) + "\n" for record in records
+    )
     atomic.write_bytes(path, lines.encode("utf-8"))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """Return the records of the file, without a last line that a crash cut short."""
     records = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:

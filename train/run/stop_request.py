@@ -1,9 +1,8 @@
-"""A wish to stop, by signal or by file: noted at once, granted at the end of the step, with the
-state saved.
+"""A request to stop, by signal or by file: noted at once, honoured after the step, with a save.
 
-SIGTERM, SIGUSR1 and a first Ctrl-C (SIGINT) ask for it; a second Ctrl-C ends the process at once,
-unsaved. So does `touch RUN/STOP`, on any machine that sees the run directory; the file is removed
-when it has been obeyed.
+SIGTERM, SIGUSR1 and a first Ctrl-C (SIGINT) ask for a stop; a second Ctrl-C ends the process at
+once, unsaved. `touch RUN/STOP` asks for one too, on any machine that sees the run directory; the
+file is removed once the run has stopped.
 """
 
 import contextlib
@@ -27,28 +26,25 @@ class StopRequest:
 
     def __init__(self, file: Path) -> None:
         self.signal_name: str | None = None
-        self._file = (
-            file if not launched() or read_launcher_env().rank == 0 else None
-        )  # one rank looks, and tells the others
+        # One rank looks at the directory, and tells the others.
+        self._file = file if not launched() or read_launcher_env().rank == 0 else None
 
     def is_set(self) -> bool:
-        """Return whether a signal has come, or the file lies there: one look at the directory."""
+        """Return whether a signal has come or the file exists: one look at the directory."""
         return self.signal_name is not None or (self._file is not None and self._file.exists())
 
     def clear(self) -> None:
-        """Remove the file, so that the next call goes on."""
+        """Remove the file, so that the next start trains on."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
         if number == signal.SIGINT:
-            signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            )  # the next one also ends a wait that Python cannot leave
-            os.write(
-                sys.__stderr__.fileno() if sys.__stderr__ else 2, CTRL_C_LINE.encode()
-            )  # logging may be at work
+            # The default handler also ends a wait in native code, which a Python one could not.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            # Not through logging: the signal may have come while it held its lock.
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, CTRL_C_LINE.encode())
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""What of a run besides weights and optimizer a checkpoint holds."""
+"""What a checkpoint holds of a run besides its weights and optimizer state.
+
+The names of the fields are keys of the checkpoint's state.json.
+"""
 
 from dataclasses import dataclass
 
@@ -22,17 +25,19 @@ class Counters:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowSums:
-    """A window over all ranks; part of a checkpoint, so that a resumed run logs what an undisturbed
-    one does."""
+    """The steps since the last record, summed over all ranks.
+
+    It is part of a checkpoint, so that a resumed run logs the same record as an undisturbed one.
+    """
 
     losses: list[float]
-    """Of each step that had one."""
+    """The loss of each step that had loss tokens and was not skipped."""
     balancing: list[float]
-    """The load balancing loss of each of these steps; empty where there is none."""
+    """The load balancing loss of each of these steps; empty for a model that has none."""
     source_losses: list[float]
-    """Sum of the cross-entropies of each source, the fillers before them."""
+    """The sum of the cross-entropies of each source, that of the fillers first."""
     source_tokens: list[float]
-    """How many those are."""
+    """How many tokens those are."""
     loss_tokens: int
 
 
@@ -44,7 +49,6 @@ class TrainState:
     """Updates done."""
     counters: Counters
     window: WindowSums | None
-    """The steps since the last record; None at the start."""
+    """None at the start of the run."""
     eval_loss: float | None = None
-    """Of these weights, if they were evaluated: written into the checkpoint after it was
-    committed."""
+    """Of these weights, if they were evaluated; written into the checkpoint after its commit."""

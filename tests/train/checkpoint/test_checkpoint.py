@@ -88,7 +88,7 @@ def damage(run: Path, kind: str) -> None:
     ("kind", "message"),
     [
         ("flipped byte", "its bytes have changed since it was written"),
-        ("cut short", "state.json says"),
+        ("cut short", "state.json expects"),
         ("missing", "is missing"),
         ("no state.json", "is not a whole checkpoint"),
         ("other version", "format_version is 99; this program reads 2"),
@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_older_one_offered(
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     older = run / "checkpoints" / "step-00000004"
-    assert f"go on from the one before it with --resume {older}" in result.stderr
+    assert f"resume from the one before it with --resume {older}" in result.stderr
     assert train_here(*call, "--resume", older).exit_code == 75
     assert "after step 5 of 8" in status(run)["message"]
     names = {path.name for path in (run / "checkpoints").iterdir()}
@@ -145,7 +145,7 @@ def test_a_foreign_checkpoint_needs_trust_and_starts_a_run_of_its_own(
     again = train_here(*trusted)
     assert again.exit_code == 5
     assert (
-        "has checkpoints of its own; leave --resume out to go on from step-00000005" in again.stderr
+        "has checkpoints already; leave --resume out to resume from step-00000005" in again.stderr
     )
     other = train_here(
         *call[:4], "--output", tmp_path / "other", *trusted[6:], "--set", "optim.learning_rate=1"

@@ -182,7 +182,7 @@ def test_resume_from_an_older_checkpoint_of_the_run(
     assert train_here(*call, "--stop-after", 4).exit_code == 75
     result = train_here(*call, "--stop-after", 1, "--resume", run / "checkpoints" / "step-00000002")
     assert result.exit_code == 75
-    assert "going on after step 2" in result.stderr
+    assert "resuming after step 2" in result.stderr
     assert [
         json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()
     ] == [1, 2, 3]

@@ -1,5 +1,5 @@
-"""The batch script says what it must, survives any value, and, run for real, saves, requeues and
-goes on to the end."""
+"""The batch script is the golden one, survives any value, and, run by bash, saves, requeues and
+resumes."""
 
 import contextlib
 import os
@@ -10,17 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 from cluster_doubles import SBATCH, SCONTROL, SRUN, write_programs
 from repository import TESTS
-from train_runs import RECIPE, losses, status, train_here, write_inputs
+from train_runs import RECIPE, launch_here, losses, status, train_here, write_inputs
 
-from train.cli.main import cli
+from train.run.command_line import console_script
 
 GOLDEN = TESTS / "golden" / "slurm_script.sh"
-SMOOTH = RECIPE.replace(
-    "attention_dropout = 0.1\n", ""
-)  # dropout is drawn per rank: other ranks, other losses
+# Each rank draws its own dropout, so that other numbers of ranks would have other losses.
+SMOOTH = RECIPE.replace("attention_dropout = 0.1\n", "")
 
 
 @pytest.fixture
@@ -29,44 +27,14 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
     return write_inputs(tmp_path, recipe=SMOOTH)
 
 
-def launch(*arguments: object) -> Result:
-    return CliRunner().invoke(
-        cli, ["launch", *(str(argument) for argument in arguments)], catch_exceptions=False
-    )
-
-
 def script(*options: object, train: tuple[object, ...] = (), nodes: int = 2) -> str:
-    shape = ("--slurm", "--nodes", nodes, "--gpus-per-node", 1)
-    result = launch(
-        *shape,
-        *options,
-        "--",
-        "--shards",
-        "set",
-        "--recipe",
-        "tiny.toml",
-        "--output",
-        "run",
-        *train,
-    )
+    result = launch_here("--slurm", "--nodes", nodes, "--gpus-per-node", 1, *options, train=train)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def refused(code: int, message: str, *options: object, train: tuple[object, ...] = ()) -> None:
-    shape = ("--slurm", "--nodes", 2, "--gpus-per-node", 1)
-    result = launch(
-        *shape,
-        *options,
-        "--",
-        "--shards",
-        "set",
-        "--recipe",
-        "tiny.toml",
-        "--output",
-        "run",
-        *train,
-    )
+    result = launch_here("--slurm", "--nodes", 2, "--gpus-per-node", 1, *options, train=train)
     assert result.exit_code == code, result.output
     assert message in result.stderr
     assert not result.stdout
@@ -77,27 +45,17 @@ def check_syntax(text: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_script_is_as_it_was(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    from train.run.command_line import console_script
-
-    options = (
-        "--partition",
-        "gpu",
-        "--account",
-        "lab",
-        "--time",
-        "1-00:00:00",
-        "--sbatch",
-        "qos=high",
-    )
-    text = script(*options, "--env", "NCCL_SOCKET_IFNAME=eth0", train=("--set", "run.seed=3"))
+def test_the_script_is_the_golden_one(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    options = ("--partition", "gpu", "--account", "lab", "--time", "1-00:00:00")
+    options += ("--sbatch", "qos=high", "--env", "NCCL_SOCKET_IFNAME=eth0")
+    text = script(*options, train=("--set", "run.seed=3"))
     check_syntax(text)
-    for here, there in (
+    for path, golden_path in (
         (str(tmp_path), "/home/user"),
         (sys.executable, "/opt/venv/bin/python"),
         (str(console_script()), "/opt/venv/bin/sft-train"),
     ):
-        text = text.replace(here, there)
+        text = text.replace(path, golden_path)
     assert text == GOLDEN.read_text(encoding="utf-8")
 
 
@@ -113,15 +71,14 @@ def test_no_value_of_a_user_is_read_by_the_shell(inputs: tuple[Path, Path], tmp_
     text = script("--env", f"A={NASTY}", train=("--set", f"log.wandb_name={NASTY}"))
     check_syntax(text)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_NUM_NODES": "2"}
-    done = subprocess.run(
-        ["bash", "-c", text.replace("--wait 60", "--wait 0")],
-        capture_output=True, text=True, env={**env, **job}, cwd="/", check=False,
-    )  # fmt: skip
-    told = next(line for line in done.stdout.splitlines() if line.startswith("["))
-    assert repr(f"log.wandb_name={NASTY}") in told
-    assert repr("a:20007") in told
+    bash = ["bash", "-c", text.replace("--wait 60", "--wait 0")]
+    done = subprocess.run(bash, capture_output=True, text=True, env={**env, **job}, cwd="/")
+    words_of_srun = next(line for line in done.stdout.splitlines() if line.startswith("["))
+    assert repr(f"log.wandb_name={NASTY}") in words_of_srun
+    assert repr("a:20007") in words_of_srun
     assert not list(tmp_path.rglob("x"))
-    assert done.returncode == 5  # no ranks came: there is no status.json
+    # No ranks were started, so there is no status.json.
+    assert done.returncode == 5
     assert "has no status.json" in done.stderr
 
 
@@ -129,12 +86,12 @@ def test_no_value_of_a_user_is_read_by_the_shell(inputs: tuple[Path, Path], tmp_
     ("options", "message"),
     [
         (("--time", "600:00x"), "--time '600:00x'; expected minutes, HH:MM:SS or D-HH:MM:SS"),
-        (("--time", "10"), "--time 10 is 600 s, and the ranks are told to stop 600 s before it"),
+        (("--time", "10"), "--time 10 is 600 s, and the ranks have to stop 600 s before its end"),
         (("--time", "0:10:00"), "is 600 s"),
         (("--time", "0-0:10"), "is 600 s"),
         (("--job-name", "a b"), "--job-name 'a b': expected letters, digits"),
         (("--partition", "x\n#SBATCH --wrap=y"), "--partition"),
-        (("--sbatch", "nodes=4"), "--sbatch nodes=4: expected another option than nodes"),
+        (("--sbatch", "nodes=4"), "--sbatch nodes=4: expected an option other than nodes"),
         (("--sbatch", "--qos=x"), "without dashes"),
         (("--env", "A B=c"), "--env A B=c: expected NAME=VALUE"),
     ],
@@ -154,11 +111,8 @@ def test_the_run_is_checked_as_its_start_would_check_it(inputs: tuple[Path, Path
     refused(3, "do not divide over 6 ranks", "--nodes", 3, "--gpus-per-node", 2)
     refused(3, "unknown key 'optim.nonsense'", train=("--set", "optim.nonsense=1"))
     refused(5, "nowhere", train=("--shards", "nowhere"))
-    refused(
-        3,
-        "every start on the cluster would go back there",
-        train=("--resume", "run/checkpoints/step-00000001"),
-    )
+    resume = ("--resume", "run/checkpoints/step-00000001")
+    refused(3, "every restart on the cluster would go back there", train=resume)
     assert not Path("run").exists()
 
 
@@ -167,7 +121,7 @@ def test_what_only_launch_decides_is_refused_among_the_options_of_a_rank(
 ) -> None:
     refused(2, "--gpus-per-node instead", train=("--nproc-per-node", 2))
     refused(2, "unexpected extra argument", train=("plan",))
-    result = launch("--nodes", 2, "--gpus-per-node", 1, "--", "--shards", "set")
+    result = launch_here("--nodes", 2, "--gpus-per-node", 1)
     assert result.exit_code == 2
     assert "Give one of --slurm, --torchrun and --deepspeed-hostfile" in result.stderr
 
@@ -204,41 +158,33 @@ class Job:
 
     def __init__(self, folder: Path, text: str, restarts: int) -> None:
         env = write_programs(folder / "bin", srun=SRUN, scontrol=SCONTROL)
-        env |= {
-            "SLURM_JOB_ID": "4711",
-            "SLURM_RESTART_COUNT": str(restarts),
-            "REQUEUED": str(folder / "requeued"),
-        }
+        env |= {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": str(restarts)}
+        env |= {"REQUEUED": str(folder / "requeued")}
         env |= {"SLURM_JOB_NODELIST": "127.0.0.1,127.0.0.2", "SLURM_JOB_NUM_NODES": "2"}
         (folder / "job.sh").write_text(text)
         self.process = subprocess.Popen(
-            ["bash", str(folder / "job.sh")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=env,
-            start_new_session=True,
-        )
+            ["bash", str(folder / "job.sh")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env=env, start_new_session=True,
+        )  # fmt: skip
 
     def __enter__(self) -> "Job":
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        with contextlib.suppress(
-            ProcessLookupError
-        ):  # ranks die with their torchrun, which is in this group
+        # Ranks die with their torchrun, which is in this group.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def end(self, folder: Path) -> tuple[int, str]:
         assert self.process.stdout is not None
-        said = self.process.stdout.read()
+        output = self.process.stdout.read()
         code = self.process.wait(timeout=100)
         logs = "\n".join(path.read_text() for path in sorted(folder.rglob("node-*.log")))
-        return code, f"{said}\n{logs}"
+        return code, f"{output}\n{logs}"
 
 
 @pytest.mark.slow
-def test_a_signal_before_the_time_limit_saves_and_requeues_and_the_next_start_goes_on_to_the_end(
+def test_a_signal_before_the_time_limit_saves_and_requeues_and_the_next_start_reaches_the_end(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     text = script("--env", "GLOO_SOCKET_IFNAME=lo", train=("--set", "schedule.epochs=30"))
@@ -250,31 +196,21 @@ def test_a_signal_before_the_time_limit_saves_and_requeues_and_the_next_start_go
             assert time.monotonic() < deadline
             time.sleep(0.05)
         job.process.send_signal(signal.SIGUSR1)
-        code, said = job.end(tmp_path)
-    assert code == 75, said
-    assert status(run)["state"] == "stopped", said
+        code, output = job.end(tmp_path)
+    assert code == 75, output
+    assert status(run)["state"] == "stopped", output
     assert (tmp_path / "requeued").read_text() == "4711\n"
     stopped_at = losses(run)[-1][0]
     assert stopped_at < 75
 
     with Job(tmp_path, text, restarts=1) as job:
-        code, said = job.end(tmp_path)
-    assert code == 0, said
-    assert f"going on after step {stopped_at}" in said
+        code, output = job.end(tmp_path)
+    assert code == 0, output
+    assert f"resuming after step {stopped_at}" in output
     assert (tmp_path / "requeued").read_text() == "4711\n"
     alone = tmp_path / "alone"
-    call = (
-        "--shards",
-        "set",
-        "--recipe",
-        "tiny.toml",
-        "--output",
-        alone,
-        "--set",
-        "schedule.epochs=30",
-    )
-    assert train_here(*call).exit_code == 0
+    call = ("--shards", "set", "--recipe", "tiny.toml", "--output", alone)
+    assert train_here(*call, "--set", "schedule.epochs=30").exit_code == 0
     assert [step for step, _ in losses(run)] == list(range(1, 76))
-    assert [loss for _, loss in losses(run)] == pytest.approx(
-        [loss for _, loss in losses(alone)], abs=2e-4
-    )
+    expected = [loss for _, loss in losses(alone)]
+    assert [loss for _, loss in losses(run)] == pytest.approx(expected, abs=2e-4)

@@ -1,5 +1,5 @@
-"""Shard files that change under a running job end it with an error that names the file, before a
-page is read."""
+"""A shard file that changes under a running job ends it with an error that names the file, before a
+page of it is read."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ def truncate(file: Path) -> None:
 
 
 def replace(file: Path) -> None:
-    """Put another file of the same size in its place, as a set that is built anew does."""
+    """Replace it by another file of the same size, as building the set again does."""
     shutil.copyfile(file, file.with_name("other"))
     os.replace(file.with_name("other"), file)
 
@@ -33,7 +33,7 @@ def write_into(file: Path) -> None:
 
 CHANGES = {
     truncate: "it has 128 bytes, it had",
-    replace: "another file lies at its place",
+    replace: "another file has its name",
     write_into: "it was written to",
     os.remove: "it cannot be found any more",
 }
@@ -50,10 +50,8 @@ def test_a_changed_file_is_named(change: Any, column: str, tmp_path: Path) -> No
     shard_set.check_unchanged()
     change(shards / "shards" / "00001" / f"{column}.npy")
     shard_set.check_unchanged([0, 2])
-    with pytest.raises(
-        ArtifactError,
-        match=f"00001/{column}.npy was changed while it was in use: {CHANGES[change]}",
-    ):
+    message = f"00001/{column}.npy was changed while it was in use: {CHANGES[change]}"
+    with pytest.raises(ArtifactError, match=message):
         shard_set.check_unchanged([1])
     with pytest.raises(ArtifactError, match="put the shard set back as it was"):
         shard_set.check_unchanged()
@@ -75,19 +73,16 @@ def test_the_shards_of_a_step_are_those_that_hold_its_packs_or_sequences(tmp_pat
 
 @pytest.mark.parametrize("batch", ["packs_per_step = 4", "conversations_per_step = 8"])
 @pytest.mark.parametrize("change", [truncate, replace])
-def test_a_run_ends_with_the_name_of_the_file_and_goes_on_when_it_is_back(
+def test_a_run_ends_with_the_name_of_the_file_and_resumes_when_it_is_back(
     change: Any, batch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards, recipe = write_inputs(tmp_path, recipe=RECIPE.replace("packs_per_step = 4", batch))
-    file, kept = shards / "shards" / "00000" / "tokens.npy", tmp_path / "kept"
-    shutil.copyfile(file, kept)
+    file, backup = shards / "shards" / "00000" / "tokens.npy", tmp_path / "backup"
+    shutil.copyfile(file, backup)
 
     def rate_and_change(step: int, **options: Any) -> float:
-        if (
-            step == 3
-            and status(run)["state"] == "running"
-            and os.path.samestat(opened, file.stat())
-        ):
+        is_first = os.path.samestat(opened, file.stat())
+        if step == 3 and is_first and status(run)["state"] == "running":
             change(file)
         return learning_rate(step, **options)
 
@@ -99,5 +94,5 @@ def test_a_run_ends_with_the_name_of_the_file_and_goes_on_when_it_is_back(
     assert result.exit_code == 5
     assert "tokens.npy was changed while it was in use" in result.stderr
     assert status(run)["exit_code"] == 5
-    shutil.copyfile(kept, file)
+    shutil.copyfile(backup, file)
     assert train_here(*call).exit_code == 0

@@ -1,5 +1,5 @@
-"""Evaluation: exact, by source, on any number of ranks; training does not notice it; the best
-checkpoint stays."""
+"""Evaluation is exact for each source and any number of ranks, leaves training alone, and keeps the
+best checkpoint."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     train_packs = random_packs(num_packs=10, max_seq_len=32, vocab_size=VOCAB)
     shards = write_shard_set(folder / "set", train_packs, max_seq_len=32, vocab_size=VOCAB)
     packs = eval_packs()
-    origins = [[(place % 2, place, 0) for place in range(len(pack))] for pack in packs]
+    origins = [[(row % 2, row, 0) for row in range(len(pack))] for pack in packs]
     held_out = write_shard_set(
         folder / "held-out",
         packs,
@@ -47,17 +47,9 @@ def eval_packs() -> list[list[tuple[list[int], list[int]]]]:
 
 
 def call(inputs: Inputs, run: Path, *more: object) -> list[object]:
-    return [
-        "--shards",
-        inputs[0],
-        "--recipe",
-        inputs[1],
-        "--eval-shards",
-        inputs[2],
-        "--output",
-        run,
-        *more,
-    ]
+    shards, recipe, held_out = inputs
+    start = ("--shards", shards, "--recipe", recipe, "--eval-shards", held_out)
+    return [*start, "--output", run, *more]
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:
@@ -84,15 +76,12 @@ def loss_alone(model: Any) -> tuple[list[float], list[int]]:
     """Sums of cross-entropy and their number for each source, one unpadded sequence at a time."""
     sums, counts = [0.0, 0.0], [0, 0]
     for pack in eval_packs():
-        for place, (tokens, mask) in enumerate(pack):
+        for row, (tokens, mask) in enumerate(pack):
             if sum(mask):
-                labels = torch.tensor(
-                    [[token if bit else -100 for token, bit in zip(tokens, mask, strict=True)]]
-                )
-                sums[place % 2] += model(
-                    input_ids=torch.tensor([tokens]), labels=labels
-                ).loss.item() * sum(mask)
-                counts[place % 2] += sum(mask)
+                ids, counted = torch.tensor([tokens]), torch.tensor([mask], dtype=torch.bool)
+                labels = ids.where(counted, -100)
+                sums[row % 2] += model(input_ids=ids, labels=labels).loss.item() * sum(mask)
+                counts[row % 2] += sum(mask)
     return sums, counts
 
 
@@ -120,14 +109,8 @@ def test_the_best_checkpoint_is_linked_and_kept(inputs: Inputs, tmp_path: Path) 
     """A rate that ruins the model after the second step: the best is an old one, which retention
     would remove."""
     run = tmp_path / "run"
-    ruin = (
-        "--set",
-        "optim.learning_rate=0.5",
-        "--set",
-        "schedule.warmup_ratio=0.3",
-        "--set",
-        "checkpoint.keep_last=1",
-    )
+    ruin = ("--set", "optim.learning_rate=0.5", "--set", "schedule.warmup_ratio=0.3")
+    ruin += ("--set", "checkpoint.keep_last=1")
     assert train_here(*call(inputs, run, *ruin)).exit_code == 0
     losses = {record["step"]: record["eval_loss"] for record in evaluations(run)}
     assert list(losses) == [2, 4, 6, 8]
@@ -136,15 +119,16 @@ def test_the_best_checkpoint_is_linked_and_kept(inputs: Inputs, tmp_path: Path) 
     link = run / "checkpoints" / "best"
     assert link.is_symlink()
     assert link.resolve() == (run / "checkpoints" / f"step-{best:08d}").resolve()
-    kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-    assert kept == [f"step-{best:08d}", "step-00000008"]
+    names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert names == [f"step-{best:08d}", "step-00000008"]
     assert json.loads((link / "state.json").read_text())["eval_loss"] == losses[best]
     assert train_here("export", link, tmp_path / "model").exit_code == 0
 
 
-def without_time(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def without_time(run: Path) -> list[dict[str, Any]]:
     return [
-        {key: value for key, value in record.items() if "second" not in key} for record in found
+        {key: value for key, value in record.items() if "second" not in key}
+        for record in evaluations(run)
     ]
 
 
@@ -155,7 +139,7 @@ def test_a_step_that_was_saved_but_not_evaluated_is_evaluated_on_resume(
     assert train_here(*call(inputs, run, "--stop-after", 4)).exit_code == 75
     assert [record["step"] for record in evaluations(run)] == [2]
     assert train_here(*call(inputs, run)).exit_code == 0
-    assert without_time(evaluations(run)) == without_time(evaluations(whole))
+    assert without_time(run) == without_time(whole)
     assert trained(run) == trained(whole)
 
 
@@ -174,36 +158,40 @@ def test_a_set_finds_what_was_held_out_of_it(whole: Path, inputs: Inputs, tmp_pa
 
 
 def test_a_sample_of_packs_is_the_same_on_every_rank(inputs: Inputs) -> None:
-    feed = EvalLoader(
-        shard_set=open_shard_set(inputs[2]), max_packs=3, rank=0, world_size=1, packs_per_micro_batch=2,
+    loader = EvalLoader(
+        shard_set=open_shard_set(inputs[2]),
+        max_packs=3,
+        rank=0,
+        world_size=1,
+        packs_per_micro_batch=2,
         sequence_parallel=1,
-    )  # fmt: skip
-    ids = feed.pack_ids().tolist()
+    )
+    ids = loader.pack_ids().tolist()
     assert len(set(ids)) == 3
     for world_size in (2, 4, 8):
-        feeds = [
-            dataclasses.replace(feed, rank=rank, world_size=world_size)
+        loaders = [
+            dataclasses.replace(loader, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
-        assert all(other.pack_ids().tolist() == ids for other in feeds)
-        assert len({len(list(other.micro_batches())) for other in feeds}) == 1
-    assert dataclasses.replace(feed, max_packs=0).pack_ids().tolist() == list(range(NUM_EVAL_PACKS))
+        assert all(other.pack_ids().tolist() == ids for other in loaders)
+        assert len({len(list(other.micro_batches())) for other in loaders}) == 1
+    every_pack = dataclasses.replace(loader, max_packs=0)
+    assert every_pack.pack_ids().tolist() == list(range(NUM_EVAL_PACKS))
 
 
 @pytest.mark.slow
 def test_two_ranks_evaluate_the_same(inputs: Inputs, whole: Path, tmp_path: Path) -> None:
-    """ZeRO-3, five packs on two ranks, and a schedule of its own; dropout, which hangs on the rank,
-    is off."""
+    """ZeRO-3, five packs on two ranks, other steps than those of the saves. Dropout depends on the
+    rank, and is off."""
     still = ("--set", "model.config.attention_dropout=0.0", "--set", "eval.every_steps=3")
     assert train_here(*call(inputs, tmp_path / "one", *still)).exit_code == 0
     done = train_apart(*call(inputs, tmp_path / "two", *still, "--nproc-per-node", 2))
     assert done.returncode == 0, done.stderr
     assert [record["step"] for record in evaluations(tmp_path / "two")] == [3, 6, 8]
-    for found, expected in zip(
-        evaluations(tmp_path / "two"), evaluations(tmp_path / "one"), strict=True
-    ):
-        for key in ("eval_loss", "eval_loss/algebra", "eval_loss/chat"):
-            assert found[key] == pytest.approx(expected[key], rel=1e-5)
+    one, two = evaluations(tmp_path / "one"), evaluations(tmp_path / "two")
+    for key in ("eval_loss", "eval_loss/algebra", "eval_loss/chat"):
+        expected = pytest.approx([record[key] for record in one], rel=1e-5)
+        assert [record[key] for record in two] == expected
 
 
 def test_a_set_of_another_tokenizer_or_of_longer_sequences_is_refused(

@@ -1,8 +1,8 @@
-"""One gradient whatever the split: the real engine against one padded batch in plain PyTorch in
-fp64, within 1e-6.
+"""One gradient for every split of a step: the engine in fp32 against one padded batch in plain
+PyTorch in fp64, within 1e-6.
 
-Over ranks, micro-batches, packs per micro-batch, packed or one sample per pack, steps of packs or
-of conversations, with loss tokens that are spread as unevenly as they come; in fp32.
+The split is over ranks, micro-batches and packs per micro-batch, packed or one sample per pack,
+steps of packs or of conversations, with loss tokens spread very unevenly.
 """
 
 import os
@@ -25,7 +25,8 @@ from train.config import LossConfig, ModelConfig
 from train.model.attention import register_attention
 from train.model.model import build_model
 
-pytestmark = pytest.mark.slow  # two processes start DeepSpeed
+# Two processes start DeepSpeed.
+pytestmark = pytest.mark.slow
 
 VOCAB, MAX_SEQ_LEN = 61, 48
 TOLERANCE = 1e-6
@@ -36,43 +37,45 @@ TABLE = {
 PROGRAM = TESTS / "builders" / "gradients_of_a_step.py"
 TOKEN, SAMPLE, SUM = LossConfig(norm="token"), LossConfig(norm="sample"), LossConfig(norm="sum")
 
-Sequence = tuple[list[int], list[int]]  # tokens, loss mask
+# Tokens and loss mask.
+Sequence = tuple[list[int], list[int]]
 Results = dict[Job, dict[str, Any]]
 
 
 def jobs_of(num_ranks: int) -> list[Job]:
     """Jobs that share an engine stand together."""
     split = [
-        Job(per_step=num_ranks * accumulation * per_micro_batch, per_micro_batch=per_micro_batch, shards=shards,
-            loss=loss)
+        Job(
+            per_step=num_ranks * accumulation * per_micro_batch,
+            per_micro_batch=per_micro_batch,
+            shards=shards,
+            loss=loss,
+        )
         for accumulation, per_micro_batch, shards, loss in product(
             (1, 2, 4), (1, 2), ("packed", "alone"), (TOKEN, SAMPLE, SUM)
         )
-    ]  # fmt: skip
-    counted = [
+    ]
+    conversations = [
         Job(unit="conversation", per_step=per_step, per_micro_batch=per_micro_batch, loss=loss)
         for per_step, per_micro_batch, loss in product(
             (2, 12, 23), (1, 2), (TOKEN, SAMPLE, LossConfig(norm="sum", divisor=12.0))
         )
     ]
-    uneven = [
-        Job(per_step=3),  # three packs on two ranks: one micro-batch is empty
-        Job(per_step=5, per_micro_batch=2, loss=SAMPLE),
-    ]
+    # Three packs on two ranks: one micro-batch is empty.
+    uneven = [Job(per_step=3), Job(per_step=5, per_micro_batch=2, loss=SAMPLE)]
+    four = 4 * num_ranks
     others = [
-        Job(
-            model="llama", checkpointing=True, per_step=4 * num_ranks, per_micro_batch=2, loss=TOKEN
-        ),
-        Job(model="llama", checkpointing=True, per_step=4 * num_ranks, loss=SAMPLE),
-        Job(model="qwen3-tied", per_step=4 * num_ranks, per_micro_batch=2, loss=TOKEN),
-        Job(model="qwen3-tied", per_step=4 * num_ranks, loss=SAMPLE),
+        Job(model="llama", checkpointing=True, per_step=four, per_micro_batch=2, loss=TOKEN),
+        Job(model="llama", checkpointing=True, per_step=four, loss=SAMPLE),
+        Job(model="qwen3-tied", per_step=four, per_micro_batch=2, loss=TOKEN),
+        Job(model="qwen3-tied", per_step=four, loss=SAMPLE),
         Job(model="qwen3-tied", per_step=11, unit="conversation", loss=SAMPLE),
-        Job(model="llama", zero_stage=3, per_step=4 * num_ranks, loss=TOKEN),
-        Job(model="llama", zero_stage=2, per_step=4 * num_ranks, loss=TOKEN),
-        Job(model="olmo2", zero_stage=1, per_step=4 * num_ranks, loss=SUM),
+        Job(model="llama", zero_stage=3, per_step=four, loss=TOKEN),
+        Job(model="llama", zero_stage=2, per_step=four, loss=TOKEN),
+        Job(model="olmo2", zero_stage=1, per_step=four, loss=SUM),
         Job(model="olmo2", zero_stage=2, per_step=17, unit="conversation", loss=SAMPLE),
     ]
-    return split + counted + uneven + others
+    return split + conversations + uneven + others
 
 
 LIGER_JOBS = [
@@ -90,9 +93,10 @@ CASES = [(world, job) for world, jobs in WORLDS.items() for job in jobs]
 def name_of(case: object) -> str:
     if not isinstance(case, Job):
         return str(case)
+    step = f"{case.per_step}{case.unit}s-by{case.per_micro_batch}"
+    checkpointing = "-checkpointing" if case.checkpointing else ""
     return (
-        f"{case.model}-{case.shards}-{case.loss.norm}-{case.per_step}{case.unit}s-by{case.per_micro_batch}-"
-        f"zero{case.zero_stage}{'-checkpointing' if case.checkpointing else ''}"
+        f"{case.model}-{case.shards}-{case.loss.norm}-{step}-zero{case.zero_stage}{checkpointing}"
     )
 
 
@@ -106,9 +110,8 @@ def uneven_packs() -> list[list[Sequence]]:
         while room >= 4:
             length = int(min(room, rng.integers(4, 30)))
             trained = (length - 1, 1, length // 3, 0)[(len(sequences) + number) % 4]
-            sequences.append(
-                (rng.integers(0, VOCAB, length).tolist(), [0] * (length - trained) + [1] * trained)
-            )
+            mask = [0] * (length - trained) + [1] * trained
+            sequences.append((rng.integers(0, VOCAB, length).tolist(), mask))
             room -= length
         packs.append(sequences)
     return packs
@@ -116,8 +119,8 @@ def uneven_packs() -> list[list[Sequence]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sets with the same sequences, and random weights: made under ZeRO-3 they would be other
-    random numbers."""
+    """Two sets with the same sequences, and models: under ZeRO-3 other random weights would be
+    drawn."""
     path = tmp_path_factory.mktemp("inputs")
     alone = [[sequence] for pack in uneven_packs() for sequence in pack]
     for name, packs in (("packed", uneven_packs()), ("alone", alone)):
@@ -125,12 +128,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest = open_shard_set(path / "sets" / "packed").manifest
     attention = register_attention("per_sequence")
     for kind in ("llama", "olmo2", "qwen3-tied"):
-        table = {
-            **TABLE,
-            "model_type": kind.removesuffix("-tied"),
-            "tie_word_embeddings": kind.endswith("-tied"),
-        }
-        config = ModelConfig(config=table)
+        tied = {"tie_word_embeddings": kind.endswith("-tied")}
+        config = ModelConfig(config={**TABLE, "model_type": kind.removesuffix("-tied"), **tied})
         model = build_model(config, manifest, attention=attention, dtype=torch.float32, seed=1)
         model.model.save_pretrained(path / "models" / kind)
     return path
@@ -141,13 +140,8 @@ def run_ranks(
 ) -> Results:
     out.mkdir()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    command = [
-        sys.executable,
-        *(launcher if num_ranks > 1 else []),
-        str(PROGRAM),
-        str(folder),
-        str(out),
-    ]
+    launcher = launcher if num_ranks > 1 else []
+    command = [sys.executable, *launcher, str(PROGRAM), str(folder), str(out)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(
         [*command, to_json(jobs)], capture_output=True, text=True, env=variables, timeout=400
@@ -197,9 +191,8 @@ def plain_torch(folder: Path, job: Job) -> dict[str, Any]:
     model = load_model(folder / "models" / job.model, shard_set, register_attention("per_sequence"))
     network = model.model.double()
     network.set_attn_implementation("eager")
-    logits = network(input_ids=ids, use_cache=False).logits[
-        :, :-1
-    ]  # causal: padding on the right is never seen
+    # The model is causal: padding on the right is never seen.
+    logits = network(input_ids=ids, use_cache=False).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     loss = normalised(losses, counted[:, 1:], job.loss)
     loss.backward()
@@ -220,27 +213,26 @@ def normalised(losses: torch.Tensor, counted: torch.Tensor, loss: LossConfig) ->
     divisor."""
     if loss.norm == "sample":
         with_loss = counted.any(dim=1)
-        return ((losses * counted).sum(1)[with_loss] / counted.sum(1)[with_loss]).sum() / max(
-            1, int(with_loss.sum())
-        )
+        means = (losses * counted).sum(1)[with_loss] / counted.sum(1)[with_loss]
+        return means.sum() / max(1, int(with_loss.sum()))
     divisor = counted.sum().clamp(min=1) if loss.norm == "token" else loss.divisor
     return losses[counted].sum() / divisor
 
 
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+def assert_same(result: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     for what in ("gradients", "weights"):
-        for name, tensor in found.get(what, {}).items():
+        for name, tensor in result.get(what, {}).items():
             if name not in expected[what]:
-                assert name == "lm_head.weight"  # tied: the embedding under its second name
+                # Tied: the embedding under its second name.
+                assert name == "lm_head.weight"
                 continue
             gradient = expected["gradients"][name if what == "gradients" else f"model.{name}"]
-            error = (
-                tensor.double() - expected[what][name]
-            ).abs().max() / gradient.abs().max().clamp(min=1.0)
+            scale = gradient.abs().max().clamp(min=1.0)
+            error = (tensor.double() - expected[what][name]).abs().max() / scale
             assert error.item() <= TOLERANCE, (what, name, error.item())
-        assert what not in found or len(found[what]) >= len(expected[what])
-    assert "gradients" in found or "weights" in found
+        assert what not in result or len(result[what]) >= len(expected[what])
+    assert "gradients" in result or "weights" in result
 
 
 @pytest.mark.parametrize(("world", "job"), CASES, ids=name_of)
@@ -253,22 +245,19 @@ def test_every_split_gives_the_gradient_of_one_padded_batch(
 
 
 def test_the_jobs_split_steps_as_they_say(one_rank: Results, two_ranks: Results) -> None:
-    """The matrix is what it claims: one, two and four micro-batches; conversations in fewer rows
-    than there are."""
+    """The matrix holds one, two and four micro-batches, and conversations that share rows."""
     for results, job_list in ((one_rank, WORLDS["one_rank"]), (two_ranks, WORLDS["two_ranks"])):
-        found = {results[job]["micro_batches"] for job in job_list if job.unit == "pack"}
-        assert {1, 2, 4} <= found
+        numbers = {results[job]["micro_batches"] for job in job_list if job.unit == "pack"}
+        assert {1, 2, 4} <= numbers
     conversations = Job(unit="conversation", per_step=23, loss=TOKEN)
-    tokens = 23 * 16  # about
-    assert one_rank[conversations]["micro_batches"] <= 2 * tokens / MAX_SEQ_LEN
-    assert two_ranks[conversations]["micro_batches"] == -(
-        -one_rank[conversations]["micro_batches"] // 2
-    )
+    # A sequence has about 16 tokens.
+    rows = one_rank[conversations]["micro_batches"]
+    assert rows <= 2 * 23 * 16 / MAX_SEQ_LEN
+    assert two_ranks[conversations]["micro_batches"] == -(-rows // 2)
 
 
 def test_means_of_micro_batch_means_would_be_noticed(one_rank: Results, folder: Path) -> None:
-    """What trainers without a known denominator do: its gradient is another one, and the comparison
-    says so."""
+    """Trainers that do not know the denominator of the step compute them; the comparison fails."""
     job = Job(per_step=4, loss=TOKEN)
     packs = [
         uneven_packs()[number]
@@ -294,16 +283,11 @@ def padded_trainer(folder: Path, job: Job) -> dict[str, Any]:
     for tokens, mask in with_loss:
         padding = MAX_SEQ_LEN - len(tokens)
         ids = torch.tensor([tokens + [0] * padding])
-        labels = torch.tensor(
-            [[token if bit else -100 for token, bit in zip(tokens, mask, strict=True)]]
-        )
-        labels = torch.nn.functional.pad(labels, (0, padding), value=-100)
+        labels = ids.where(torch.tensor([mask + [0] * padding], dtype=torch.bool), -100)
         logits = network(input_ids=ids, use_cache=False).logits
         reduction = "sum" if job.loss.norm == "sum" else "mean"
-        loss = (
-            torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction=reduction)
-            / num_averaged
-        )
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction=reduction)
+        loss = loss / num_averaged
         loss.backward()
         total += loss.item()
     return {

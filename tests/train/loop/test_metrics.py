@@ -1,144 +1,126 @@
-"""Records: cut back to the checkpoint on resume, torn lines tolerated; MFU counts what a step
-needs."""
+"""metrics.jsonl holds exactly what the docstring of train/loop/metrics.py lists; Weights & Biases
+shows the same."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from shard_sets import random_packs, write_shard_set
+from train_runs import RECIPE, VOCAB, records, train_here
+from wandb_records import histories
 
+from train.loop import metrics
 from train.loop.metrics import console_line
-from train.run.records import keep_records, read_records
-from train.sizing.flops import model_cost, peak_flops
-from train.sizing.gpu_specs import find_gpu
+
+NAMES = ("algebra", "chat")
+STEPS = 4
+
+INTEGERS = {"step", "skipped_steps", "loss_tokens", "total_tokens", "eval_tokens"}
+INTEGERS |= {"total_tokens_including_padding"}
+MAY_BE_NULL = {"train_loss", "train_loss/SOURCE", "grad_norm", "load_balancing_loss", "mfu"}
+MAY_BE_NULL |= {"eval_loss/SOURCE"}
 
 
-def write(path: Path, *lines: str) -> Path:
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two sources that is evaluated, stopped after two steps and resumed, with an offline
+    W&B log."""
+    pytest.importorskip("wandb")
+    folder = tmp_path_factory.mktemp("records")
+    for name, seed in (("set", 1), ("set/eval", 2)):
+        packs = random_packs(num_packs=10, max_seq_len=32, vocab_size=VOCAB, seed=seed)
+        origins = [[(row % 2, row, 0) for row in range(len(pack))] for pack in packs]
+        write_shard_set(
+            folder / name,
+            packs,
+            max_seq_len=32,
+            vocab_size=VOCAB,
+            origins=origins,
+            source_names=NAMES,
+        )
+    recipe = folder / "tiny.toml"
+    recipe.write_text(RECIPE, encoding="utf-8")
+    call = ["--shards", folder / "set", "--recipe", recipe, "--output", folder / "run"]
+    call += ["--max-steps", STEPS, "--set", "log.wandb=offline"]
+    assert train_here(*call, "--stop-after", 2).exit_code == 75
+    assert train_here(*call).exit_code == 0
+    return folder / "run"
 
 
-def test_records_after_the_checkpoint_and_a_torn_line_go_away(tmp_path: Path) -> None:
-    lines = [json.dumps({"step": step, "train_loss": 1.0 / step}) for step in (1, 2, 3, 4)]
-    path = write(tmp_path / "metrics.jsonl", *lines, '{"step": 5, "trai')
-    keep_records(path, up_to_step=3)
-    assert path.read_text().endswith("\n")
-    assert [record["step"] for record in read_records(path)] == [1, 2, 3]
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+def documented() -> tuple[set[str], set[str], set[str]]:
+    """Return the keys of the docstring: of training records, of evaluation records, those with
+    null."""
+    tables: list[set[str]] = [set(), set()]
+    nullable: set[str] = set()
+    keys: list[str] = []
+    for line in (metrics.__doc__ or "").splitlines():
+        if line.startswith("An evaluation"):
+            tables.reverse()
+        if match := re.match(r"    ([a-z_]+(?:/SOURCE)?(?:, [a-z_]+)*)  +\S", line):
+            keys = match[1].split(", ")
+            tables[0].update(keys)
+        if line.startswith("    ") and "null" in line:
+            nullable.update(keys)
+    return tables[1], tables[0], nullable
 
 
-def test_a_missing_file_is_no_records_to_cut(tmp_path: Path) -> None:
-    keep_records(tmp_path / "metrics.jsonl", up_to_step=0)
-    assert not (tmp_path / "metrics.jsonl").exists()
+def key_of(name: str) -> str:
+    base, separator, source = name.partition("/")
+    assert source in ("", *NAMES)
+    return f"{base}/SOURCE" if separator else base
 
 
-def test_the_console_line_shows_a_step_without_loss_tokens_as_such() -> None:
-    record = {
-        "step": 3, "train_loss": None, "learning_rate": 1e-5, "grad_norm": 0.0, "per_device_tps": 1234.5,
-        "step_seconds": 0.5, "mfu": None,
-    }  # fmt: skip
-    assert (
-        console_line(record, 9)
-        == "step 3/9  loss -  lr 1.00e-05  grad 0  1,234 tok/s/device  0.50 s/step"
+def test_records_have_exactly_the_keys_of_the_docstring(run: Path) -> None:
+    training, evaluation, _ = documented()
+    run_records = records(run)
+    assert [record["step"] for record in run_records if "train_loss" in record] == list(
+        range(1, STEPS + 1)
     )
+    assert any("eval_loss" in record for record in run_records)
+    for record in run_records:
+        assert {key_of(name) for name in record} == (
+            evaluation if "eval_loss" in record else training
+        )
+        assert {name.partition("/")[2] for name in record} == {"", *NAMES}
+
+
+def test_values_have_the_types_of_the_docstring(run: Path) -> None:
+    assert documented()[2] == MAY_BE_NULL
+    for record in records(run):
+        for name, value in record.items():
+            if value is None:
+                assert key_of(name) in MAY_BE_NULL, name
+            else:
+                assert type(value) is (int if name in INTEGERS else float), (name, value)
+
+
+def test_weights_and_biases_has_each_step_once_under_one_id_and_the_same_numbers(run: Path) -> None:
+    (first, before), (second, after) = histories(run / "wandb")
+    assert first == second == json.loads((run / "config.json").read_text())["wandb_id"]
+    assert [[row["_step"] for row in rows if "train_loss" in row] for rows in (before, after)] == [
+        [1, 2],
+        [3, 4],
+    ]
+    expected: dict[int, dict[str, Any]] = {}
+    # An evaluation belongs to the row of its step.
+    for record in records(run):
+        shown = {name: value for name, value in record.items() if value is not None}
+        expected.setdefault(record["step"], {}).update(shown)
+    merged: dict[int, dict[str, Any]] = {}
+    # A stop may come before the evaluation of its step: the resumed run adds that to the row.
+    for row in before + after:
+        values = {name: value for name, value in row.items() if not name.startswith("_")}
+        row_so_far = merged.setdefault(row["_step"], {})
+        assert row_so_far.keys() & values.keys() <= {"step", "epoch"}
+        row_so_far.update(values)
+    assert merged == expected
+
+
+def test_the_console_line_shows_a_dash_for_a_loss_that_there_is_not() -> None:
+    speed = {"per_device_tps": 1234.5, "step_seconds": 0.5, "mfu": None}
+    record = {"step": 3, "train_loss": None, "learning_rate": 1e-5, "grad_norm": 0.0, **speed}
+    expected = "step 3/9  loss -  lr 1.00e-05  grad 0  1,234 tok/s/device  0.50 s/step"
+    assert console_line(record, 9) == expected
     assert console_line({**record, "train_loss": 2.0, "mfu": 0.375}, 9).endswith("mfu 37.5%")
-
-
-def test_flops_of_a_step_follow_the_formula() -> None:
-    config = AutoConfig.for_model(
-        "llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=100,
-    )  # fmt: skip
-    cost = model_cost(AutoModelForCausalLM.from_config(config))
-    layer = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 48 + 2 * 32
-    assert cost.body == 6 * (2 * layer + 32)
-    assert cost.head == 6 * 32 * 100
-    # one sequence of 10 tokens: 2 layers x 4 heads x 8 x (10 x 10 / 2) pairs x 2 products x 2 x 3
-    # passes
-    assert cost.flops(tokens=0, loss_tokens=0, squared_lengths=100) == 2 * 32 * 50 * 2 * 2 * 3
-    assert cost.flops(tokens=2, loss_tokens=3, squared_lengths=0) == 2 * cost.body + 3 * cost.head
-
-
-ATTENTION, NORMS = (
-    4 * 32 * 32,
-    2 * 32,
-)  # of a layer: q, k, v, o of 4 heads of 8; before attention and experts
-EXPERT = 3 * 32 * 16
-
-
-def mixture_of_experts(kind: str, **options: Any) -> PreTrainedModel:
-    config = AutoConfig.for_model(
-        kind, hidden_size=32, intermediate_size=16, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=8, vocab_size=100, num_experts_per_tok=2, **options,
-    )  # fmt: skip
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "further"),
-    [
-        ("olmoe", {"num_experts": 8}, 2 * 32),  # norms of queries and keys over all heads
-        ("qwen3_moe", {"num_experts": 8}, 2 * 8),  # over one head
-        ("mixtral", {"num_local_experts": 8}, 0),
-        (
-            "qwen2_moe",
-            {"num_experts": 8, "shared_expert_intermediate_size": 24},
-            3 * 32 + 3 * 32 * 24 + 32,
-        ),
-    ],  # the last: biases of q, k, v, then an expert that all tokens go through, and its gate
-)
-def test_of_experts_those_count_that_a_token_goes_through(
-    kind: str, options: dict[str, int], further: int
-) -> None:
-    cost = model_cost(mixture_of_experts(kind, **options))
-    assert cost.body == 6 * (
-        2 * (ATTENTION + NORMS + further + 8 * 32 + 2 * EXPERT) + 32
-    )  # the router has 8 x 32
-    assert cost.attention == 6 * 2 * 32
-
-
-def test_experts_are_known_by_name_where_weights_are_not_whole() -> None:
-    model = mixture_of_experts("olmoe", num_experts=8)
-    whole = model_cost(model).body
-    for parameter in model.parameters():  # as ZeRO-3 leaves them
-        parameter.ds_numel = parameter.numel()
-        parameter.data = torch.empty(0)
-    assert model_cost(model).body == whole
-
-
-def test_a_number_of_active_experts_that_is_not_known_is_said(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    model = mixture_of_experts("olmoe", num_experts=8)
-    active = model_cost(model).body
-    model.config.num_experts_per_tok = 0
-    assert model_cost(model).body == active + 6 * 2 * 6 * EXPERT
-    assert "mfu counts all" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H100 NVL", 835e12),
-        ("NVIDIA GH200 480GB", 989e12),
-        ("NVIDIA GB200", 2500e12),
-        ("NVIDIA B200", 2250e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA H20", None),
-        ("NVIDIA GeForce RTX 4090", None),
-    ],
-)
-def test_peaks_are_those_of_the_data_sheets_without_sparsity(name: str, peak: float | None) -> None:
-    gpu = find_gpu(name)
-    assert (gpu.peak_flops if gpu else None) == peak
-
-
-@pytest.mark.parametrize("device", ["cpu"])
-def test_there_is_no_mfu_without_a_known_peak(device: str) -> None:
-    assert peak_flops(torch.device(device)) is None

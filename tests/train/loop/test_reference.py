@@ -1,8 +1,7 @@
-"""Twenty steps of `sft-train` against a trainer that shares no code with it (reference_trainer.py):
-the same numbers.
+"""Twenty steps of `sft-train` give the numbers of a trainer that shares no code with it.
 
-One packs, shards over ranks, chunks its loss and fuses its update; the other runs each sequence
-alone in plain torch.
+`sft-train` packs, shards over ranks, chunks its loss and fuses its update; reference_trainer.py
+runs each sequence alone in plain torch.
 """
 
 import json
@@ -22,8 +21,8 @@ pytestmark = pytest.mark.slow
 STEPS = 20
 TABLE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCAB, "pad_token_id": None, "bos_token_id": None,
-    "eos_token_id": 0,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCAB, "pad_token_id": None,
+    "bos_token_id": None, "eos_token_id": 0,
 }  # fmt: skip
 
 
@@ -67,44 +66,43 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = AutoConfig.for_model(model_type, **TABLE, tie_word_embeddings=tied)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
     (folder / "recipe.toml").write_text(
-        'name = "reference"\n[optim]\nlearning_rate = 1.0\n[batch]\npacks_per_step ='
-        " 4\n[log]\nevery_steps = 1\n"
+        'name = "reference"\n[optim]\nlearning_rate = 1.0\n[batch]\npacks_per_step = 4\n'
+        "[log]\nevery_steps = 1\n"
     )
     return folder
 
 
 def command(folder: Path, case: Case, run: Path) -> list[object]:
     chosen = case.settings
+    micro_batch = f"packs_per_micro_batch={case.per_micro_batch}"
     settings = {
-        "batch": f"{{{case.unit}_per_step={case.per_step}, packs_per_micro_batch={case.per_micro_batch}}}",
-        "loss.norm": chosen.norm, "loss.divisor": chosen.divisor, "schedule.kind": chosen.kind,
-        "schedule.warmup_ratio": chosen.warmup_ratio, "optim.learning_rate": chosen.learning_rate,
-        "optim.betas": f"[{chosen.betas[0]}, {chosen.betas[1]}]", "optim.weight_decay": chosen.weight_decay,
+        "batch": f"{{{case.unit}_per_step={case.per_step}, {micro_batch}}}",
+        "loss.norm": chosen.norm,
+        "loss.divisor": chosen.divisor,
+        "schedule.kind": chosen.kind,
+        "schedule.warmup_ratio": chosen.warmup_ratio,
+        "optim.learning_rate": chosen.learning_rate,
+        "optim.betas": f"[{chosen.betas[0]}, {chosen.betas[1]}]",
+        "optim.weight_decay": chosen.weight_decay,
         "optim.max_grad_norm": chosen.max_grad_norm,
-    }  # fmt: skip
+    }
     return [
-        *(
-            "--shards",
-            folder / "set",
-            "--recipe",
-            folder / "recipe.toml",
-            "--model",
-            folder / case.model,
-        ),
-        *("--eval-shards", folder / "held-out", "--output", run, "--max-steps", STEPS),
+        *("--shards", folder / "set", "--recipe", folder / "recipe.toml"),
+        *("--model", folder / case.model, "--eval-shards", folder / "held-out"),
+        *("--output", run, "--max-steps", STEPS),
         *(part for key, value in settings.items() for part in ("--set", f"{key}={value}")),
     ]
 
 
 def steps_of(folder: Path, run: Path) -> list[list[Tokens]]:
-    """Return the sequences of each step, which only the run can tell: the rest is read from the
-    columns."""
-    found = sequences_of(folder / "set")
+    """Return the sequences of each step. Which they are only the run can tell; their content is
+    read from the columns."""
+    sequences = sequences_of(folder / "set")
     steps = []
     for step in range(1, STEPS + 1):
         lines = train_here("which", run, "--step", step, "--json").stdout.splitlines()
         rows = [json.loads(line) for line in lines]
-        steps.append([found[row["row"], row["first_token"]] for row in rows])
+        steps.append([sequences[row["row"], row["first_token"]] for row in rows])
     return steps
 
 
@@ -115,15 +113,14 @@ def reference(folder: Path, name: str, run: Path) -> Trained:
 
 
 def assert_same(run: Path, expected: Trained) -> None:
-    found: list[dict[str, Any]] = records(run)
-    steps = [record for record in found if "train_loss" in record]
+    run_records: list[dict[str, Any]] = records(run)
+    steps = [record for record in run_records if "train_loss" in record]
     assert [record["train_loss"] for record in steps] == pytest.approx(expected.losses, rel=1e-6)
     assert [record["grad_norm"] for record in steps] == pytest.approx(expected.grad_norms, rel=1e-5)
-    (evaluation,) = [record for record in found if "eval_loss" in record]
+    (evaluation,) = [record for record in run_records if "eval_loss" in record]
     assert evaluation["eval_loss"] == pytest.approx(expected.eval_loss, rel=1e-6)
-    for name, tensor in weights(
-        run
-    ).items():  # AdamW makes much of the rounding of a gradient that is next to nothing
+    # AdamW amplifies the rounding of a gradient that is next to nothing.
+    for name, tensor in weights(run).items():
         torch.testing.assert_close(tensor, expected.weights[name], rtol=1e-4, atol=1e-4)
     assert steps[-1]["train_loss"] != pytest.approx(steps[0]["train_loss"], rel=1e-2), (
         "nothing was trained"
@@ -138,7 +135,7 @@ def test_one_rank_is_a_plain_loop_over_sequences(name: str, folder: Path, tmp_pa
 
 
 def test_two_ranks_are_the_same_loop(folder: Path, tmp_path: Path) -> None:
-    """ZeRO-3; which sequences make up a step does not hang on the ranks."""
+    """ZeRO-3; which sequences make up a step does not depend on the ranks."""
     done = train_apart(*command(folder, CASES["token"], tmp_path / "run"), "--nproc-per-node", 2)
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path / "run", reference(folder, "token", tmp_path / "run"))

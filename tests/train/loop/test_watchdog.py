@@ -1,5 +1,5 @@
 """A rank that stands still makes the others write their stacks and end the run; the same command
-goes on."""
+resumes."""
 
 import os
 import signal
@@ -12,15 +12,15 @@ import torch
 from killed_runs import rank_processes
 from train_runs import command, losses, records, status, train_apart, weights, write_inputs
 
+# SIGINT to the launcher takes the same way, and runs by default.
 FULL_FORM = [
     pytest.param(f"{name} to the launcher", marks=pytest.mark.full)
     for name in ("SIGTERM", "SIGUSR1")
-]  # SIGINT to the launcher goes the same way
+]
 
 
 def is_gone(*processes: int) -> bool:
-    """Return whether these processes have ended, within a minute; init may be slow to take note of
-    their end."""
+    """Return whether these processes end within a minute: init may be slow to reap them."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         stats = [Path(f"/proc/{process}/stat") for process in processes]
@@ -36,9 +36,12 @@ def is_gone(*processes: int) -> bool:
 def start_two_ranks(run: Path, *arguments: object) -> "subprocess.Popen[str]":
     """Start `sft-train` on two ranks and return once it has saved a checkpoint."""
     process = subprocess.Popen(
-        command(*arguments, "--output", run, "--nproc-per-node", 2), env={**os.environ, "OMP_NUM_THREADS": "1"},
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        command(*arguments, "--output", run, "--nproc-per-node", 2),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     deadline = time.monotonic() + 120
     while not list(run.glob("checkpoints/step-*")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
@@ -47,8 +50,8 @@ def start_two_ranks(run: Path, *arguments: object) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("then", ["end", pytest.param("go on", marks=pytest.mark.full)])
-def test_a_rank_that_stands_still_ends_the_run_with_stacks_and_the_same_command_goes_on(
+@pytest.mark.parametrize("then", ["end", pytest.param("resume", marks=pytest.mark.full)])
+def test_a_rank_that_stands_still_ends_the_run_with_stacks_and_the_same_command_resumes(
     then: str, tmp_path: Path
 ) -> None:
     shards, recipe = write_inputs(tmp_path)
@@ -57,9 +60,8 @@ def test_a_rank_that_stands_still_ends_the_run_with_stacks_and_the_same_command_
     run, whole = tmp_path / "run", tmp_path / "whole"
     process = start_two_ranks(run, *call, "--set", "run.hang_timeout_minutes=0.05")
     second = rank_processes(process.pid)[1]
-    while (
-        records(run)[-1]["step"] < 52
-    ):  # between saves: the watch rests while a checkpoint is written
+    # Between saves: the watch is paused while a checkpoint is saved.
+    while records(run)[-1]["step"] < 52:
         time.sleep(0.01)
     os.kill(second, signal.SIGSTOP)
     _, errors = process.communicate(timeout=120)
@@ -86,10 +88,9 @@ def test_all_ranks_save_and_stop_whoever_gets_the_signal(way: str, tmp_path: Pat
     shards, recipe = write_inputs(tmp_path)
     run = tmp_path / "run"
     process = start_two_ranks(run, "--shards", shards, "--recipe", recipe, "--max-steps", 5000)
-    name, _, whom = way.partition(" to ")
-    os.kill(
-        rank_processes(process.pid)[1] if whom == "rank 1" else process.pid, signal.Signals[name]
-    )
+    name, _, target = way.partition(" to ")
+    pid = rank_processes(process.pid)[1] if target == "rank 1" else process.pid
+    os.kill(pid, signal.Signals[name])
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
     assert status(run)["state"] == "stopped"
@@ -103,7 +104,8 @@ def test_a_second_ctrl_c_ends_all_ranks_at_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start_two_ranks(run, "--shards", shards, "--recipe", recipe, "--max-steps", 5000)
     ranks = rank_processes(process.pid)
-    os.kill(ranks[1], signal.SIGSTOP)  # no step can end
+    # Now no step can end.
+    os.kill(ranks[1], signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
     while "Ctrl-C: the run stops after this step" not in process.stderr.readline():
@@ -115,15 +117,14 @@ def test_a_second_ctrl_c_ends_all_ranks_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_where_ranks_were_killed_the_launcher_looks_for_a_file_that_was_truncated(
+def test_after_ranks_were_killed_the_launcher_looks_for_a_file_that_was_truncated(
     tmp_path: Path,
 ) -> None:
-    """As by SIGBUS: ranks that die of it say nothing themselves. They stand still here, so that
-    they cannot notice."""
+    """Ranks that die of SIGBUS can record nothing. Here they are stopped, so that they do not
+    notice the truncation first."""
     shards, recipe = write_inputs(tmp_path)
-    process = start_two_ranks(
-        tmp_path / "run", "--shards", shards, "--recipe", recipe, "--max-steps", 5000
-    )
+    call = ("--shards", shards, "--recipe", recipe, "--max-steps", 5000)
+    process = start_two_ranks(tmp_path / "run", *call)
     ranks = rank_processes(process.pid)
     for rank in ranks:
         os.kill(rank, signal.SIGSTOP)
@@ -132,7 +133,5 @@ def test_where_ranks_were_killed_the_launcher_looks_for_a_file_that_was_truncate
         os.kill(rank, signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 5
-    assert (
-        "tokens.npy was changed while it was in use: it has 128 bytes"
-        in errors.rstrip().split("\n")[-1]
-    )
+    last = errors.rstrip().split("\n")[-1]
+    assert "tokens.npy was changed while it was in use: it has 128 bytes" in last

@@ -1,5 +1,5 @@
-"""Asking an exported model: batches answer as one prompt alone does, and right answers are counted
-per skill."""
+"""An exported model answers in a batch as it answers each prompt alone; right answers count per
+skill."""
 
 import json
 from pathlib import Path
@@ -29,9 +29,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shard_set = build_set(mixture_of([rows], small_tokenizer(folder / "tokenizer")), folder / "set")
     torch.manual_seed(0)
     model_config = Qwen3Config(
-        vocab_size=shard_set.manifest.tokenizer.vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=shard_set.manifest.tokenizer.vocab_size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.5,
+    )
     recipe = config.to_plain(load_recipe("tiny"))
     export_model(
         state_dict=dict(AutoModelForCausalLM.from_config(model_config).state_dict()),
@@ -45,10 +51,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(model_dir: Path) -> list[str]:
-    """What the model answers to each prompt alone, by transformers as its manual shows."""
+    """What the model answers to each prompt alone, called as in the manual of transformers."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    found = []
+    alone = []
     for prompt in PROMPTS:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
@@ -57,13 +63,10 @@ def answers(model_dir: Path) -> list[str]:
             return_dict=True,
         )
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        found.append(
-            tokenizer.decode(
-                output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            ).strip()
-        )
-    assert len(set(found)) > 1
-    return found
+        answer = output[0, inputs["input_ids"].shape[1] :]
+        alone.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
+    assert len(set(alone)) > 1
+    return alone
 
 
 def _questions(path: Path, answers: list[str], *, field: str = "skill") -> Path:
@@ -127,7 +130,7 @@ def test_a_directory_without_a_model_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "message"),
     [
         ("{", "line 2: expected an object with `messages`"),
         ("[1]", "line 2: expected an object with `messages`"),
@@ -141,9 +144,9 @@ def test_a_directory_without_a_model_is_an_error(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_bad_question_is_named_by_its_line(tmp_path: Path, row: str, says: str) -> None:
+def test_a_bad_question_is_named_by_its_line(tmp_path: Path, row: str, message: str) -> None:
     path = write_rows(tmp_path / "questions.jsonl", [chat("Hi", "Hello"), row])
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         read_questions(path)
 
 

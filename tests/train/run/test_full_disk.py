@@ -1,5 +1,5 @@
-"""A disk that fills up while a checkpoint is saved: one line says so, nothing is lost, and the same
-command goes on."""
+"""A disk that fills up during a save is reported in one line; nothing is lost, and the same command
+resumes."""
 
 import os
 import subprocess
@@ -11,7 +11,8 @@ from train_runs import losses, status, train_apart, train_here, write_inputs
 
 from train.run.checkpoint_layout import list_checkpoints
 
-NO_DROPOUT = ("--set", "model.config.attention_dropout=0.0")  # ranks draw from different generators
+# Ranks draw dropout from different generators.
+NO_DROPOUT = ("--set", "model.config.attention_dropout=0.0")
 
 
 @pytest.fixture(scope="module")
@@ -37,29 +38,23 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def fill(disk: Path, *, leaving: int) -> None:
     """Write a file that leaves so many bytes free."""
     (disk / "filler").unlink(missing_ok=True)
-    found = os.statvfs(disk)
+    system = os.statvfs(disk)
     with (disk / "filler").open("wb") as stream:
-        os.posix_fallocate(stream.fileno(), 0, found.f_bavail * found.f_bsize - leaving)
+        os.posix_fallocate(stream.fileno(), 0, system.f_bavail * system.f_bsize - leaving)
 
 
 @pytest.fixture(scope="module")
 def whole(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose disk has room."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    assert (
-        train_here(
-            "--shards", inputs[0], "--recipe", inputs[1], "--output", run, *NO_DROPOUT
-        ).exit_code
-        == 0
-    )
+    call = ("--shards", inputs[0], "--recipe", inputs[1], "--output", run, *NO_DROPOUT)
+    assert train_here(*call).exit_code == 0
     return run
 
 
 def assert_nothing_is_lost(run: Path) -> None:
-    assert [path.name for path in list_checkpoints(run / "checkpoints")] == [
-        "step-00000002",
-        "step-00000004",
-    ]
+    names = [path.name for path in list_checkpoints(run / "checkpoints")]
+    assert names == ["step-00000002", "step-00000004"]
 
 
 def assert_whole(run: Path, whole: Path) -> None:
@@ -70,14 +65,13 @@ def assert_whole(run: Path, whole: Path) -> None:
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "leaving", [0, 40_960]
-)  # nothing can be written at all, or a part of a checkpoint can
+# Nothing can be written at all, or a part of a checkpoint can.
+@pytest.mark.parametrize("leaving", [0, 40_960])
 def test_a_disk_that_is_full_when_a_checkpoint_is_saved(
     leaving: int, inputs: tuple[Path, Path], whole: Path, disk: Path
 ) -> None:
-    """torch says "unexpected pos", safetensors "code: 28": the error is the system's all the
-    same."""
+    """torch reports "unexpected pos" and safetensors "code: 28"; the run reports the system's error
+    for both."""
     run = disk / "run"
     call = ("--shards", inputs[0], "--recipe", inputs[1], "--output", run, *NO_DROPOUT)
     assert train_here(*call, "--stop-after", 4).exit_code == 75
@@ -97,22 +91,14 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_saved(
 @pytest.mark.slow
 def test_two_ranks_whose_disk_is_full(inputs: tuple[Path, Path], whole: Path, disk: Path) -> None:
     run = disk / "run"
-    call = (
-        "--shards",
-        inputs[0],
-        "--recipe",
-        inputs[1],
-        "--nproc-per-node",
-        2,
-        "--output",
-        run,
-        *NO_DROPOUT,
-    )
+    call = ("--shards", inputs[0], "--recipe", inputs[1], "--output", run, *NO_DROPOUT)
+    call += ("--nproc-per-node", 2)
     assert train_apart(*call, "--stop-after", 4).returncode == 75
     fill(disk, leaving=0)
     failed = train_apart(*call)
     assert failed.returncode == 6
-    assert failed.stderr.startswith("error: ")  # before any rank is started
+    # Before any rank is started.
+    assert failed.stderr.startswith("error: ")
     fill(disk, leaving=40_960)
     failed = train_apart(*call)
     assert failed.returncode == 6, failed.stderr

@@ -1,5 +1,5 @@
-"""Two starts of one run, the second paused between its decision and its lock: as if one after
-another."""
+"""Two starts of one run, one of them paused between decision and lock, end like two starts in
+sequence."""
 
 import json
 import os
@@ -46,7 +46,7 @@ train.cli.main.main()
 
 
 class Start:
-    """`sft-train` in a process that stops at a place and goes on when told."""
+    """`sft-train` in a process that pauses at a point until `resume`."""
 
     def __init__(self, folder: Path, where: str, *arguments: object) -> None:
         self.fifo = folder / f"go-{where}"
@@ -60,7 +60,8 @@ class Start:
         line = self.process.stdout.readline()
         assert line == "PAUSED\n", (line, self.process.communicate())
 
-    def go_on(self) -> tuple[int, str, str]:
+    def resume(self) -> tuple[int, str, str]:
+        """Let the process run to its end; return its exit code and output."""
         self.fifo.open("w").close()
         out, err = self.process.communicate(timeout=300)
         return self.process.returncode, out, err
@@ -100,13 +101,13 @@ def test_a_start_that_decided_before_another_completed_the_run_finds_it_complete
         assert train_here(*call, "--stop-after", 2).exit_code == 75
     late = Start(tmp_path, where, *call)
     assert train_here(*call).exit_code == 0
-    code, out, err = late.go_on()
+    code, out, err = late.resume()
     assert code == 0, err
     assert "is complete" in out
     assert_undisturbed(run, whole)
 
 
-def test_a_start_that_decided_before_another_trained_on_goes_on_from_where_that_stopped(
+def test_a_start_that_decided_before_another_trained_on_resumes_where_that_stopped(
     inputs: tuple[Path, Path], whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -114,13 +115,13 @@ def test_a_start_that_decided_before_another_trained_on_goes_on_from_where_that_
     assert train_here(*call, "--stop-after", 2).exit_code == 75
     late = Start(tmp_path, "decided", *call)
     assert train_here(*call, "--stop-after", 4).exit_code == 75
-    code, _, err = late.go_on()
+    code, _, err = late.resume()
     assert code == 0, err
-    assert "going on after step 6" in err
+    assert "resuming after step 6" in err
     assert_undisturbed(run, whole)
 
 
-def test_the_loser_says_so_and_leaves_the_run_alone(
+def test_the_second_start_is_refused_and_leaves_the_run_alone(
     inputs: tuple[Path, Path], whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -128,11 +129,11 @@ def test_the_loser_says_so_and_leaves_the_run_alone(
     first = Start(tmp_path, "holding", *call)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for ranks in ((), ("--nproc-per-node", 2)):
-        loser = train_apart(*call, *ranks)
-        assert loser.returncode == 5
-        assert f"another process is training in {run}" in loser.stderr
+        second = train_apart(*call, *ranks)
+        assert second.returncode == 5
+        assert f"another process is training in {run}" in second.stderr
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    assert first.go_on()[0] == 0
+    assert first.resume()[0] == 0
     assert_undisturbed(run, whole)
 
 
@@ -145,9 +146,9 @@ def test_a_start_that_would_make_another_run_there_meanwhile_is_refused(
     never = Start(tmp_path, "joined", *call, "--resume", "never")
     assert train_here(*call, "--stop-after", 1).exit_code == 75
     before = (run / "status.json").read_bytes()
-    code, _, err = late.go_on()
+    code, _, err = late.resume()
     assert (code, "was begun with optim.learning_rate = 0.003" in err) == (3, True)
-    code, _, err = never.go_on()
+    code, _, err = never.resume()
     assert (code, "holds a run already" in err) == (5, True)
     assert (run / "status.json").read_bytes() == before
 
@@ -162,7 +163,7 @@ def test_the_lock_of_a_killed_start_is_free(
     os.kill(first.process.pid, signal.SIGKILL)
     first.process.communicate()
     assert json.loads((run / "status.json").read_text())["state"] == "running"
-    code, _, err = late.go_on()
+    code, _, err = late.resume()
     assert code == 0, err
     assert_undisturbed(run, whole)
 
@@ -171,16 +172,15 @@ def test_the_lock_of_a_killed_start_is_free(
 def test_ranks_that_find_the_run_held_end_their_launcher_with_that_code(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The launcher looked before they did: the lock was free then."""
+    """The launcher has looked before them, while the lock was free."""
     run = tmp_path / "run"
     call = ("--shards", inputs[0], "--recipe", inputs[1], "--output", run)
     first = Start(tmp_path, "holding", *call)
     words = command("--under-launcher", *call)
-    torchrun = [
-        sys.executable, "-P", "-m", "train.launch.elastic", "--standalone", "--nproc-per-node", "2", "--no-python", *words,
-    ]  # fmt: skip
+    torchrun = [sys.executable, "-P", "-m", "train.launch.elastic", "--standalone"]
+    torchrun += ["--nproc-per-node", "2", "--no-python", *words]
     done = subprocess.run(torchrun, capture_output=True, text=True, timeout=300)
     assert done.returncode == 5, done.stderr
     assert f"another process is training in {run}" in done.stderr
     assert "Traceback" not in done.stderr
-    assert first.go_on()[0] == 0
+    assert first.resume()[0] == 0
