@@ -100,7 +100,8 @@ def _torchrun(
         *("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
         *("--shutdown-timeout", str(seconds_to_save)),
         *("--no-python", str(console_script())),
-        *rank_arguments(request),
+        # torchrun replaces $local_rank, ${local_rank} and $$ in the words of a rank
+        *(word.replace("$", "$$") for word in rank_arguments(request)),
     ]
 
 

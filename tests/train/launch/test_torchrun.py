@@ -118,6 +118,16 @@ def test_torchrun_forwards_signals_waits_for_a_save_and_imports_no_local_file() 
     assert Path(script).is_absolute()
 
 
+@pytest.mark.parametrize("name", ["$local_rank", "${local_rank}", "$$", "a$b", "cost 5$", "plain"])
+def test_a_rank_gets_the_words_of_its_command_whatever_torchrun_replaces(name: str) -> None:
+    from torch.distributed.elastic.utils import macros
+
+    setting = f"log.wandb_name={name}"
+    request = TrainRequest(shards=Path("s"), settings=(setting,))
+    words = macros.substitute(standalone_command(request, 2), "1")
+    assert words[words.index("--set") + 1] == setting
+
+
 @pytest.mark.full
 def test_two_nodes_train_as_two_ranks_of_one_and_resume_after_their_link_was_cut(
     folder: Path, nodes: TwoNodes
