@@ -196,7 +196,7 @@ def strips(data: dict[str, Any]) -> None:
     [
         (
             swap_two_words,
-            "2 entries of the vocabulary differ (in the shards and there: 'w5' 5 and 6",
+            "2 entries of the vocabulary differ (shards, model: 'w5' 5 and 6",
         ),
         (another_split, "the pre_tokenizer is"),
         (lower_case, "the normalizer is [] in the shards"),
@@ -277,11 +277,11 @@ def test_the_same_tokenizer_trains_and_none_is_said(
     model = copied(base, tmp_path / "model")
     none = train_here(*call, "--model", model, "--output", tmp_path / "none")
     assert none.exit_code == 0, none.output
-    assert none.output.count(f"is not checked: {model} has no tokenizer.json") == 1
+    assert none.output.count(f"are not compared: {model} has no tokenizer.json") == 1
     (model / "tokenizer.json").write_bytes(word_tokenizer(VOCAB)["tokenizer.json"])
     same = train_here(*call, "--model", model, "--output", tmp_path / "same")
     assert same.exit_code == 0, same.output
-    assert "checked" not in same.output
+    assert "compared" not in same.output
     (model / "tokenizer.json").write_bytes(word_tokenizer(VOCAB + 1)["tokenizer.json"])
     told = train_here(
         *call,
@@ -326,8 +326,8 @@ def test_a_hub_models_tokenizer_comes_from_the_hub(shards: ShardSet, tmp_path: P
     assert done.stdout.splitlines() == [
         "org/same passes", "org/other ArtifactError", "org/none passes", "org/missing passes"
     ], done.stderr  # fmt: skip
-    assert "is not checked: no tokenizer.json of org/none" in done.stderr
-    assert "is not checked: the hub does not give the tokenizer.json of org/missing" in done.stderr
+    assert "are not compared: no tokenizer.json of org/none" in done.stderr
+    assert "not compared: cannot get tokenizer.json of org/missing from the hub" in done.stderr
 
 
 def test_a_model_with_random_weights_has_nothing_to_compare(
@@ -408,7 +408,7 @@ def test_rows_of_added_tokens_are_grown_trained_and_exported(
     done = train_here(*call_of(grown, model, run, *settings))
     assert done.exit_code == 0, done.output
     assert (
-        "new rows of embedding and LM head for the tokens that the mixture added, ids"
+        "get new rows for the tokens that the mixture added, ids"
         f" {list(NEW_IDS)}" in done.output
     )
     start = train_here(
