@@ -155,7 +155,7 @@ def test_an_adapter_that_lacks_its_other_half_or_its_weight_is_refused() -> None
     with pytest.raises(ArtifactError, match="expected A and B"):
         merge_adapters({"x.weight": torch.zeros(3, 3)}, half, scale=1.0)
     pair = {**half, "x.lora_B.default.weight": torch.zeros(3, 2)}
-    with pytest.raises(ArtifactError, match="no such weight"):
+    with pytest.raises(ArtifactError, match="no weight of this name"):
         merge_adapters({}, pair, scale=1.0)
 
 
@@ -170,10 +170,10 @@ def test_an_adapter_that_lacks_its_other_half_or_its_weight_is_refused() -> None
             ("lora.targets=['q_proj', 'q_prog']",),
             "'q_prog' is not a layer",
         ),  # peft takes what it finds
-        (("lora.targets=['lm_head']",), "lm_head is the LM head, which gets no adapter"),
+        (("lora.targets=['lm_head']",), "lm_head is the LM head, which cannot have an adapter"),
         (
             ("lora.targets=['q_proj', 'embed_tokens']",),
-            "model.embed_tokens is of the kind Embedding, which gets no adapter",
+            "model.embed_tokens is of type Embedding, which cannot have an adapter",
         ),
         (
             ("lora.targets=['mlp']",),
@@ -183,7 +183,7 @@ def test_an_adapter_that_lacks_its_other_half_or_its_weight_is_refused() -> None
             ("lora.quantize=nf4", "engine.zero_stage=3"),
             "not with ZeRO stage 3; set engine.zero_stage = 2",
         ),
-        (("model.resize_vocab=true",), "[lora] trains beside weights that exist"),
+        (("model.resize_vocab=true",), "[lora] needs existing weights"),
         (("lora.rank=-1",), "rank = -1; expected 0"),
         (("lora.alpha=0",), "alpha = 0"),
         (("lora.dropout=1",), "dropout = 1.0"),
@@ -206,7 +206,7 @@ def test_adapters_go_beside_linear_layers_alone(targets: tuple[str, ...]) -> Non
     network = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("gpt2", n_embd=32, n_head=4, n_layer=1)
     )
-    with pytest.raises(ConfigError, match="which gets no adapter"):
+    with pytest.raises(ConfigError, match="which cannot have an adapter"):
         add_adapters(network, LoraConfig(rank=2, targets=targets), seed=0)
 
 
