@@ -145,9 +145,9 @@ def test_a_model_directory_is_found_beside_the_recipe(
         ),
         (
             "batch.conversations_per_step=8",
-            "packs_per_step and conversations_per_step found. To replace",
+            "found packs_per_step and conversations_per_step. To replace",
         ),
-        ("batch={}", "none found"),
+        ("batch={}", "found none"),
         ("loss.divisor=128", "only norm = 'sum' has one"),
         ("loss={norm='sum', divisor=0}", "divisor = 0.0; expected more than 0"),
         ("batch.packs_per_micro_batch=0", "packs_per_micro_batch = 0"),

@@ -36,8 +36,8 @@ def optimizer_of(
 
 
 def was_refused(optimizer: OneRankAdamW) -> bool:
-    assert optimizer.refused is not None
-    return bool(optimizer.refused)
+    assert optimizer.skipped is not None
+    return bool(optimizer.skipped)
 
 
 def backward(parameters: list[torch.nn.Parameter], seed: int, scale: float = 1.0) -> None:
