@@ -127,7 +127,7 @@ def test_any_causal_type_is_checked_or_refused(model_type: str) -> None:
     [
         ("deepseek_v3", "value heads"),
         ("deepseek_v2", "value heads"),
-        ("gpt2", "states no num_key_value_heads"),
+        ("gpt2", "has no num_key_value_heads"),
     ],
 )
 def test_heads_that_ranks_cannot_share_are_refused(model_type: str, message: str) -> None:
