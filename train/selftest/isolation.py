@@ -10,6 +10,7 @@ Differences are relative to the root mean square of the outputs. A leak moves th
 than 1, rounding by far less than the tolerance.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Finding:
 
     @property
     def is_ok(self) -> bool:
-        return self.worst <= self.tolerance  # false for a NaN too
+        return self.worst <= self.tolerance
 
 
 def isolation_of(network: PreTrainedModel, ids: torch.Tensor, bounds: list[int]) -> list[Finding]:
@@ -56,29 +57,28 @@ def isolation_of(network: PreTrainedModel, ids: torch.Tensor, bounds: list[int])
     neighbours = alone = 0.0
     with evaluating(network), torch.no_grad():
         before = outputs_of(network, ids, bounds)
-        scale = root_mean_square(before)
         # Evenly spaced sequences, the first and the last among them.
         for number in range(num_checked):
             index = round(number * (num_sequences - 1) / max(1, num_checked - 1))
             sequence = slice(bounds[index], bounds[index + 1])
             changed = others.clone()
             changed[sequence] = ids[sequence]
-            moved = largest(outputs_of(network, changed, bounds)[sequence] - before[sequence])
-            neighbours = max(neighbours, moved)
+            moved = outputs_of(network, changed, bounds)[sequence] - before[sequence]
+            neighbours = max(neighbours, relative_size(moved, before))
         earlier = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for start, end in pairwise(bounds):
             earlier[start : start + (end - start + 1) // 2] = True
         changed = torch.where(earlier, ids, others)
-        later = largest((outputs_of(network, changed, bounds) - before)[earlier])
+        moved = outputs_of(network, changed, bounds) - before
+        later = relative_size(moved[earlier], before)
         packed = logits_of(network, before)
         with eager_attention(network):
             for start, end in pairwise(bounds):
                 logits = network(input_ids=ids[None, start:end], use_cache=False).logits[0].float()
-                moved = largest(logits - packed[start:end]) / root_mean_square(logits)
-                alone = max(alone, moved)
+                alone = max(alone, relative_size(logits - packed[start:end], logits))
     checks = (
-        ("neighbours", "outputs after other sequences changed", neighbours / scale, unmoved),
-        ("later tokens", "outputs after later tokens changed", later / scale, unmoved),
+        ("neighbours", "outputs after other sequences changed", neighbours, unmoved),
+        ("later tokens", "outputs after later tokens changed", later, unmoved),
         ("packed = alone", "logits against each sequence alone, eager attention", alone, same),
     )
     return [
@@ -113,10 +113,6 @@ def logits_of(network: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return logits.float()
 
 
-def root_mean_square(tensor: torch.Tensor) -> float:
-    return max(float(tensor.float().square().mean().sqrt()), 1e-30)
-
-
 @contextmanager
 def evaluating(network: PreTrainedModel) -> Iterator[None]:
     """Switch dropout off while the block runs."""
@@ -139,6 +135,11 @@ def eager_attention(network: PreTrainedModel) -> Iterator[None]:
         network.set_attn_implementation(implementation)
 
 
-def largest(difference: torch.Tensor) -> float:
-    """Return the largest absolute value. NaN counts as infinite, since Python's max() loses it."""
-    return float(difference.float().abs().nan_to_num(nan=float("inf")).max())
+def relative_size(difference: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the largest |difference|, relative to the root mean square of `reference`.
+
+    It is infinite if any value is not finite, since Python's max() would lose a NaN.
+    """
+    scale = float(reference.float().square().mean().sqrt())
+    size = float(difference.float().abs().max())
+    return size / max(scale, 1e-30) if math.isfinite(size + scale) else math.inf

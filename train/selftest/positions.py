@@ -19,10 +19,9 @@ from train.selftest.isolation import (
     SAME,
     Finding,
     evaluating,
-    largest,
     logits_of,
     outputs_of,
-    root_mean_square,
+    relative_size,
 )
 
 LOCAL = "sft_local"
@@ -43,7 +42,8 @@ def position_check(packed: PreTrainedModel, plain: PreTrainedModel, *, longest: 
     """Compare a pack that holds a sequence of `longest` tokens, in `packed`, with each sequence
     alone, in `plain`.
 
-    The two networks have the same weights and use the attention `LOCAL`.
+    The two networks have the same weights and use the attention `LOCAL`. `longest` is more than 31,
+    the length of the first sequence, since dynamic NTK keeps the longest one so far.
     """
     bounds = [0, _SHORT[0], _SHORT[0] + longest, _SHORT[0] + longest + _SHORT[1]]
     size = int(plain.get_input_embeddings().weight.shape[0])
@@ -54,8 +54,8 @@ def position_check(packed: PreTrainedModel, plain: PreTrainedModel, *, longest: 
         outputs = outputs_of(packed, ids, bounds)
         for start, end in pairwise(bounds):
             alone = logits_of(plain, outputs_alone(plain, ids[start:end]))
-            moved = largest(logits_of(packed, outputs[start:end]) - alone)
-            worst = max(worst, moved / root_mean_square(alone))
+            difference = logits_of(packed, outputs[start:end]) - alone
+            worst = max(worst, relative_size(difference, alone))
     return Finding(
         check="positions",
         measured=(

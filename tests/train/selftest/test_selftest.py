@@ -15,9 +15,13 @@ from train.model.model import LossModel, build_model
 from train.selftest import selftest
 
 MODEL = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 CHECKS = ["neighbours", "later tokens", "packed = alone", "gradients alone", "split", "loss kernel"]
 
 
@@ -70,9 +74,12 @@ def test_a_leaking_kernel_fails_with_exit_code_6(
 def findings_of(shards: Path) -> dict[str, bool]:
     shard_set = open_shard_set(shards)
     model = build_model(
-        ModelConfig(config=MODEL), shard_set.manifest, attention=register_attention("per_sequence"),
-        dtype=torch.float32, seed=1,
-    )  # fmt: skip
+        ModelConfig(config=MODEL),
+        shard_set.manifest,
+        attention=register_attention("per_sequence"),
+        dtype=torch.float32,
+        seed=1,
+    )
     found = selftest.measure(
         model, [selftest.every_target(shard_set.pack(index), 30) for index in (0, 1)]
     )
