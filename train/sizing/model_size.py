@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from shared.errors import ConfigError
 from train.config import LoraConfig
 from train.model.lora import add_adapters
-from train.model.model import check_head, check_supported
+from train.model.model import CANNOT_BUILD, check_head, check_supported
 from train.sizing.flops import ModelCost, model_cost
 
 _ATTENTION = "sft_counted"
@@ -69,7 +69,7 @@ def model_size(config: PretrainedConfig, *, lora: LoraConfig, dtype: torch.dtype
                 add_adapters(network, lora, seed=0)
         cost = model_cost(network)
         kept = _kept_bytes(network)
-    except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as exc:
+    except CANNOT_BUILD as exc:
         raise ConfigError(
             f"model type {config.model_type!r} cannot be counted without its weights: {exc}; use"
             " another model"
