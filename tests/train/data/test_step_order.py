@@ -32,9 +32,14 @@ def order_of(
     unit: Unit = "pack",
 ) -> StepOrder:
     return make_order(
-        unit=unit, fingerprint=fingerprint, seed=seed, num_units=num_units, units_per_step=per_step, epochs=epochs,
+        unit=unit,
+        fingerprint=fingerprint,
+        seed=seed,
+        num_units=num_units,
+        units_per_step=per_step,
+        epochs=epochs,
         max_steps=None,
-    )  # fmt: skip
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -80,9 +85,12 @@ def test_the_order_is_golden(unit: Unit) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    num_units=st.integers(1, 50), per_step=st.integers(1, 20), epochs=st.integers(1, 4), seed=st.integers(0, 99),
+    num_units=st.integers(1, 50),
+    per_step=st.integers(1, 20),
+    epochs=st.integers(1, 4),
+    seed=st.integers(0, 99),
     unit=st.sampled_from(UNITS),
-)  # fmt: skip
+)
 def test_every_unit_once_per_epoch(
     num_units: int, per_step: int, epochs: int, seed: int, unit: Unit
 ) -> None:
