@@ -24,10 +24,22 @@ def register(device: ModuleType) -> torch.library.Library:
         return made
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, _k: Tensor, _mq: int, _mk: int, dropout: float,
-        causal: bool, _debug: bool, *, scale: float | None = None, window_size_left: int | None = None,
-        window_size_right: int | None = None, **_: Any,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        _k: Tensor,
+        _mq: int,
+        _mk: int,
+        dropout: float,
+        causal: bool,
+        _debug: bool,
+        *,
+        scale: float | None = None,
+        window_size_left: int | None = None,
+        window_size_right: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, ...]:
         assert causal or window_size_right == 0
         assert not dropout
         assert query.dtype in (torch.bfloat16, torch.float16)
@@ -48,9 +60,18 @@ def register(device: ModuleType) -> torch.library.Library:
         )
 
     def attend_backward(
-        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, _out: Tensor, _lse: Tensor, bounds: Tensor,
-        *_: Any, scale: float | None = None, window_size_left: int | None = None, **__: Any,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        _out: Tensor,
+        _lse: Tensor,
+        bounds: Tensor,
+        *_: Any,
+        scale: float | None = None,
+        window_size_left: int | None = None,
+        **__: Any,
+    ) -> tuple[Tensor, ...]:
         grads = [torch.zeros(tensor.shape) for tensor in (query, key, value)]
         factor, key_heads = scale or query.shape[-1] ** -0.5, key.shape[1]
         for rows, p, q, k, v in _sequences(

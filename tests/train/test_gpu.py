@@ -70,9 +70,13 @@ def test_kernels_for_many_sequences_are_attention_within_each(
     for name, dtype in ((kernel, torch.bfloat16), ("per_sequence", torch.float32)):
         leaves = [tensor.to("cuda", dtype).requires_grad_() for tensor in data]
         output, _ = attention.FUNCTIONS[name](
-            torch.nn.Identity(), *leaves, None, sliding_window=window, max_length_q=256,
+            torch.nn.Identity(),
+            *leaves,
+            None,
+            sliding_window=window,
+            max_length_q=256,
             cu_seq_lens_q=torch.tensor(bounds, dtype=torch.int32, device="cuda"),
-        )  # fmt: skip
+        )
         output.backward(upstream.to(output))
         results.append(
             [output.transpose(1, 2), *(leaf.grad for leaf in leaves)]
@@ -142,7 +146,9 @@ def test_selftest_passes(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(WITHOUT_DROPOUT)
     done = subprocess.run(
         command("selftest", "--shards", shards, "--recipe", tmp_path / "recipe.toml"),
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cuda" in done.stdout

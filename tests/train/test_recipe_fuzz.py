@@ -162,12 +162,20 @@ def test_an_impossible_output_is_refused_and_nothing_is_touched(place: str, tmp_
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (("--max-steps", 0), 2), (("--max-steps", -1), 2), (("--stop-after", 0), 2), (("--nproc-per-node", 0), 2),
-        (("--nproc-per-node", 1000), 3), (("--resume", ""), 5), (("--resume", "nonsense"), 5), (("--set", ""), 3),
-        (("--set", "="), 3), (("--set", "optim"), 3), (("--set", "optim.learning_rate.x=1"), 3),
+        (("--max-steps", 0), 2),
+        (("--max-steps", -1), 2),
+        (("--stop-after", 0), 2),
+        (("--nproc-per-node", 0), 2),
+        (("--nproc-per-node", 1000), 3),
+        (("--resume", ""), 5),
+        (("--resume", "nonsense"), 5),
+        (("--set", ""), 3),
+        (("--set", "="), 3),
+        (("--set", "optim"), 3),
+        (("--set", "optim.learning_rate.x=1"), 3),
         (("--set", "a.b=1"), 3),
     ],
-)  # fmt: skip
+)
 def test_nonsense_on_the_command_line_is_one_line(
     arguments: tuple[Any, ...], code: int, tmp_path: Path
 ) -> None:

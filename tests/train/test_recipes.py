@@ -25,22 +25,38 @@ class Fact:
 
 FACTS = {
     "tulu3-8b": Fact(
-        model="meta-llama/Llama-3.1-8B", rate=5e-6, rows_per_step=128, packs_per_step=16, checkpointing=True,
+        model="meta-llama/Llama-3.1-8B",
+        rate=5e-6,
+        rows_per_step=128,
+        packs_per_step=16,
+        checkpointing=True,
         ranks=(1, 2, 4, 8, 16),
     ),
     "olmo2-7b": Fact(
-        model="allenai/OLMo-2-1124-7B", rate=2e-5, rows_per_step=128, packs_per_step=16, checkpointing=False,
+        model="allenai/OLMo-2-1124-7B",
+        rate=2e-5,
+        rows_per_step=128,
+        packs_per_step=16,
+        checkpointing=False,
         ranks=(1, 2, 4, 8, 16),
     ),
     "olmo2-13b": Fact(
-        model="allenai/OLMo-2-1124-13B", rate=5e-6, rows_per_step=64, packs_per_step=8, checkpointing=True,
+        model="allenai/OLMo-2-1124-13B",
+        rate=5e-6,
+        rows_per_step=64,
+        packs_per_step=8,
+        checkpointing=True,
         ranks=(1, 2, 4, 8),
     ),
     "olmo2-32b": Fact(
-        model="allenai/OLMo-2-0325-32B", rate=4e-6, rows_per_step=256, packs_per_step=32, checkpointing=True,
+        model="allenai/OLMo-2-0325-32B",
+        rate=4e-6,
+        rows_per_step=256,
+        packs_per_step=32,
+        checkpointing=True,
         ranks=(1, 2, 4, 8, 16, 32),
     ),
-}  # fmt: skip
+}
 FORMS = [name + form for name in FACTS for form in ("", "-released")]
 
 

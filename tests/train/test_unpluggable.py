@@ -30,11 +30,24 @@ learning_rate = 1e-3
 packs_per_step = 4
 """
 SMALL = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "d_model": 64, "n_embd": 64, "n_head": 4, "n_layer": 2, "num_experts": 4,
-    "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
-    "decoder_layers": 2, "n_group": 1, "topk_group": 1,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "d_model": 64,
+    "n_embd": 64,
+    "n_head": 4,
+    "n_layer": 2,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "decoder_layers": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
 
 
 @pytest.mark.parametrize("model_type", ["falcon", "gptj", "gpt_neo", "stablelm"])
@@ -140,9 +153,14 @@ def test_weights_that_are_not_finite_are_named_as_they_are_loaded(
     value: str, tmp_path: Path
 ) -> None:
     values: dict[str, Any] = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    }  # fmt: skip
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
     folder = tmp_path / "model"
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values)).save_pretrained(
         folder
@@ -159,14 +177,31 @@ def test_weights_that_are_not_finite_are_named_as_they_are_loaded(
 
 
 @pytest.mark.parametrize(
-    "change", ["hidden_size=0", "num_hidden_layers=0", "num_attention_heads=0", "intermediate_size=0", "vocab_size=0",
-               "hidden_size=-4", "num_key_value_heads=3", "num_hidden_layers=-1"]
-)  # fmt: skip
+    "change",
+    [
+        "hidden_size=0",
+        "num_hidden_layers=0",
+        "num_attention_heads=0",
+        "intermediate_size=0",
+        "vocab_size=0",
+        "hidden_size=-4",
+        "num_key_value_heads=3",
+        "num_hidden_layers=-1",
+    ],
+)
 def test_a_model_of_no_size_is_refused_or_runs(change: str, tmp_path: Path) -> None:
     shards, recipe = write_inputs(tmp_path)
     done = train_here(
-        "--shards", shards, "--recipe", recipe, "--output", tmp_path / "run", "--max-steps", 1,
-        "--set", f"model.config.{change}",
-    )  # fmt: skip
+        "--shards",
+        shards,
+        "--recipe",
+        recipe,
+        "--output",
+        tmp_path / "run",
+        "--max-steps",
+        1,
+        "--set",
+        f"model.config.{change}",
+    )
     assert done.exit_code in (0, 3), done.output
     assert done.exit_code == 0 or "error: " in done.stderr

@@ -1,7 +1,7 @@
 """How much memory a rank needs at its peak, part by part: pure functions of counts.
 
-tests/train/sizing/test_device_memory.py compares them with counted bytes,
-tests/bench/bench_memory.py with processes.
+tests/train/sizing/test_memory.py compares them with counted bytes, tests/bench/bench_memory.py with
+processes.
 
 The state stays for the whole run. In addition there is either a backward pass, with the activations
 of one micro-batch, or the update. Letters: P parameters, T trained parameters, W ranks, b bytes of

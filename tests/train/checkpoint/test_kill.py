@@ -74,9 +74,13 @@ MOMENTS = (
     ),
 )
 PHASES = {
-    "start", "between steps", "inside a checkpoint's write", "between rename and retention", "inside the export",
+    "start",
+    "between steps",
+    "inside a checkpoint's write",
+    "between rename and retention",
+    "inside the export",
     "after the export",
-}  # fmt: skip
+}
 
 
 @pytest.mark.full

@@ -114,7 +114,8 @@ def interrupted(call: list[object]) -> Result | None:
 def test_a_converter_that_fails_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoint" / "engine" / "state").mkdir(parents=True)
     with pytest.raises(
-        ArtifactError, match=r"could not convert .*; resume with the number of ranks and the stage that wrote it"
+        ArtifactError,
+        match=r"could not convert .*; resume with the number of ranks and the stage that wrote it",
     ):
         train.checkpoint.reshard.convert(
             tmp_path / "checkpoint", tmp_path / "out", zero_stage=3, trained={}

@@ -102,8 +102,10 @@ def told(**keys: Any) -> dict[str, Any]:
 def test_deepspeed_is_told_no_more_than_was_asked() -> None:
     assert told() == {}
     assert told(hpz_partition_size=8, quantized_weights=True, quantized_gradients=True) == {
-        "zero_hpz_partition_size": 8, "zero_quantized_weights": True, "zero_quantized_gradients": True,
-    }  # fmt: skip
+        "zero_hpz_partition_size": 8,
+        "zero_quantized_weights": True,
+        "zero_quantized_gradients": True,
+    }
     pinned = torch.cuda.is_available()
     assert told(offload_optimizer="nvme", offload_params="cpu", nvme_path="/disk") == {
         "offload_optimizer": {"device": "nvme", "pin_memory": pinned, "nvme_path": "/disk"},
@@ -116,21 +118,46 @@ def test_deepspeed_is_told_no_more_than_was_asked() -> None:
     [
         (("engine.offload_optimizer=nvme",), 3, "expected a path if one of them is"),
         (("engine.nvme_path=/tmp",), 3, "expected a path if one of them is"),
-        (("engine.zero_stage=2", "engine.offload_params=cpu"), 3, "offload_params with zero_stage = 2"),
+        (
+            ("engine.zero_stage=2", "engine.offload_params=cpu"),
+            3,
+            "offload_params with zero_stage = 2",
+        ),
         (("engine.zero_stage=1", "engine.hpz_partition_size=2"), 3, "expected zero_stage = 3"),
         (("engine.zero_stage=2", "engine.quantized_weights=true"), 3, "expected zero_stage = 3"),
-        (("engine.zero_stage=0", "engine.offload_optimizer=cpu"), 3, "expected one of the stages 1 to 3"),
-        (("engine.offload_optimizer=cpu",), 3, "set engine.zero_stage = 3"),
-        (("engine.quantized_gradients=true",), 3, "needs ZeRO, which a single rank does not use by default"),
-        (("engine.zero_stage=3", "engine.hpz_partition_size=2"), 3, "hpz_partition_size = 2 does not divide 1 ranks"),
-        (("engine.hpz_partition_size=0",), 3, "hpz_partition_size = 0; expected 1 or more"),
-        (("engine.zero_stage=3", "engine.quantized_weights=true"), 6, "quantized_weights needs GPUs"),
         (
-            ("engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.nvme_path=/no/such/place"), 3,
+            ("engine.zero_stage=0", "engine.offload_optimizer=cpu"),
+            3,
+            "expected one of the stages 1 to 3",
+        ),
+        (("engine.offload_optimizer=cpu",), 3, "set engine.zero_stage = 3"),
+        (
+            ("engine.quantized_gradients=true",),
+            3,
+            "needs ZeRO, which a single rank does not use by default",
+        ),
+        (
+            ("engine.zero_stage=3", "engine.hpz_partition_size=2"),
+            3,
+            "hpz_partition_size = 2 does not divide 1 ranks",
+        ),
+        (("engine.hpz_partition_size=0",), 3, "hpz_partition_size = 0; expected 1 or more"),
+        (
+            ("engine.zero_stage=3", "engine.quantized_weights=true"),
+            6,
+            "quantized_weights needs GPUs",
+        ),
+        (
+            (
+                "engine.zero_stage=3",
+                "engine.offload_optimizer=nvme",
+                "engine.nvme_path=/no/such/place",
+            ),
+            3,
             "nvme_path = '/no/such/place' is not a directory",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_refused(
     settings: tuple[str, ...], code: int, message: str, inputs: Inputs, tmp_path: Path
 ) -> None:

@@ -24,9 +24,16 @@ BF16 = 1e-3
 """bf16 has 8 bits, 0.4 % an operation; losses are means over tokens, and the device's attention is
 another kernel."""
 TABLE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": VOCAB, "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
 
 Found = dict[str, dict[str, Any]]
 Commands = dict[str, list[object]]

@@ -50,6 +50,10 @@ def test_the_loss_kernel_compiles_for(
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(capability), dtype, str(makes_gradient)],
-        capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env=environment,
+    )
     assert done.stdout == "cubin True\n", done.stderr[-3000:]

@@ -17,9 +17,16 @@ from train.model.new_tokens import head_weight
 peft = pytest.importorskip("peft")
 
 TABLE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 61, "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 61,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
 LORA = ("lora.rank=4", "lora.alpha=16", "optim.learning_rate=0.02")
 
 Inputs = tuple[Path, Path, Path]

@@ -179,7 +179,11 @@ def test_ligers_kernel_under_tritons_interpreter_equals_the_cpu_loss() -> None:
     """In a process of its own: the interpreter must be chosen before triton is imported."""
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-c", LIGER], capture_output=True, text=True, timeout=200, cwd=ROOT,
+        [sys.executable, "-c", LIGER],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.stdout == "equal\n", done.stderr

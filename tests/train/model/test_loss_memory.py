@@ -36,9 +36,13 @@ print(peak() - before)
 
 def added_kib(function: str) -> int:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, function], capture_output=True, text=True, timeout=200,
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, "-c", PROGRAM, function],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 

@@ -30,9 +30,13 @@ TABLES: dict[str, dict[str, Any]] = {
     },
 }
 SMALL = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.2,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
 WEIGHT = 0.5
 
 
@@ -65,9 +69,13 @@ def test_the_gradient_of_one_sequence_is_that_of_transformers(
         gradient_checkpointing=checkpointing,
     )
     built = build_model(
-        config, shard_set.manifest, attention=register_attention("per_sequence"), dtype=torch.float32, seed=1,
+        config,
+        shard_set.manifest,
+        attention=register_attention("per_sequence"),
+        dtype=torch.float32,
+        seed=1,
         balancing_weight=WEIGHT,
-    )  # fmt: skip
+    )
     pack = shard_set.pack(0)
     count = int(pack.loss_mask.sum())
     weights = [torch.full((count,), 1 / count).numpy()]

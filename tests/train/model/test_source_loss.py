@@ -21,8 +21,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Packs that mix two sources; the third has no row."""
     folder = tmp_path_factory.mktemp("sources")
     packs = random_packs(num_packs=9, max_seq_len=32, vocab_size=VOCAB)
-    origins = [[((number + place) % 2, 100 * number + place, 0) for place in range(len(pack))]
-               for number, pack in enumerate(packs)]  # fmt: skip
+    origins = [
+        [((number + place) % 2, 100 * number + place, 0) for place in range(len(pack))]
+        for number, pack in enumerate(packs)
+    ]
     shards = write_shard_set(
         folder / "set", packs, max_seq_len=32, vocab_size=VOCAB, origins=origins, source_names=NAMES
     )

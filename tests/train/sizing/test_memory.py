@@ -54,9 +54,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ratio(
-    second_device: Path, shards: Path, folder: Path, *, ranks: int, stage: str, checkpointing: bool,
-    micro_batches: int, hidden: int,
-) -> float:  # fmt: skip
+    second_device: Path,
+    shards: Path,
+    folder: Path,
+    *,
+    ranks: int,
+    stage: str,
+    checkpointing: bool,
+    micro_batches: int,
+    hidden: int,
+) -> float:
     """Return the peak that is predicted, over the peak of a run."""
     recipe_file = folder / "recipe.toml"
     values = {
@@ -89,9 +96,15 @@ def test_one_rank_needs_what_the_plan_says(
     checkpointing: bool, micro_batches: int, second_device: Path, shards: Path, tmp_path: Path
 ) -> None:
     found = ratio(
-        second_device, shards, tmp_path, ranks=1, stage='"auto"', checkpointing=checkpointing,
-        micro_batches=micro_batches, hidden=128,
-    )  # fmt: skip
+        second_device,
+        shards,
+        tmp_path,
+        ranks=1,
+        stage='"auto"',
+        checkpointing=checkpointing,
+        micro_batches=micro_batches,
+        hidden=128,
+    )
     assert found == pytest.approx(1, abs=0.04)
 
 
