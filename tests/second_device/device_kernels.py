@@ -1,5 +1,5 @@
-"""Operators that torch has for CUDA alone, by plain formulas: attention over many sequences,
-products summed in fp32.
+"""Plain formulas for operators that torch has for CUDA only: attention over whole rows, products
+summed in fp32.
 
 Liger's kernels need nothing here: Triton's interpreter runs them (TRITON_INTERPRET=1).
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def register(device: ModuleType) -> torch.library.Library:
-    """Return the library that holds the kernels; they last as long as it does."""
+    """Return the library of the kernels, which exist as long as it does."""
     host = device.on_host
 
     def up(tensor: Tensor) -> Tensor:
@@ -81,12 +81,11 @@ def register(device: ModuleType) -> torch.library.Library:
             dp = g @ v.transpose(1, 2)
             ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * factor
             grads[0][rows] = (ds @ k).transpose(0, 1)
-            for total, of_heads in zip(
+            # Several query heads share a key head.
+            for total, by_head in zip(
                 grads[1:], (ds.transpose(1, 2) @ q, p.transpose(1, 2) @ g), strict=True
             ):
-                total[rows] = (
-                    of_heads.unflatten(0, (key_heads, -1)).sum(1).transpose(0, 1)
-                )  # query heads share keys
+                total[rows] = by_head.unflatten(0, (key_heads, -1)).sum(1).transpose(0, 1)
         return tuple(up(total.to(query.dtype)) for total in grads)
 
     def addmm(
@@ -127,8 +126,8 @@ def _sequences(
     scale: float | None,
     window: int | None,
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-    """Yield, for each sequence, its rows, attention probabilities and query, key, value; fp32
-    [heads, length, ...]."""
+    """Yield the rows, attention probabilities, query, key and value of each sequence, fp32 [heads,
+    length, ...]."""
     repeats = query.shape[1] // key.shape[1]
     for start, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
         rows = slice(start, end)

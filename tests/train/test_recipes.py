@@ -13,14 +13,14 @@ from train.recipe_file import load_recipe, shipped_recipes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fact:
-    """What is known of a run: of scripts, papers and model cards."""
+    """The facts of a run, from scripts, papers and model cards."""
 
     model: str
     rate: float
     rows_per_step: int
     packs_per_step: int  # rows x about 490 tokens / 4096
     checkpointing: bool
-    ranks: tuple[int, ...]  # that the fast form divides over
+    ranks: tuple[int, ...]  # over which the fast form divides
 
 
 FACTS = {
@@ -138,5 +138,5 @@ def test_every_mixture_names_a_recipe_that_ships(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", [*shipped_mixtures().values(), *shipped_recipes().values()])
-def test_every_file_says_in_its_first_line_what_it_is_for(path: object) -> None:
+def test_every_file_begins_with_a_line_about_its_purpose(path: object) -> None:
     assert first_comment(path)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
-"""What cannot be trained is refused before weights load: types without our attention, heads that
-cannot be shared."""
+"""A model that cannot be trained is refused before its weights load: foreign attention, heads that
+ranks cannot share."""
 
 import random
 from pathlib import Path
@@ -51,13 +51,13 @@ SMALL = {
 
 
 @pytest.mark.parametrize("model_type", ["falcon", "gptj", "gpt_neo", "stablelm"])
-def test_a_type_that_cannot_take_our_attention_is_refused_from_its_config(model_type: str) -> None:
+def test_a_type_with_fixed_attention_is_refused_from_its_config(model_type: str) -> None:
     with pytest.raises(ConfigError, match="does not let its attention be replaced"):
         check_supported(AutoConfig.for_model(model_type))
 
 
 @pytest.mark.parametrize("model_type", ["falcon", "gptj", "gpt_neo"])
-def test_a_run_of_it_ends_with_one_line(model_type: str, tmp_path: Path) -> None:
+def test_a_run_of_such_a_type_ends_with_one_line(model_type: str, tmp_path: Path) -> None:
     shards, recipe = write_inputs(tmp_path, recipe=RECIPE.replace("MODEL_TYPE", model_type))
     for command in ((), ("selftest",)):
         output = () if command else ("--output", tmp_path / "run")
@@ -70,8 +70,8 @@ def test_a_run_of_it_ends_with_one_line(model_type: str, tmp_path: Path) -> None
 def test_several_models_in_one_are_refused_from_the_config_alone(
     model_type: str, tmp_path: Path
 ) -> None:
-    """They state no vocab_size of their own, and the parts that the check cannot make small would
-    fill the memory."""
+    """They have no vocab_size, and the parts that the check cannot make small would fill the
+    memory."""
     AutoConfig.for_model(model_type).save_pretrained(tmp_path / "model")
     shards, recipe = write_inputs(tmp_path)
     done = train_here(
@@ -89,7 +89,7 @@ def test_several_models_in_one_are_refused_from_the_config_alone(
 
 
 @pytest.mark.parametrize("model_type", ["xlnet", "gemma4_assistant", "modernbert-decoder"])
-def test_a_type_whose_config_cannot_be_made_is_refused(model_type: str, tmp_path: Path) -> None:
+def test_a_type_whose_config_cannot_be_built_is_refused(model_type: str, tmp_path: Path) -> None:
     shards, _ = write_inputs(tmp_path)
     with pytest.raises(ConfigError, match=model_type):
         model_config(
@@ -103,11 +103,11 @@ def test_a_type_whose_config_cannot_be_made_is_refused(model_type: str, tmp_path
 def test_a_seeded_sample_of_all_types_is_checked_or_refused(
     model_type: str, tmp_path: Path
 ) -> None:
-    """By the way of a run: from a table of small sizes, as far as the type has them."""
+    """As in a run, from a table of small sizes, if the type has them."""
     shards, _ = write_inputs(tmp_path)
     config = AutoConfig.for_model(model_type)
-    own = config.to_dict().keys() - config.attribute_map.keys()
-    table = {"model_type": model_type, **{key: size for key, size in SMALL.items() if key in own}}
+    keys = config.to_dict().keys() - config.attribute_map.keys()
+    table = {"model_type": model_type, **{key: size for key, size in SMALL.items() if key in keys}}
     try:
         small = model_config(ModelConfig(config=table), open_shard_set(shards).manifest)
         attention = register_attention("per_sequence")
@@ -149,9 +149,7 @@ def test_heads_that_ranks_cannot_share_are_refused(model_type: str, message: str
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_weights_that_are_not_finite_are_named_as_they_are_loaded(
-    value: str, tmp_path: Path
-) -> None:
+def test_weights_that_are_not_finite_are_named_when_they_load(value: str, tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 32,

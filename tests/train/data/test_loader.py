@@ -1,5 +1,5 @@
-"""The batches of a step: the same for any number of ranks, in as few micro-batches as fit, and never
-from damaged packs."""
+"""The batches of a step are the same for any number of ranks, as few as fit, and never from damaged
+packs."""
 
 import threading
 from dataclasses import replace

@@ -1,5 +1,4 @@
-"""The DeepSpeed config is ours to the last value, and weight decay leaves norms and biases
-alone."""
+"""The DeepSpeed config is golden, and weight decay leaves norms and biases alone."""
 
 import json
 from pathlib import Path
@@ -70,7 +69,7 @@ def test_weight_decay_acts_on_matrices_only() -> None:
 
 @pytest.mark.slow
 def test_the_engine_runs_in_bf16_with_fp32_sums(tmp_path: Path) -> None:
-    """On a CPU for the sake of the test: the run reports finite losses near those of fp32."""
+    """On a CPU, where only tests use bf16: losses are near those of fp32."""
     from train_runs import losses, train_here, weights, write_inputs
 
     shards, recipe = write_inputs(tmp_path)

@@ -1,5 +1,4 @@
-"""Rows that two ranks share: what is learnt is what one rank learns, and sequences of a pack stay
-apart."""
+"""Two ranks that share rows learn what one rank learns, and keep the sequences of a pack apart."""
 
 from pathlib import Path
 
@@ -11,9 +10,9 @@ NO_DROPOUT = ("--set", "model.config.attention_dropout=0.0")
 
 
 @pytest.mark.slow
-def test_two_ranks_that_share_rows_learn_what_one_learns(tmp_path: Path) -> None:
-    """ZeRO-3, odd rows, fewer key heads than ranks would like; and the stock behaviour, a leak,
-    would show."""
+def test_two_ranks_that_share_rows_learn_what_one_rank_learns(tmp_path: Path) -> None:
+    """With ZeRO-3, odd rows, and fewer key heads than ranks. DeepSpeed's own attention would leak
+    between sequences, and that would show."""
     shards, recipe = write_inputs(tmp_path)
     arguments = (
         "--shards",
@@ -55,7 +54,7 @@ def test_two_ranks_that_share_rows_learn_what_one_learns(tmp_path: Path) -> None
         (("engine.sequence_parallel=2",), "engine.sequence_parallel = 2 does not divide 1 ranks"),
     ],
 )
-def test_what_does_not_divide_is_refused(
+def test_a_size_that_does_not_divide_is_refused(
     settings: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     shards, recipe = write_inputs(tmp_path)

@@ -1,5 +1,5 @@
-"""What the loss adds to the peak of memory, measured on processes: a fraction of what all logits at
-once would add."""
+"""The memory that the loss adds to the peak of a process: a fraction of what all logits at once
+would add."""
 
 import os
 import subprocess
@@ -13,11 +13,13 @@ import sys, torch
 from train.model.loss import chunked_cross_entropy
 
 def full(hidden, head, targets, weights):
-    return (torch.nn.functional.cross_entropy(hidden @ head.t(), targets, reduction="none") * weights).sum()
+    losses = torch.nn.functional.cross_entropy(hidden @ head.t(), targets, reduction="none")
+    return (losses * weights).sum()
 
 def peak():
-    # KiB; that of getrusage begins with what the parent had
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+    # In KiB. The peak of getrusage begins with that of the parent.
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines["VmHWM"].split()[0])
 
 rows, size, vocab = 4096, 512, 32000
 hidden = torch.randn(rows, size, requires_grad=True)
@@ -27,7 +29,8 @@ function = {"chunked": chunked_cross_entropy, "full": full}[sys.argv[1]]
 small = hidden.detach()[:64].requires_grad_()
 if sys.argv[1] == "chunked":
     function = lambda *arguments: chunked_cross_entropy(*arguments, torch.empty(len(arguments[0])))
-function(small, head.detach()[:512].requires_grad_(), targets[:64] % 512, weights[:64]).backward()  # kernels loaded
+# A small call first, which loads the kernels.
+function(small, head.detach()[:512].requires_grad_(), targets[:64] % 512, weights[:64]).backward()
 before = peak()
 function(hidden, head, targets, weights).backward()
 print(peak() - before)

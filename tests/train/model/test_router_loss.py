@@ -1,5 +1,5 @@
-"""The load balancing loss of mixture-of-experts models: transformers' own, with a weight, beside
-the logged loss."""
+"""The load balancing loss is that of transformers, with a weight, and not part of the logged
+loss."""
 
 from dataclasses import replace
 from importlib import import_module
@@ -41,7 +41,7 @@ WEIGHT = 0.5
 
 
 @pytest.mark.parametrize("model_type", TABLES)
-def test_it_is_what_transformers_computes(model_type: str) -> None:
+def test_the_loss_is_that_of_transformers(model_type: str) -> None:
     module = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     generator = torch.Generator().manual_seed(0)
     logits = tuple(torch.randn(40, 4, generator=generator) for _ in range(3))
@@ -108,7 +108,7 @@ def moe_inputs(folder: Path) -> tuple[Path, Path]:
     return shards, recipe
 
 
-def test_the_logged_loss_is_without_it(tmp_path: Path) -> None:
+def test_the_logged_loss_leaves_it_out(tmp_path: Path) -> None:
     shards, recipe = moe_inputs(tmp_path)
     call = (
         "--shards",
@@ -124,9 +124,8 @@ def test_the_logged_loss_is_without_it(tmp_path: Path) -> None:
     on = ("--set", "loss.load_balancing_weight=0.5", "--output", tmp_path / "on")
     assert train_here(*call, *on).exit_code == 0
     off, with_it = records(tmp_path / "off"), records(tmp_path / "on")
-    assert with_it[0]["train_loss"] == pytest.approx(
-        off[0]["train_loss"], rel=1e-6
-    )  # the same weights before step 1
+    # Before the first update the weights are the same.
+    assert with_it[0]["train_loss"] == pytest.approx(off[0]["train_loss"], rel=1e-6)
     assert with_it[0]["grad_norm"] != off[0]["grad_norm"]
     assert [record["load_balancing_loss"] for record in off] == [None] * 4
     assert all(record["load_balancing_loss"] >= 1.9 for record in with_it)

@@ -1,5 +1,5 @@
-"""Feed-forward layers in tiles: the same loss and gradients, and no activation of a whole row's
-width is kept."""
+"""Feed-forward layers in tiles have the same loss and gradients, and keep no wide activation of a
+whole row."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def loss_and_gradients(model: Any, num_tokens: int) -> tuple[float, dict[str, to
 @pytest.mark.parametrize("model_type", ["llama", "olmo2", "qwen3"])
 @pytest.mark.parametrize(("tiles", "num_tokens"), [(2, 24), (3, 25), (7, 5)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_tiles_change_nothing(
+def test_tiles_change_no_loss_and_no_gradient(
     model_type: str, tiles: int, num_tokens: int, checkpointing: bool
 ) -> None:
     tiled = network(model_type).train()
@@ -54,7 +54,7 @@ def test_tiles_change_nothing(
 
 
 def kept_for_backward(model: Any) -> int:
-    """The most numbers of one tensor that the forward pass keeps, head left out."""
+    """Return the size of the largest tensor that the forward pass keeps, without the head."""
     sizes = [0]
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The measurement of isolation sees every leak between sequences, and nothing where there is none."""
+"""The measurement of isolation sees every leak between sequences and reports no other."""
 
 import contextlib
 import math

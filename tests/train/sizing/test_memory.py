@@ -1,8 +1,8 @@
-"""What `plan` says of memory against the peak of bytes on the second device: no allocator, no
-libraries, no noise.
+"""Predicted memory against the peak of bytes on the second device, which has no allocator, no
+libraries and no noise.
 
-In bf16, as on a GPU. In fp32 the device has no kernel for rows of many sequences, and torch keeps
-score matrices.
+In bf16, as on a GPU: in fp32 the device has no kernel for rows of several sequences, and torch
+keeps score matrices.
 """
 
 from pathlib import Path
@@ -64,7 +64,7 @@ def ratio(
     micro_batches: int,
     hidden: int,
 ) -> float:
-    """Return the peak that is predicted, over the peak of a run."""
+    """Return the predicted peak over the peak of a run."""
     recipe_file = folder / "recipe.toml"
     values = {
         "checkpointing": str(checkpointing).lower(),
@@ -75,14 +75,14 @@ def ratio(
         RECIPE.format(**values, packs=micro_batches * ranks, steps=STEPS, stage=stage)
     )
     command = ["--shards", shards, "--recipe", recipe_file, "--output", folder / "run"]
-    found = succeeded(run_all(second_device, [command], folder, num_ranks=ranks)[0])
+    result = succeeded(run_all(second_device, [command], folder, num_ranks=ranks)[0])
     recipe = load_recipe(str(recipe_file))
     size = model_size(
         model_config(recipe.model, read_manifest(shards)), lora=recipe.lora, dtype=torch.bfloat16
     )
     setup = setup_of(recipe, MAX_SEQ_LEN, ranks, dtype=torch.bfloat16, micro_batches=micro_batches)
     memory = memory_of(size, setup)
-    predicted, measured = memory.total - memory.reserve, found["peak_bytes"] - found["live_bytes"]
+    predicted, measured = memory.total - memory.reserve, result["peak_bytes"] - result["live_bytes"]
     print(
         f"predicted {predicted / 2**20:.2f} MiB, in {memory.peak_in}; measured"
         f" {measured / 2**20:.2f} MiB"
@@ -92,10 +92,10 @@ def ratio(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("checkpointing", "micro_batches"), [(False, 1), (True, 2)])
-def test_one_rank_needs_what_the_plan_says(
+def test_one_rank_needs_the_predicted_memory(
     checkpointing: bool, micro_batches: int, second_device: Path, shards: Path, tmp_path: Path
 ) -> None:
-    found = ratio(
+    predicted = ratio(
         second_device,
         shards,
         tmp_path,
@@ -105,17 +105,17 @@ def test_one_rank_needs_what_the_plan_says(
         micro_batches=micro_batches,
         hidden=128,
     )
-    assert found == pytest.approx(1, abs=0.04)
+    assert predicted == pytest.approx(1, abs=0.04)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "hidden"), [("1", 512), ("3", 128)])
-def test_two_ranks_need_what_the_plan_says(
+def test_two_ranks_need_the_predicted_memory(
     stage: str, hidden: int, second_device: Path, shards: Path, tmp_path: Path
 ) -> None:
-    """Stage 1: the update, which copies gradients three times. Stage 3: a bucket of 50 million,
-    whatever the model."""
-    found = ratio(
+    """In stage 1 the update copies gradients three times; stage 3 has a bucket of 50 million for
+    any model."""
+    predicted = ratio(
         second_device,
         shards,
         tmp_path,
@@ -125,4 +125,4 @@ def test_two_ranks_need_what_the_plan_says(
         micro_batches=1,
         hidden=hidden,
     )
-    assert found == pytest.approx(1, abs=0.04)
+    assert predicted == pytest.approx(1, abs=0.04)
