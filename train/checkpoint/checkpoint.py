@@ -59,15 +59,15 @@ def save_checkpoint(
 ) -> Path:
     """Save a checkpoint of all ranks, remove old ones (see `remove_older`) and return its path."""
     final = run.checkpoints / f"{PREFIX}{state.step:08d}"
-    staged = run.checkpoints / f".tmp-{final.name}"
+    staging = run.checkpoints / f".tmp-{final.name}"
     if ranks.is_main:
-        shutil.rmtree(staged, ignore_errors=True)
-        (staged / "rng").mkdir(parents=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        (staging / "rng").mkdir(parents=True)
     # No rank writes before the directory exists.
     barrier(ranks)
     # Frozen weights are left out: they are read again from the base model.
     engine.save_checkpoint(
-        str(staged / ENGINE_DIR),
+        str(staging / ENGINE_DIR),
         tag=ENGINE_TAG,
         save_latest=False,
         exclude_frozen_parameters=has_frozen_weights(engine),
@@ -76,13 +76,13 @@ def save_checkpoint(
     generators = {"cpu": torch.get_rng_state()}
     if ranks.device.type == "cuda":
         generators["cuda"] = torch.cuda.get_rng_state(ranks.device)
-    save_file(generators, _rng_file(staged, ranks))
+    save_file(generators, _rng_file(staging, ranks))
     if ranks.is_main:
-        shutil.copyfile(run.config, staged / RUN_NAME)
-        engine.module.model.config.save_pretrained(staged / MODEL_DIR)
+        shutil.copyfile(run.config, staging / RUN_NAME)
+        engine.module.model.config.save_pretrained(staging / MODEL_DIR)
     # No rank hashes a file before it is complete.
     barrier(ranks)
-    files = _hash_together(staged, ranks)
+    files = _hash_together(staging, ranks)
     if ranks.is_main:
         # state.json is the last file, and the rename completes the checkpoint.
         content = {
@@ -96,11 +96,12 @@ def save_checkpoint(
             "zero_stage": engine.zero_optimization_stage(),
             "files": files,
         }
-        atomic.write_json(staged / STATE_NAME, content)
-        for folder, _, _ in os.walk(staged, topdown=False):
+        atomic.write_json(staging / STATE_NAME, content)
+        for folder, _, _ in os.walk(staging, topdown=False):
             atomic.fsync_dir(Path(folder))
-        atomic.replace_dir(staged, final)
+        atomic.replace_dir(staging, final)
         remove_older(run, keep_last=keep_last, in_use=in_use)
+    # No rank trains on before the checkpoint is complete.
     barrier(ranks)
     return final
 
@@ -203,10 +204,10 @@ def _link_best(folder: Path) -> None:
     if best is None:
         link.unlink(missing_ok=True)
         return
-    staged = folder / f".tmp-{BEST_NAME}"
-    staged.unlink(missing_ok=True)
-    staged.symlink_to(best.name)
-    os.replace(staged, link)
+    staging = folder / f".tmp-{BEST_NAME}"
+    staging.unlink(missing_ok=True)
+    staging.symlink_to(best.name)
+    os.replace(staging, link)
 
 
 def _load_converted(
@@ -217,7 +218,7 @@ def _load_converted(
     The next start of the run removes what a killed conversion leaves.
     """
     converted = run.checkpoints / f".tmp-universal-{path.name}"
-    trained = trained_parameters(engine.module)
+    parameters = trained_parameters(engine.module)
     problem: SftError | None = None
     if ranks.is_main:
         logger.info(
@@ -230,25 +231,25 @@ def _load_converted(
         )
         shutil.rmtree(converted, ignore_errors=True)
         try:
-            convert(path, converted, zero_stage=data["zero_stage"], trained=trained)
+            convert(path, converted, zero_stage=data["zero_stage"], parameters=parameters)
         except SftError as exc:
             problem = exc
     shared_problem = broadcast_from_main(problem, ranks)
     if isinstance(shared_problem, SftError):
         raise shared_problem
-    load_converted(engine, converted, trained=trained)
+    load_converted(engine, converted, parameters=parameters)
     barrier(ranks)
     if ranks.is_main:
         shutil.rmtree(converted)
 
 
-def _hash_together(staged: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
+def _hash_together(staging: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
     """Hash and flush every file, a share per rank; rank 0 gets all digests."""
     digests: dict[str, dict[str, Any]] = {}
-    for file in _share(sorted(path for path in staged.rglob("*") if path.is_file()), ranks):
+    for file in _share(sorted(path for path in staging.rglob("*") if path.is_file()), ranks):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-        digests[file.relative_to(staged).as_posix()] = {
+        digests[file.relative_to(staging).as_posix()] = {
             "bytes": file.stat().st_size,
             "sha256": sha256_file(file),
         }

@@ -31,18 +31,18 @@ _SHARDED_NAME = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 
 
 def convert(
-    checkpoint_dir: Path, out_dir: Path, *, zero_stage: int, trained: dict[str, Parameter]
+    checkpoint_dir: Path, out_dir: Path, *, zero_stage: int, parameters: dict[str, Parameter]
 ) -> None:
     """Write the universal form of a checkpoint that has `zero_stage` into `out_dir`; one rank calls
     it.
 
-    `trained`: the trained parameters by name, in the order of the optimizer. Raises ArtifactError
-    if DeepSpeed's converter fails.
+    `parameters`: the trained ones by name, in the order of the optimizer. Raises ArtifactError if
+    DeepSpeed's converter fails.
     """
     source, target = checkpoint_dir / ENGINE_DIR / ENGINE_TAG, out_dir / ENGINE_TAG
     target.mkdir(parents=True)
     if zero_stage == 0:
-        _convert_one_rank(source, target, list(trained))
+        _convert_one_rank(source, target, list(parameters))
     else:
         # A separate process, since the converter prints and does not free its memory. With -P a
         # train.py in the working directory is not imported.
@@ -60,19 +60,19 @@ def convert(
                 f"DeepSpeed could not convert {source} for another number of ranks or ZeRO stage"
                 f" ({last_line}); resume with the number of ranks and the stage that wrote it"
             )
-    _make_uniform(target / "zero", trained)
+    _make_uniform(target / "zero", parameters)
     # Stages look for the rest of DeepSpeed's state under two names; a link serves both.
     for present, missing in ((_WHOLE_NAME, _SHARDED_NAME), (_SHARDED_NAME, _WHOLE_NAME)):
         if not (target / missing).exists() and (target / present).exists():
             os.link(target / present, target / missing)
 
 
-def load_converted(engine: Any, converted: Path, *, trained: dict[str, Parameter]) -> None:
+def load_converted(engine: Any, converted: Path, *, parameters: dict[str, Parameter]) -> None:
     """Load the state that `convert` wrote into `engine`, which was started with
     `load_universal`."""
     if engine.zero_optimization_stage() == 0:
         assert isinstance(engine.optimizer, OneRankAdamW)
-        _load_one_rank(engine.optimizer, converted / ENGINE_TAG / "zero", trained)
+        _load_one_rank(engine.optimizer, converted / ENGINE_TAG / "zero", parameters)
         return
     base = engine.optimizer.optimizer
     decays = [group["weight_decay"] for group in base.param_groups]
@@ -113,7 +113,7 @@ def _write_common(folder: Path, *, step: torch.Tensor, groups: list[dict[str, An
     torch.save(common, folder / "optimizer_state.pt")
 
 
-def _make_uniform(folder: Path, trained: dict[str, Any]) -> None:
+def _make_uniform(folder: Path, parameters: dict[str, Any]) -> None:
     """Rewrite the files so that every stage can read them.
 
     Stage 3 writes flat tensors and one counter of steps; the others write tensors in the shapes of
@@ -123,9 +123,9 @@ def _make_uniform(folder: Path, trained: dict[str, Any]) -> None:
     if "optimizer_state_dict" in common:
         step = common["optimizer_state_dict"]["state"][0]["step"]
     else:
-        step = torch.load(folder / next(iter(trained)) / "step.pt", weights_only=False)
+        step = torch.load(folder / next(iter(parameters)) / "step.pt", weights_only=False)
     _write_common(folder, step=step, groups=common["param_groups"])
-    for name, parameter in trained.items():
+    for name, parameter in parameters.items():
         torch.save(step, folder / name / "step.pt")
         # Under ZeRO-3 a parameter is empty outside the forward pass; `ds_shape` is its shape.
         shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
@@ -137,11 +137,11 @@ def _make_uniform(folder: Path, trained: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _load_one_rank(optimizer: OneRankAdamW, folder: Path, trained: dict[str, Parameter]) -> None:
+def _load_one_rank(optimizer: OneRankAdamW, folder: Path, parameters: dict[str, Parameter]) -> None:
     common = torch.load(folder / "optimizer_state.pt", weights_only=False)["optimizer_state_dict"]
     step = next(iter(common["state"].values()))["step"]
     state = optimizer.state_dict()
-    for index, (name, parameter) in enumerate(trained.items()):
+    for index, (name, parameter) in enumerate(parameters.items()):
         fp32, exp_avg, exp_avg_sq = (
             torch.load(folder / name / f"{key}.pt", weights_only=True)["param"] for key in _STATES
         )

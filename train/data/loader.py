@@ -138,10 +138,10 @@ class StepLoader:
                 where=str(self.shard_set.path),
             )
         if weights is None:
-            chosen = [np.full(loss_tokens[unit], uniform, np.float32) for unit in units]
+            unit_weights = [np.full(loss_tokens[unit], uniform, np.float32) for unit in units]
         else:
-            chosen = [weights[unit] for unit in units]
+            unit_weights = [weights[unit] for unit in units]
         batch = make_micro_batch(
-            [plan.packs[unit] for unit in units], chosen, uniform_weight=uniform
+            [plan.packs[unit] for unit in units], unit_weights, uniform_weight=uniform
         )
         return replace(batch, token_share=int(tokens[units].sum()) / int(tokens.sum()))

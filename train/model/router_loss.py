@@ -22,9 +22,9 @@ def load_balancing_loss(router_logits: Sequence[torch.Tensor], *, top_k: int) ->
     num_experts = logits.shape[-1]
     probabilities = logits.softmax(dim=-1)
     # The counts have no gradient; the router learns through the probabilities.
-    chosen = probabilities.topk(top_k, dim=-1).indices
+    experts = probabilities.topk(top_k, dim=-1).indices
     counts = torch.zeros(num_experts, device=logits.device).index_add_(
-        0, chosen.reshape(-1), torch.ones(chosen.numel(), device=logits.device)
+        0, experts.reshape(-1), torch.ones(experts.numel(), device=logits.device)
     )
     return num_experts * torch.dot(counts / len(logits), probabilities.mean(dim=0))
 

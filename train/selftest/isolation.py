@@ -37,7 +37,7 @@ class Finding:
     """One check: the largest difference, and the tolerance for it."""
 
     check: str
-    measured: str
+    measurement: str
     worst: float
     tolerance: float
 
@@ -57,7 +57,7 @@ def isolation_of(network: PreTrainedModel, ids: torch.Tensor, bounds: list[int])
     neighbours = alone = 0.0
     with evaluating(network), torch.no_grad():
         before = outputs_of(network, ids, bounds)
-        # Evenly spaced sequences, the first and the last among them.
+        # Neighbours: of up to four evenly spaced sequences, the first and the last among them.
         for number in range(num_checked):
             index = round(number * (num_sequences - 1) / max(1, num_checked - 1))
             sequence = slice(bounds[index], bounds[index + 1])
@@ -65,12 +65,14 @@ def isolation_of(network: PreTrainedModel, ids: torch.Tensor, bounds: list[int])
             changed[sequence] = ids[sequence]
             moved = outputs_of(network, changed, bounds)[sequence] - before[sequence]
             neighbours = max(neighbours, relative_size(moved, before))
+        # Later: the second half of each sequence changes.
         earlier = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for start, end in pairwise(bounds):
             earlier[start : start + (end - start + 1) // 2] = True
         changed = torch.where(earlier, ids, others)
         moved = outputs_of(network, changed, bounds) - before
         later = relative_size(moved[earlier], before)
+        # Alone: without a pack, the model decides on its mask and positions itself.
         packed = logits_of(network, before)
         with eager_attention(network):
             for start, end in pairwise(bounds):
@@ -82,8 +84,8 @@ def isolation_of(network: PreTrainedModel, ids: torch.Tensor, bounds: list[int])
         ("packed = alone", "logits against each sequence alone, eager attention", alone, same),
     )
     return [
-        Finding(check=check, measured=measured, worst=worst, tolerance=tolerance)
-        for check, measured, worst, tolerance in checks
+        Finding(check=check, measurement=measurement, worst=worst, tolerance=tolerance)
+        for check, measurement, worst, tolerance in checks
     ]
 
 

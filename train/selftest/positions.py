@@ -58,7 +58,7 @@ def position_check(packed: PreTrainedModel, plain: PreTrainedModel, *, longest: 
             worst = max(worst, relative_size(difference, alone))
     return Finding(
         check="positions",
-        measured=(
+        measurement=(
             f"logits of a pack with a sequence of {longest} tokens against each sequence alone"
         ),
         worst=worst,

@@ -55,7 +55,7 @@ class Report:
         rows = [("check", "what was measured", "worst", "tolerance", "")]
         for f in self.findings:
             result = "ok" if f.is_ok else "FAILED"
-            rows.append((f.check, f.measured, f"{f.worst:.1e}", f"{f.tolerance:.0e}", result))
+            rows.append((f.check, f.measurement, f"{f.worst:.1e}", f"{f.tolerance:.0e}", result))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -147,19 +147,19 @@ def measure(model: LossModel, packs: list[Pack]) -> list[Finding]:
         *isolation_of(network, ids, bounds),
         Finding(
             check="gradients alone",
-            measured="gradient of each parameter, packed against alone",
+            measurement="gradient of each parameter, packed against alone",
             worst=_distance(packed, alone),
             tolerance=tolerance,
         ),
         Finding(
             check="split",
-            measured=f"gradient of 1 micro-batch against {len(packs)}",
+            measurement=f"gradient of 1 micro-batch against {len(packs)}",
             worst=_distance(packed, split),
             tolerance=tolerance,
         ),
         Finding(
             check="loss kernel",
-            measured="loss and gradient of hidden states against plain fp64",
+            measurement="loss and gradient of hidden states against plain fp64",
             worst=_loss_difference(model, batch),
             tolerance=tolerance,
         ),

@@ -52,12 +52,12 @@ def check_isolation(
             raise ConfigError(
                 f"model type {config.model_type!r} with attention"
                 f" {attention.removeprefix('sft_')!r} fails the check {finding.check!r}:"
-                f" {finding.measured} moved by {finding.worst:.2g} of their size, expected at most"
-                f" {finding.tolerance:g}. Sequences of a pack would not train as they do alone; use"
-                " another model.attention, or a model whose layers see other tokens only through"
-                " attention"
+                f" {finding.measurement} moved by {finding.worst:.2g} of their size, expected at"
+                f" most {finding.tolerance:g}. Sequences of a pack would not train as they do alone;"
+                " use another model.attention, or a model whose layers see other tokens only"
+                " through attention"
             )
-        logger.debug("%s: %s moved by %.1e", finding.check, finding.measured, finding.worst)
+        logger.debug("%s: %s moved by %.1e", finding.check, finding.measurement, finding.worst)
 
 
 def probe(
@@ -93,14 +93,14 @@ def probe(
         limit = min(MOST_TOKENS, _MOST_PRODUCTS // num_weights)
         originals = _original_lengths(config.to_dict())
         beyond = [length + 1 for length in originals if limit <= length < longest]
-        compared = max([min(longest, limit), *beyond])
-        if compared > _BOUNDS[-1] - _BOUNDS[-2]:
+        length = max([min(longest, limit), *beyond])
+        if length > _BOUNDS[-1] - _BOUNDS[-2]:
             local = register_local()
             plain = _build(config, local, dtype=torch.float32).to(device)
             packed = _build(config, local, dtype=torch.float32).to(device)
             packed.load_state_dict(plain.state_dict())
             separate_rotary(packed)
-            findings.append(position_check(packed, plain, longest=compared))
+            findings.append(position_check(packed, plain, longest=length))
     return findings
 
 
@@ -203,9 +203,9 @@ def with_layers(values: dict[str, Any], num_layers: int) -> dict[str, Any]:
         kinds.setdefault(repr([value[index] for value in lists.values()]), index)
     first = [*kinds.values()]
     others = [index for index in range(count) if index not in first]
-    chosen = sorted(first + others[: max(0, num_layers - len(first))])
+    indices = sorted(first + others[: max(0, num_layers - len(first))])
     return {
         **values,
-        "num_hidden_layers": len(chosen),
-        **{key: [value[index] for index in chosen] for key, value in lists.items()},
+        "num_hidden_layers": len(indices),
+        **{key: [value[index] for index in indices] for key, value in lists.items()},
     }

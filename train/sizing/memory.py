@@ -100,13 +100,13 @@ def memory_of(size: ModelSize, setup: Setup) -> Memory:
     """Return the memory of one rank."""
     weights, optimizer, gradients, update = _state(size, setup)
     mlp = size.mlp_bytes / setup.mlp_tiles
-    layer_input = float(setup.weight_bytes * size.hidden_size)
-    layer_kept = size.layer_bytes  # what autograd saves in a layer, per token
+    input_bytes = float(setup.weight_bytes * size.hidden_size)
+    full = size.layer_bytes  # all that autograd saves in a layer, per token
     if setup.mlp_tiles > 1:
-        layer_kept = size.layer_bytes - size.mlp_bytes + layer_input
+        full = size.layer_bytes - size.mlp_bytes + input_bytes
     # With gradient checkpointing the forward pass keeps the input of each layer only, and the
     # backward pass computes the rest again, layer by layer. Tiles of an mlp do so within a layer.
-    kept, again = (layer_input, layer_kept) if setup.gradient_checkpointing else (layer_kept, 0.0)
+    saved, again = (input_bytes, full) if setup.gradient_checkpointing else (full, 0.0)
     tile_again = mlp if setup.mlp_tiles > 1 else 0.0
     # Gradients of activations that exist at the same time: two as wide as the feed-forward layer,
     # which keeps four such tensors, and four of the norms in fp32.
@@ -115,7 +115,7 @@ def memory_of(size: ModelSize, setup: Setup) -> Memory:
         weights=weights,
         optimizer=optimizer,
         gradients=gradients,
-        activations=setup.tokens * (size.num_layers * kept + size.other_bytes),
+        activations=setup.tokens * (size.num_layers * saved + size.other_bytes),
         layer=setup.tokens * (again + tile_again + passing) + setup.weight_bytes * size.largest,
         loss=_loss(size, setup),
         communication=_communication(size, setup),

@@ -68,7 +68,7 @@ def model_size(config: PretrainedConfig, *, lora: LoraConfig, dtype: torch.dtype
             with torch.device("meta"):
                 add_adapters(network, lora, seed=0)
         cost = model_cost(network)
-        kept = _kept_bytes(network)
+        sizes = _kept_bytes(network)
     except CANNOT_BUILD as exc:
         raise ConfigError(
             f"model type {config.model_type!r} cannot be counted without its weights: {exc}; use"
@@ -91,9 +91,9 @@ def model_size(config: PretrainedConfig, *, lora: LoraConfig, dtype: torch.dtype
         num_layers=len(layers),
         num_heads=config.num_attention_heads,
         num_key_heads=config.num_key_value_heads,
-        layer_bytes=kept["layer"] / len(layers) / _TOKENS,
-        mlp_bytes=kept["mlp"] / len(layers) / _TOKENS,
-        other_bytes=kept["other"] / _TOKENS,
+        layer_bytes=sizes["layer"] / len(layers) / _TOKENS,
+        mlp_bytes=sizes["mlp"] / len(layers) / _TOKENS,
+        other_bytes=sizes["other"] / _TOKENS,
         cost=cost,
     )
 
@@ -104,14 +104,14 @@ def _kept_bytes(network: PreTrainedModel) -> dict[str, int]:
     network.train()
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     # A tensor of each storage, kept alive so that no other storage can get its address.
-    kept: dict[int, torch.Tensor] = {}
+    tensors: dict[int, torch.Tensor] = {}
     bytes_in = {"layer": 0, "mlp": 0, "other": 0}
     depth = {"layer": 0, "mlp": 0}  # how many modules of the kind are running
 
     def weigh(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights and storage._cdata not in kept:
-            kept[storage._cdata] = tensor
+        if storage._cdata not in weights and storage._cdata not in tensors:
+            tensors[storage._cdata] = tensor
             bytes_in["layer" if depth["layer"] else "other"] += storage.nbytes()
             bytes_in["mlp"] += storage.nbytes() if depth["mlp"] else 0
         return tensor

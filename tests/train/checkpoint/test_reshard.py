@@ -120,5 +120,5 @@ def test_a_converter_that_fails_is_reported_in_one_line(tmp_path: Path) -> None:
         match=r"could not convert .*; resume with the number of ranks and the stage that wrote it",
     ):
         train.checkpoint.reshard.convert(
-            tmp_path / "checkpoint", tmp_path / "out", zero_stage=3, trained={}
+            tmp_path / "checkpoint", tmp_path / "out", zero_stage=3, parameters={}
         )
