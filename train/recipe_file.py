@@ -35,6 +35,7 @@ def load_recipe(
     model_dir = path.resolve().parent
     if model is not None:
         tables["model"] = {**tables.get("model", {}), "name": model}
+        # A model given by name replaces one with random weights.
         tables["model"].pop("config", None)
         model_dir = Path.cwd()
     if max_steps is not None:

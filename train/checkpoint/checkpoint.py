@@ -204,6 +204,7 @@ def _link_best(folder: Path) -> None:
     if best is None:
         link.unlink(missing_ok=True)
         return
+    # A new link replaces the old one by a rename, so that there is one at any time.
     staging = folder / f".tmp-{BEST_NAME}"
     staging.unlink(missing_ok=True)
     staging.symlink_to(best.name)

@@ -28,6 +28,7 @@ def sample_weights(packs: list[Pack]) -> list[npt.NDArray[np.float32]]:
 
     Fragments of one sample count together. A row that the mixture repeats counts once per copy.
     """
+    # Loss tokens of each sequence, int64 [S] for each pack.
     counts = [
         np.add.reduceat(pack.loss_mask.astype(np.int64), pack.seq_offsets[:-1]) for pack in packs
     ]

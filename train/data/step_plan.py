@@ -43,6 +43,7 @@ def plan_step(
     many packs. Raises DataError if a step of conversations would hold a fragment of one.
     """
     ids = order.step(step)
+    # Packs are nearly full, so each counts as one; conversations count by their tokens.
     sizes, capacity = np.ones(len(ids), np.int64), packs_per_micro_batch
     if order.unit == "pack":
         packs = [shard_set.pack(pack_id) for pack_id in ids.tolist()]

@@ -46,6 +46,7 @@ def check_tokenizer(shard_set: ShardSet, model: ModelConfig) -> None:
         return
     try:
         changes = differences(_read(ours), _read(theirs), shard_set.manifest)
+    # Keys or types that no tokenizer.json has: one of the files is another, or damaged.
     except (AttributeError, KeyError, TypeError, ValueError) as exc:
         raise ArtifactError(
             f"cannot compare {theirs} with {ours}: one of them is not a complete {NAME}"

@@ -51,6 +51,7 @@ def die_with_parent() -> None:
 def single_process_env() -> Iterator[None]:
     """Set the variables that torch and DeepSpeed read for a process group of one, while the block
     runs."""
+    # The kernel chooses a free port.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

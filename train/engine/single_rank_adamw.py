@@ -97,6 +97,7 @@ class OneRankAdamW(torch.optim.AdamW):
             master.copy_(saved)
 
     def _separate_masters(self) -> list[Tensor]:
+        # fp32 weights are their own masters, and the model saves them.
         return [master for parameter, master in self._masters.items() if master is not parameter]
 
 

@@ -38,6 +38,7 @@ def add_new_rows(network: PreTrainedModel, new_ids: Sequence[int], *, seed: int)
             f" embedding is a {type(embedding).__name__}; train all weights (lora.rank = 0)"
         )
     std = float(getattr(network.config, "initializer_range", None) or 0.02)
+    # Drawn on the CPU, so that any device gets the same values.
     generator = torch.Generator().manual_seed(seed)
     for layer in [embedding] if is_tied(network) else [embedding, head]:
         width = layer.embedding_dim if layer is embedding else layer.in_features

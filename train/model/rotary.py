@@ -85,6 +85,7 @@ def _by_sequence(
 ) -> Any:
     """Return what `forward` gives for each sequence alone in its row: tensors [1, N, ...]."""
     lengths = row.lengths(position_ids.shape[-1])
+    # Without bounds the row is one sequence, as in a plain call of the model.
     if lengths is None:
         _forget(module)
         return forward(hidden, position_ids, *arguments, **options)

@@ -53,8 +53,8 @@ def check_isolation(
                 f"model type {config.model_type!r} with attention"
                 f" {attention.removeprefix('sft_')!r} fails the check {finding.check!r}:"
                 f" {finding.measurement} moved by {finding.worst:.2g} of their size, expected at"
-                f" most {finding.tolerance:g}. Sequences of a pack would not train as they do alone;"
-                " use another model.attention, or a model whose layers see other tokens only"
+                f" most {finding.tolerance:g}. Sequences of a pack would not train as they do"
+                " alone; use another model.attention, or a model whose layers see other tokens only"
                 " through attention"
             )
         logger.debug("%s: %s moved by %.1e", finding.check, finding.measurement, finding.worst)

@@ -38,6 +38,7 @@ class ModelCost:
 
 def model_cost(network: PreTrainedModel) -> ModelCost:
     """Return the cost of `network`, whose weights may be sharded by ZeRO-3."""
+    # The head counts by loss tokens below; the embedding only looks up rows.
     embeddings = {
         id(network.get_input_embeddings().weight),
         id(network.get_output_embeddings().weight),

@@ -20,6 +20,7 @@ def resolve_zero_stage(engine: EngineConfig, *, world_size: int) -> ZeroStage:
     if engine.zero_stage == "auto":
         if world_size > 1:
             return 3
+        # Offloading and ZeRO++ are features of ZeRO, which stage 0 does not use.
         keys = engine.stage_3_keys()
         if engine.offload_optimizer != "none":
             keys.append("offload_optimizer")
