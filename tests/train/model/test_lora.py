@@ -186,7 +186,7 @@ def test_an_adapter_without_its_second_matrix_or_its_weight_is_refused() -> None
         ),
         (
             ("lora.quantize=nf4", "engine.zero_stage=3"),
-            "not with ZeRO stage 3; set engine.zero_stage = 2",
+            "ZeRO stage 3 splits them; set engine.zero_stage = 2",
         ),
         (("model.resize_vocab=true",), "[lora] needs existing weights"),
         (("lora.rank=-1",), "rank = -1; expected 0"),
