@@ -1,4 +1,4 @@
-"""What a recipe says: how `sft-train` trains. Nothing derived lives here; train/recipe_file.py
+"""The keys of a recipe: how `sft-train` trains. Derived values are elsewhere; train/recipe_file.py
 reads the files."""
 
 import json
@@ -7,14 +7,15 @@ from typing import Any, Literal
 
 from shared.errors import ConfigError
 
-_MOST = 2**31 - 1  # of what is counted: more is a slip, and would not fit in memory
+# The largest count: more is a typing error, and would not fit in memory.
+_MOST = 2**31 - 1
 _MOST_NAME = 100
 
 
 def _check_range(
     name: str, value: float | None, low: float, high: float, *, above: bool = False
 ) -> None:
-    """Raise ConfigError unless `value` is None or from `low` (`above`: more than it) to `high`."""
+    """Raise ConfigError unless `value` is None or from `low` to `high`; `above` excludes `low`."""
     if value is None or ((low < value if above else low <= value) and value <= high):
         return
     if above:
@@ -31,33 +32,34 @@ class ModelConfig:
     config: dict[str, Any] | None = None
     """A model with random weights: `model_type` and the keys of its transformers config."""
     attention: Literal["auto", "per_sequence", "flash", "varlen"] = "auto"
-    """Kernel that keeps sequences of a pack apart; `auto` takes the fastest one that the device
-    has."""
+    """Kernel that keeps the sequences of a pack apart; `auto` is the fastest one on the device."""
     gradient_checkpointing: bool = False
-    """Compute each layer's activations again in the backward pass: less memory, about a third more
+    """Recompute the activations of each layer in the backward pass: less memory, about a third more
     time."""
     mlp_tiles: int = 1
-    """Run the feed-forward layers in so many parts of a row, for long rows: less memory, some more
-    time."""
+    """Number of parts of a row in which feed-forward layers run, for long rows: less memory, a
+    little more time."""
     resize_vocab: bool = False
-    """Grow the embedding where the shards hold ids that the model does not know; otherwise that is
-    an error. Not needed for tokens that the mixture added (tokenizer.add_tokens)."""
+    """Enlarge the embedding if the shards hold ids that the model does not have, instead of an
+    error. Tokens that the mixture added (tokenizer.add_tokens) do not need it."""
     check_tokenizer: bool = True
-    """Refuse shards whose tokenizer makes other ids than the tokenizer.json beside the model's
+    """Refuse shards whose tokenizer gives other ids than the tokenizer.json beside the model's
     weights."""
 
     def __post_init__(self) -> None:
-        _check_range("mlp_tiles", self.mlp_tiles, 1, 64)  # each costs a call of every layer, twice
+        # Each tile costs two calls of every layer.
+        _check_range("mlp_tiles", self.mlp_tiles, 1, 64)
         if not self.revision.strip():
             raise ConfigError(
                 f"revision = {self.revision!r}; expected a branch, tag or commit, such as 'main'"
             )
         try:
             json.dumps(self.config, allow_nan=False)
-        except (ValueError, TypeError) as exc:  # a run writes it down for others to read
-            shown = f"{self.config!r:.200}"
+        except (ValueError, TypeError) as exc:
+            # The run writes its recipe as JSON.
             raise ConfigError(
-                f"config = {shown}; expected finite numbers, text, lists and tables only"
+                f"config = {self.config!r:.200}; expected finite numbers, text, lists and tables"
+                " only"
             ) from exc
         if "\0" in self.name or "\0" in self.revision:
             raise ConfigError(
@@ -67,7 +69,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW. Weight decay acts on matrices only, never on norms and biases."""
+    """AdamW. Weight decay applies to matrices only, not to norms and biases."""
 
     learning_rate: float
     """The peak rate, reached at the end of the warm-up."""
@@ -78,18 +80,15 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled decay, times the learning rate."""
     max_grad_norm: float = 1.0
-    """Clip the global gradient norm to this; 0 does not clip."""
+    """Limit of the global gradient norm; 0 does not clip."""
 
     def __post_init__(self) -> None:
         _check_range("learning_rate", self.learning_rate, 0.0, 100.0, above=True)
         _check_range("eps", self.eps, 0.0, 1.0, above=True)
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ConfigError(f"betas = {list(self.betas)}; expected two numbers from 0 to below 1")
-        for name, value in (
-            ("weight_decay", self.weight_decay),
-            ("max_grad_norm", self.max_grad_norm),
-        ):
-            _check_range(name, value, 0.0, 1e9)
+        _check_range("weight_decay", self.weight_decay, 0.0, 1e9)
+        _check_range("max_grad_norm", self.max_grad_norm, 0.0, 1e9)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +100,7 @@ class ScheduleConfig:
     epochs: float = 1.0
     """Passes over the shard set; the last step may be smaller."""
     max_steps: int | None = None
-    """Total number of steps instead of `epochs`."""
+    """Total number of steps; overrides `epochs`."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.warmup_ratio <= 1.0:
@@ -114,29 +113,29 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchConfig:
-    """One of the first three says how large a step is; gradient accumulation follows from it."""
+    """Exactly one of the first three sets the size of a step; gradient accumulation follows."""
 
     packs_per_step: int | None = None
     """Packs per optimiser step over all ranks."""
     tokens_per_step: int | None = None
     """The same in tokens: a multiple of the shards' max_seq_len."""
     conversations_per_step: int | None = None
-    """Exactly so many conversations per optimiser step, packed within the step; any number of ranks
-    will do."""
+    """Conversations per optimiser step, exactly; they are packed within the step, and any number of
+    ranks works."""
     packs_per_micro_batch: int = 1
     """Packs, or rows of max_seq_len tokens, of one forward and backward pass on one rank. Changes
     memory and speed, never the gradient."""
 
     def __post_init__(self) -> None:
-        ways = ("packs_per_step", "tokens_per_step", "conversations_per_step")
-        stated = [name for name in ways if getattr(self, name) is not None]
-        if len(stated) != 1:
+        sizes = ("packs_per_step", "tokens_per_step", "conversations_per_step")
+        keys = [name for name in sizes if getattr(self, name) is not None]
+        if len(keys) != 1:
             raise ConfigError(
-                f"set one of {ways[0]}, {ways[1]} and {ways[2]}; {' and '.join(stated) or 'none'}"
-                " found. To replace what a recipe states: --set"
+                f"set one of {sizes[0]}, {sizes[1]} and {sizes[2]}; found"
+                f" {' and '.join(keys) or 'none'}. To replace the table of a recipe: --set"
                 " 'batch={conversations_per_step=128}'"
             )
-        for name in (*ways, "packs_per_micro_batch"):
+        for name in (*sizes, "packs_per_micro_batch"):
             _check_range(name, getattr(self, name), 1, _MOST)
 
 
@@ -144,15 +143,15 @@ class BatchConfig:
 class LossConfig:
     norm: Literal["token", "sample", "sum"] = "token"
     """`token`: mean over the loss tokens of the step. `sample`: mean over its conversations of
-    their means. `sum`."""
+    their means. `sum`: sum over its loss tokens, divided by `divisor`."""
     divisor: float = 1.0
-    """What `sum` is divided by, e.g. the conversations per step of a trainer that sums over tokens
-    and divides by ranks x accumulation: it sets the scale that `optim.max_grad_norm` clips at."""
+    """Divides `sum`: for a trainer that sums over tokens and divides by ranks x accumulation, the
+    conversations per step. It sets the scale on which `optim.max_grad_norm` clips."""
 
     load_balancing_weight: float = 0.0
-    """Of the auxiliary loss that keeps the experts of a mixture-of-experts model evenly used
-    (train/model/router_loss.py). Unlike the rest of the loss it hangs on how a step is cut into
-    micro-batches: shares are counted in each of them."""
+    """Weight of the auxiliary loss that keeps the experts of a mixture-of-experts model evenly used
+    (train/model/router_loss.py). Unlike the rest of the loss it depends on the split into
+    micro-batches, since shares are counted within each of them."""
 
     def __post_init__(self) -> None:
         _check_range("load_balancing_weight", self.load_balancing_weight, 0.0, 1e6)
@@ -167,31 +166,29 @@ class LossConfig:
 class EngineConfig:
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """What DeepSpeed shards over the ranks: nothing (0), optimizer state (1), gradients too (2),
-    weights too (3). `auto` is 3 from two ranks on and 0 for one, where sharding costs time and
+    weights too (3). `auto` is 3 for two ranks or more, and 0 for one, where sharding costs time and
     memory and saves neither."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of weights and activations; `auto` is bf16 on a GPU and fp32 on a CPU. Master weights and
-    sums are fp32."""
+    """Type of weights and activations; `auto` is bf16 on a GPU and fp32 on a CPU. Master weights
+    and sums are fp32."""
     sequence_parallel: int = 1
-    """Ranks that share each row, for rows longer than one GPU holds (Ulysses); a divisor of the
+    """Ranks that share each row, for rows longer than one GPU can hold (Ulysses); a divisor of the
     model's heads."""
 
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where master weights and moments lie, and updates are computed: less GPU memory, slower
+    """Where master weights and moments are held and updates computed: less GPU memory, slower
     steps."""
     offload_params: Literal["none", "cpu", "nvme"] = "none"
-    """Where the shards of the weights lie until a layer needs them; stage 3 only."""
+    """Where the shards of the weights are held until a layer needs them; stage 3 only."""
     nvme_path: str = ""
-    """Directory on a fast local disk for what is offloaded to "nvme"."""
+    """Directory on a fast local disk for state that is offloaded to "nvme"."""
     hpz_partition_size: int = 1
-    """ZeRO++: keep a second copy of the weights, shared out over so many ranks (those of a node),
-    for the backward pass; stage 3 only."""
+    """ZeRO++: the number of ranks (those of a node) that share a second copy of the weights for the
+    backward pass; stage 3 only."""
     quantized_weights: bool = False
-    """ZeRO++: gather weights in 8 bits; stage 3 on GPUs only. Changes what is computed, a
-    little."""
+    """ZeRO++: gather weights in 8 bits; stage 3 on GPUs only. It changes results a little."""
     quantized_gradients: bool = False
-    """ZeRO++: reduce gradients in 4 bits; stage 3 on GPUs only. Changes what is computed, a
-    little."""
+    """ZeRO++: reduce gradients in 4 bits; stage 3 on GPUs only. It changes results a little."""
 
     def __post_init__(self) -> None:
         for name in ("sequence_parallel", "hpz_partition_size"):
@@ -201,27 +198,26 @@ class EngineConfig:
             raise ConfigError(
                 f"nvme_path = {self.nvme_path!r:.200} with offload_optimizer ="
                 f" {self.offload_optimizer!r} and offload_params = {self.offload_params!r};"
-                " expected a path where one of them is nvme, else none"
+                " expected a path if one of them is nvme, else none"
             )
-        if self.zero_stage not in ("auto", 3) and (of_stage_3 := self.of_stage_3()):
+        if self.zero_stage not in ("auto", 3) and (keys := self.stage_3_keys()):
             raise ConfigError(
-                f"{', '.join(of_stage_3)} with zero_stage = {self.zero_stage}; that is for stage 3"
-                " only"
+                f"{', '.join(keys)} with zero_stage = {self.zero_stage}; expected zero_stage = 3"
             )
         if self.zero_stage == 0 and self.offload_optimizer != "none":
             raise ConfigError(
-                "offload_optimizer with zero_stage = 0; that is for the stages 1 to 3"
+                "offload_optimizer with zero_stage = 0; expected one of the stages 1 to 3"
             )
 
-    def of_stage_3(self) -> list[str]:
-        """Return the keys that ask for what only ZeRO stage 3 has."""
-        asked = {
+    def stage_3_keys(self) -> list[str]:
+        """Return the keys with a value that needs ZeRO stage 3."""
+        needs_stage_3 = {
             "offload_params": self.offload_params != "none",
             "hpz_partition_size": self.hpz_partition_size > 1,
             "quantized_weights": self.quantized_weights,
             "quantized_gradients": self.quantized_gradients,
         }
-        return [name for name, is_asked in asked.items() if is_asked]
+        return [key for key, is_on in needs_stage_3.items() if is_on]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,17 +228,17 @@ class LoraConfig:
     rank: int = 0
     """Rank of the adapters; 0 trains the weights themselves."""
     alpha: float = 16.0
-    """The adapters' product counts alpha / rank times."""
+    """The product of an adapter's matrices is multiplied by alpha / rank."""
     dropout: float = 0.0
     """Share of an adapter's inputs that is dropped in training."""
     targets: tuple[str, ...] = ()
-    """Names of linear layers that get an adapter, such as "q_proj", never the LM head; none named:
-    all but that."""
+    """Names of the linear layers that get an adapter, such as "q_proj"; empty for all. The LM head
+    never gets one."""
     quantize: Literal["none", "nf4"] = "none"
     """Hold the frozen weights in 4 bits (QLoRA); needs bitsandbytes and engine.zero_stage below
     3."""
     export: Literal["merged", "adapter"] = "merged"
-    """`merged`: a whole model. `adapter`: the adapters alone, as peft loads them beside the base
+    """`merged`: a whole model. `adapter`: the adapters alone, which peft loads beside the base
     model."""
 
     def __post_init__(self) -> None:
@@ -258,7 +254,7 @@ class LoraConfig:
             self.targets or self.dropout or self.quantize != "none" or self.export != "merged"
         ):
             raise ConfigError(
-                "the table says how to train adapters, but rank = 0 trains none; set lora.rank"
+                "the table sets how to train adapters, but rank = 0 trains none; set lora.rank"
             )
 
     @property
@@ -280,14 +276,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """How to evaluate, where there is an evaluation set: that of --eval-shards, or the one inside
-    the shard set."""
+    """How to evaluate if there is an evaluation set: --eval-shards, or the one inside the shard
+    set."""
 
     every_steps: int = 0
-    """Steps between evaluations; 0 evaluates at every checkpoint that is due. The last step always
-    is evaluated."""
+    """Steps between evaluations; 0 evaluates at every scheduled checkpoint. The last step is always
+    evaluated."""
     max_packs: int = 0
-    """Evaluate a sample of so many packs, the same each time; 0 evaluates all."""
+    """Number of packs to evaluate, the same sample each time; 0 evaluates all."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "max_packs"):
@@ -297,7 +293,7 @@ class EvalConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
     every_steps: int = 1
-    """Steps per logged line: each line costs one wait for the device."""
+    """Steps per logged line; the host waits for the device once per line."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Log to Weights & Biases: to its server, or to files for `wandb sync`."""
     wandb_project: str = "sft"
@@ -305,8 +301,8 @@ class LogConfig:
     wandb_name: str = ""
     """Default: the name of the run directory."""
     spike_sigma: float = 6.0
-    """A loss so many deviations above the recent median is reported with its rows
-    (RUN/spikes.jsonl); 0: none is."""
+    """A loss this many deviations above the recent median is reported with its rows
+    (RUN/spikes.jsonl); 0 reports none."""
 
     def __post_init__(self) -> None:
         _check_range("every_steps", self.every_steps, 1, _MOST)
@@ -318,14 +314,14 @@ class LogConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     seed: int = 0
-    """Of the data order, of random weights and of dropout."""
+    """Seed of the data order, of random weights and of dropout."""
     on_non_finite: Literal["stop", "skip"] = "stop"
-    """At a step whose loss or gradient is not finite: stop before the update, or leave the step out
-    and go on."""
+    """At a step whose loss or gradient is not finite: stop before the update, or skip the step and
+    continue."""
     max_skipped: int = 10
-    """Steps that `skip` leaves out in the whole run before it stops after all."""
+    """Number of steps that `skip` may skip in the whole run; at the next one the run stops."""
     hang_timeout_minutes: float = 30.0
-    """If no step ends for so long, every rank writes its stacks to RUN/stacks and the run ends."""
+    """If no step ends for this long, each rank writes its stacks to RUN/stacks and the run ends."""
 
     def __post_init__(self) -> None:
         _check_range("seed", self.seed, -(2**63), 2**63 - 1)
@@ -357,12 +353,12 @@ class TrainConfig:
             )
         if "/" in self.name or self.name.startswith("."):
             raise ConfigError(
-                f"name = {self.name!r}; expected a plain file name, it becomes part of runs/NAME"
+                f"name = {self.name!r}; expected a plain file name, since it becomes runs/NAME"
             )
         if self.model.config is not None and self.model.name:
             raise ConfigError("model.name and model.config are both set; keep one of them")
         if self.lora.is_on and (self.model.config is not None or self.model.resize_vocab):
             raise ConfigError(
-                "[lora] trains beside weights that exist: it goes with model.name (--model"
-                " NAME|DIR), not with model.config or model.resize_vocab"
+                "[lora] needs existing weights: use model.name (--model NAME|DIR), without"
+                " model.config and model.resize_vocab"
             )

@@ -1,5 +1,8 @@
-"""Recipe files: those that ship, those of users, and what the command line changes. Paths are
-relative to the file."""
+"""Read recipe files, shipped ones and those of users, and apply the changes of the command line.
+
+A model directory is relative to the recipe that names it, or to the working directory if it comes
+from the command line.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from train.config import TrainConfig
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Return the recipes that ship with the package: name -> file."""
+    """Return the recipes that the package ships: name -> file."""
     return config.shipped_files("train", "recipes", ".toml")
 
 
@@ -21,10 +24,10 @@ def load_recipe(
     model: str | None = None,
     max_steps: int | None = None,
 ) -> TrainConfig:
-    """Return the recipe named `recipe` (one that ships, or a .toml file) with the changes of the
+    """Return the recipe called `recipe` (a shipped one or a .toml file) with the changes of the
     command line.
 
-    A `model.name` that is a directory becomes its absolute path. Raises ConfigError for an unknown
+    A `model.name` that is a directory becomes an absolute path. Raises ConfigError for an unknown
     name, key or value.
     """
     path = config.shipped_or_file(recipe, shipped_recipes(), "recipe")
@@ -32,21 +35,21 @@ def load_recipe(
     model_dir = path.resolve().parent
     if model is not None:
         tables["model"] = {**tables.get("model", {}), "name": model}
+        # A model given by name replaces one with random weights.
         tables["model"].pop("config", None)
         model_dir = Path.cwd()
     if max_steps is not None:
         tables["schedule"] = {**tables.get("schedule", {}), "max_steps": max_steps}
-    _make_absolute(tables, model_dir)
-    return config.build(TrainConfig, tables, f"{path} with --set" if settings else str(path))
-
-
-def _make_absolute(tables: dict[str, Any], model_dir: Path) -> None:
+    # Values of a wrong type are left for `config.build` to report.
     section = tables.get("model")
     name = section.get("name") if isinstance(section, dict) else None
-    if not isinstance(section, dict) or not isinstance(name, str) or not name:
-        return
-    folder = model_dir / Path(name).expanduser()
-    if folder.is_dir():
-        section["name"] = str(folder.resolve())
-    elif name.startswith(("/", "./", "../", "~")):
-        raise ConfigError(f"model.name = {name!r}: there is no directory {folder}")
+    if isinstance(section, dict) and isinstance(name, str) and name:
+        folder = model_dir / Path(name).expanduser()
+        if folder.is_dir():
+            section["name"] = str(folder.resolve())
+        elif name.startswith(("/", "./", "../", "~")):
+            raise ConfigError(
+                f"model.name = {name!r}: there is no directory {folder}; give one that exists, or"
+                " the id of a hub model"
+            )
+    return config.build(TrainConfig, tables, f"{path} with --set" if settings else str(path))

@@ -1,10 +1,13 @@
-// A second device for a torch without CUDA: tensors say "cuda:N", their numbers lie in the host's memory, and every
-// operator is torch's CPU kernel on that memory. README.md says what this proves and what it cannot.
+// A second device for a torch without CUDA: tensors are on "cuda:N", their numbers are in the
+// host's memory, and every operator is torch's CPU kernel on that memory. README.md tells what this
+// proves and what it cannot.
 //
-//     tensor on cuda:0 --(fallback)--> the same memory as a CPU tensor --> CPU kernel --> the result as cuda:0
+//     tensor on cuda:0 --(fallback)--> the same memory as a CPU tensor --> CPU kernel
+//         --> the result as cuda:0
 //
-// What a GPU refuses is refused: operands on two devices, a generator of the other device, tensors of a GPU that is not
-// this process's. What makes the host wait for a GPU is told to Python (`watch`), and live bytes are counted.
+// It refuses what a GPU refuses: operands on two devices, a generator of the other device, tensors
+// of another process's GPU. Python is told of everything that makes the host wait for a GPU
+// (`watch`), and live bytes are counted.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -41,12 +44,13 @@ c10::DeviceIndex own_index() {
 c10::Device own_device() { return {kType, own_index()}; }
 const c10::Device kHost(c10::kCPU);
 
-void check_own(c10::Device device) {  // each rank has one GPU; using another one's would go unseen on real hardware
+// Each rank has one GPU; real hardware would not notice the use of another one.
+void check_own(c10::Device device) {
   TORCH_CHECK(!device.has_index() || device.index() == own_index(),
-              "this rank's device is ", own_device(), ", but something asked for ", device);
+              "this rank's device is ", own_device(), ", but the call needs ", device);
 }
 
-// ---- what makes the host wait
+// ---- waits of the host
 py::object* watcher = nullptr;
 
 void host_waits(const std::string& what) {
@@ -64,7 +68,8 @@ void count(int64_t bytes) {
   live_bytes += bytes;
   peak_bytes = std::max(peak_bytes, live_bytes);
 }
-int64_t in_blocks(size_t bytes) { return (bytes + 511) / 512 * 512; }  // as torch's CUDA allocator hands it out
+// The blocks of torch's CUDA allocator.
+int64_t in_blocks(size_t bytes) { return (bytes + 511) / 512 * 512; }
 
 struct Block { void* memory; size_t bytes; };
 
@@ -81,7 +86,9 @@ struct DeviceAllocator final : c10::Allocator {
     c10::free_cpu(block->memory);
     delete block;
   }
-  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
 } allocator;
 
 std::map<const char*, size_t> pinned_blocks;
@@ -109,7 +116,9 @@ struct PinnedAllocator final : at::HostAllocator {
     }
     c10::free_cpu(memory);
   }
-  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
   bool record_event(void*, void*, c10::Stream) override { return true; }
   void empty_cache() override {}
   at::HostStats get_stats() override { return {}; }
@@ -123,7 +132,10 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kType; }
   c10::DeviceIndex deviceCount() const noexcept override { return own_index() + 1; }
   c10::Device getDevice() const override { return own_device(); }
-  c10::Device exchangeDevice(c10::Device device) const override { setDevice(device); return own_device(); }
+  c10::Device exchangeDevice(c10::Device device) const override {
+    setDevice(device);
+    return own_device();
+  }
   void setDevice(c10::Device device) const override { check_own(device); }
   void uncheckedSetDevice(c10::Device) const noexcept override {}
   c10::Stream getStream(c10::Device) const override { return stream(); }
@@ -152,8 +164,12 @@ struct Generator final : c10::GeneratorImpl {  // a CPU generator under the devi
   uint64_t seed() override { return inner.seed(); }
   void set_offset(uint64_t) override {}
   uint64_t get_offset() const override { return 0; }
-  void set_state(const c10::TensorImpl& state) override { inner.unsafeGetGeneratorImpl()->set_state(state); }
-  c10::intrusive_ptr<c10::TensorImpl> get_state() const override { return inner.unsafeGetGeneratorImpl()->get_state(); }
+  void set_state(const c10::TensorImpl& state) override {
+    inner.unsafeGetGeneratorImpl()->set_state(state);
+  }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
+    return inner.unsafeGetGeneratorImpl()->get_state();
+  }
   Generator* clone_impl() const override { return new Generator(inner.clone()); }
 };
 const at::Generator& default_generator() {
@@ -161,7 +177,8 @@ const at::Generator& default_generator() {
   return one;
 }
 at::Generator inner_generator(const at::Generator& generator) {
-  TORCH_CHECK(generator.device().type() == kType, "a generator of ", generator.device(), " for a tensor of the device");
+  TORCH_CHECK(generator.device().type() == kType,
+              "a generator of ", generator.device(), " for a tensor of the device");
   return static_cast<Generator*>(generator.unsafeGetGeneratorImpl())->inner;
 }
 
@@ -179,7 +196,9 @@ struct Hooks final : at::CUDAHooksInterface {
   c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return own_index(); }
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return own_index(); }
   void deviceSynchronize(c10::DeviceIndex) const override { host_waits("synchronize device"); }
-  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override { return default_generator(); }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
+    return default_generator();
+  }
   at::Generator getNewGenerator(c10::DeviceIndex) const override {
     return at::make_generator<Generator>(at::detail::createCPUGenerator());
   }
@@ -200,49 +219,59 @@ void end_loan(void* context) {
 }
 
 at::Tensor over(c10::Storage storage, c10::DispatchKey key, const at::Tensor& like) {
-  auto made = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), like.dtype());
+  auto made = at::detail::make_tensor<c10::TensorImpl>(
+      std::move(storage), c10::DispatchKeySet(key), like.dtype());
   made.unsafeGetTensorImpl()->set_storage_offset(like.storage_offset());
   made.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides());
   return made;
 }
 
-at::Tensor renamed(const at::Tensor& t, c10::Device to, bool is_new = false) {  // `is_new`: made by a CPU kernel for us
+// `is_new`: a CPU kernel has made the tensor for us.
+at::Tensor renamed(const at::Tensor& t, c10::Device to, bool is_new = false) {
   auto* loan = new Loan{t.storage(), is_new ? in_blocks(t.storage().nbytes()) : 0};
   count(loan->counted);
   c10::DataPtr pointer(const_cast<void*>(t.storage().data()), loan, &end_loan, to);
   auto* by = to.is_cpu() ? c10::GetCPUAllocator() : static_cast<c10::Allocator*>(&allocator);
   c10::Storage storage(c10::make_intrusive<c10::StorageImpl>(
-      c10::StorageImpl::use_byte_size_t(), t.storage().nbytes(), std::move(pointer), by, /*resizable=*/true));
+      c10::StorageImpl::use_byte_size_t(), t.storage().nbytes(), std::move(pointer), by,
+      /*resizable=*/true));
   auto made = over(std::move(storage), to.is_cpu() ? c10::DispatchKey::CPU : kKey, t);
   made._set_conj(t.is_conj());
   made._set_neg(t.is_neg());
-  if (t.unsafeGetTensorImpl()->is_wrapped_number()) made.unsafeGetTensorImpl()->set_wrapped_number(true);
+  if (t.unsafeGetTensorImpl()->is_wrapped_number())
+    made.unsafeGetTensorImpl()->set_wrapped_number(true);
   return made;
 }
 at::Tensor on_host(const at::Tensor& t) { return is_ours(t) ? renamed(t, kHost) : t; }
 
 // ---- every operator that has no kernel below: torch's CPU kernel, on renamed operands
-const std::set<std::string> kWaits = {  // the shape of the result, or a Python value, depends on numbers of the device
-    "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::nonzero.out",
-    "aten::masked_select", "aten::masked_select.out", "aten::_unique", "aten::_unique2", "aten::unique_dim",
-    "aten::unique_consecutive", "aten::bincount", "aten::histc", "aten::repeat_interleave.Tensor"};
-const std::set<std::string> kIndexed = {  // the only operators that take indices of the host; masks become indices
-    "aten::index.Tensor", "aten::index.Tensor_out", "aten::_unsafe_index.Tensor", "aten::index_put_",
-    "aten::_index_put_impl_"};
+// The shape of the result, or a Python value, depends on numbers of the device.
+const std::set<std::string> kWaits = {
+    "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero",
+    "aten::nonzero.out", "aten::masked_select", "aten::masked_select.out", "aten::_unique",
+    "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount",
+    "aten::histc", "aten::repeat_interleave.Tensor"};
+// The only operators that take indices of the host; masks become indices.
+const std::set<std::string> kIndexed = {
+    "aten::index.Tensor", "aten::index.Tensor_out", "aten::_unsafe_index.Tensor",
+    "aten::index_put_", "aten::_index_put_impl_"};
 
 struct Call {
   std::string name;
   bool waits, is_indexed;
-  std::vector<std::pair<at::Tensor, at::Tensor>> operands;  // ours, and the same memory as a CPU tensor
+  // Ours, and the same memory as a CPU tensor.
+  std::vector<std::pair<at::Tensor, at::Tensor>> operands;
 
   at::Tensor operand(const at::Tensor& t, bool may_be_host) {
     if (!t.defined()) return t;
     if (!is_ours(t)) {
-      TORCH_CHECK(may_be_host || t.dim() == 0, "Expected all tensors to be on the same device, but found ",
-                  own_device(), " and ", t.device(), ", a tensor of shape ", t.sizes(), " (in ", name, ")");
+      TORCH_CHECK(may_be_host || t.dim() == 0,
+                  "Expected all tensors to be on the same device, but found ", own_device(),
+                  " and ", t.device(), ", a tensor of shape ", t.sizes(), " (in ", name, ")");
       return t;
     }
-    TORCH_CHECK(t.layout() == c10::kStrided, "the second device has strided tensors only (in ", name, ")");
+    TORCH_CHECK(t.layout() == c10::kStrided,
+                "the second device has strided tensors only (in ", name, ")");
     for (auto& [ours, cpu] : operands) if (ours.is_same(t)) return cpu;
     operands.emplace_back(t, renamed(t, kHost));
     return operands.back().second;
@@ -258,10 +287,12 @@ struct Call {
     if (!t.defined() || !t.device().is_cpu()) return t;
     for (auto& [ours, cpu] : operands) if (cpu.is_same(t)) return follow_resize(ours, cpu);
     for (auto& [ours, cpu] : operands)
-      if (t.has_storage() && t.storage().is_alias_of(cpu.storage())) return over(ours.storage(), kKey, t);
+      if (t.has_storage() && t.storage().is_alias_of(cpu.storage()))
+        return over(ours.storage(), kKey, t);
     return renamed(t, own_device(), /*is_new=*/true);
   }
-  at::Tensor follow_resize(const at::Tensor& ours, const at::Tensor& cpu) {  // of an `out` by its kernel
+  // A kernel may have resized an `out`.
+  at::Tensor follow_resize(const at::Tensor& ours, const at::Tensor& cpu) {
     if (ours.sizes() != cpu.sizes() || ours.storage().data() != cpu.storage().data()) {
       at::native::resize_(ours, cpu.sizes());
       renamed(ours, kHost).copy_(cpu);
@@ -272,7 +303,8 @@ struct Call {
 
 void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
-  Call call{schema.name() + (schema.overload_name().empty() ? "" : "." + schema.overload_name()), false, false, {}};
+  const auto& overload = schema.overload_name();
+  Call call{schema.name() + (overload.empty() ? "" : "." + overload), false, false, {}};
   call.waits = kWaits.count(call.name) > 0;
   call.is_indexed = kIndexed.count(call.name) > 0;
   const auto& arguments = schema.arguments();
@@ -295,7 +327,8 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::St
       value = kHost;
     } else if (value.isGenerator()) {
       value = inner_generator(value.toGenerator());
-    } else if (value.isNone() && arguments[i].type()->str().find("Generator") != std::string::npos) {
+    } else if (value.isNone() &&
+               arguments[i].type()->str().find("Generator") != std::string::npos) {
       value = inner_generator(default_generator());
     }
   }
@@ -314,7 +347,7 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::St
   for (auto& [ours, cpu] : call.operands) call.follow_resize(ours, cpu);
 }
 
-// ---- collectives: gloo on the same memory; what comes back is the tensors that were given
+// ---- collectives: gloo on the same memory; they return the tensors that they were given
 IValue all_on_host(const IValue& value) {
   if (value.isTensor()) return on_host(value.toTensor());
   if (value.isTensorList()) {
@@ -336,22 +369,24 @@ void collective(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::
     if ((*stack)[i].isTensor() || (*stack)[i].isList()) (*stack)[i] = given;
 }
 
-// ---- what makes, views or moves memory
+// ---- operators that make, view or move memory
 using MaybeType = std::optional<at::ScalarType>;
 using MaybeLayout = std::optional<at::Layout>;
 using MaybeDevice = std::optional<at::Device>;
 
-at::Tensor empty(c10::SymIntArrayRef size, MaybeType type, MaybeLayout, MaybeDevice device, std::optional<bool>,
-                 std::optional<at::MemoryFormat> format) {
+at::Tensor empty(c10::SymIntArrayRef size, MaybeType type, MaybeLayout, MaybeDevice device,
+                 std::optional<bool>, std::optional<at::MemoryFormat> format) {
   if (device) check_own(*device);
   const auto dtype = at::dtype_or_default(type);
-  return at::detail::empty_generic_symint(size, &allocator, c10::DispatchKeySet(kKey), dtype, format);
+  return at::detail::empty_generic_symint(
+      size, &allocator, c10::DispatchKeySet(kKey), dtype, format);
 }
-at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, MaybeType type, MaybeLayout, MaybeDevice device,
-                         std::optional<bool>) {
+at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, MaybeType type, MaybeLayout,
+                         MaybeDevice device, std::optional<bool>) {
   if (device) check_own(*device);
   const auto dtype = at::dtype_or_default(type);
-  return at::detail::empty_strided_generic(size, stride, &allocator, c10::DispatchKeySet(kKey), dtype);
+  return at::detail::empty_strided_generic(
+      size, stride, &allocator, c10::DispatchKeySet(kKey), dtype);
 }
 at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   if (to.is_same(from)) return to;
@@ -366,8 +401,8 @@ at::Tensor copy_and_resize(const at::Tensor& from, const at::Tensor& to) {
   at::Tensor target = to;
   return copy_(target, from, false);
 }
-at::Tensor& set_storage_at(at::Tensor& self, at::Storage storage, int64_t offset, at::IntArrayRef size,
-                           at::IntArrayRef stride) {
+at::Tensor& set_storage_at(at::Tensor& self, at::Storage storage, int64_t offset,
+                           at::IntArrayRef size, at::IntArrayRef stride) {
   return at::native::set_storage_cpu_(self, std::move(storage), offset, size, stride);
 }
 at::Tensor& set_storage(at::Tensor& self, at::Storage storage) {
@@ -377,7 +412,9 @@ at::Tensor& set_storage(at::Tensor& self, at::Storage storage) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
+TORCH_LIBRARY_IMPL(_, CUDA, m) {
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty.memory_format", TORCH_FN(empty));
@@ -395,19 +432,23 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 
 TORCH_LIBRARY_IMPL(c10d, CUDA, m) {
   for (const char* name :
-       {"allreduce_", "allreduce_coalesced_", "broadcast_", "reduce_", "allgather_", "_allgather_base_",
-        "allgather_coalesced_", "allgather_into_tensor_coalesced_", "reduce_scatter_", "_reduce_scatter_base_",
-        "reduce_scatter_tensor_coalesced_", "gather_", "scatter_", "alltoall_", "alltoall_base_", "send", "recv_",
-        "barrier"})
+       {"allreduce_", "allreduce_coalesced_", "broadcast_", "reduce_", "allgather_",
+        "_allgather_base_", "allgather_coalesced_", "allgather_into_tensor_coalesced_",
+        "reduce_scatter_", "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "gather_",
+        "scatter_", "alltoall_", "alltoall_base_", "send", "recv_", "barrier"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&collective>());
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   c10::SetAllocator(kType, &allocator, 100);
-  // torch made its hooks when it was imported, an object without data of the base class: it gets our methods
+  // torch made its hooks when it was imported, an object of the base class without data: replacing
+  // its table of methods gives it ours.
   static Hooks hooks;
-  std::memcpy(const_cast<void*>(static_cast<const void*>(&at::detail::getCUDAHooks())), &hooks, sizeof(void*));
-  m.def("watch", [](py::object callback) { watcher = callback.is_none() ? nullptr : new py::object(callback); });
+  const void* old_hooks = &at::detail::getCUDAHooks();
+  std::memcpy(const_cast<void*>(old_hooks), &hooks, sizeof(void*));
+  m.def("watch", [](py::object callback) {
+    watcher = callback.is_none() ? nullptr : new py::object(callback);
+  });
   m.def("host_waits", &host_waits);
   m.def("live_bytes", [] { return live_bytes; });
   m.def("peak_bytes", [] { return peak_bytes; });

@@ -1,5 +1,4 @@
-"""Compiles device.cpp, once for all workers of a test run and for later runs with the same
-torch."""
+"""Compile device.cpp once, for all workers of a test run and for later runs with the same torch."""
 
 import fcntl
 import hashlib
@@ -19,15 +18,14 @@ def why_not() -> str | None:
     """Return why the device cannot be built here, None if it can."""
     if torch.version.cuda is not None or torch.version.hip is not None:
         return (
-            "this torch has a GPU backend of its own; the second device takes its place in CPU"
+            "this torch has a GPU backend, and the second device takes the place of one in CPU"
             " builds only"
         )
     return None if shutil.which("g++") else "needs a C++ compiler: no g++ on the PATH"
 
 
 def build(cache: Path) -> Path:
-    """Return the compiled module, from `cache` if it was built there from the same source for the
-    same torch."""
+    """Return the compiled module; `cache` may hold it from the same source and the same torch."""
     version = hashlib.sha256(
         f"{torch.__version__} {sysconfig.get_config_var('SOABI')}".encode() + SOURCE.read_bytes()
     )
@@ -49,7 +47,7 @@ def build(cache: Path) -> Path:
 
 
 def _command(output: Path) -> list[str]:
-    """Not optimised: that takes four times as long, and torch's kernels are compiled already."""
+    """Compile without optimisation, which takes four times as long: torch's kernels do the work."""
     root = Path(torch.__file__).parent
     headers = [
         root / "include",
@@ -57,16 +55,8 @@ def _command(output: Path) -> list[str]:
         sysconfig.get_path("include"),
     ]
     return [
-        *(
-            "g++",
-            "-O0",
-            "-g0",
-            "-w",
-            "-shared",
-            "-fPIC",
-            "-std=c++20",
-            f"-DTORCH_EXTENSION_NAME={MODULE}",
-        ),
+        *("g++", "-O0", "-g0", "-w", "-shared", "-fPIC", "-std=c++20"),
+        f"-DTORCH_EXTENSION_NAME={MODULE}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(f"-I{folder}" for folder in headers),
         *(str(SOURCE), "-o", str(output), f"-L{root / 'lib'}"),

@@ -1,8 +1,7 @@
-"""Puts the second device into this process: device.cpp below torch, and what Python sees of it in
+"""Put the second device into this process: device.cpp below torch, and its Python side in
 `torch.cuda`.
 
-For the rest of the process torch has a GPU. There is no way back, so only programs that tests start
-call this.
+From then on torch has a GPU. This cannot be undone, so only programs that tests start call it.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ NAME = "second device of the tests"
 
 
 def install(built: Path) -> ModuleType:
-    """Load the module that device_build.py made and return it."""
+    """Load the module that device_build.py compiled and return it."""
     from device_build import MODULE
 
     spec = importlib.util.spec_from_file_location(MODULE, built)
@@ -58,9 +57,8 @@ def _fill_torch_cuda(device: ModuleType) -> None:
     }
     for name, answer in answers.items():
         setattr(cuda, name, lambda *_, _answer=answer, **__: _answer)
-    cuda.set_device = lambda chosen: torch.empty(
-        0, device=_indexed(chosen)
-    )  # refuses another rank's
+    # Creating a tensor there refuses the device of another rank.
+    cuda.set_device = lambda index: torch.empty(0, device=_indexed(index))
     cuda.synchronize = lambda *_: device.host_waits("torch.cuda.synchronize")
     cuda.memory_allocated = cuda.memory_reserved = lambda *_: device.live_bytes()
     cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *_: device.peak_bytes()
@@ -86,7 +84,7 @@ def _indexed(device: Any) -> torch.device:
 
 def _stream_class(device: ModuleType) -> type:
     class Stream:
-        """Work is done when it is given: nothing waits for anything."""
+        """Work is done as soon as it is submitted, so nothing waits."""
 
         priority = cuda_stream = stream_id = device_index = 0
 
@@ -127,11 +125,11 @@ def _event_class(device: ModuleType) -> type:
 
 
 def _let_gloo_stand_for_nccl() -> None:
-    given = dist.init_process_group
+    original = dist.init_process_group
 
     def init_process_group(backend: str | None = None, *arguments: Any, **options: Any) -> None:
         options.pop("device_id", None)
-        given("gloo" if backend in (None, "nccl") else backend, *arguments, **options)
+        original("gloo" if backend in (None, "nccl") else backend, *arguments, **options)
 
     dist.init_process_group = dist.distributed_c10d.init_process_group = init_process_group
     dist.is_nccl_available = dist.distributed_c10d.is_nccl_available = lambda: True
@@ -142,8 +140,7 @@ def _location_of(storage: Any) -> str | None:
 
 
 def _load_onto_device(storage: Any, location: str) -> Any:
-    """For torch.load: a checkpoint of rank 1 that is read without map_location is refused by rank
-    0."""
+    """Load a storage for torch.load. Rank 0 refuses a checkpoint of rank 1 without map_location."""
     if not location.startswith("cuda"):
         return None
     loaded = torch.empty(storage.nbytes(), dtype=torch.uint8, device=location)

@@ -1,5 +1,5 @@
-"""Operators that torch has for CUDA alone, by plain formulas: attention over many sequences,
-products summed in fp32.
+"""Plain formulas for operators that torch has for CUDA only: attention over whole rows, products
+summed in fp32.
 
 Liger's kernels need nothing here: Triton's interpreter runs them (TRITON_INTERPRET=1).
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def register(device: ModuleType) -> torch.library.Library:
-    """Return the library that holds the kernels; they last as long as it does."""
+    """Return the library of the kernels, which exist as long as it does."""
     host = device.on_host
 
     def up(tensor: Tensor) -> Tensor:
@@ -24,10 +24,22 @@ def register(device: ModuleType) -> torch.library.Library:
         return made
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, _k: Tensor, _mq: int, _mk: int, dropout: float,
-        causal: bool, _debug: bool, *, scale: float | None = None, window_size_left: int | None = None,
-        window_size_right: int | None = None, **_: Any,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        _k: Tensor,
+        _mq: int,
+        _mk: int,
+        dropout: float,
+        causal: bool,
+        _debug: bool,
+        *,
+        scale: float | None = None,
+        window_size_left: int | None = None,
+        window_size_right: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, ...]:
         assert causal or window_size_right == 0
         assert not dropout
         assert query.dtype in (torch.bfloat16, torch.float16)
@@ -48,9 +60,18 @@ def register(device: ModuleType) -> torch.library.Library:
         )
 
     def attend_backward(
-        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, _out: Tensor, _lse: Tensor, bounds: Tensor,
-        *_: Any, scale: float | None = None, window_size_left: int | None = None, **__: Any,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        _out: Tensor,
+        _lse: Tensor,
+        bounds: Tensor,
+        *_: Any,
+        scale: float | None = None,
+        window_size_left: int | None = None,
+        **__: Any,
+    ) -> tuple[Tensor, ...]:
         grads = [torch.zeros(tensor.shape) for tensor in (query, key, value)]
         factor, key_heads = scale or query.shape[-1] ** -0.5, key.shape[1]
         for rows, p, q, k, v in _sequences(
@@ -60,12 +81,11 @@ def register(device: ModuleType) -> torch.library.Library:
             dp = g @ v.transpose(1, 2)
             ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * factor
             grads[0][rows] = (ds @ k).transpose(0, 1)
-            for total, of_heads in zip(
+            # Several query heads share a key head.
+            for total, by_head in zip(
                 grads[1:], (ds.transpose(1, 2) @ q, p.transpose(1, 2) @ g), strict=True
             ):
-                total[rows] = (
-                    of_heads.unflatten(0, (key_heads, -1)).sum(1).transpose(0, 1)
-                )  # query heads share keys
+                total[rows] = by_head.unflatten(0, (key_heads, -1)).sum(1).transpose(0, 1)
         return tuple(up(total.to(query.dtype)) for total in grads)
 
     def addmm(
@@ -106,8 +126,8 @@ def _sequences(
     scale: float | None,
     window: int | None,
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-    """Yield, for each sequence, its rows, attention probabilities and query, key, value; fp32
-    [heads, length, ...]."""
+    """Yield the rows, attention probabilities, query, key and value of each sequence, fp32 [heads,
+    length, ...]."""
     repeats = query.shape[1] // key.shape[1]
     for start, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
         rows = slice(start, end)

@@ -1,5 +1,4 @@
-"""The second device itself: it refuses what a GPU refuses, tells of every wait and of no other, and
-counts bytes."""
+"""The second device refuses what a GPU refuses, reports exactly the waits, and counts bytes."""
 
 import os
 import subprocess
@@ -15,9 +14,9 @@ import torch
 from device_install import install
 
 device = install(Path(sys.argv[1]))
-here = torch.arange(12.0).reshape(3, 4)
-there = here.to("cuda")
-assert there.is_cuda and str(there.device) == "cuda:1", there.device  # LOCAL_RANK is 1
+local = torch.arange(12.0).reshape(3, 4)
+remote = local.to("cuda")
+assert remote.is_cuda and str(remote.device) == "cuda:1", remote.device  # LOCAL_RANK is 1
 
 def refused(action):
     try:
@@ -27,18 +26,18 @@ def refused(action):
     raise AssertionError("was not refused")
 
 for action in (
-    lambda: there + here,
-    lambda: there @ here.t(),
-    lambda: torch.cat([there, here]),
-    lambda: torch.nn.functional.embedding(torch.tensor([1]), there),
-    lambda: torch.mm(there, there.t(), out=torch.empty(3, 3)),
-    lambda: here.clone().add_(there),
+    lambda: remote + local,
+    lambda: remote @ local.t(),
+    lambda: torch.cat([remote, local]),
+    lambda: torch.nn.functional.embedding(torch.tensor([1]), remote),
+    lambda: torch.mm(remote, remote.t(), out=torch.empty(3, 3)),
+    lambda: local.clone().add_(remote),
 ):
     assert "same device" in refused(action), action
 assert "this rank's device is cuda:1" in refused(lambda: torch.empty(1, device="cuda:0"))
 assert "cuda:0" in refused(lambda: torch.cuda.set_device(0))
-leaf = torch.nn.Parameter(here.clone())
-assert "cuda" in refused(lambda: setattr(leaf, "grad", there))
+leaf = torch.nn.Parameter(local.clone())
+assert "cuda" in refused(lambda: setattr(leaf, "grad", remote))
 
 waits = []
 device.watch(waits.append)
@@ -48,27 +47,38 @@ def waits_of(action):
     action()
     return len(waits)
 
-mask = there > 3
-pinned = here.pin_memory()
+mask = remote > 3
+pinned = local.pin_memory()
 for action in (
-    lambda: there.sum().item(), lambda: there.tolist(), lambda: bool(mask.any()), lambda: there.cpu(),
-    lambda: here.to("cuda"), lambda: torch.tensor([1.0], device="cuda"), lambda: there.nonzero(),
-    lambda: torch.equal(there, there), torch.cuda.synchronize,
+    lambda: remote.sum().item(),
+    lambda: remote.tolist(),
+    lambda: bool(mask.any()),
+    lambda: remote.cpu(),
+    lambda: local.to("cuda"),
+    lambda: torch.tensor([1.0], device="cuda"),
+    lambda: remote.nonzero(),
+    lambda: torch.equal(remote, remote),
+    torch.cuda.synchronize,
 ):
     assert waits_of(action) == 1, (action, waits)
-for action in (lambda: there[mask], lambda: there[torch.tensor([0])]):
+for action in (lambda: remote[mask], lambda: remote[torch.tensor([0])]):
     assert waits_of(action) >= 1, action
+index = torch.zeros(1, dtype=torch.int64).pin_memory()
 for action in (
-    lambda: there * 2 + 1, lambda: there @ there.t(), lambda: pinned.to("cuda", non_blocking=True),
-    lambda: there.masked_fill(mask, 0.0), lambda: there.index_select(0, torch.zeros(1, dtype=torch.int64).pin_memory()
-    .to("cuda", non_blocking=True)), lambda: torch.full((), 3.0, device="cuda"), lambda: there.clone()[0].fill_(1.0),
+    lambda: remote * 2 + 1,
+    lambda: remote @ remote.t(),
+    lambda: pinned.to("cuda", non_blocking=True),
+    lambda: remote.masked_fill(mask, 0.0),
+    lambda: remote.index_select(0, index.to("cuda", non_blocking=True)),
+    lambda: torch.full((), 3.0, device="cuda"),
+    lambda: remote.clone()[0].fill_(1.0),
 ):
     assert waits_of(action) == 0, (action, waits)
 device.watch(None)
 
 before = device.live_bytes()
 device.reset_peak()
-made = there.repeat(100, 1)  # 4,800 bytes, ten blocks of 512
+made = remote.repeat(100, 1)  # 4,800 bytes, ten blocks of 512
 assert device.live_bytes() - before == 5120, device.live_bytes() - before
 part = made[:10]
 del made
@@ -87,8 +97,8 @@ print("as a GPU")
 
 
 @pytest.mark.slow
-def test_it_behaves_as_a_gpu_does(second_device: Path) -> None:
-    """In a process of its own, as the second rank of a machine."""
+def test_the_device_behaves_like_a_gpu(second_device: Path) -> None:
+    """In a separate process, as the second rank of a machine."""
     environment = {**os.environ, "LOCAL_RANK": "1", "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(second_device)],

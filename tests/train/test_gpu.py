@@ -1,7 +1,6 @@
-"""What only a GPU can show: its own kernels, and that a step really waits for nothing. Skipped
-where there is none.
+"""What only a GPU can show: its kernels, and that a step waits for nothing. Skipped without a GPU.
 
-tests/second_device shows the rest without one.
+tests/second_device tests all else without one.
 """
 
 import os
@@ -44,14 +43,14 @@ def trained(run: Path, shards: Path, recipe: Path, dtype: str, *, hide_gpus: boo
 
 def test_bf16_on_the_gpu_trains_as_fp32_on_the_cpu(tmp_path: Path) -> None:
     shards, recipe = write_inputs(tmp_path, recipe=WITHOUT_DROPOUT)
-    found = trained(tmp_path / "gpu", shards, recipe, "bf16", hide_gpus=False)
+    losses = trained(tmp_path / "gpu", shards, recipe, "bf16", hide_gpus=False)
     expected = trained(tmp_path / "cpu", shards, recipe, "fp32", hide_gpus=True)
-    assert found == pytest.approx(expected, rel=5e-3)
+    assert losses == pytest.approx(expected, rel=5e-3)
 
 
 @pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("kernel", ["varlen", "flash"])
-def test_kernels_for_many_sequences_are_attention_within_each(
+def test_kernels_for_whole_rows_attend_within_each_sequence(
     kernel: str, window: int | None
 ) -> None:
     """Forward and backward, in bf16 against fp32, with grouped heads and lengths that fit no
@@ -70,20 +69,22 @@ def test_kernels_for_many_sequences_are_attention_within_each(
     for name, dtype in ((kernel, torch.bfloat16), ("per_sequence", torch.float32)):
         leaves = [tensor.to("cuda", dtype).requires_grad_() for tensor in data]
         output, _ = attention.FUNCTIONS[name](
-            torch.nn.Identity(), *leaves, None, sliding_window=window, max_length_q=256,
+            torch.nn.Identity(),
+            *leaves,
+            None,
+            sliding_window=window,
+            max_length_q=256,
             cu_seq_lens_q=torch.tensor(bounds, dtype=torch.int32, device="cuda"),
-        )  # fmt: skip
+        )
         output.backward(upstream.to(output))
-        results.append(
-            [output.transpose(1, 2), *(leaf.grad for leaf in leaves)]
-        )  # all [1, heads, rows, size]
-    for found, expected in zip(*results, strict=True):
+        # All are [1, heads, rows, size].
+        results.append([output.transpose(1, 2), *(leaf.grad for leaf in leaves)])
+    for actual, expected in zip(*results, strict=True):
         for start, end in pairwise(bounds):
             exact = expected[:, :, start:end]
-            size = max(
-                exact.norm(), 0.05 * expected.norm()
-            )  # a query that sees one key alone has no gradient
-            assert (found[:, :, start:end].float() - exact).norm() / size < 0.02
+            # A query that sees one key only has no gradient.
+            size = max(exact.norm(), 0.05 * expected.norm())
+            assert (actual[:, :, start:end].float() - exact).norm() / size < 0.02
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
@@ -95,8 +96,8 @@ def test_ligers_kernel_is_the_loss_of_the_cpu(dtype: torch.dtype, tolerance: flo
     targets = torch.randint(0, vocab, (rows,), generator=generator)
     results = []
     for device in ("cuda", "cpu"):
-        kept = dtype if device == "cuda" else torch.float32
-        leaves = [tensor.to(device, kept).requires_grad_() for tensor in (hidden, head)]
+        precision = dtype if device == "cuda" else torch.float32
+        leaves = [tensor.to(device, precision).requires_grad_() for tensor in (hidden, head)]
         row_losses = torch.empty(rows, device=device)
         if device == "cuda":
             loss = liger_cross_entropy(*leaves, targets.to(device), row_losses) / 3
@@ -104,12 +105,12 @@ def test_ligers_kernel_is_the_loss_of_the_cpu(dtype: torch.dtype, tolerance: flo
             loss = chunked_cross_entropy(*leaves, targets, torch.full((rows,), 1 / 3), row_losses)
         loss.backward()
         results.append([loss.detach(), row_losses, *(leaf.grad for leaf in leaves)])
-    for found, expected in zip(*results, strict=True):
-        assert (found.cpu().float() - expected).norm() / expected.norm() < tolerance
+    for actual, expected in zip(*results, strict=True):
+        assert (actual.cpu().float() - expected).norm() / expected.norm() < tolerance
 
 
 def test_a_step_on_one_rank_waits_for_nothing(tmp_path: Path) -> None:
-    """By torch's own count of synchronising calls, which becomes an error here."""
+    """torch raises an error for each call that synchronises."""
     shards, recipe_file = write_inputs(tmp_path, recipe=WITHOUT_DROPOUT)
     recipe, shard_set = load_recipe(str(recipe_file)), open_shard_set(shards)
     pack = shard_set.pack(0)
@@ -125,9 +126,8 @@ def test_a_step_on_one_rank_waits_for_nothing(tmp_path: Path) -> None:
         optim = OptimConfig(learning_rate=1e-3)
         engine = start_engine(model, optim, deepspeed_config(0, optim, dtype=torch.bfloat16))
         for step in range(3):
-            torch.cuda.set_sync_debug_mode(
-                "error" if step else "default"
-            )  # kernels are compiled in the first
+            # Kernels are compiled in the first step.
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
             try:
                 losses = accumulate(engine, batches, ranks)
                 update(engine, learning_rate=1e-3)
@@ -142,7 +142,9 @@ def test_selftest_passes(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(WITHOUT_DROPOUT)
     done = subprocess.run(
         command("selftest", "--shards", shards, "--recipe", tmp_path / "recipe.toml"),
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cuda" in done.stdout

@@ -1,5 +1,5 @@
-"""Any value of any key of a recipe: one line with exit code 3 (or another of ours), or a run. Never
-a traceback."""
+"""Any value of any key of a recipe gives a run or one line with an exit code of ours, never a
+traceback."""
 
 import dataclasses
 import math
@@ -61,17 +61,17 @@ VALUES: tuple[Any, ...] = (
 
 def keys(cls: Any = TrainConfig, prefix: str = "") -> list[str]:
     hints = typing.get_type_hints(cls)
-    found = []
+    names = []
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
-            found += keys(hints[field.name], f"{prefix}{field.name}.")
+            names += keys(hints[field.name], f"{prefix}{field.name}.")
         else:
-            found.append(prefix + field.name)
-    return found
+            names.append(prefix + field.name)
+    return names
 
 
 @pytest.mark.parametrize("key", keys())
-def test_any_value_of_a_key_is_taken_or_refused_by_name(key: str) -> None:
+def test_any_value_of_a_key_is_accepted_or_refused_by_name(key: str) -> None:
     section, _, name = key.rpartition(".")
     for value in VALUES:
         tables = {k: dict(v) if isinstance(v, dict) else v for k, v in BASE.items()}
@@ -118,7 +118,7 @@ def test_absurd_values_are_refused(setting: str, message: str, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-def test_a_seeded_handful_runs_or_ends_with_one_line(tmp_path: Path) -> None:
+def test_a_seeded_sample_runs_or_ends_with_one_line(tmp_path: Path) -> None:
     shards, recipe = write_inputs(tmp_path)
     draw = random.Random(4)
     chosen = [key for key in keys() if key.partition(".")[0] not in ("name", "lora")]
@@ -145,13 +145,13 @@ def test_a_seeded_handful_runs_or_ends_with_one_line(tmp_path: Path) -> None:
         assert done.exit_code == 0 or "error: " in done.stderr, (key, value)
 
 
-@pytest.mark.parametrize("place", ["file", "below", "foreign"])
-def test_an_impossible_output_is_refused_and_nothing_is_touched(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["file", "below", "foreign"])
+def test_an_impossible_output_is_refused_and_nothing_is_touched(kind: str, tmp_path: Path) -> None:
     shards, recipe = write_inputs(tmp_path)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("mine")
-    output = tmp_path / {"file": "file", "below": "file/run", "foreign": "foreign"}[place]
+    output = tmp_path / {"file": "file", "below": "file/run", "foreign": "foreign"}[kind]
     done = train_here("--shards", shards, "--recipe", recipe, "--output", output)
     assert done.exit_code == 5
     assert f"--output {output}" in done.stderr
@@ -162,13 +162,21 @@ def test_an_impossible_output_is_refused_and_nothing_is_touched(place: str, tmp_
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (("--max-steps", 0), 2), (("--max-steps", -1), 2), (("--stop-after", 0), 2), (("--nproc-per-node", 0), 2),
-        (("--nproc-per-node", 1000), 3), (("--resume", ""), 5), (("--resume", "nonsense"), 5), (("--set", ""), 3),
-        (("--set", "="), 3), (("--set", "optim"), 3), (("--set", "optim.learning_rate.x=1"), 3),
+        (("--max-steps", 0), 2),
+        (("--max-steps", -1), 2),
+        (("--stop-after", 0), 2),
+        (("--nproc-per-node", 0), 2),
+        (("--nproc-per-node", 1000), 3),
+        (("--resume", ""), 5),
+        (("--resume", "nonsense"), 5),
+        (("--set", ""), 3),
+        (("--set", "="), 3),
+        (("--set", "optim"), 3),
+        (("--set", "optim.learning_rate.x=1"), 3),
         (("--set", "a.b=1"), 3),
     ],
-)  # fmt: skip
-def test_nonsense_on_the_command_line_is_one_line(
+)
+def test_nonsense_on_the_command_line_ends_with_one_line(
     arguments: tuple[Any, ...], code: int, tmp_path: Path
 ) -> None:
     shards, recipe = write_inputs(tmp_path)

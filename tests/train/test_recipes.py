@@ -13,34 +13,50 @@ from train.recipe_file import load_recipe, shipped_recipes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fact:
-    """What is known of a run: of scripts, papers and model cards."""
+    """The facts of a run, from scripts, papers and model cards."""
 
     model: str
     rate: float
     rows_per_step: int
     packs_per_step: int  # rows x about 490 tokens / 4096
     checkpointing: bool
-    ranks: tuple[int, ...]  # that the fast form divides over
+    ranks: tuple[int, ...]  # over which the fast form divides
 
 
 FACTS = {
     "tulu3-8b": Fact(
-        model="meta-llama/Llama-3.1-8B", rate=5e-6, rows_per_step=128, packs_per_step=16, checkpointing=True,
+        model="meta-llama/Llama-3.1-8B",
+        rate=5e-6,
+        rows_per_step=128,
+        packs_per_step=16,
+        checkpointing=True,
         ranks=(1, 2, 4, 8, 16),
     ),
     "olmo2-7b": Fact(
-        model="allenai/OLMo-2-1124-7B", rate=2e-5, rows_per_step=128, packs_per_step=16, checkpointing=False,
+        model="allenai/OLMo-2-1124-7B",
+        rate=2e-5,
+        rows_per_step=128,
+        packs_per_step=16,
+        checkpointing=False,
         ranks=(1, 2, 4, 8, 16),
     ),
     "olmo2-13b": Fact(
-        model="allenai/OLMo-2-1124-13B", rate=5e-6, rows_per_step=64, packs_per_step=8, checkpointing=True,
+        model="allenai/OLMo-2-1124-13B",
+        rate=5e-6,
+        rows_per_step=64,
+        packs_per_step=8,
+        checkpointing=True,
         ranks=(1, 2, 4, 8),
     ),
     "olmo2-32b": Fact(
-        model="allenai/OLMo-2-0325-32B", rate=4e-6, rows_per_step=256, packs_per_step=32, checkpointing=True,
+        model="allenai/OLMo-2-0325-32B",
+        rate=4e-6,
+        rows_per_step=256,
+        packs_per_step=32,
+        checkpointing=True,
         ranks=(1, 2, 4, 8, 16, 32),
     ),
-}  # fmt: skip
+}
 FORMS = [name + form for name in FACTS for form in ("", "-released")]
 
 
@@ -122,5 +138,5 @@ def test_every_mixture_names_a_recipe_that_ships(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", [*shipped_mixtures().values(), *shipped_recipes().values()])
-def test_every_file_says_in_its_first_line_what_it_is_for(path: object) -> None:
+def test_every_file_begins_with_a_line_about_its_purpose(path: object) -> None:
     assert first_comment(path)  # type: ignore[arg-type]

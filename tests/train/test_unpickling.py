@@ -1,5 +1,4 @@
-"""Nothing that we read from a disk is unpickled, but the files of DeepSpeed whose digests
-matched."""
+"""No file is unpickled except for those of DeepSpeed, after their digests matched."""
 
 import ast
 from pathlib import Path
@@ -11,10 +10,10 @@ SOURCES = sorted(
     path for name in ("prep", "train", "shared") for path in (ROOT / name).rglob("*.py")
 )
 ALLOWED = {
-    "train/publish/export.py": 1,  # the weights in a checkpoint of ours, after its digests matched
-    "train/checkpoint/reshard.py": (
-        6
-    ),  # such a checkpoint, and what the converter has just made of it
+    # The weights in a checkpoint of ours, after its digests matched.
+    "train/publish/export.py": 1,
+    # Such a checkpoint, and the files that the converter has just made from it.
+    "train/checkpoint/reshard.py": 6,
 }
 
 
@@ -42,5 +41,5 @@ def test_only_verified_engine_files_are_unpickled(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ALLOWED)
-def test_the_check_sees_what_it_looks_for(name: str) -> None:
+def test_the_count_sees_calls_that_exist(name: str) -> None:
     assert unpickling_calls(ROOT / name) > 0

@@ -1,8 +1,8 @@
-"""The micro-batches of this rank, step after step, prepared by one thread while the device works on
-the step before."""
+"""The micro-batches of one rank, step after step; a thread prepares the next step while the device
+works on this one."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,17 +20,17 @@ from train.data.step_plan import StepPlan, plan_step
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBatch:
-    """What one step needs of this rank, and the counts of the whole step, the same on every
-    rank."""
+    """The micro-batches of one rank in a step, and the counts of the whole step."""
 
     step: int
     unit: Unit
     ids: Ids
-    """The packs, or the sequences, of the step over all ranks."""
+    """The packs, or sequences, of the step over all ranks."""
     micro_batches: list[MicroBatch]
     num_tokens: int
     num_positions: int
-    """Tokens and the fillers of ranks without a micro-batch."""
+    """Tokens, and the fillers of rows that are empty or do not divide over the ranks that share
+    them."""
     num_loss_tokens: int
     squared_lengths: int
     """Sum over sequences of their length squared: what causal attention costs."""
@@ -38,7 +38,7 @@ class StepBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepLoader:
-    """Makes the batches of one rank. Needs no message from other ranks: all counts come from the
+    """Makes the batches of one rank. It needs no message from other ranks: all counts come from the
     shard set."""
 
     shard_set: ShardSet
@@ -48,22 +48,21 @@ class StepLoader:
     world_size: int
     packs_per_micro_batch: int
     sequence_parallel: int = 1
-    """Neighbouring ranks that share their rows; each takes a slice of every micro-batch."""
+    """Number of neighbouring ranks that share their rows; each takes a slice of every
+    micro-batch."""
 
     def steps(self, start: int) -> Iterator[StepBatch]:
         """Yield the batches of the steps from `start` to the end of the run, one prepared ahead."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
-            ahead = pool.submit(self.make, start) if start < self.order.total_steps else None
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
+            ahead: Future[StepBatch] | None = None
             for step in range(start, self.order.total_steps):
-                assert ahead is not None
-                batch = ahead.result()
-                ahead = (
-                    pool.submit(self.make, step + 1) if step + 1 < self.order.total_steps else None
-                )
+                batch = (ahead or pool.submit(self.make, step)).result()
+                if step + 1 < self.order.total_steps:
+                    ahead = pool.submit(self.make, step + 1)
                 yield batch
 
     def plan(self, step: int) -> StepPlan:
-        """Return what step `step` holds and which rank runs it."""
+        """Return what step `step` holds and which rank runs which part of it."""
         return plan_step(
             self.shard_set,
             self.order,
@@ -75,17 +74,23 @@ class StepLoader:
     def make(self, step: int) -> StepBatch:
         """Return the batch of step `step`.
 
-        Raises ArtifactError for a shard that was changed under the run, ChecksumError for a pack or
-        conversation that is damaged.
+        Raises ArtifactError if a shard has changed since the run opened it, ChecksumError if a pack
+        is damaged.
         """
         shards = self.shard_set.shards_of(self.order.step(step), self.order.unit)
         self.shard_set.check_unchanged(shards)
         plan = self.plan(step)
-        counts = self._loss_tokens(plan)
-        num_loss_tokens = int(counts.sum())
+        tokens = np.array([lengths.sum() for lengths in plan.lengths], np.int64)  # [n]
+        # The set stores the loss tokens of packs; those of conversations are counted.
+        if plan.unit == "pack":
+            loss_tokens = self.shard_set.loss_tokens(plan.ids)
+        else:
+            loss_tokens = np.array([np.count_nonzero(pack.loss_mask) for pack in plan.packs])
+        num_loss_tokens = int(loss_tokens.sum())
         weight = uniform_weight(self.loss, num_loss_tokens)
         weights = sample_weights(plan.packs) if weight is None else None
-        num_tokens = int(sum(length.sum() for length in plan.lengths))
+        # An empty row holds one filler; rows that ranks share are filled up to divide over them.
+        rows = [max(1, int(tokens[units].sum())) for rank in plan.ranks for units in rank]
         group, slice_index = divmod(self.rank, self.sequence_parallel)
         return StepBatch(
             step=step,
@@ -95,67 +100,48 @@ class StepLoader:
                 take_slice(batch, slice_index, self.sequence_parallel)
                 for batch in (
                     self._micro_batch(
-                        plan, positions, counts, weights, weight, num_tokens=num_tokens
+                        plan, units, tokens, loss_tokens, weights=weights, uniform=weight
                     )
-                    for positions in plan.ranks[group]
+                    for units in plan.ranks[group]
                 )
             ],
-            num_tokens=num_tokens,
-            num_positions=self._num_positions(plan),
+            num_tokens=int(tokens.sum()),
+            num_positions=sum(
+                -(-row // self.sequence_parallel) * self.sequence_parallel for row in rows
+            ),
             num_loss_tokens=num_loss_tokens,
-            squared_lengths=int(sum(np.dot(length, length) for length in plan.lengths)),
+            squared_lengths=int(sum(np.dot(lengths, lengths) for lengths in plan.lengths)),
         )
-
-    def _num_positions(self, plan: StepPlan) -> int:
-        """Tokens, one filler for each empty micro-batch, and what makes rows divide over the ranks
-        that share them."""
-        tokens = [
-            sum(int(plan.lengths[i].sum()) for i in positions)
-            for rank in plan.ranks
-            for positions in rank
-        ]
-        return sum(
-            -(-max(1, count) // self.sequence_parallel) * self.sequence_parallel for count in tokens
-        )
-
-    def _loss_tokens(self, plan: StepPlan) -> npt.NDArray[np.int64]:
-        """Loss tokens of each unit, int64 [n]: stored for packs, counted for conversations."""
-        if plan.unit == "pack":
-            return self.shard_set.loss_tokens(plan.ids)
-        return np.array([np.count_nonzero(pack.loss_mask) for pack in plan.packs], np.int64)
 
     def _micro_batch(
         self,
         plan: StepPlan,
-        positions: Positions,
-        counts: npt.NDArray[np.int64],
-        weights: list[npt.NDArray[np.float32]] | None,
-        weight: float | None,
+        units: Positions,
+        tokens: npt.NDArray[np.int64],
+        loss_tokens: npt.NDArray[np.int64],
         *,
-        num_tokens: int,
+        weights: list[npt.NDArray[np.float32]] | None,
+        uniform: float | None,
     ) -> MicroBatch:
-        """`weights` are those of each unit's loss tokens, None where all have the same,
-        `weight`."""
-        chosen = positions.tolist()
-        for position in chosen:
-            self._check(plan, position)
-        packs = [plan.packs[position] for position in chosen]
+        """Check the packs of `units` and join them. `weights` holds those of each unit's loss
+        tokens, or is None if all weigh `uniform`."""
+        for unit in units:
+            # A conversation is checked with its whole pack: the set stores loss tokens by pack.
+            pack_id = int(plan.ids[unit])
+            if plan.unit == "conversation":
+                pack_id = self.shard_set.pack_of(pack_id)
+            check_pack(
+                self.shard_set.pack(pack_id),
+                pack_id,
+                num_loss_tokens=int(self.shard_set.loss_tokens(np.array([pack_id]))[0]),
+                max_token_id=self.shard_set.manifest.max_token_id,
+                where=str(self.shard_set.path),
+            )
         if weights is None:
-            own_weights = [np.full(counts[position], weight, np.float32) for position in chosen]
+            unit_weights = [np.full(loss_tokens[unit], uniform, np.float32) for unit in units]
         else:
-            own_weights = [weights[position] for position in chosen]
-        batch = make_micro_batch(packs, own_weights, uniform_weight=weight)
-        return replace(batch, token_share=sum(len(pack.tokens) for pack in packs) / num_tokens)
-
-    def _check(self, plan: StepPlan, position: int) -> None:
-        """A conversation is checked as part of its pack, whose loss tokens are stored."""
-        pack_id = int(plan.ids[position])
-        if plan.unit == "conversation":
-            pack_id = self.shard_set.pack_of(pack_id)
-        check_pack(
-            self.shard_set.pack(pack_id),
-            pack_id,
-            num_loss_tokens=int(self.shard_set.loss_tokens(np.array([pack_id]))[0]),
-            max_token_id=self.shard_set.manifest.max_token_id,
-            where=str(self.shard_set.path),
+            unit_weights = [weights[unit] for unit in units]
+        batch = make_micro_batch(
+            [plan.packs[unit] for unit in units], unit_weights, uniform_weight=uniform
         )
+        return replace(batch, token_share=int(tokens[units].sum()) / int(tokens.sum()))

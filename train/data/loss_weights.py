@@ -1,4 +1,8 @@
-"""What each loss token of a step weighs: numpy on packs, known before the forward pass."""
+"""What each loss token of a step weighs: numpy on packs, known before the forward pass.
+
+The weights hold the whole normalisation of the loss, so the gradient is the same for any division
+of the step into micro-batches.
+"""
 
 import numpy as np
 import numpy.typing as npt
@@ -8,8 +12,7 @@ from train.config import LossConfig
 
 
 def uniform_weight(loss: LossConfig, num_loss_tokens: int) -> float | None:
-    """Return the weight of each loss token of a step with `num_loss_tokens`, or None if they differ
-    (`sample`)."""
+    """Return the weight that all loss tokens of a step have, or None if they differ (`sample`)."""
     match loss.norm:
         case "token":
             return 1.0 / max(1, num_loss_tokens)
@@ -23,10 +26,9 @@ def sample_weights(packs: list[Pack]) -> list[npt.NDArray[np.float32]]:
     """Return the weight of each loss token of each pack of a step, for a mean over samples of their
     means.
 
-    Fragments of one sample count together. A row that the mixture repeats counts once per copy:
-    copies are told from fragments by the number of sequences that start at the sample's first
-    token.
+    Fragments of one sample count together. A row that the mixture repeats counts once per copy.
     """
+    # Loss tokens of each sequence, int64 [S] for each pack.
     counts = [
         np.add.reduceat(pack.loss_mask.astype(np.int64), pack.seq_offsets[:-1]) for pack in packs
     ]
@@ -34,6 +36,7 @@ def sample_weights(packs: list[Pack]) -> list[npt.NDArray[np.float32]]:
     _, sample_of = np.unique(origin[:, :2], axis=0, return_inverse=True)
     sample_of = sample_of.reshape(-1)
     tokens_of = np.bincount(sample_of, np.concatenate(counts))
+    # Each copy, unlike a fragment, has a sequence that starts at the sample's first token.
     copies_of = np.maximum(1, np.bincount(sample_of, origin[:, 2] == 0))
     num_samples = max(1.0, copies_of[tokens_of > 0].sum())
     weight_of = copies_of / np.maximum(1, tokens_of) / num_samples

@@ -1,22 +1,21 @@
-"""Packs -> the tensors of one micro-batch: one row without padding, and the positions that carry
-loss.
+"""Packs -> the tensors of one micro-batch: one row without padding, and the positions with a loss.
 
-The packs of a micro-batch are laid end to end; sequences stay apart by `cu_seqlens` and restarting
-positions.
+The packs of a micro-batch are laid end to end; `cu_seqlens` and positions that restart at 0 keep
+their sequences apart.
 
     tokens         a  b  c  d | e  f  g        two sequences
     loss_mask      0  0  1  1 | 0  1  1        which tokens are targets
     position_ids   0  1  2  3 | 0  1  2
-    labels        -1  c  d -1 | f  g -1        shifted here, within each sequence; -1 is IGNORE
+    labels        -1  c  d -1 | f  g -1        shifted within each sequence; -1 stands for IGNORE
     rows              1  2      4  5           positions whose hidden state goes through the head
     targets           c  d      f  g
     cu_seqlens    [0, 4, 7]
 
 A micro-batch without loss tokens still sends one row of weight 0 through the model and the head: a
-rank that left them out would leave the others waiting in a collective.
+rank that skipped them would leave the others waiting in a collective.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,7 @@ IGNORE = -100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """What one forward pass takes. N tokens, S sequences, R rows that carry loss."""
+    """The input of one forward pass: N tokens, S sequences, R rows with a loss."""
 
     input_ids: torch.Tensor  # int64 [1, N]
     position_ids: torch.Tensor  # int64 [1, N]
@@ -39,33 +38,34 @@ class MicroBatch:
     rows: torch.Tensor  # int64 [R]
     targets: torch.Tensor  # int64 [R]
     weights: torch.Tensor  # float32 [R], of each row in the loss of the step
-    row_sources: (
-        torch.Tensor
-    )  # int64 [R], 1 + the index of the source of each row; 0 for a row that only fills
+    row_sources: torch.Tensor  # int64 [R], 1 + index of the source of each row; 0 for a filler
     uniform_weight: float | None
-    """The weight of every row, where they have the same."""
+    """The weight of every row, if all have the same."""
     token_share: float = 0.0
-    """Of the tokens of the step that are in this micro-batch."""
+    """The share of the step's tokens that this micro-batch holds."""
     first: int = 0
-    """The place in the row, whose bounds `cu_seqlens` holds, of the first token that is here."""
+    """The position of the first token of this slice in the row whose bounds `cu_seqlens` holds."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the micro-batch on `device`; the copies do not wait for one another."""
         if device.type == "cpu":
             return self
-        return MicroBatch(
-            **{
-                name: getattr(self, name).pin_memory().to(device, non_blocking=True)
-                for name in _TENSORS
-            },
-            max_seqlen=self.max_seqlen,
-            uniform_weight=self.uniform_weight,
-            token_share=self.token_share,
-            first=self.first,
-        )
+        tensors: dict[str, torch.Tensor] = {
+            name: getattr(self, name).pin_memory().to(device, non_blocking=True)
+            for name in _TENSORS
+        }
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 _TENSORS = ("input_ids", "position_ids", "cu_seqlens", "rows", "targets", "weights", "row_sources")
+
+# What a rank runs that gets no pack: one token without a target.
+_FILLER = Pack(
+    tokens=np.zeros(1, np.int32),
+    loss_mask=np.zeros(1, np.uint8),
+    seq_offsets=np.array([0, 1], np.int64),
+    seq_origin=np.zeros((1, 3), np.int64),
+)
 
 
 def make_micro_batch(
@@ -74,25 +74,21 @@ def make_micro_batch(
     """Return the micro-batch of `packs`; `weights` holds, for each pack, one weight per loss token,
     float32 [R]."""
     if not packs:
-        return _filler()
+        packs, weights = [_FILLER], [np.empty(0, np.float32)]
     tokens = np.concatenate([pack.tokens for pack in packs]).astype(np.int64)
-    cu_seqlens = _join_offsets(packs)  # int64 [S+1]
+    lengths = np.concatenate([np.diff(pack.seq_offsets) for pack in packs])
+    cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
     labels = shifted_labels(tokens, np.concatenate([pack.loss_mask for pack in packs]), cu_seqlens)
     rows = np.flatnonzero(labels != IGNORE)
     row_weights = np.concatenate(weights)
     assert len(rows) == len(row_weights), (len(rows), len(row_weights))
     targets = labels[rows]
-    lengths = np.diff(cu_seqlens)
     sources = np.concatenate([pack.seq_origin[:, 0] for pack in packs])
     row_sources = np.repeat(1 + sources, lengths)[rows]
     if not len(rows):
-        rows, targets, row_weights, uniform_weight = (
-            np.zeros(1, np.int64),
-            tokens[:1],
-            np.zeros(1, np.float32),
-            0.0,
-        )
-        row_sources = np.zeros(1, np.int64)
+        # One row of weight 0 that belongs to no source, so that this rank, too, calls the head.
+        rows, targets, row_sources = np.zeros(1, np.int64), tokens[:1], np.zeros(1, np.int64)
+        row_weights, uniform_weight = np.zeros(1, np.float32), 0.0
     return MicroBatch(
         input_ids=torch.from_numpy(tokens)[None],
         position_ids=torch.from_numpy(restarting_positions(cu_seqlens))[None],
@@ -111,8 +107,8 @@ def shifted_labels(
     loss_mask: npt.NDArray[np.uint8],
     cu_seqlens: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.int64]:
-    """Return labels int64 [N]: at each position the next token of the same sequence if it is a
-    target, else IGNORE."""
+    """Return labels int64 [N]: at each position the next token of its sequence if that is a target,
+    else IGNORE."""
     labels = np.full(len(tokens), IGNORE, np.int64)
     labels[:-1] = np.where(loss_mask[1:] != 0, tokens[1:], IGNORE)
     labels[cu_seqlens[1:] - 1] = IGNORE  # the next token belongs to another sequence
@@ -127,17 +123,18 @@ def restarting_positions(cu_seqlens: npt.NDArray[np.int64]) -> npt.NDArray[np.in
 def check_pack(
     pack: Pack, pack_id: int, *, num_loss_tokens: int, max_token_id: int, where: str
 ) -> None:
-    """Raise ChecksumError if the columns of a pack contradict the manifest: damage that the sizes
-    do not show.
+    """Raise ChecksumError if the columns of a pack contradict the manifest: damage that does not
+    show in file sizes.
 
-    Without it a flipped byte would be a wrong denominator, or an index error inside a GPU kernel.
+    Unchecked, a flipped byte would become a wrong denominator or an index error in a GPU kernel.
     """
     low, high = int(pack.tokens.min()), int(pack.tokens.max())
+    num_ones = int(np.count_nonzero(pack.loss_mask))
     if low < 0 or high > max_token_id:
         wrong = f"holds token {low if low < 0 else high}; expected 0 to {max_token_id}"
-    elif (found := int(np.count_nonzero(pack.loss_mask))) != num_loss_tokens:
+    elif num_ones != num_loss_tokens:
         wrong = (
-            f"has {found} loss tokens in loss_mask.npy and {num_loss_tokens} in"
+            f"has {num_ones} loss tokens in loss_mask.npy and {num_loss_tokens} in"
             " pack_loss_tokens.npy"
         )
     elif pack.loss_mask[pack.seq_offsets[:-1]].any():
@@ -145,24 +142,5 @@ def check_pack(
     else:
         return
     raise ChecksumError(
-        f"{where}: pack {pack_id} {wrong}; its bytes have changed, run sft-prep verify on the set"
-    )
-
-
-def _join_offsets(packs: list[Pack]) -> npt.NDArray[np.int64]:
-    lengths = np.concatenate([np.diff(pack.seq_offsets) for pack in packs])
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-
-
-def _filler() -> MicroBatch:
-    return MicroBatch(
-        input_ids=torch.zeros((1, 1), dtype=torch.int64),
-        position_ids=torch.zeros((1, 1), dtype=torch.int64),
-        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
-        max_seqlen=1,
-        rows=torch.zeros(1, dtype=torch.int64),
-        targets=torch.zeros(1, dtype=torch.int64),
-        weights=torch.zeros(1, dtype=torch.float32),
-        row_sources=torch.zeros(1, dtype=torch.int64),
-        uniform_weight=0.0,
+        f"{where}: pack {pack_id} {wrong}; its bytes have changed; run sft-prep verify on the set"
     )

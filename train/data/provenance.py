@@ -1,5 +1,5 @@
-"""The source rows of a step, in words: what an error, a warning or a person asks for. Reads shards,
-never tokens."""
+"""The source rows of a step by name, for errors, warnings and people. Reads shards, never
+tokens."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,12 @@ _SHOWN = 8
 
 
 def step_rows(plan: StepPlan, manifest: Manifest) -> list[str]:
-    """Return every row of a step as SOURCE:ROW, each once, in the order that ranks run them."""
+    """Return every row of a step as SOURCE:ROW, each once, in the order in which ranks run them."""
     return name_rows(np.concatenate(origins(plan)), manifest)
 
 
 def micro_batch_rows(plan: StepPlan, group: int, number: int, manifest: Manifest) -> list[str]:
-    """Return the rows of micro-batch `number` of the ranks `group` (one rank, or those that share
-    rows)."""
+    """Return the rows of micro-batch `number` of `group`: a rank, or the ranks that share rows."""
     positions = plan.ranks[group][number]
     return [
         row
@@ -29,7 +28,7 @@ def micro_batch_rows(plan: StepPlan, group: int, number: int, manifest: Manifest
 
 
 def name_rows(origin: npt.NDArray[np.int64], manifest: Manifest) -> list[str]:
-    """Return the rows of `origin` [S, 3] as SOURCE:ROW, the words of sft-prep inspect, each
+    """Return the rows of `origin` [S, 3] as SOURCE:ROW, as sft-prep inspect takes them, each
     once."""
     named = (f"{manifest.sources[source].name}:{row}" for source, row, _ in origin.tolist())
     return list(dict.fromkeys(named))

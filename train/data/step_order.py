@@ -1,10 +1,8 @@
-"""Which packs, or which conversations, make up which step: pure numpy, a function of its arguments
-alone.
+"""Which packs, or which conversations, make up which step: pure numpy, a function of its arguments.
 
-A run's order is one permutation of all units per epoch, one after the other; step k takes the next
-`units_per_step` of it, so a step may span two epochs and only the last one may be short. Nothing
-here depends on the number of ranks or on the size of the set; train/data/balance.py divides a step
-that is already fixed.
+The order of a run is one permutation of all units for each epoch, one after the other. A step takes
+the next `units_per_step` of it, so it may span two epochs; only the last step may be short. Nothing
+here depends on the number of ranks; train/data/balance.py divides the step among them.
 
     epoch      0 . . . . . . | 1 . . . . . . | 2 ...
     order      4 0 3 5 1 2   | 2 5 0 1 4 3   | ...      unit ids
@@ -26,15 +24,15 @@ from train.config import BatchConfig
 Ids = npt.NDArray[np.int64]
 
 Unit = Literal["pack", "conversation"]
-"""What is counted, shuffled and drawn: a pack of the shard set, or one of its sequences, a whole
-conversation."""
+"""What is shuffled and counted: a pack of the shard set, or one of its sequences, which is then a
+whole conversation."""
 
 _ROUNDS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOrder:
-    """The order of packs, or of conversations, over a whole run."""
+    """The order of packs or conversations over a whole run."""
 
     unit: Unit
     fingerprint: str
@@ -44,11 +42,11 @@ class StepOrder:
     units_per_step: int
     total_steps: int
     total_units: int
-    """Units of all steps together; the last step holds what is left of it."""
+    """Units of all steps together; the last step holds the remainder."""
 
     def step(self, step: int) -> Ids:
-        """Return the unit ids of step `step`, counted from 0, in order. Costs the same for every
-        step."""
+        """Return the unit ids of step `step`, counted from 0, in order. Every step costs the
+        same."""
         assert 0 <= step < self.total_steps, (step, self.total_steps)
         start = step * self.units_per_step
         positions = np.arange(
@@ -62,7 +60,7 @@ class StepOrder:
         return ids
 
     def epoch_after(self, steps: int) -> float:
-        """Return how many epochs lie behind after `steps` steps."""
+        """Return how many epochs `steps` steps make."""
         return min(steps * self.units_per_step, self.total_units) / self.num_units
 
 
@@ -76,7 +74,7 @@ def make_order(
     epochs: float,
     max_steps: int | None,
 ) -> StepOrder:
-    """Return the order of a run of `max_steps` steps, or of `epochs` epochs where that is None."""
+    """Return the order of a run of `max_steps` steps, or of `epochs` epochs if that is None."""
     total_units = math.ceil(epochs * num_units) if max_steps is None else max_steps * units_per_step
     return StepOrder(
         unit=unit,
@@ -90,12 +88,13 @@ def make_order(
 
 
 def permute(index: Ids, size: int, key: int) -> Ids:
-    """Return the images of `index` under the permutation of range(size) that `key` names.
+    """Return the images of `index` under the permutation of range(size) that `key` selects.
 
-    A Feistel network over the next even power of two, walked until the result falls below `size`:
-    no table, so memory and start-up do not grow with the number of packs, and no library's shuffle,
-    which may change with its version.
+    There is no table, so memory and start-up do not grow with the number of packs, and no library's
+    shuffle, which may change with its version.
     """
+    # A Feistel network permutes the next power of four. An image outside range(size) is permuted
+    # again until it falls inside, which takes at most four passes on average.
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half_bits) - 1)
     keys = [np.uint64(seed_from("round", key, number)) for number in range(_ROUNDS)]
@@ -111,8 +110,8 @@ def permute(index: Ids, size: int, key: int) -> Ids:
 
 
 def units_per_step(batch: BatchConfig, *, max_seq_len: int) -> tuple[Unit, int]:
-    """Return the unit of a step and their number. Raises ConfigError for tokens that are not whole
-    packs."""
+    """Return the unit of a step and the number of them. Raises ConfigError if tokens_per_step is
+    not a number of whole packs."""
     if batch.conversations_per_step is not None:
         return "conversation", batch.conversations_per_step
     if batch.packs_per_step is not None:
@@ -130,8 +129,8 @@ def units_per_step(batch: BatchConfig, *, max_seq_len: int) -> tuple[Unit, int]:
 
 
 def check_divides(*, packs_per_step: int, packs_per_micro_batch: int, world_size: int) -> None:
-    """Raise ConfigError, naming what divides, unless each rank gets the same whole number of
-    micro-batches."""
+    """Raise ConfigError unless every rank gets the same whole number of micro-batches; the message
+    lists sizes that work."""
     unit = world_size * packs_per_micro_batch
     if packs_per_step % unit == 0:
         return
@@ -140,19 +139,16 @@ def check_divides(*, packs_per_step: int, packs_per_micro_batch: int, world_size
     ranks = [
         n for n in range(1, packs_per_step + 1) if packs_per_step % (n * packs_per_micro_batch) == 0
     ]
+    # A smaller micro-batch that divides what each rank gets, if the ranks divide the packs.
     fewer = (
         math.gcd(packs_per_micro_batch, packs_per_step // world_size)
         if packs_per_step % world_size == 0
         else 0
     )
-    same_training = (
-        f"set batch.packs_per_micro_batch = {fewer}, which changes no gradient, or "
-        if fewer
-        else ""
-    )
+    smaller = f"set batch.packs_per_micro_batch = {fewer}, which changes no gradient, or "
     raise ConfigError(
         f"{packs_per_step} packs per step do not divide over {world_size} ranks x"
         f" {packs_per_micro_batch} packs per micro-batch (batch.packs_per_micro_batch);"
-        f" {same_training}use {steps} packs per step"
+        f" {smaller if fewer else ''}use {steps} packs per step"
         + (f", or {', '.join(map(str, ranks))} ranks" if ranks else "")
     )

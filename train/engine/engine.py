@@ -1,9 +1,8 @@
-"""DeepSpeed behind few functions: its config, generated from ours; start; gradients; update; the
-weights at the end.
+"""DeepSpeed behind a few functions: its config, start, gradients, update, and the final weights.
 
-Several ranks share out weights, gradients and optimizer state (ZeRO); one rank has whole weights
-and `OneRankAdamW`. Nothing here waits for the device, but ZeRO does: in each step it reads the
-gradient norm, which must be finite before an update begins, and offers no way around it.
+Several ranks share weights, gradients and optimizer state (ZeRO); a single rank has whole weights
+and `OneRankAdamW`. Nothing in this file waits for the device, but ZeRO does: in each step it reads
+the gradient norm before the update, and has no option to avoid that.
 """
 
 from collections.abc import Sequence
@@ -22,35 +21,36 @@ from train.model.model import LossModel
 from train.sizing.zero_stage import ZeroStage
 
 WITHOUT_OFFLOAD = EngineConfig()
-WEIGHTS_PREFIX = "model."  # of the network inside LossModel, in DeepSpeed's names
+WEIGHTS_PREFIX = "model."  # DeepSpeed's names of weights start with it: LossModel.model
 
 
-def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype for engine.dtype. Raises PrerequisiteError for bf16 on a GPU without it."""
-    if wanted == "auto":
-        wanted = "bf16" if device.type == "cuda" else "fp32"
-    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise PrerequisiteError(
-            "engine.dtype = 'bf16': this GPU has no bf16; set engine.dtype = 'fp32'"
+            "engine.dtype = 'bf16', but this GPU does not support it; set engine.dtype = 'fp32'"
         )
-    return torch.bfloat16 if wanted == "bf16" else torch.float32
+    return torch.bfloat16 if name == "bf16" else torch.float32
 
 
 def check_zero(engine: EngineConfig, ranks: Ranks) -> None:
-    """Raise ConfigError or PrerequisiteError for what these ranks and devices cannot do."""
+    """Raise ConfigError or PrerequisiteError for settings that these ranks or devices cannot
+    have."""
     if ranks.world_size % engine.hpz_partition_size:
         raise ConfigError(
             f"engine.hpz_partition_size = {engine.hpz_partition_size} does not divide"
-            f" {ranks.world_size} ranks; use the ranks of a node"
+            f" {ranks.world_size} ranks; use the number of ranks of a node"
         )
     for name in ("quantized_weights", "quantized_gradients"):
         if getattr(engine, name) and ranks.device.type != "cuda":
             raise PrerequisiteError(
-                f"engine.{name} needs GPUs; here is {ranks.device.type}. Set it to false"
+                f"engine.{name} needs GPUs, this run has {ranks.device.type}; set it to false"
             )
     if engine.nvme_path and not Path(engine.nvme_path).is_dir():
         raise ConfigError(
-            f"engine.nvme_path = {engine.nvme_path!r} is not a directory; make it, or name another"
+            f"engine.nvme_path = {engine.nvme_path!r} is not a directory; create it, or set another"
         )
 
 
@@ -62,15 +62,16 @@ def deepspeed_config(
     load_universal: bool = False,
     engine: EngineConfig = WITHOUT_OFFLOAD,
 ) -> dict[str, Any]:
-    """Return DeepSpeed's config: every value stated, none "auto".
+    """Return DeepSpeed's config, in which no value is "auto".
 
     Batch sizes are 1 because the normalisation is ours: losses come with their final weight, and
-    `managed_gradient_accumulation` false makes each `step` the end of however many backward passes
-    came before. Gradients are summed and sent in fp32 also where weights are bf16. In stage 0
-    DeepSpeed is told nothing of bf16 and clipping: both are the optimizer's. `load_universal`: a
-    checkpoint of another layout will be loaded.
+    with `managed_gradient_accumulation` false, each `step` ends any number of backward passes.
+    Gradients are summed and sent in fp32 even for bf16 weights. In stage 0 bf16 and clipping are
+    off, since the optimizer does both. `load_universal`: a checkpoint of another layout will be
+    loaded.
     """
     zero: dict[str, Any] = {"stage": stage}
+    # Buckets of 50 million elements: 200 MB of gradients in fp32 per message.
     if stage > 0:
         zero |= {
             "contiguous_gradients": True,
@@ -87,9 +88,8 @@ def deepspeed_config(
         }
     zero |= _offload(engine)
     return {
-        "zero_force_ds_cpu_optimizer": (
-            False
-        ),  # torch's fused AdamW, offloaded or not: theirs would be compiled first
+        # torch's fused AdamW, offloaded or not: DeepSpeed would compile its own first.
+        "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
@@ -99,43 +99,40 @@ def deepspeed_config(
         "bf16": {"enabled": dtype == torch.bfloat16 and stage > 0, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        "timers": {
-            "throughput": {"enabled": False, "synchronized": False}
-        },  # or it waits for the device twice a step
+        # Its throughput timer waits for the device twice a step.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "checkpoint": {
             "load_universal": load_universal and stage > 0,
-            "tag_validation": (
-                "Ignore"
-            ),  # of names that all ranks derive from the step; it waits for the device
+            # All ranks derive the tag from the step; to compare them waits for the device.
+            "tag_validation": "Ignore",
         },
     }
 
 
 def _offload(engine: EngineConfig) -> dict[str, Any]:
-    """Return the keys of zero_optimization for offload and ZeRO++; none where nothing of it is
-    asked for."""
-    found: dict[str, Any] = {}
+    """Return the keys of zero_optimization for offloading and ZeRO++, if any is on."""
+    keys: dict[str, Any] = {}
     for name, device in (
         ("offload_optimizer", engine.offload_optimizer),
         ("offload_param", engine.offload_params),
     ):
         if device != "none":
-            place = {"nvme_path": engine.nvme_path} if device == "nvme" else {}
-            found[name] = {"device": device, "pin_memory": torch.cuda.is_available(), **place}
+            path = {"nvme_path": engine.nvme_path} if device == "nvme" else {}
+            keys[name] = {"device": device, "pin_memory": torch.cuda.is_available(), **path}
     if engine.hpz_partition_size > 1:
-        found["zero_hpz_partition_size"] = engine.hpz_partition_size
+        keys["zero_hpz_partition_size"] = engine.hpz_partition_size
     if engine.quantized_weights:
-        found["zero_quantized_weights"] = True
+        keys["zero_quantized_weights"] = True
     if engine.quantized_gradients:
-        found["zero_quantized_gradients"] = True
-    return found
+        keys["zero_quantized_gradients"] = True
+    return keys
 
 
 def shard_while_building(config: dict[str, Any]) -> HfDeepSpeedConfig | None:
-    """Make transformers shard weights as it creates them (ZeRO-3), for as long as the returned
-    object lives."""
+    """Make transformers shard weights as it creates them (ZeRO-3), while the returned object
+    lives."""
     return HfDeepSpeedConfig(config) if config["zero_optimization"]["stage"] == 3 else None
 
 
@@ -147,9 +144,8 @@ def start_engine(
 
     stage = config["zero_optimization"]["stage"]
     if stage == 0:
-        model.to(
-            deepspeed.get_accelerator().current_device_name()
-        )  # before masters are made of the weights
+        # Before the optimizer makes masters of the weights.
+        model.to(deepspeed.get_accelerator().current_device_name())
     groups = _parameter_groups(model, optim.weight_decay)
     optimizer: torch.optim.Optimizer
     if stage == 0:
@@ -162,13 +158,14 @@ def start_engine(
             stop_after_skip=stop_after_skip,
         )
     else:
-        # torch's own optimizer: DeepSpeed's default compiles a kernel first, 53 s against 4
+        # torch's optimizer starts in 4 s; DeepSpeed's default first compiles a kernel, 53 s.
         optimizer = torch.optim.AdamW(
             groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True
         )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if stage == 0:
-        engine.enable_backward_allreduce = False  # with itself: it would copy all gradients twice
+        # One rank would reduce with itself, and copy all gradients twice for it.
+        engine.enable_backward_allreduce = False
     return engine
 
 
@@ -179,57 +176,62 @@ def accumulate(
     source_totals: torch.Tensor | None = None,
     balancing: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run every micro-batch forward and backward; return their parts of the step's loss, fp32
+    """Run every micro-batch forward and backward; return their shares of the step's loss, fp32
     [num_micro_batches].
 
-    A load balancing loss is not part of what is returned. `source_totals`, `balancing`: see
-    `LossModel.forward`. Losses already carry their weight in the step's loss. DeepSpeed averages
-    gradients over ranks, so each loss is multiplied by their number.
+    The load balancing loss is left out of these. `source_totals`, `balancing`: see
+    `LossModel.forward`.
     """
     losses = torch.zeros(len(micro_batches), dtype=torch.float32, device=ranks.device)
     for number, batch in enumerate(micro_batches):
         before = None if balancing is None else balancing.clone()
         loss = engine(batch.to(ranks.device), source_totals, balancing)
+        # The loss has its weight in the step's loss already. DeepSpeed averages gradients over the
+        # ranks, so their number restores the sum.
         engine.backward(loss * ranks.world_size, scale_wrt_gas=False)
         losses[number] = loss.detach()
+        # `balancing` sums over micro-batches: the difference is the part of this one.
         if balancing is not None and before is not None:
             losses[number] -= engine.module.balancing_weight * (balancing - before)[0]
     return losses
 
 
 def update(engine: Any, *, learning_rate: float) -> torch.Tensor:
-    """Apply the accumulated gradients. Return whether that was refused, as one was not finite: bool
-    [].
+    """Apply the accumulated gradients; return whether the update was skipped because one was not
+    finite: bool [].
 
-    Weights and optimizer are unchanged then. All ranks get the same answer. It lies on the device;
-    `is_refused` says whether the host knows.
+    A skipped update leaves weights and optimizer unchanged. All ranks get the same answer. It stays
+    on the device; `is_skipped` tells what the host knows.
     """
+    # The schedule is ours, not DeepSpeed's.
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     engine.step()
     if isinstance(engine.optimizer, OneRankAdamW):
-        assert engine.optimizer.refused is not None
-        return engine.optimizer.refused
+        assert engine.optimizer.skipped is not None
+        return engine.optimizer.skipped
     return torch.full((), engine.optimizer.overflow, device=engine.device)
 
 
-def is_refused(engine: Any) -> bool:
-    """Return whether the last update is known to be refused: under ZeRO, which waits for the device
-    to find out."""
+def is_skipped(engine: Any) -> bool:
+    """Return whether the host knows that the last update was skipped: only under ZeRO, which waits
+    for the device to find out."""
     return bool(engine.optimizer.overflow)
 
 
 def consolidated_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """Return the full weights by their transformers names on rank 0 (all ranks must call), in the
-    training dtype.
+    """Return the full weights by their transformers names on rank 0, in the training dtype; every
+    rank must call it.
 
-    Weights that are frozen beside adapters are left out: they are those of the base model.
+    Frozen weights are left out: they are those of the base model.
     """
-    frozen_out = has_frozen_weights(engine)
+    without_frozen = has_frozen_weights(engine)
     if engine.zero_optimization_stage() == 3:
-        state = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=frozen_out)
+        state = engine._zero3_consolidated_16bit_state_dict(
+            exclude_frozen_parameters=without_frozen
+        )
     else:
-        state = engine.module_state_dict(exclude_frozen_parameters=frozen_out)
+        state = engine.module_state_dict(exclude_frozen_parameters=without_frozen)
     return {
         name.removeprefix(WEIGHTS_PREFIX): tensor.cpu() for name, tensor in (state or {}).items()
     }
@@ -241,11 +243,12 @@ def has_frozen_weights(engine: Any) -> bool:
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters that train, by name, in the order of the optimizer: matrices, then
-    norms and biases."""
+    """Return the trained parameters by name in the order of the optimizer: matrices, then norms and
+    biases."""
     named = [
         (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
     ]
+    # The sort is stable, so both kinds keep the order of the model.
     return dict(sorted(named, key=lambda item: _num_dimensions(item[1]) < 2))
 
 

@@ -1,8 +1,7 @@
-"""Where this process stands among the ranks, as its launcher said: the only place that reads or
-sets its variables.
+"""The rank of this process, from the variables of its launcher. No other file reads or sets them.
 
-One process needs no launcher: it is rank 0 of 1. Many come from torchrun, which sets the same
-variables.
+A single process needs no launcher: it is rank 0 of 1. Several processes come from torchrun, which
+sets the variables.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ def launched() -> bool:
 
 
 def read_launcher_env() -> LauncherEnv:
-    """Return what the launcher said; rank 0 of 1 without one."""
+    """Return what the launcher set; rank 0 of 1 without one."""
     return LauncherEnv(
         rank=int(os.environ.get("RANK", "0")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
@@ -39,10 +38,10 @@ def read_launcher_env() -> LauncherEnv:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it dies.
+    """Have the kernel kill this process when its parent dies.
 
-    torchrun starts ranks in sessions of their own: were the launcher killed, they would train on,
-    unseen, and keep the lock of the run.
+    torchrun starts each rank in a new session: if the launcher were killed, the ranks would train
+    on unseen and keep the lock of the run.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -50,8 +49,9 @@ def die_with_parent() -> None:
 
 @contextlib.contextmanager
 def single_process_env() -> Iterator[None]:
-    """Set, while the block runs, the variables that torch and DeepSpeed look for, for a process
-    group of one."""
+    """Set the variables that torch and DeepSpeed read for a process group of one, while the block
+    runs."""
+    # The kernel chooses a free port.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

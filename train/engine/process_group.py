@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from train.engine.launcher_env import launched, read_launcher_env, single_proces
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """Where this process stands."""
+    """The ranks of a run, and which of them this process is."""
 
     rank: int
     world_size: int
@@ -31,43 +32,39 @@ class Ranks:
 
 @contextlib.contextmanager
 def process_group(timeout: timedelta = timedelta(minutes=60)) -> Iterator[Ranks]:
-    """Join the process group that the launcher described, or one of a single process, and leave it
-    at the end.
+    """Join the process group of the launcher, or one of a single process, and leave it at the end.
 
     A rank that waits for another longer than `timeout` fails.
     """
     with contextlib.nullcontext() if launched() else single_process_env():
-        ranks = _join(timeout)
+        env = read_launcher_env()
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", env.local_rank)
+            torch.cuda.set_device(device)
+        _init_deepspeed(device.type, timeout)
+        control_group = None
+        if env.world_size > 1:
+            control_group = dist.new_group(backend="gloo", timeout=timeout)
         try:
-            yield ranks
+            yield Ranks(
+                rank=env.rank,
+                world_size=env.world_size,
+                device=device,
+                control_group=control_group,
+            )
         finally:
             importlib.import_module("deepspeed.comm").destroy_process_group()
 
 
-def _join(timeout: timedelta) -> Ranks:
-    place = read_launcher_env()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", place.local_rank)
-        torch.cuda.set_device(device)
-    _init_deepspeed(device.type, timeout)
-    control_group = (
-        dist.new_group(backend="gloo", timeout=timeout) if place.world_size > 1 else None
-    )
-    return Ranks(
-        rank=place.rank, world_size=place.world_size, device=device, control_group=control_group
-    )
-
-
 def barrier(ranks: Ranks) -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has reached this call."""
     if ranks.control_group is not None:
         dist.barrier(ranks.control_group)
 
 
 def any_rank(flag: bool, ranks: Ranks) -> bool:
-    """Return whether `flag` is true on some rank: the same answer on all. Never waits for the
-    GPU."""
+    """Return on all ranks whether `flag` is true on any of them. Never waits for the GPU."""
     if ranks.control_group is None:
         return flag
     tensor = torch.tensor([flag], dtype=torch.int32)
@@ -101,18 +98,16 @@ def broadcast_from_main(value: object, ranks: Ranks) -> object:
 
 
 def _init_deepspeed(device_type: str, timeout: timedelta) -> None:
-    os.environ.setdefault(
-        "DS_ACCELERATOR", device_type
-    )  # or DeepSpeed looks for one itself, and warns if it finds none
+    # Without it, DeepSpeed searches for an accelerator, and warns if there is none.
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
     import deepspeed
 
-    for name in (
-        "reduce_scatter_tensor",
-        "all_gather_into_tensor",
-    ):  # it calls them by their old names in every step
+    # DeepSpeed calls these by their old names in every step.
+    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
         warnings.filterwarnings("ignore", message=f".*{name}.*deprecated", category=FutureWarning)
-    # it would compile a shared-memory kernel, and fail where there is no compiler; a plain `import
-    # ... as` of this module resolves to torch's and patches nothing
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    # DeepSpeed would compile a shared-memory kernel, and fail without a compiler. A plain `import
+    # ... as` of this module resolves to torch's and would patch nothing.
+    comm: Any = importlib.import_module("deepspeed.comm.torch")
+    comm.build_shm_op = lambda: None
     backend = "nccl" if device_type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)

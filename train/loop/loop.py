@@ -18,7 +18,7 @@ from shared.disk import library_writing_to
 from shared.errors import DataError, StoppedOnRequest
 from train.checkpoint.checkpoint import record_eval_loss, save_checkpoint
 from train.data.loader import StepBatch, StepLoader
-from train.engine.engine import accumulate, is_refused, update
+from train.engine.engine import accumulate, is_skipped, update
 from train.engine.process_group import Ranks, any_rank
 from train.loop.evaluate import EvalLoader, evaluate
 from train.loop.loss_spikes import SpikeLog
@@ -99,7 +99,7 @@ def train(context: RunContext, start: TrainState) -> None:
         if is_last or step % recipe.log.every_steps == 0:
             _log(context, window, counters, step=step, rate=rate)
             window = open_window(num_sources, ranks)
-        elif is_refused(training.engine):
+        elif is_skipped(training.engine):
             # ZeRO has told the host already: decide now whether the run may go on without the step.
             _read(context, window, counters)
 

@@ -1,9 +1,9 @@
-"""Attention that keeps the sequences of a pack apart, from their bounds alone: no mask over the
-whole row is built.
+"""Attention that keeps the sequences of a pack apart by their bounds; no mask over the whole row is
+built.
 
-Each function has the shape that transformers gives its attention functions and takes
-`cu_seq_lens_q` from the keyword arguments that the model passes through; a model that does not pass
-them is refused at the first call. Letters: N tokens, H query heads, K key heads, D head size.
+Each function has the signature of transformers' attention functions and takes `cu_seq_lens_q` from
+the keyword arguments that the model passes on. The first call fails for a model that does not pass
+them. Letters: N tokens, H query heads, K key heads, D head size.
 """
 
 from collections.abc import Callable
@@ -20,33 +20,33 @@ from shared.errors import ConfigError, PrerequisiteError
 AttentionFunction = Callable[..., tuple[torch.Tensor, None]]
 
 
-def choose_attention(wanted: str, *, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the transformers name of the kernel for `wanted` ("auto" or a key of FUNCTIONS).
+def choose_attention(kernel: str, *, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the transformers name of `kernel` ("auto" or a key of FUNCTIONS).
 
-    Raises PrerequisiteError for one that this device, dtype or installation lacks.
+    Raises PrerequisiteError for a kernel that this device, dtype or installation lacks.
     """
+    # Both kernels for whole rows exist for half precision on GPUs only.
     half_on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    if wanted == "auto":
-        wanted = (
-            "per_sequence" if not half_on_gpu else "flash" if _has_flash_attention() else "varlen"
-        )
-    if wanted != "per_sequence" and not half_on_gpu:
+    has_flash = find_spec("flash_attn") is not None
+    if kernel == "auto":
+        kernel = "per_sequence" if not half_on_gpu else "flash" if has_flash else "varlen"
+    if kernel != "per_sequence" and not half_on_gpu:
         raise PrerequisiteError(
-            f"model.attention = {wanted!r} needs a GPU and bf16; here is {device.type} with"
+            f"model.attention = {kernel!r} needs a GPU and bf16; this run has {device.type} and"
             f" {dtype}. Use per_sequence"
         )
-    if wanted == "flash" and not _has_flash_attention():
+    if kernel == "flash" and not has_flash:
         raise PrerequisiteError(
             "model.attention = 'flash' needs the package flash-attn; install it, or use varlen"
         )
-    return register_attention(wanted)
+    return register_attention(kernel)
 
 
 def register_attention(kernel: str) -> str:
     """Register `kernel` with transformers and return the name to load a model with.
 
-    No mask function goes with it. Then transformers builds no mask and does not look for sequences
-    in position_ids either, which would make the host wait for the device in every forward pass.
+    Without a mask function beside it, transformers builds no mask. Nor does it search position_ids
+    for sequences, which would make the host wait for the device in every forward pass.
     """
     from transformers import AttentionInterface
 
@@ -63,8 +63,9 @@ def per_sequence(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention, one sequence after another: work is the sum of squared lengths, not the
-    square of their sum."""
+    """Causal attention, one sequence after another: the work is the sum of squared lengths, not the
+    square of the sum."""
+    # The host needs the bounds as numbers: on a GPU this kernel waits for it in every layer.
     bounds = _checked_bounds(module, attention_mask, options).tolist()
     if options.get("softcap") is not None:
         raise ConfigError(
@@ -74,11 +75,11 @@ def per_sequence(
     window = options.get("sliding_window")
     outputs = []
     for start, end in pairwise(bounds):
-        mask = (
-            _window_mask(end - start, window, query.device)
-            if window is not None and end - start > window
-            else None
-        )
+        mask = None  # or bool [length, length], true where key <= query < key + window
+        if window is not None and end - start > window:
+            position = torch.arange(end - start, device=query.device)
+            distance = position[:, None] - position
+            mask = (distance >= 0) & (distance < window)
         outputs.append(
             scaled_dot_product_attention(
                 query[:, :, start:end],
@@ -102,7 +103,7 @@ def flash(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """FlashAttention 2's kernel for rows of many sequences."""
+    """FlashAttention 2's kernel for rows of several sequences."""
     bounds = _checked_bounds(module, attention_mask, options)
     window = options.get("sliding_window")
     output = import_module("flash_attn").flash_attn_varlen_func(
@@ -114,6 +115,7 @@ def flash(
         dropout_p=options.get("dropout", 0.0),
         softmax_scale=options.get("scaling"),
         causal=True,
+        # A window of w tokens holds the query itself and w - 1 tokens before it.
         window_size=(-1, -1) if window is None else (window - 1, 0),
         softcap=options.get("softcap") or 0.0,
     )
@@ -128,14 +130,14 @@ def varlen(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """torch's own kernel for rows of many sequences."""
+    """torch's kernel for rows of several sequences."""
     from torch.nn.attention.varlen import varlen_attn
 
     bounds = _checked_bounds(module, attention_mask, options)
     if options.get("softcap") is not None or options.get("dropout"):
         raise ConfigError(
-            f"{type(module).__name__} needs score caps or dropout; that needs model.attention ="
-            " 'flash'"
+            f"{type(module).__name__} caps its attention scores or has attention dropout, which"
+            " needs model.attention = 'flash'"
         )
     window = options.get("sliding_window")
     output = varlen_attn(
@@ -147,6 +149,7 @@ def varlen(
         options["max_length_q"],
         options["max_length_q"],
         scale=options.get("scaling"),
+        # (-1, 0): all tokens before the query and none after it.
         window_size=(-1, 0) if window is None else (window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -164,33 +167,24 @@ FUNCTIONS: dict[str, AttentionFunction] = {
 def _checked_bounds(
     module: torch.nn.Module, attention_mask: torch.Tensor | None, options: dict[str, Any]
 ) -> torch.Tensor:
-    """Return cu_seqlens int32 [S+1]. Raises ConfigError for what would let sequences see each
-    other."""
+    """Return cu_seqlens int32 [S+1]. Raises ConfigError if sequences would see each other or a mask
+    would be ignored."""
     bounds = options.get("cu_seq_lens_q")
-    what = type(module).__name__
+    name = type(module).__name__
     if bounds is None:
         raise ConfigError(
-            f"{what} does not pass sequence bounds to its attention: its packs would leak; use"
-            " another"
+            f"{name} does not pass sequence bounds to its attention, so the sequences of a pack"
+            " would see each other; use another model"
         )
     if (
+        # An attention sink (s_aux) takes a part of the softmax, which no kernel here provides.
         attention_mask is not None
         or options.get("s_aux") is not None
         or options.get("is_causal") is False
     ):
         raise ConfigError(
-            f"{what} needs a mask, attention sinks or attention to later tokens; it can't be"
-            " trained yet"
+            f"{name} needs a mask, attention sinks or attention to later tokens, which training"
+            " does not support; use another model"
         )
     assert isinstance(bounds, torch.Tensor)
     return bounds
-
-
-def _window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """Return bool [length, length], true where key <= query < key + window."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (distance >= 0) & (distance < window)
-
-
-def _has_flash_attention() -> bool:
-    return find_spec("flash_attn") is not None

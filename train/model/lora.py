@@ -1,12 +1,10 @@
-"""Low-rank adapters: the model's own weights stay as they are, small matrices beside them are
-trained.
+"""Low-rank adapters: the weights of the model are frozen, small matrices beside them are trained.
 
-y = W x + (alpha / rank) B A x      A [rank, in] random, B [out, rank] zero      (Hu et al. 2021,
-section 4.1)
+    y = W x + (alpha / rank) B A x      A [rank, in] random, B [out, rank] zero
 
-peft puts the matrices in. After training they are either added to the weights (`merged`) or written
-as an adapter that peft and the servers load beside the base model. Checkpoints and messages hold
-the adapters only.
+(Hu et al. 2021, section 4.1.) peft inserts the matrices. After training they are either added to
+the weights (`merged`) or written as an adapter, which peft and inference servers load beside the
+base model. Checkpoints and messages between ranks hold the adapters only.
 """
 
 import json
@@ -31,26 +29,28 @@ _EVERY_LINEAR_LAYER = "all-linear"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapted:
-    """What adapters belong to: the base model that lies beside them, and how they were trained and
-    are to be kept."""
+    """What adapters belong to: their base model, and how they are trained and exported."""
 
     model: ModelConfig
     lora: LoraConfig
 
 
 def adapted_by(recipe: TrainConfig) -> Adapted | None:
-    """Return what the adapters that `recipe` trains belong to; None where it trains the weights
-    themselves."""
+    """Return what the adapters of `recipe` belong to; None if it trains the weights themselves."""
     return Adapted(model=recipe.model, lora=recipe.lora) if recipe.lora.is_on else None
 
 
 def add_adapters(network: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:
-    """Freeze `network` and put adapters beside its layers, in place; the same numbers on every
-    rank.
+    """Freeze `network` and add adapters to its layers, in place; all ranks get the same values.
 
-    Raises PrerequisiteError without peft and ConfigError for targets that the model does not have.
+    Raises PrerequisiteError without peft and ConfigError for targets that cannot have an adapter.
     """
-    peft = _peft()
+    try:
+        import peft
+    except ImportError as exc:
+        raise PrerequisiteError(
+            "[lora] needs the package peft; install it, or remove the table"
+        ) from exc
     settings = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -60,23 +60,32 @@ def add_adapters(network: PreTrainedModel, lora: LoraConfig, *, seed: int) -> No
         task_type="CAUSAL_LM",
     )
     network.requires_grad_(False)
+    # peft draws the matrices A from the global generator.
     torch.manual_seed(seed)
     expected = _expected_targets(network, lora)
     try:
         peft.inject_adapter_in_model(settings, network, adapter_name=_ADAPTER)
-    except (
-        ValueError,
-        AttributeError,
-        TypeError,
-    ) as exc:  # no adapter fits, such as beside a whole block
+    except (ValueError, AttributeError, TypeError) as exc:
+        # No adapter fits, for instance beside a whole block.
         reason = " ".join(str(exc).split())[:120]
         raise ConfigError(f"lora.targets = {list(lora.targets)}: {reason}; {expected}") from exc
-    _check_all_count(network, lora, expected)
+    # Some adapters would not train or not be exported: the loss reads the matrix of the LM head and
+    # nothing beside it, an embedding's adapter has other names, and the weight of another kind of
+    # layer (GPT-2's Conv1D) is not [out, in].
+    head = network.get_output_embeddings()
+    for name, layer in network.named_modules():
+        base = getattr(layer, "base_layer", None)
+        if isinstance(base, torch.nn.Module) and (layer is head or not _is_linear(base)):
+            kind = "the LM head" if layer is head else f"of type {type(base).__name__}"
+            raise ConfigError(
+                f"lora.targets = {list(lora.targets)}: {name} is {kind}, which cannot have an"
+                f" adapter; {expected}"
+            )
 
 
 def _expected_targets(network: PreTrainedModel, lora: LoraConfig) -> str:
-    """Return what targets may be, in words. Raises ConfigError for one that names no layer: peft
-    passes over it."""
+    """Return a description of valid targets. Raises ConfigError for a target that names no layer,
+    which peft would ignore."""
     names = [name for name, _ in network.named_modules()]
     head = network.get_output_embeddings()
     linear = {
@@ -86,8 +95,9 @@ def _expected_targets(network: PreTrainedModel, lora: LoraConfig) -> str:
     }
     expected = (
         f"expected names of linear layers of {type(network).__name__}:"
-        f" {', '.join(sorted(linear)) or 'it has none'}"
+        f" {', '.join(sorted(linear)) or 'there are none'}"
     )
+    # Like peft, compare a target with the last parts of the names of layers.
     for target in lora.targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             raise ConfigError(
@@ -96,26 +106,9 @@ def _expected_targets(network: PreTrainedModel, lora: LoraConfig) -> str:
     return expected
 
 
-def _check_all_count(network: PreTrainedModel, lora: LoraConfig, expected: str) -> None:
-    """Raise ConfigError for an adapter that would not train, or would not be in what is saved.
-
-    The loss takes the LM head's matrix without what is beside it; an embedding's adapter has other
-    names; the weight of another kind of layer (GPT-2's Conv1D) is not [out, in].
-    """
-    head = network.get_output_embeddings()
-    for name, layer in network.named_modules():
-        base = getattr(layer, "base_layer", None)
-        if isinstance(base, torch.nn.Module) and (layer is head or not _is_linear(base)):
-            what = "the LM head" if layer is head else f"of the kind {type(base).__name__}"
-            raise ConfigError(
-                f"lora.targets = {list(lora.targets)}: {name} is {what}, which gets no adapter;"
-                f" {expected}"
-            )
-
-
 def adapter_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what was trained of a network's weights, by its names in it: adapters' matrices, rows
-    of new tokens."""
+    """Return the trained entries of a state dict: the matrices of adapters and the rows of new
+    tokens."""
     return {
         name: tensor
         for name, tensor in state_dict.items()
@@ -130,11 +123,10 @@ def merge_adapters(
     scale: float,
     new_ids: Sequence[int] = (),
 ) -> dict[str, torch.Tensor]:
-    """Return `base` with W + scale B A in the place of each W that has an adapter, computed in
-    fp32.
+    """Return `base` with W + scale B A, computed in fp32, for each W that has an adapter, and with
+    the rows of `new_ids`.
 
-    The rows of `new_ids` are put in their places. Raises ArtifactError for an adapter without its
-    other half or its weight.
+    Raises ArtifactError for an adapter that lacks a matrix or its base weight.
     """
     merged = dict(base)
     for name in filter(is_new_rows, adapters):
@@ -144,9 +136,10 @@ def merge_adapters(
         name = f"{layer}.weight"
         if name not in base:
             raise ArtifactError(
-                f"there is an adapter for {name}, but the base model has no such weight"
+                f"there is an adapter for {name}, but the base model has no weight of this name"
             )
         weight = base[name]
+        # In fp32: rounding B A to bf16 before the sum would lose small updates.
         merged[name] = (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
     return merged
 
@@ -158,10 +151,10 @@ def merged_model(
     *,
     new_ids: Sequence[int] = (),
 ) -> tuple[dict[str, torch.Tensor], PretrainedConfig]:
-    """Return the weights of the base model with `adapters` added to them, on one CPU, and its
+    """Return the weights of the base model with `adapters` added to them, on the CPU, and its
     config.
 
-    The base is read from `model.name` again, as it lies there, also where training held it in 4
+    The base is read from `model.name` again in its original dtype, even if training held it in 4
     bits.
     """
     base = AutoModelForCausalLM.from_pretrained(
@@ -185,12 +178,17 @@ def write_adapter(
 ) -> None:
     """Write adapter_model.safetensors and adapter_config.json as peft reads them.
 
-    peft puts rows of new tokens into a base model whose embedding was resized to hold them.
+    peft writes rows of new tokens into a base model whose embedding was resized to hold them.
     """
-    weights = {
-        f"base_model.model.{_name_in_peft(name)}": tensor.contiguous()
-        for name, tensor in adapters.items()
-    }
+    # peft expects names below base_model.model, without the name of the adapter.
+    weights = {}
+    for name, tensor in adapters.items():
+        name_in_peft = (
+            f"{layer_of(name)}.token_adapter.trainable_tokens_delta"
+            if is_new_rows(name)
+            else name.replace(f".{_ADAPTER}.", ".")
+        )
+        weights[f"base_model.model.{name_in_peft}"] = tensor.contiguous()
     rows = {
         layer_of(name).rpartition(".")[2]: list(new_ids) for name in filter(is_new_rows, adapters)
     }
@@ -213,13 +211,13 @@ def write_adapter(
 
 
 def scale_of(lora: LoraConfig) -> float:
-    """Return the factor alpha / rank of the adapters' product."""
+    """Return alpha / rank, the factor of the adapters' product."""
     return lora.alpha / lora.rank
 
 
 def quantization(lora: LoraConfig, dtype: torch.dtype) -> Any:
-    """Return the transformers config that loads the frozen weights in 4 bits (QLoRA, Dettmers et
-    al. 2023), or None.
+    """Return the transformers config that loads frozen weights in 4 bits (QLoRA, Dettmers et al.
+    2023), or None.
 
     Raises PrerequisiteError without bitsandbytes.
     """
@@ -241,12 +239,6 @@ def quantization(lora: LoraConfig, dtype: torch.dtype) -> Any:
     )
 
 
-def _name_in_peft(name: str) -> str:
-    if is_new_rows(name):
-        return f"{layer_of(name)}.token_adapter.trainable_tokens_delta"
-    return name.replace(f".{_ADAPTER}.", ".")
-
-
 def _pairs(adapters: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return layer name -> (A, B)."""
     halves: dict[str, dict[str, torch.Tensor]] = {}
@@ -255,7 +247,10 @@ def _pairs(adapters: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, t
             continue
         match = _MATRIX.match(name)
         if match is None:
-            raise ArtifactError(f"{name} is not the matrix of an adapter")
+            raise ArtifactError(
+                f"{name} is no matrix of an adapter; expected LAYER.lora_A.{_ADAPTER}.weight or"
+                " lora_B"
+            )
         halves.setdefault(match["layer"], {})[match["which"]] = tensor
     for layer, pair in halves.items():
         if len(pair) != 2:
@@ -265,13 +260,3 @@ def _pairs(adapters: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, t
 
 def _is_linear(part: torch.nn.Module) -> bool:
     return isinstance(part, torch.nn.Linear)
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as exc:
-        raise PrerequisiteError(
-            "[lora] needs the package peft; install it, or remove the table"
-        ) from exc
-    return peft

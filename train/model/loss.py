@@ -1,21 +1,24 @@
-"""Cross-entropy through the LM head without the logits of the whole row, and how losses of tokens
-add up to a step's.
+"""Cross-entropy through the LM head, without the logits of the whole row.
 
-The loss of a step is sum over its rows of weight x cross-entropy. The weights hold the whole
-normalisation and are known before the forward pass, so any split over ranks and micro-batches has
-the same gradient.
+The loss of a step is the sum over its rows of weight x cross-entropy. The weights hold the whole
+normalisation and are known before the forward pass (train/data/loss_weights.py), so any split over
+ranks and micro-batches has the same gradient.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
-_LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32: 512 rows of a 32k vocabulary
-_MIN_ROWS_PER_CHUNK = (
-    256  # of a larger vocabulary: below it matrix products get slow; the head itself is larger
-)
-_ROW_MULTIPLE = 32  # products of 167 rows took up to twice the time per row of those of 160
+# 64 MiB of fp32: 512 rows of a 32k vocabulary.
+_LOGITS_PER_CHUNK = 1 << 24
+# For larger vocabularies: with fewer rows matrix products get slow, and the head itself is larger
+# than the chunk anyway.
+_MIN_ROWS_PER_CHUNK = 256
+# Products of 167 rows took up to twice the time per row of products of 160.
+_ROW_MULTIPLE = 32
 
 
 def weighted_cross_entropy(
@@ -27,15 +30,13 @@ def weighted_cross_entropy(
     uniform: float | None,
     row_losses: torch.Tensor | None = None,  # float32 [R]
 ) -> torch.Tensor:
-    """Return sum over rows of weight x cross-entropy, fp32: Liger's kernel on a GPU, chunks of rows
-    elsewhere.
+    """Return the sum over rows of weight x cross-entropy, fp32: by Liger's kernel on a GPU, in
+    chunks of rows elsewhere.
 
-    The cross-entropy of each row is written into `row_losses`, where given, without its weight or a
-    gradient.
+    Each row's cross-entropy, without its weight, is written into `row_losses` if that is given.
     """
-    if (
-        not torch.is_grad_enabled()
-    ):  # what asks for a gradient is asked in spite of it, inside an autograd function
+    if not torch.is_grad_enabled():
+        # An autograd function computes gradients under no_grad as well, if its inputs require them.
         hidden, head = hidden.detach(), head.detach()
     if row_losses is None:
         row_losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
@@ -47,11 +48,10 @@ def weighted_cross_entropy(
 def liger_cross_entropy(
     hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, row_losses: torch.Tensor
 ) -> torch.Tensor:
-    """Return the sum of cross-entropies by Liger's fused kernel, which has one weight for all rows
-    of a call."""
-    loss = _LigerCrossEntropy.apply(hidden, head, targets, row_losses)  # type: ignore[no-untyped-call]
-    assert isinstance(loss, torch.Tensor)
-    return loss
+    """Return the sum of cross-entropies by Liger's fused kernel, which has no weights for single
+    rows."""
+    apply: Callable[..., torch.Tensor] = _LigerCrossEntropy.apply
+    return apply(hidden, head, targets, row_losses)
 
 
 def chunked_cross_entropy(
@@ -61,19 +61,19 @@ def chunked_cross_entropy(
     weights: torch.Tensor,
     row_losses: torch.Tensor,
 ) -> torch.Tensor:
-    """Return sum of weight x cross-entropy over chunks of rows that share one buffer of logits."""
-    loss = _ChunkedCrossEntropy.apply(hidden, head, targets, weights, row_losses)  # type: ignore[no-untyped-call]
-    assert isinstance(loss, torch.Tensor)
-    return loss
+    """Return the sum of weight x cross-entropy, over chunks of rows that share a buffer of
+    logits."""
+    apply: Callable[..., torch.Tensor] = _ChunkedCrossEntropy.apply
+    return apply(hidden, head, targets, weights, row_losses)
 
 
 class _LigerCrossEntropy(torch.autograd.Function):
-    """Liger's kernel turns chunks of logits into losses and gradients; the products around it are
-    torch's.
+    """Liger's kernel turns chunks of logits into losses and gradients; torch does the products
+    around it.
 
-    Liger has a function around its kernel too, which makes the host wait: it counts targets to be
-    ignored. Here are none, and nothing in either pass waits for the device. The gradient of the
-    head is a sum over chunks in fp32.
+    Liger's function around its kernel makes the host wait, since it counts the targets to ignore.
+    There are none here, and nothing in either pass waits for the device. The gradient of the head
+    is summed over chunks in fp32.
     """
 
     @staticmethod
@@ -85,10 +85,8 @@ class _LigerCrossEntropy(torch.autograd.Function):
         row_losses: torch.Tensor,
     ) -> torch.Tensor:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        most = (
-            len(hidden) * hidden.shape[1] // len(head)
-        )  # as much memory as the hidden states: see train/sizing/memory.py
-        chunk_rows = _rows_per_chunk(len(hidden), most)
+        # A chunk takes as much memory as the hidden states; train/sizing/memory.py counts on it.
+        chunk_rows = _rows_per_chunk(len(hidden), len(hidden) * hidden.shape[1] // len(head))
         buffer = torch.empty(
             (min(chunk_rows, len(hidden)), len(head)), dtype=hidden.dtype, device=hidden.device
         )
@@ -119,8 +117,8 @@ class _LigerCrossEntropy(torch.autograd.Function):
 def _run_ligers_kernel(
     logits: torch.Tensor, targets: torch.Tensor, row_losses: torch.Tensor, *, makes_gradient: bool
 ) -> None:
-    """Write the cross-entropy of each row and, in place of the logits, its gradient: one program
-    for each row."""
+    """Write the cross-entropy of each row, and its gradient over the logits: one program for each
+    row."""
     from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
     from liger_kernel.ops.fused_linear_cross_entropy import MAX_FUSED_SIZE
 
@@ -161,16 +159,15 @@ LIGER_OPTIONS: dict[str, Any] = {
     "predicted_tokens_stride": 0,
     "RETURN_PREDICTED_TOKENS": False,
 }
-"""Of Liger's kernel: what it can do besides, none of it wanted."""
+"""Other features of Liger's kernel, all off."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Computes the gradients in the forward pass, as Liger does: logits are made once and never
+    """Computes the gradients in the forward pass, as Liger does: logits are computed once and never
     kept.
 
     With p = softmax(h W^T) and g = weight x (p - onehot(target)): d hidden = g W, d head = g^T h.
-    Logits are held as W h^T, [V, rows]: with few rows that product is the faster one by half on a
-    CPU.
+    Logits are held as W h^T, [V, rows]: with few rows that takes a third less time on a CPU.
     """
 
     @staticmethod
@@ -182,11 +179,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weights: torch.Tensor,
         row_losses: torch.Tensor,
     ) -> torch.Tensor:
-        num_rows, chunk_rows = (
-            len(hidden),
-            _rows_per_chunk(len(hidden), _LOGITS_PER_CHUNK // len(head)),
-        )
-        hidden, targets, weights = _padded(hidden, targets, weights, multiple=chunk_rows)
+        num_rows = len(hidden)
+        chunk_rows = _rows_per_chunk(num_rows, _LOGITS_PER_CHUNK // len(head))
+        # Rows of weight 0 fill the last chunk.
+        missing = -num_rows % chunk_rows
+        hidden = pad(hidden, (0, 0, 0, missing))
+        targets, weights = pad(targets, (0, missing)), pad(weights, (0, missing))
         buffer = torch.empty((len(head), chunk_rows), dtype=torch.float32, device=hidden.device)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -197,18 +195,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_rows):
             chunk = slice(start, start + chunk_rows)
             h, target, weight = hidden[chunk], targets[None, chunk], weights[chunk]
-            logits = _multiply(head, h.t(), buffer)  # [V, rows]
+            # [V, rows]; torch does not write a product of halves into fp32 by itself.
+            if head.dtype == buffer.dtype:
+                logits = torch.mm(head, h.t(), out=buffer)
+            else:
+                logits = buffer.copy_(torch.mm(head, h.t()))
+            # log-sum-exp with the maximum taken out, so that exp cannot overflow.
             target_logit = logits.gather(0, target)[0]
             top = logits.amax(dim=0)
             total = logits.sub_(top).exp_().sum(dim=0)
             losses = total.log() + top - target_logit
             row_losses[chunk] = losses[: num_rows - start]
             loss += (losses * weight).sum()
-            grad = logits.mul_(
-                weight / total
-            )  # in place: the buffer turns from exp into the gradient
-            grad.scatter_add_(0, target, -weight[None])
-            grad = grad.to(hidden.dtype)
+            # In place: the buffer turns from exp(logits - top) into the gradient.
+            grad = logits.mul_(weight / total)
+            grad = grad.scatter_add_(0, target, -weight[None]).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad.t(), head, out=grad_hidden[chunk])
             if grad_head is not None:
@@ -225,44 +226,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _scaled(
     gradients: tuple[torch.Tensor | None, ...], factor: torch.Tensor, dtype: torch.dtype
 ) -> list[torch.Tensor | None]:
-    """Return gradients x factor, computed in fp32 and rounded once; in place where they are of
-    `dtype` already.
-
-    torch would round a factor without dimensions to bf16 first: world size / loss tokens is off by
-    up to 0.4 % then.
-    """
+    """Return gradients x factor, computed in fp32 and rounded once; in place for `dtype`."""
+    # torch would first round a factor without dimensions to bf16, which moves world size / loss
+    # tokens by up to 0.4 %.
     factor = factor.reshape(1)
     return [None if gradient is None else gradient.mul_(factor).to(dtype) for gradient in gradients]
 
 
 def _rows_per_chunk(num_rows: int, most: int) -> int:
-    """Return the size of chunks of up to `most` rows that are as equal as they can be: a multiple
-    of _ROW_MULTIPLE."""
+    """Return the size of nearly equal chunks of up to `most` rows: a multiple of _ROW_MULTIPLE."""
     most = max(_MIN_ROWS_PER_CHUNK, most)
     per_chunk = math.ceil(num_rows / max(1, math.ceil(num_rows / most)))
     return max(1, math.ceil(per_chunk / _ROW_MULTIPLE)) * _ROW_MULTIPLE
 
 
-def _padded(
-    hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, *, multiple: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Append rows of weight 0 up to a multiple of `multiple`."""
-    missing = -len(hidden) % multiple
-    pad = torch.nn.functional.pad
-    return pad(hidden, (0, 0, 0, missing)), pad(targets, (0, missing)), pad(weights, (0, missing))
-
-
-def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    return (
-        torch.mm(left, right, out=out)
-        if left.dtype == out.dtype
-        else out.copy_(torch.mm(left, right))
-    )
-
-
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add left x right to `total`, fp32; the product of halves is summed in fp32 where torch can
-    (GPU)."""
+    """Add left x right to `total`, fp32; on a GPU a product of halves is summed in fp32, too."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:

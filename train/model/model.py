@@ -1,8 +1,8 @@
-"""The model: a Hugging Face causal LM, loaded or random, inside a module whose forward pass returns
-the loss.
+"""The model: a Hugging Face causal LM, loaded or random, in a module whose forward pass returns the
+loss.
 
-The loss is computed inside `forward` because under ZeRO-3 that is where the LM head's weight can be
-gathered. The logits of a row exist only for the positions that carry loss.
+`forward` computes the loss because ZeRO-3 gathers the weight of the LM head there. Logits exist
+only for the positions that have a loss.
 """
 
 import difflib
@@ -35,8 +35,7 @@ from train.model.tiled_mlp import tile_mlps
 
 logger = logging.getLogger(__name__)
 
-# what models of transformers do to their logits besides the head; only the first two are linear and
-# handled
+# Changes that models of transformers make to their logits after the head, none of them supported.
 _LOGIT_CHANGES = (
     "final_logit_softcapping",
     "lm_head_multiplier",
@@ -44,19 +43,11 @@ _LOGIT_CHANGES = (
     "dim_model_base",
 )
 NO_LORA = LoraConfig()
+# What configs, constructors and forward passes of transformers raise.
 CANNOT_BUILD = (
-    *(
-        ValueError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        LookupError,
-        ArithmeticError,
-        NotImplementedError,
-    ),
-    *(AssertionError, ImportError, StrictDataclassError),
+    *(ValueError, TypeError, AttributeError, RuntimeError, LookupError, ArithmeticError),
+    *(NotImplementedError, AssertionError, ImportError, StrictDataclassError),
 )
-"""What configs, constructors and forward passes of transformers fail with."""
 _LAYER_KEYS = ("layer_types", "layers_block_type", "block_types", "_block_types")
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 
@@ -81,8 +72,9 @@ class LossModel(torch.nn.Module):
         """Return the loss; add the rows' cross-entropies and their number to `source_totals`
         (train/model/source_loss.py).
 
-        A load balancing loss (train/model/router_loss.py) is added with its weight, in the share of
-        the step's tokens that are here; `balancing`, fp32 [1], gets it added without its weight.
+        The load balancing loss (train/model/router_loss.py) counts by the micro-batch's share of
+        the step's tokens. It is added to the loss with its weight, and to `balancing`, fp32 [1],
+        without it.
         """
         if self.row is not None:
             self.row.first = batch.first
@@ -98,8 +90,8 @@ class LossModel(torch.nn.Module):
             max_length_k=batch.max_seqlen,
             **({"output_router_logits": True} if self.balancing_weight else {}),
         )
-        hidden = outputs.last_hidden_state[0]  # [N, D]
-        hidden = hidden.index_select(0, batch.rows)  # [R, D]
+        # Only rows with a loss go through the head: 4,096 tokens x 128k logits take 2 GB in fp32.
+        hidden = outputs.last_hidden_state[0].index_select(0, batch.rows)  # [N, D] -> [R, D]
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale
         head = head_weight(self.model)  # [V, D], gathered here under ZeRO-3
@@ -114,6 +106,7 @@ class LossModel(torch.nn.Module):
         )
         if source_totals is not None:
             add_rows(source_totals, batch.row_sources, row_losses)
+        # Evaluation reports the cross-entropy alone.
         if self.balancing_weight and torch.is_grad_enabled():
             imbalance = batch.token_share * load_balancing_loss(
                 outputs.router_logits, top_k=self.router_top_k
@@ -134,25 +127,36 @@ def build_model(
     lora: LoraConfig = NO_LORA,
     balancing_weight: float = 0.0,
 ) -> LossModel:
-    """Return the model to train, in training mode, checked against the shard set that it is to be
-    trained on.
+    """Return the model in training mode, checked against the shard set of `manifest`.
 
-    Under ZeRO-3 the caller keeps an HfDeepSpeedConfig alive meanwhile, so that weights are sharded
-    as they are made. Raises ConfigError or ArtifactError.
+    Under ZeRO-3 the caller keeps an HfDeepSpeedConfig alive during the call, so that weights are
+    sharded as they are created. Raises ConfigError or ArtifactError.
     """
     config = model_config(model, manifest)
+    # Random weights must be the same on every rank.
     torch.manual_seed(seed)
     if model.config is not None:
-        network = _random_weights(config, attention=attention, dtype=dtype)
+        try:
+            network = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=dtype
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except CANNOT_BUILD as exc:
+            raise ConfigError(
+                f"model.config cannot be built: {type(exc).__name__}: {one_line(exc)}"
+            ) from exc
+        _check_parameters(network)
     else:
         network = _load_weights(
             model, config, attention=attention, dtype=dtype, quantization=quantization(lora, dtype)
         )
     check_head(network)
+    # Random weights have rows for all tokens of the shards already.
     new_ids = manifest.tokenizer.new_ids if model.config is None else ()
     if new_ids:
         logger.info(
-            "new rows of embedding and LM head for the tokens that the mixture added, ids %s",
+            "embedding and LM head get new rows for the tokens that the mixture added, ids %s",
             list(new_ids),
         )
     if lora.is_on:
@@ -171,7 +175,8 @@ def build_model(
 def model_config(model: ModelConfig, manifest: Manifest) -> PretrainedConfig:
     """Return the transformers config of the model.
 
-    Raises ConfigError for one that cannot be trained or does not fit the shard set.
+    Raises ConfigError for a model that cannot be trained or does not fit the shard set, and
+    ArtifactError for one that cannot be read.
     """
     tokenizer = manifest.tokenizer
     config = network_config(
@@ -184,16 +189,15 @@ def model_config(model: ModelConfig, manifest: Manifest) -> PretrainedConfig:
         },
     )
     new_ids = tokenizer.new_ids
-    has_room = (
-        bool(new_ids) and config.vocab_size >= new_ids[0]
-    )  # for all but what the mixture added
+    # Room for all tokens but those that the mixture added, which get new rows.
+    has_room = bool(new_ids) and config.vocab_size >= new_ids[0]
     if config.vocab_size <= manifest.max_token_id and not model.resize_vocab and not has_room:
         raise ConfigError(
-            f"the model knows {config.vocab_size} tokens, the shards hold token"
-            f" {manifest.max_token_id}: they were made with another tokenizer"
-            f" ({manifest.tokenizer.name}). Tokens that the mixture adds to the model's own"
-            " (tokenizer.add_tokens) are grown by themselves; for a tokenizer that came with"
-            " tokens added, set model.resize_vocab = true (without [lora])"
+            f"the model has {config.vocab_size} tokens, but the shards hold token"
+            f" {manifest.max_token_id}: they were built with another tokenizer"
+            f" ({manifest.tokenizer.name}). Tokens that the mixture adds (tokenizer.add_tokens) get"
+            " new rows automatically; for a tokenizer that came with added tokens, set"
+            " model.resize_vocab = true (without [lora])"
         )
     return config
 
@@ -203,13 +207,22 @@ def network_config(
 ) -> PretrainedConfig:
     """Return the transformers config of the model, for sequences of up to `max_seq_len` tokens.
 
-    `from_shards` are keys that a table leaves out where the shards decide them. Raises ConfigError
-    for a model that cannot be trained.
+    `from_shards`: values for keys that a [model.config] table omits. Raises ConfigError for a model
+    that cannot be trained, and ArtifactError for one that cannot be read.
     """
     if model.config is not None:
         config = _config_from_table(model.config, max_seq_len, from_shards)
     elif model.name:
-        config = _config_of_pretrained(model)
+        try:
+            config = AutoConfig.from_pretrained(
+                model.name, revision=model.revision, trust_remote_code=False
+            )
+        except (OSError, *CANNOT_BUILD) as exc:
+            where = "" if Path(model.name).is_dir() else "no such directory, and not on the hub: "
+            raise ArtifactError(
+                f"cannot read the model {model.name!r}: {where}{one_line(exc)}"
+            ) from exc
+        assert isinstance(config, PretrainedConfig)
     else:
         raise ConfigError(
             "no model: give --model NAME|DIR, or set model.name or [model.config] in the recipe"
@@ -218,31 +231,32 @@ def network_config(
     limit = _get(config, "max_position_embeddings")
     if isinstance(limit, int) and limit < max_seq_len:
         raise ConfigError(
-            f"the model takes {limit} positions (max_position_embeddings), the shards have"
-            f" sequences of up to {max_seq_len}; build them with max_seq_len = {limit} or"
+            f"the model takes {limit} positions (max_position_embeddings), but the shards have"
+            f" sequences of up to {max_seq_len}; build them with max_seq_len = {limit}, or"
             " use another model"
         )
     return config
 
 
 def check_supported(config: PretrainedConfig) -> None:
-    """Raise ConfigError for a model whose packed loss would not be the loss of its sequences
+    """Raise ConfigError for a model whose packed loss would differ from the loss of its sequences
     alone."""
     name = config.model_type
     for key in _LOGIT_CHANGES:
         if _get(config, key) not in (None, 1, 1.0):
             raise ConfigError(
-                f"model type {name!r} changes its logits ({key} = {_get(config, key)}); not"
-                " supported yet"
+                f"model type {name!r} changes its logits ({key} = {_get(config, key)}), which"
+                " training does not support; use another model"
             )
     layers = {kind for key in _LAYER_KEYS for kind in _get(config, key) or ()}
     if foreign := sorted(layers - _ATTENTION_LAYERS):
         raise ConfigError(
-            f"model type {name!r} has layers of type {', '.join(foreign)}, which carry state from"
-            " one sequence of a pack into the next; use a model with attention layers only"
+            f"model type {name!r} has layers of type {', '.join(foreign)}, which pass state from"
+            " one sequence of a pack to the next; use a model with attention layers only"
         )
     if config.is_encoder_decoder:
         raise ConfigError(f"model type {name!r} has an encoder; expected a causal LM")
+    # A multimodal config holds the config of its text model.
     text = config.get_text_config(decoder=True)
     if text is not config or not isinstance(getattr(config, "vocab_size", None), int):
         raise ConfigError(
@@ -259,7 +273,7 @@ def check_supported(config: PretrainedConfig) -> None:
     ):
         raise ConfigError(
             f"the model has {heads} attention heads (num_attention_heads) and {key_heads} key heads"
-            " (num_key_value_heads); expected a number of key heads that divides that of heads"
+            " (num_key_value_heads); the number of key heads must divide the number of heads"
         )
     network_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if network_class is None:
@@ -269,12 +283,12 @@ def check_supported(config: PretrainedConfig) -> None:
     if not network_class._supports_attention_backend:
         raise ConfigError(
             f"model type {name!r} does not let its attention be replaced, so sequences of a pack"
-            " would see each other"
+            " would see each other; use another model"
         )
 
 
 def check_head(network: PreTrainedModel) -> None:
-    """Raise ConfigError unless logits are head(hidden) with a plain matrix ."""
+    """Raise ConfigError unless the LM head is a plain matrix."""
     name = network.config.model_type
     head = network.get_output_embeddings()
     if (
@@ -283,14 +297,13 @@ def check_head(network: PreTrainedModel) -> None:
         or network.base_model is network
     ):
         raise ConfigError(
-            f"model type {name!r} has no plain LM head (a linear layer without bias); not"
-            " supported yet"
+            f"model type {name!r} has no plain LM head (a linear layer without bias); use another"
+            " model"
         )
 
 
 def logit_scale(config: PretrainedConfig) -> float:
-    """Return the factor between head(hidden) and the logits of the model: Granite divides, Cohere
-    multiplies."""
+    """Return the factor from head(hidden) to the logits: Granite divides, Cohere multiplies."""
     divisor, factor = _get(config, "logits_scaling"), _get(config, "logit_scale")
     return float(factor or 1.0) / float(divisor or 1.0)
 
@@ -298,8 +311,8 @@ def logit_scale(config: PretrainedConfig) -> float:
 def _config_from_table(
     table: dict[str, Any], max_seq_len: int, from_shards: Mapping[str, int | None]
 ) -> PretrainedConfig:
-    """What the table leaves out follows from the shards: vocabulary, special ids, longest
-    sequence."""
+    """Return the config of a [model.config] table. Keys that it omits follow from the shards:
+    vocabulary, special ids, longest sequence."""
     values = dict(table)
     model_type = values.pop("model_type", None)
     try:
@@ -308,16 +321,14 @@ def _config_from_table(
         raise ConfigError(
             f"model.config.model_type = {model_type!r} is not a model type of transformers"
         ) from exc
-    except StrictDataclassError as exc:  # its own defaults do not make a whole
+    except StrictDataclassError as exc:
+        # The defaults of the type alone are not a valid config.
         raise ConfigError(
-            f"model type {model_type!r} cannot be made from a table: {one_line(exc)}"
+            f"model type {model_type!r} cannot be built from a table: {one_line(exc)}"
         ) from exc
     defaults = plain.to_dict()
-    known = {
-        *defaults,
-        *plain.attribute_map,
-        "head_dim",
-    }  # the last is read by many and declared by few
+    # Many types read head_dim, few declare it.
+    known = {*defaults, *plain.attribute_map, "head_dim"}
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -330,49 +341,14 @@ def _config_from_table(
         "max_position_embeddings": max(
             int(defaults.get("max_position_embeddings") or 0), max_seq_len
         ),
-        "pad_token_id": (
-            None
-        ),  # nothing is padded, and torch would never train the embedding of that token
+        # Nothing is padded, and torch would never train the embedding of a padding token.
+        "pad_token_id": None,
     }
     try:
         config = AutoConfig.for_model(model_type, **{**derived, **values})
     except CANNOT_BUILD as exc:
         raise ConfigError(
             f"model.config is not a valid {model_type!r} config: {one_line(exc)}"
-        ) from exc
-    assert isinstance(config, PretrainedConfig)
-    return config
-
-
-def _random_weights(
-    config: PretrainedConfig, *, attention: str, dtype: torch.dtype
-) -> PreTrainedModel:
-    try:
-        network = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, dtype=dtype
-        )
-    except CANNOT_BUILD as exc:
-        if isinstance(exc, torch.OutOfMemoryError):
-            raise
-        raise ConfigError(
-            f"model.config cannot be built: {type(exc).__name__}: {one_line(exc)}"
-        ) from exc
-    _check_parameters(network)
-    assert isinstance(network, PreTrainedModel)
-    return network
-
-
-def _config_of_pretrained(model: ModelConfig) -> PretrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(
-            model.name, revision=model.revision, trust_remote_code=False
-        )
-    except (OSError, *CANNOT_BUILD) as exc:
-        where = (
-            "" if Path(model.name).is_dir() else "there is no such directory, and not on the hub: "
-        )
-        raise ArtifactError(
-            f"cannot read the model {model.name!r}: {where}{one_line(exc)}"
         ) from exc
     assert isinstance(config, PretrainedConfig)
     return config
@@ -399,12 +375,11 @@ def _load_weights(
         )
     except (OSError, *CANNOT_BUILD) as exc:
         raise ArtifactError(f"cannot load the model {model.name!r}: {one_line(exc)}") from exc
-    missing = sorted(loading["missing_keys"])
-    if missing or loading["mismatched_keys"]:
-        wrong = missing or sorted(str(key) for key in loading["mismatched_keys"])
+    wrong = sorted(loading["missing_keys"]) or sorted(map(str, loading["mismatched_keys"]))
+    if wrong:
         raise ArtifactError(
             f"the weights of {model.name!r} lack or contradict {len(wrong)} parameters of its"
-            f" config, e.g. {wrong[0]}; they would start random"
+            f" config, such as {wrong[0]}, which would start random; use complete weights"
         )
     assert isinstance(network, PreTrainedModel)
     _check_parameters(network)
@@ -412,11 +387,9 @@ def _load_weights(
 
 
 def _check_parameters(network: PreTrainedModel) -> None:
-    """Raise ArtifactError for weights that are not finite, ConfigError for a model without room for
-    any.
+    """Raise ArtifactError for weights that are not finite, ConfigError for empty ones.
 
-    Under ZeRO-3 a rank looks at its share. One pass over the weights, which a step makes many
-    times.
+    Under ZeRO-3 a rank checks its share. This reads the weights once; a step does so many times.
     """
     for name, parameter in network.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -424,15 +397,16 @@ def _check_parameters(network: PreTrainedModel) -> None:
             raise ConfigError(
                 f"the model's parameter {name} has the shape {list(shape)}; expected no side of 0"
             )
-        here = getattr(parameter, "ds_tensor", parameter).detach()
-        if here.is_floating_point() and not torch.isfinite(here.sum(dtype=torch.float64)):
-            count = int((~torch.isfinite(here)).sum())
+        # A sum in fp64 of finite numbers is finite, so one pass without a mask is enough.
+        share = getattr(parameter, "ds_tensor", parameter).detach()
+        if share.is_floating_point() and not torch.isfinite(share.sum(dtype=torch.float64)):
+            count = int((~torch.isfinite(share)).sum())
             raise ArtifactError(
                 f"the weights of {network.config.name_or_path!r} hold {count} numbers that are not"
-                f" finite in {name}, as they were loaded; expected none: use weights that are whole"
+                f" finite in {name}, as loaded; expected none: use intact weights"
             )
 
 
 def _get(config: PretrainedConfig, key: str) -> Any:
-    """The value of a key that only some model types have."""
+    """Return the value of a key that only some model types have."""
     return config.to_dict().get(key)

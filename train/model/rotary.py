@@ -1,13 +1,13 @@
-"""Rotary angles for each sequence of a pack as it has them alone, where they hang on how long the
-row is.
+"""Rotary angles that depend on the length of the row, computed for each sequence of a pack as if it
+were alone.
 
-LongRoPE takes one set of frequencies up to the original length and another beyond; dynamic NTK
-computes them from the length. transformers takes max(position_ids) of the whole row for it: one
-long sequence would turn its neighbours' angles, and a slice of a row
-(train/engine/sequence_parallel.py) may not hold the last position of its own sequences. What is
-fixed, as most models' is, stays as it came. The others make the host wait for the device in each
-forward pass: once for the bounds, and once a length in transformers' own code, which compares the
-longest position on the host.
+LongRoPE has one set of frequencies up to the original length and another beyond; dynamic NTK
+computes them from the length. transformers takes max(position_ids) of the whole row as the length:
+one long sequence would change the angles of its neighbours, and a slice of a row
+(train/engine/sequence_parallel.py) may lack the last position of its sequences. Most models have
+fixed frequencies and are left alone. The others make the host wait for the device in each forward
+pass: once for the bounds, and once for each length in transformers, which compares the longest
+position on the host.
 
     length      3 3 3 | 9 9 9 9 9 9 9 9 9 | 2 2   up to an original length of 4 all count as 4
     calls       a a a | . . . . . . . . . | a a   one for the tokens of each length, with one more
@@ -21,31 +21,25 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-_FIXED = {
-    "default",
-    "linear",
-    "yarn",
-    "llama3",
-    "proportional",
-}  # frequencies that no length changes
+# Rope types whose frequencies do not depend on a length.
+_FIXED = {"default", "linear", "yarn", "llama3", "proportional"}
 
 
 class RowOfSequences:
-    """The bounds of the row that the network is running, as its rotary modules see them."""
+    """The bounds of the row that runs through the network, for its rotary modules."""
 
     def __init__(self) -> None:
         self.bounds: torch.Tensor | None = None  # int32 [S+1]; None for a row that is one sequence
-        self.first = 0
-        """The place in the row of the first token that this rank runs."""
+        self.first = 0  # position in the row of the first token that this rank runs
 
     def note(
         self, _network: torch.nn.Module, _arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        """Take the bounds from a call of the network: a forward pre-hook."""
+        """Take the bounds from a call of the network; this is a forward pre-hook."""
         self.bounds = options.get("cu_seq_lens_q")
 
     def lengths(self, num_tokens: int) -> torch.Tensor | None:
-        """Return the length of the sequence of each token here, int64 [num_tokens] on the CPU."""
+        """Return the length of the sequence of each token, int64 [num_tokens] on the CPU."""
         if self.bounds is None:
             return None
         lengths = self.bounds.diff().long().cpu()
@@ -53,9 +47,15 @@ class RowOfSequences:
 
 
 def separate_rotary(network: PreTrainedModel) -> RowOfSequences | None:
-    """Make rotary modules that look at the length of the row look at each sequence's, in place;
-    None without any."""
-    modules = [module for module in network.base_model.modules() if _hangs_on_length(module)]
+    """Make rotary modules whose angles depend on a length use that of each sequence, in place.
+    Return None if there are none."""
+    modules: list[Any] = []
+    for module in network.base_model.modules():
+        types = _rope_types(module)
+        # Phi-3.5-MoE has a scale that depends on the length, whatever its rope type.
+        has_long_scale = types and "long_mscale" in (module.config.rope_parameters or {})
+        if has_long_scale or not _FIXED.issuperset(types.values()):
+            modules.append(module)
     if not modules:
         return None
     row = RowOfSequences()
@@ -66,20 +66,12 @@ def separate_rotary(network: PreTrainedModel) -> RowOfSequences | None:
 
 
 def _rope_types(module: torch.nn.Module) -> dict[str, str]:
-    """Return the rope type of a rotary module by the prefix of its buffers: one, or one for each
-    type of layer."""
-    found = vars(module).get("rope_type")
-    if isinstance(found, dict):
-        return {f"{layer_type}_": rope_type for layer_type, rope_type in found.items()}
-    return {"": found} if isinstance(found, str) else {}
-
-
-def _hangs_on_length(module: Any) -> bool:
-    types = _rope_types(module)
-    scaled = bool(types) and "long_mscale" in (
-        module.config.rope_parameters or {}
-    )  # Phi-3.5-MoE, with any type
-    return scaled or any(rope_type not in _FIXED for rope_type in types.values())
+    """Return the rope types of a rotary module by the prefix of their buffers: one type, or one for
+    each type of layer."""
+    rope_type = vars(module).get("rope_type")
+    if isinstance(rope_type, dict):
+        return {f"{layer_type}_": name for layer_type, name in rope_type.items()}
+    return {"": rope_type} if isinstance(rope_type, str) else {}
 
 
 def _by_sequence(
@@ -91,41 +83,39 @@ def _by_sequence(
     *arguments: Any,
     **options: Any,
 ) -> Any:
-    """Return what `forward` does, tensors [1, N, ...], with each token's sequence alone in the
-    row."""
+    """Return what `forward` gives for each sequence alone in its row: tensors [1, N, ...]."""
     lengths = row.lengths(position_ids.shape[-1])
+    # Without bounds the row is one sequence, as in a plain call of the model.
     if lengths is None:
         _forget(module)
         return forward(hidden, position_ids, *arguments, **options)
-    lengths = lengths.clamp(min=_original_length(module))
-    together: list[torch.Tensor] = []
-    was_tuple = False
-    for length in sorted(set(lengths.tolist())):
-        places = torch.nonzero(lengths == length)[:, 0].to(position_ids.device)
-        ids = torch.cat([position_ids[:, places], position_ids.new_full((1, 1), length - 1)], dim=1)
-        _forget(module)
-        found = forward(hidden, ids, *arguments, **options)
-        was_tuple = isinstance(found, tuple)
-        parts = found if isinstance(found, tuple) else (found,)
-        if not together:
-            together = [part.new_empty((1, len(lengths), *part.shape[2:])) for part in parts]
-        for whole, part in zip(together, parts, strict=True):
-            whole[:, places] = part[:, :-1]
-    return tuple(together) if was_tuple else together[0]
-
-
-def _original_length(module: Any) -> int:
-    """Return the length up to which sequences get the same angles, whatever their length: the least
-    of its kinds'."""
+    # Up to the original length (the least of all types) all sequences get the same angles, so one
+    # call computes them.
     parameters = module.config.rope_parameters
-    kinds = [parameters[prefix[:-1]] if prefix else parameters for prefix in _rope_types(module)]
-    stated = [kind.get("original_max_position_embeddings") for kind in kinds]
-    return int(min(length for length in (*stated, module.config.max_position_embeddings) if length))
+    tables = [parameters[prefix[:-1]] if prefix else parameters for prefix in _rope_types(module)]
+    originals = [table.get("original_max_position_embeddings") for table in tables]
+    limits = filter(None, (*originals, module.config.max_position_embeddings))
+    lengths = lengths.clamp(min=int(min(limits)))
+    outputs: list[torch.Tensor] = []
+    is_tuple = False
+    for length in sorted(set(lengths.tolist())):
+        # The further position makes transformers take this length; its angles are dropped.
+        index = torch.nonzero(lengths == length)[:, 0].to(position_ids.device)
+        ids = torch.cat([position_ids[:, index], position_ids.new_full((1, 1), length - 1)], dim=1)
+        _forget(module)
+        angles = forward(hidden, ids, *arguments, **options)
+        is_tuple = isinstance(angles, tuple)
+        tensors = angles if is_tuple else (angles,)
+        if not outputs:
+            outputs = [tensor.new_empty((1, len(lengths), *tensor.shape[2:])) for tensor in tensors]
+        for output, tensor in zip(outputs, tensors, strict=True):
+            output[:, index] = tensor[:, :-1]
+    return tuple(outputs) if is_tuple else outputs[0]
 
 
 def _forget(module: Any) -> None:
-    """Undo what dynamic NTK keeps of the longest row so far: the next one gets what it would get as
-    the first."""
+    """Reset what dynamic NTK keeps of the longest row so far, so that the order of rows does not
+    matter."""
     for prefix, rope_type in _rope_types(module).items():
         if "dynamic" in rope_type:
             setattr(

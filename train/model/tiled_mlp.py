@@ -1,9 +1,9 @@
-"""The feed-forward layers in tiles: their wide activations exist for one part of a row at a time.
+"""Feed-forward layers in tiles: their wide activations exist for one part of a row at a time.
 
 A layer of hidden size D and intermediate size I keeps about 3 I numbers per token for its backward
-pass; in tiles it keeps D per token, and computes the rest again, tile by tile. Each position is
-computed by itself, so nothing changes but rounding. For long rows, with gradient checkpointing:
-there the recomputed layer is what memory peaks at.
+pass. In tiles it keeps D per token and computes the rest again, tile by tile. Positions do not
+interact, so only rounding changes. This helps long rows under gradient checkpointing, where the
+recomputed layer decides the memory peak.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 def tile_mlps(network: PreTrainedModel, tiles: int) -> None:
-    """Make every layer's `mlp` of `network` run in `tiles` tiles, in place. Raises ConfigError
-    where there is none."""
+    """Make the `mlp` of every layer run in `tiles` tiles, in place. Raises ConfigError for a
+    network without any."""
     layers = [part for part in network.base_model.modules() if "mlp" in dict(part.named_children())]
     if not layers:
         raise ConfigError(
@@ -32,7 +32,7 @@ def tile_mlps(network: PreTrainedModel, tiles: int) -> None:
 
 
 def _in_tiles(forward: Forward, tiles: int, hidden: torch.Tensor) -> torch.Tensor:
-    """[1, N, D] -> [1, N, D]. The number of tiles never changes: ZeRO-3 expects the same calls in
+    """[1, N, D] -> [1, N, D]. The number of tiles is fixed, since ZeRO-3 expects the same calls in
     every step."""
     outputs = [
         checkpoint(forward, tile, use_reentrant=False) for tile in hidden.tensor_split(tiles, dim=1)

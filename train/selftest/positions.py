@@ -1,13 +1,12 @@
-"""Measures whether positions in a pack mean what they mean alone, up to the longest sequence of a
+"""Measure whether positions in a pack mean what they mean alone, up to the longest sequence of a
 set.
 
-short a | long b b b b b b b b b b b b | short c         and each of them alone, in the model as it
-came
+    short a | long b b b b b b b b b b b b | short c     against each alone, in the unchanged model
 
-Every token runs through the layers, but attends to itself and the few before it in its sequence
-only, packed and alone: work and memory grow with the length, not with its square. So what hangs on
-positions is compared as far as they go (angles and their scale, learned embeddings, temperatures),
-in fp32; the attention kernel is train/selftest/isolation.py's part.
+Every token runs through the layers, but attends only to itself and the few tokens before it in its
+sequence, packed and alone: work and memory grow with the length, not with its square. Whatever
+depends on positions is compared over the full length in fp32: angles and their scale, learned
+embeddings, temperatures. train/selftest/isolation.py checks the attention kernel.
 """
 
 from itertools import pairwise
@@ -22,28 +21,29 @@ from train.selftest.isolation import (
     evaluating,
     logits_of,
     outputs_of,
-    root_mean_square,
+    relative_size,
 )
 
 LOCAL = "sft_local"
 MOST_TOKENS = 2**15
 _SHORT = (31, 5)
 _REACH = 4
+# Random weights make attention almost even; larger scores make angles show in the outputs.
 _SHARPER = 16.0
-"""Random weights make attention almost even; with larger scores angles show in the outputs."""
 
 
 def register_local() -> str:
-    """Register attention to the last few tokens with transformers; return its name there."""
+    """Register attention to the last few tokens with transformers and return its name there."""
     AttentionInterface.register(LOCAL, _local)
     return LOCAL
 
 
 def position_check(packed: PreTrainedModel, plain: PreTrainedModel, *, longest: int) -> Finding:
-    """Compare a pack with a sequence of `longest` tokens in `packed` with each of its sequences
-    alone in `plain`.
+    """Compare a pack that holds a sequence of `longest` tokens, in `packed`, with each sequence
+    alone, in `plain`.
 
-    The two have the same weights and attend by `LOCAL`.
+    The two networks have the same weights and use the attention `LOCAL`. `longest` is more than 31,
+    the length of the first sequence, since dynamic NTK keeps the longest one so far.
     """
     bounds = [0, _SHORT[0], _SHORT[0] + longest, _SHORT[0] + longest + _SHORT[1]]
     size = int(plain.get_input_embeddings().weight.shape[0])
@@ -51,15 +51,14 @@ def position_check(packed: PreTrainedModel, plain: PreTrainedModel, *, longest: 
     ids = torch.randint(0, size, (bounds[-1],), generator=generator).to(plain.device)
     worst = 0.0
     with evaluating(packed), evaluating(plain), torch.no_grad():
-        found = outputs_of(packed, ids, bounds)
+        outputs = outputs_of(packed, ids, bounds)
         for start, end in pairwise(bounds):
-            alone = outputs_alone(plain, ids[start:end])
-            difference = logits_of(packed, found[start:end]) - logits_of(plain, alone)
-            moved = float(difference.abs().nan_to_num(nan=float("inf")).max())
-            worst = max(worst, moved / root_mean_square(logits_of(plain, alone)))
+            alone = logits_of(plain, outputs_alone(plain, ids[start:end]))
+            difference = logits_of(packed, outputs[start:end]) - alone
+            worst = max(worst, relative_size(difference, alone))
     return Finding(
         check="positions",
-        measured=(
+        measurement=(
             f"logits of a pack with a sequence of {longest} tokens against each sequence alone"
         ),
         worst=worst,
@@ -68,7 +67,7 @@ def position_check(packed: PreTrainedModel, plain: PreTrainedModel, *, longest: 
 
 
 def outputs_alone(network: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Return the last hidden states [N, D] of one sequence, by the model's own forward pass."""
+    """Return the last hidden states [N, D] of one sequence by the forward pass of transformers."""
     hidden = network.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
     assert isinstance(hidden, torch.Tensor)
     return hidden
@@ -84,19 +83,18 @@ def _local(
 ) -> tuple[torch.Tensor, None]:
     num_tokens = query.shape[2]
     bounds = options.get("cu_seq_lens_q")
-    place = torch.arange(num_tokens, device=query.device)
+    position = torch.arange(num_tokens, device=query.device)
     if bounds is not None:
-        place = place - torch.repeat_interleave(bounds[:-1], bounds.diff())  # in its sequence
+        position = position - torch.repeat_interleave(bounds[:-1], bounds.diff())
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     scale = _SHARPER * float(options.get("scaling") or query.shape[-1] ** -0.5)
-    scores = torch.stack(
-        [
-            (scale * (query * key.roll(back, dims=2)).sum(-1)).masked_fill(place < back, -torch.inf)
-            for back in range(_REACH)
-        ]
-    )  # [reach, 1, H, N]
-    shares = scores.softmax(dim=0)
+    # One score per query and distance `back`, [1, H, N]; none before the start of a sequence.
+    scores = [
+        (scale * (query * key.roll(back, dims=2)).sum(-1)).masked_fill(position < back, -torch.inf)
+        for back in range(_REACH)
+    ]
+    shares = torch.stack(scores).softmax(dim=0)
     output = sum(shares[back, ..., None] * value.roll(back, dims=2) for back in range(_REACH))
     assert isinstance(output, torch.Tensor)
     return output.transpose(1, 2).contiguous(), None

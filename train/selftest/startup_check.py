@@ -1,14 +1,12 @@
 """At the start of a run: does this type of model keep sequences apart with this attention kernel?
 
-A few layers of the model's architecture with random weights, with heads of the real size but few of
-them, run a pack of three sequences (train/selftest/isolation.py): well under a second beside the
-seconds that a start takes, so nothing is cached. A list of model types would never be complete;
-what a model does to a pack shows in its outputs. Positions are compared up to the longest sequence
-of the set by a cheaper way (train/selftest/positions.py): 32,768 tokens of a narrow model in some
-seconds on a CPU, fewer where even a small model is large, and always one token past an original
-length that the config states and the set exceeds.
+A list of model types would never be complete, but what a model does to a pack shows in its outputs.
+A few layers of its architecture with random weights, with few heads of the real size, run a pack of
+three sequences (train/selftest/isolation.py). That takes well under a second, so nothing is cached.
+Positions are compared up to the longest sequence of the set by a cheaper method
+(train/selftest/positions.py), 32,768 tokens of a narrow model in some seconds on a CPU.
 
-Built before weights are sharded (ZeRO-3), on every rank by itself. No random state changes.
+Every rank checks alone, before weights are sharded (ZeRO-3). No random state changes.
 """
 
 import logging
@@ -25,10 +23,12 @@ from train.selftest.positions import MOST_TOKENS, position_check, register_local
 
 logger = logging.getLogger(__name__)
 
-_BOUNDS = [0, 40, 71, 131]  # longer than the window below, and not aligned to any tile
+# Sequences that are longer than the window below and not aligned to any tile.
+_BOUNDS = [0, 40, 71, 131]
 _WINDOW = 24
 _VOCABULARY = 256
-_MOST_PRODUCTS = 2**34  # weights x tokens of the check of positions: some seconds on two cores
+# Weights x tokens of the check of positions: some seconds on two cores.
+_MOST_PRODUCTS = 2**34
 _ORIGINAL = "original_max_position_embeddings"
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -41,11 +41,10 @@ def check_isolation(
     dtype: torch.dtype,
     longest: int = 0,
 ) -> None:
-    """Raise ConfigError if a pack would not train as its sequences alone do, naming what was
-    measured.
+    """Raise ConfigError, with the measurement, if a pack would not train as its sequences do alone.
 
-    `longest`: of the sequences of the set, in tokens. Positions are compared up to there, or to
-    `MOST_TOKENS`, and in any case past the original length of a model that was made longer.
+    `longest`: tokens of the longest sequence of the set. Positions are compared up to there or to
+    `MOST_TOKENS`, and always past the original length of a model whose context was extended.
     """
     check_supported(config)
     for finding in probe(config, attention, device=device, dtype=dtype, longest=longest):
@@ -53,12 +52,12 @@ def check_isolation(
             raise ConfigError(
                 f"model type {config.model_type!r} with attention"
                 f" {attention.removeprefix('sft_')!r} fails the check {finding.check!r}:"
-                f" {finding.measured} moved by {finding.worst:.2g} of their size, expected at most"
-                f" {finding.tolerance:g}. Sequences of a pack would not train as they do alone; use"
-                " another model.attention, or a model whose layers see other tokens through"
-                " attention only"
+                f" {finding.measurement} moved by {finding.worst:.2g} of their size, expected at"
+                f" most {finding.tolerance:g}. Sequences of a pack would not train as they do"
+                " alone; use another model.attention, or a model whose layers see other tokens only"
+                " through attention"
             )
-        logger.debug("%s: %s moved by %.1e", finding.check, finding.measured, finding.worst)
+        logger.debug("%s: %s moved by %.1e", finding.check, finding.measurement, finding.worst)
 
 
 def probe(
@@ -69,8 +68,8 @@ def probe(
     dtype: torch.dtype,
     longest: int = 0,
 ) -> list[Finding]:
-    """Return what a small model of the type of `config` does with a pack. Raises ConfigError if it
-    can't be built."""
+    """Return how a small model of the type of `config` treats a pack. Raises ConfigError if it
+    cannot be built or run."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, _VOCABULARY, (_BOUNDS[-1],), generator=generator).to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -78,57 +77,47 @@ def probe(
         network = _build(config, attention, dtype=dtype).to(device)
         check_head(network)
         separate_rotary(network)
-        findings = _isolation(network, ids)
+        try:
+            findings = isolation_of(network, ids, _BOUNDS)
+        except torch.OutOfMemoryError:
+            raise
+        except CANNOT_BUILD as exc:
+            raise ConfigError(
+                f"model type {config.model_type!r} cannot run a pack of sequences:"
+                f" {type(exc).__name__}: {exc}; use another model"
+            ) from exc
+        # Positions are compared up to the longest sequence of the set, or less if that would take
+        # too long. Angles may change at an original length, so one token beyond it must be compared
+        # if the set has longer sequences.
         num_weights = sum(parameter.numel() for parameter in network.parameters())
-        if (reach := _reach(config, longest, num_weights=num_weights)) > _BOUNDS[-1] - _BOUNDS[-2]:
-            findings.append(_positions(config, reach, device=device))
+        limit = min(MOST_TOKENS, _MOST_PRODUCTS // num_weights)
+        originals = _original_lengths(config.to_dict())
+        beyond = [length + 1 for length in originals if limit <= length < longest]
+        length = max([min(longest, limit), *beyond])
+        if length > _BOUNDS[-1] - _BOUNDS[-2]:
+            local = register_local()
+            plain = _build(config, local, dtype=torch.float32).to(device)
+            packed = _build(config, local, dtype=torch.float32).to(device)
+            packed.load_state_dict(plain.state_dict())
+            separate_rotary(packed)
+            findings.append(position_check(packed, plain, longest=length))
     return findings
 
 
-def _isolation(network: PreTrainedModel, ids: torch.Tensor) -> list[Finding]:
-    """Return what `isolation_of` finds. Raises ConfigError for a model whose forward pass takes no
-    such pack."""
-    try:
-        return isolation_of(network, ids, _BOUNDS)
-    except torch.OutOfMemoryError:
-        raise
-    except CANNOT_BUILD as exc:
-        raise ConfigError(
-            f"model type {network.config.model_type!r} cannot run a pack of sequences:"
-            f" {type(exc).__name__}: {exc}"
-        ) from exc
-
-
-def _positions(config: PretrainedConfig, reach: int, *, device: torch.device) -> Finding:
-    local = register_local()
-    plain = _build(config, local, dtype=torch.float32).to(device)
-    packed = _build(config, local, dtype=torch.float32).to(device)
-    packed.load_state_dict(plain.state_dict())
-    separate_rotary(packed)
-    return position_check(packed, plain, longest=reach)
-
-
-def _reach(config: PretrainedConfig, longest: int, *, num_weights: int) -> int:
-    """Return how long a sequence to compare: the longest of the set, or less where that would take
-    long.
-
-    What has original lengths changes there: then one token more, if the set has such sequences.
-    """
-    limit = min(MOST_TOKENS, _MOST_PRODUCTS // num_weights)
-    originals = _originals(config.to_dict())
-    beyond = [length + 1 for length in originals if limit <= length < longest]
-    return max([min(longest, limit), *beyond])
-
-
-def _originals(values: dict[str, Any]) -> list[int]:
-    found = [value for key, value in values.items() if key == _ORIGINAL and isinstance(value, int)]
-    inner = [value for value in values.values() if isinstance(value, dict)]
-    return found + [length for value in inner for length in _originals(value)]
+def _original_lengths(values: dict[str, Any]) -> list[int]:
+    """Return every original length in a config, however deep."""
+    lengths = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lengths += _original_lengths(value)
+        elif key == _ORIGINAL and isinstance(value, int):
+            lengths.append(value)
+    return lengths
 
 
 def _build(config: PretrainedConfig, attention: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a narrow model, or for a type whose widths hang on one another in some other way one
-    of full width."""
+    """Return a narrow model, or one of full width if the widths of its type depend on one another
+    in an unknown way."""
     problem: Exception | None = None
     for narrow in (True, False):
         try:
@@ -144,21 +133,22 @@ def _build(config: PretrainedConfig, attention: str, *, dtype: torch.dtype) -> P
         assert isinstance(network, PreTrainedModel)
         if not narrow:
             logger.info(
-                "checked attention on layers of full width: narrow ones cannot be built (%s)",
+                "attention is checked on layers of full width, since narrow ones cannot be built"
+                " (%s)",
                 problem,
             )
         return network
     raise ConfigError(
         f"model type {config.model_type!r} cannot be checked for leaks between the sequences of a"
-        f" pack, a model of few layers cannot be built: {problem}"
+        f" pack, since a model of few layers cannot be built: {problem}; use another model"
     ) from problem
 
 
 def small_config(config: PretrainedConfig, *, narrow: bool = True) -> PretrainedConfig:
-    """Return a config of few and narrow layers, one of each kind at least.
+    """Return a config of few and narrow layers, with at least one of each kind.
 
-    Heads keep their size, on which kernels depend, and query heads their number per key head. Each
-    token goes to all of few experts: which of many it goes to would hang on rounding.
+    Heads keep their size, on which kernels depend, and the number of query heads per key head. Each
+    token goes to all of a few experts, since a choice among many would depend on rounding.
     """
     values = with_layers(config.to_dict(), 2)
     if narrow:
@@ -181,6 +171,7 @@ def small_config(config: PretrainedConfig, *, narrow: bool = True) -> Pretrained
 def _make_narrow(values: dict[str, Any]) -> None:
     heads, key_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(values.get("hidden_size"), int):
+        # Two key heads (one if there is one), and as many query heads per key head as before.
         few = 2 if not isinstance(key_heads, int) or key_heads > 1 else 1
         few_heads = few * (heads // key_heads) if isinstance(key_heads, int) else few
         if few_heads < heads:
@@ -193,9 +184,11 @@ def _make_narrow(values: dict[str, Any]) -> None:
             values[key] = min(values[key], 128)
 
 
-def with_layers(values: dict[str, Any], wanted: int) -> dict[str, Any]:
-    """Return config values with `wanted` layers, or one of each kind that lists in the config tell
-    apart."""
+def with_layers(values: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """Return config values with `num_layers` layers, or more to have one of each kind.
+
+    Layers are of the same kind if all lists of the config with an entry per layer agree on them.
+    """
     count = values.get("num_hidden_layers")
     if not isinstance(count, int):
         return values
@@ -204,16 +197,15 @@ def with_layers(values: dict[str, Any], wanted: int) -> dict[str, Any]:
         for key, value in values.items()
         if isinstance(value, list) and len(value) == count
     }
+    # The first layer of each kind, then the first of the others.
     kinds: dict[str, int] = {}
     for index in range(count):
         kinds.setdefault(repr([value[index] for value in lists.values()]), index)
-    chosen = sorted(kinds.values())
-    chosen += [index for index in range(count) if index not in chosen][
-        : max(0, wanted - len(chosen))
-    ]
-    chosen.sort()
+    first = [*kinds.values()]
+    others = [index for index in range(count) if index not in first]
+    indices = sorted(first + others[: max(0, num_layers - len(first))])
     return {
         **values,
-        "num_hidden_layers": len(chosen),
-        **{key: [value[index] for index in chosen] for key, value in lists.items()},
+        "num_hidden_layers": len(indices),
+        **{key: [value[index] for index in indices] for key, value in lists.items()},
     }

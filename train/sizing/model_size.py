@@ -1,9 +1,9 @@
 """Counts of a model, taken on torch's meta device: its weights are never allocated, so any size
 takes a second.
 
-What a layer keeps for its backward pass is not looked up by model type but counted: the forward
-pass runs on tensors without data, and each tensor that autograd saves is weighed once. For Llama in
-bf16 the count is, per token and layer,
+What a layer keeps for its backward pass does not come from a table of model types but is counted:
+the forward pass runs on tensors without data, and each tensor that autograd saves counts once. For
+Llama in bf16 the count is, per token and layer,
 
     16 D      two norms: input in fp32 (4 D); normalised input and output in bf16 (2 D each)
     4 (H + K) h + 4 H   queries, keys, values, output of attention in bf16, log-sums in fp32
@@ -25,18 +25,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from shared.errors import ConfigError
 from train.config import LoraConfig
 from train.model.lora import add_adapters
-from train.model.model import check_head, check_supported
+from train.model.model import CANNOT_BUILD, check_head, check_supported
 from train.sizing.flops import ModelCost, model_cost
 
 _ATTENTION = "sft_counted"
-_TOKENS = 256  # all counts are linear in them
+_TOKENS = 256  # all counts are linear in the number of tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSize:
     parameters: int
     trained: int
-    """Of the parameters, those that train; with adapters, theirs alone."""
+    """The trained ones among the parameters; with adapters, only theirs."""
     largest: int
     """Elements of the largest matrix of a layer."""
     hidden_size: int
@@ -47,15 +47,15 @@ class ModelSize:
     layer_bytes: float
     """Bytes that a layer keeps for its backward pass, per token: the mean of the layers."""
     mlp_bytes: float
-    """Of these, what its `mlp` keeps; 0 for a model whose layers have none of this name."""
+    """The part of these that its `mlp` keeps; 0 for a model whose layers have no `mlp`."""
     other_bytes: float
-    """What is kept outside of layers, per token."""
+    """Bytes kept outside of layers, per token."""
     cost: ModelCost
 
 
 def model_size(config: PretrainedConfig, *, lora: LoraConfig, dtype: torch.dtype) -> ModelSize:
     """Return the counts of a model with weights and activations of `dtype`. Raises ConfigError if
-    it can't be built."""
+    it cannot be built."""
     check_supported(config)
     AttentionInterface.register(_ATTENTION, _counted_attention)
     try:
@@ -64,20 +64,21 @@ def model_size(config: PretrainedConfig, *, lora: LoraConfig, dtype: torch.dtype
                 config, attn_implementation=_ATTENTION, dtype=dtype
             )
         check_head(network)
-        cost = model_cost(network)
         if lora.is_on:
             with torch.device("meta"):
                 add_adapters(network, lora, seed=0)
-            cost = model_cost(network)
-        kept = _kept_bytes(network)
-    except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as exc:
+        cost = model_cost(network)
+        sizes = _kept_bytes(network)
+    except CANNOT_BUILD as exc:
         raise ConfigError(
-            f"model type {config.model_type!r} cannot be counted without its weights: {exc}"
+            f"model type {config.model_type!r} cannot be counted without its weights: {exc}; use"
+            " another model"
         ) from exc
     layers = [part for part in network.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
-            f"model type {config.model_type!r} has no layers that transformers knows as such"
+            f"model type {config.model_type!r} has no layers of the class that transformers"
+            " checkpoints; use another model"
         )
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in network.parameters()),
@@ -90,9 +91,9 @@ def model_size(config: PretrainedConfig, *, lora: LoraConfig, dtype: torch.dtype
         num_layers=len(layers),
         num_heads=config.num_attention_heads,
         num_key_heads=config.num_key_value_heads,
-        layer_bytes=kept["layer"] / len(layers) / _TOKENS,
-        mlp_bytes=kept["mlp"] / len(layers) / _TOKENS,
-        other_bytes=kept["other"] / _TOKENS,
+        layer_bytes=sizes["layer"] / len(layers) / _TOKENS,
+        mlp_bytes=sizes["mlp"] / len(layers) / _TOKENS,
+        other_bytes=sizes["other"] / _TOKENS,
         cost=cost,
     )
 
@@ -102,25 +103,24 @@ def _kept_bytes(network: PreTrainedModel) -> dict[str, int]:
     elsewhere."""
     network.train()
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-    kept: dict[
-        int, torch.Tensor
-    ] = {}  # a tensor of each storage, alive so that no storage takes the place of another
+    # A tensor of each storage, kept alive so that no other storage can get its address.
+    tensors: dict[int, torch.Tensor] = {}
     bytes_in = {"layer": 0, "mlp": 0, "other": 0}
-    place = {"layer": 0, "mlp": 0}
+    depth = {"layer": 0, "mlp": 0}  # how many modules of the kind are running
 
     def weigh(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights and storage._cdata not in kept:
-            kept[storage._cdata] = tensor
-            bytes_in["layer" if place["layer"] else "other"] += storage.nbytes()
-            bytes_in["mlp"] += storage.nbytes() if place["mlp"] else 0
+        if storage._cdata not in weights and storage._cdata not in tensors:
+            tensors[storage._cdata] = tensor
+            bytes_in["layer" if depth["layer"] else "other"] += storage.nbytes()
+            bytes_in["mlp"] += storage.nbytes() if depth["mlp"] else 0
         return tensor
 
     for part in network.base_model.modules():
         if isinstance(part, GradientCheckpointingLayer):
-            _mark(part, place, "layer")
+            _count_depth(part, depth, "layer")
         if "mlp" in dict(part.named_children()):
-            _mark(part.mlp, place, "mlp")
+            _count_depth(part.mlp, depth, "mlp")
     ids = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
     bounds = torch.zeros(2, dtype=torch.int32, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
@@ -137,19 +137,19 @@ def _kept_bytes(network: PreTrainedModel) -> dict[str, int]:
     return bytes_in
 
 
-def _mark(part: torch.nn.Module, place: dict[str, int], name: str) -> None:
+def _count_depth(part: torch.nn.Module, depth: dict[str, int], name: str) -> None:
     def enter(*_arguments: Any) -> None:
-        place[name] += 1
+        depth[name] += 1
 
     def leave(*_arguments: Any) -> None:
-        place[name] -= 1
+        depth[name] -= 1
 
     part.register_forward_pre_hook(enter)
     part.register_forward_hook(leave)
 
 
 class _CountedAttention(torch.autograd.Function):
-    """Saves what kernels for packed rows save: queries, keys, values, the output, and a log-sum per
+    """Saves what kernels for packed rows save: queries, keys, values, output, and one log-sum per
     query and head."""
 
     @staticmethod
@@ -158,9 +158,8 @@ class _CountedAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         _, heads, tokens, _ = query.shape
         output = query.new_empty(1, tokens, heads, value.shape[-1])
-        ctx.save_for_backward(
-            query, key, value, output, query.new_empty(heads, tokens, dtype=torch.float32)
-        )
+        log_sums = query.new_empty(heads, tokens, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, log_sums)
         return output
 
     @staticmethod

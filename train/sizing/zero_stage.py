@@ -1,5 +1,5 @@
-"""What DeepSpeed shards in a run, decided from the recipe and the number of ranks alone, before
-torch is imported."""
+"""What DeepSpeed shards in a run. The recipe and the number of ranks decide it, before torch is
+imported."""
 
 from typing import Literal
 
@@ -13,20 +13,21 @@ def resolve_zero_stage(engine: EngineConfig, *, world_size: int) -> ZeroStage:
     """Return the stage that a run on `world_size` ranks uses. Raises ConfigError for stage 0 on
     several ranks.
 
-    "auto" is 3 from two ranks on. One rank has nothing to share out, and sharding would only cost
-    it time and memory: there it is 0, which is `OneRankAdamW` of train/engine/single_rank_adamw.py
-    on whole weights.
+    "auto" is 3 for two ranks or more. One rank has no one to share with, and sharding would only
+    cost it time and memory: there "auto" is 0, which is `OneRankAdamW` of
+    train/engine/single_rank_adamw.py on whole weights.
     """
     if engine.zero_stage == "auto":
         if world_size > 1:
             return 3
-        if asked := [
-            *engine.of_stage_3(),
-            *(["offload_optimizer"] if engine.offload_optimizer != "none" else []),
-        ]:
+        # Offloading and ZeRO++ are features of ZeRO, which stage 0 does not use.
+        keys = engine.stage_3_keys()
+        if engine.offload_optimizer != "none":
+            keys.append("offload_optimizer")
+        if keys:
             raise ConfigError(
-                f"engine.{asked[0]} needs ZeRO, which one rank goes without; set engine.zero_stage"
-                " = 3 to have it there"
+                f"engine.{keys[0]} needs ZeRO, which a single rank does not use by default; set"
+                " engine.zero_stage = 3"
             )
         return 0
     if engine.zero_stage == 0 and world_size > 1:

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what is kept, what is refused, and with which words."""
+"""Checkpoints on disk: which ones stay, which are refused, and with what message."""
 
 import json
 import shutil
@@ -27,26 +27,25 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 @pytest.fixture
 def again(stopped: tuple[Path, Path, Path], tmp_path: Path) -> tuple[Path, tuple[object, ...]]:
-    """A copy of that run, and the command that goes on with it."""
+    """A copy of that run, and the command that resumes it."""
     shards, recipe, run = stopped
     copy = shutil.copytree(run, tmp_path / "run")
     return copy, ("--shards", shards, "--recipe", recipe, "--output", copy, "--stop-after", 1, "-q")
 
 
-def test_the_last_two_are_kept_and_hold_what_an_export_needs(
+def test_the_last_two_stay_and_hold_all_files_that_an_export_needs(
     stopped: tuple[Path, Path, Path],
 ) -> None:
     run = stopped[2]
-    kept = list_checkpoints(run / "checkpoints")
-    assert [path.name for path in kept] == ["step-00000004", "step-00000005"]
-    state = read_state_file(kept[-1])
+    checkpoints = list_checkpoints(run / "checkpoints")
+    assert [path.name for path in checkpoints] == ["step-00000004", "step-00000005"]
+    newest = checkpoints[-1]
+    state = read_state_file(newest)
     assert state["step"] == 5
-    files = {
-        path.relative_to(kept[-1]).as_posix() for path in kept[-1].rglob("*") if path.is_file()
-    }
+    files = {path.relative_to(newest).as_posix() for path in newest.rglob("*") if path.is_file()}
     assert files == {*state["files"], "state.json"}
     assert {"run.json", "model/config.json", "rng/rank-00000.safetensors"} < files
-    assert json.loads((kept[-1] / "run.json").read_text()) == json.loads(
+    assert json.loads((newest / "run.json").read_text()) == json.loads(
         (run / "config.json").read_text()
     )
 
@@ -73,7 +72,7 @@ def damage(run: Path, kind: str) -> None:
             data = bytearray(state.read_bytes())
             data[len(data) // 2] ^= 1
             state.write_bytes(data)
-        case "cut short":
+        case "truncated":
             state.write_bytes(state.read_bytes()[:-1])
         case "missing":
             state.unlink()
@@ -88,7 +87,7 @@ def damage(run: Path, kind: str) -> None:
     ("kind", "message"),
     [
         ("flipped byte", "its bytes have changed since it was written"),
-        ("cut short", "state.json expects"),
+        ("truncated", "state.json expects"),
         ("missing", "is missing"),
         ("no state.json", "is not a whole checkpoint"),
         ("other version", "format_version is 99; this program reads 2"),
@@ -114,26 +113,25 @@ def test_a_damaged_checkpoint_is_refused_and_the_older_one_offered(
     ]
 
 
-def test_a_run_that_goes_on_from_an_older_checkpoint_does_so_from_then_on(
+def test_a_run_that_resumes_from_an_older_checkpoint_continues_from_there(
     again: tuple[Path, tuple[object, ...]], stopped: tuple[Path, Path, Path]
 ) -> None:
     run, call = again
     done = train_here(*call, "--resume", run / "checkpoints" / "step-00000004", "-v")
     assert done.exit_code == 75
     assert "moved step-00000005 to" in done.stderr
-    found = [record["step"] for record in records(run)]
-    assert found == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5]
     assert losses(run) == losses(stopped[2])
     assert train_here(*call).exit_code == 75
     assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_foreign_checkpoint_needs_trust_and_starts_a_run_of_its_own(
+def test_a_checkpoint_of_another_run_needs_trust_and_starts_a_new_run(
     stopped: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     shards, recipe, run = stopped
-    foreign, own = run / "checkpoints" / "step-00000004", tmp_path / "branch"
-    call = ("--shards", shards, "--recipe", recipe, "--output", own, "--resume", foreign)
+    foreign, branch = run / "checkpoints" / "step-00000004", tmp_path / "branch"
+    call = ("--shards", shards, "--recipe", recipe, "--output", branch, "--resume", foreign)
     refused = train_here(*call)
     assert refused.exit_code == 5
     assert "DeepSpeed's files can run code" in refused.stderr
@@ -141,7 +139,7 @@ def test_a_foreign_checkpoint_needs_trust_and_starts_a_run_of_its_own(
     before = {path: path.read_bytes() for path in foreign.rglob("*") if path.is_file()}
     trusted = (*call, "--trust-checkpoint")
     assert train_here(*trusted, "--stop-after", 1).exit_code == 75
-    assert losses(own) == losses(run)[4:5]
+    assert losses(branch) == losses(run)[4:5]
     again = train_here(*trusted)
     assert again.exit_code == 5
     assert (
@@ -155,11 +153,10 @@ def test_a_foreign_checkpoint_needs_trust_and_starts_a_run_of_its_own(
     assert {path: path.read_bytes() for path in foreign.rglob("*") if path.is_file()} == before
 
 
-def test_the_newest_whole_checkpoint_is_never_removed(
+def test_the_newest_complete_checkpoint_is_never_removed(
     again: tuple[Path, tuple[object, ...]],
 ) -> None:
-    """Also with room for one only, and with what a crash between a rename and a removal left
-    behind."""
+    """Even with keep_last = 1, and after a crash between a rename and a removal."""
     run, call = again
     (run / "checkpoints" / ".tmp-step-00000003-old").mkdir()
     for step in (6, 7):
@@ -171,8 +168,8 @@ def test_the_newest_whole_checkpoint_is_never_removed(
 def test_a_failed_save_loses_nothing(
     again: tuple[Path, tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full while DeepSpeed writes: the checkpoints before it stay, and the next call
-    goes on from them."""
+    """If the disk is full during a save, the older checkpoints stay, and the next call resumes from
+    them."""
     run, call = again
 
     def full(*_arguments: object, **_options: object) -> None:
@@ -184,7 +181,7 @@ def test_a_failed_save_loses_nothing(
     assert stopped.exit_code == 6
     assert "No space left" in stopped.stderr
     assert status(run)["state"] == "failed"
-    kept = [path.name for path in list_checkpoints(run / "checkpoints")]
-    assert kept == ["step-00000004", "step-00000005"]
+    names = [path.name for path in list_checkpoints(run / "checkpoints")]
+    assert names == ["step-00000004", "step-00000005"]
     assert train_here(*call).exit_code == 75
     assert [path.name for path in (run / "checkpoints").glob(".tmp-*")] == []

@@ -1,5 +1,5 @@
-"""Killed with SIGKILL and started again by the same command: the losses and weights of an
-undisturbed run."""
+"""A run that is killed with SIGKILL and started again has the losses and weights of an
+uninterrupted one."""
 
 import json
 import random
@@ -16,24 +16,23 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def counted(run: Path) -> list[dict[str, object]]:
-    """Return the records without what tells the time or the memory."""
-    told = ("tps", "second", "memory", "mfu")
+def timeless(run: Path) -> list[dict[str, object]]:
+    """Return the records without times and memory."""
+    measured = ("tps", "second", "memory", "mfu")
     return [
-        {key: value for key, value in record.items() if not any(word in key for word in told)}
+        {key: value for key, value in record.items() if not any(word in key for word in measured)}
         for record in records(run)
     ]
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
-    """Losses, learning rates, norms, counters: all that does not tell the time or the memory; and
-    the weights."""
-    assert counted(run) == counted(whole)
+    """Losses, learning rates, norms, counters and weights are bit-equal."""
+    assert timeless(run) == timeless(whole)
     assert [path.name for path in run.glob("checkpoints/.tmp-*")] == []
-    expected, found = weights(whole), weights(run)
-    assert expected.keys() == found.keys()
+    expected, actual = weights(whole), weights(run)
+    assert expected.keys() == actual.keys()
     for name in expected:
-        assert torch.equal(expected[name], found[name]), name
+        assert torch.equal(expected[name], actual[name]), name
 
 
 @pytest.mark.slow
@@ -45,10 +44,10 @@ def assert_same_run(run: Path, whole: Path) -> None:
         ("export", {"inside the export", "after the export"}),
     ],
 )
-def test_a_killed_run_goes_on_as_if_undisturbed(
+def test_a_killed_run_resumes_exactly(
     phase: str, landed: set[str], inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Between steps, inside the write of a checkpoint, and inside the export."""
+    """It is killed between steps, inside the write of a checkpoint, and inside the export."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     call = ("--shards", inputs[0], "--recipe", inputs[1], "--output")
     assert train_here(*call, whole).exit_code == 0
@@ -74,19 +73,22 @@ MOMENTS = (
     ),
 )
 PHASES = {
-    "start", "between steps", "inside a checkpoint's write", "between rename and retention", "inside the export",
+    "start",
+    "between steps",
+    "inside a checkpoint's write",
+    "between rename and retention",
+    "inside the export",
     "after the export",
-}  # fmt: skip
+}
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("num_ranks", "steps"), [(1, 240), (2, 80)]
-)  # several in the time that a kill takes
+# Several steps pass while a kill takes place.
+@pytest.mark.parametrize(("num_ranks", "steps"), [(1, 240), (2, 80)])
 def test_twenty_kills_change_nothing(
     num_ranks: int, steps: int, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """One run, killed twenty times at seeded moments, whole or one rank of it; dropout is on."""
+    """One run with dropout, killed twenty times at seeded moments, whole or a single rank."""
     draw = random.Random(num_ranks)
     call = (
         "--shards",
@@ -120,7 +122,7 @@ NO_DROPOUT = ("--set", "model.config.attention_dropout=0.0")  # ranks draw from 
 
 @pytest.fixture(scope="module")
 def two_ranks(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run on two ranks."""
+    """An uninterrupted run on two ranks."""
     run = tmp_path_factory.mktemp("two") / "run"
     call = (
         "--shards",
@@ -140,7 +142,7 @@ def two_ranks(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.slow
-def test_two_killed_ranks_go_on_as_if_undisturbed(
+def test_two_killed_ranks_resume_exactly(
     two_ranks: Path, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

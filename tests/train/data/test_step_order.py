@@ -1,5 +1,5 @@
-"""The order: every pack, or conversation, once per epoch, in steps that are a pure function of
-fingerprint and seed."""
+"""The order holds every pack or conversation once per epoch, as a pure function of fingerprint and
+seed."""
 
 from itertools import product
 
@@ -32,9 +32,14 @@ def order_of(
     unit: Unit = "pack",
 ) -> StepOrder:
     return make_order(
-        unit=unit, fingerprint=fingerprint, seed=seed, num_units=num_units, units_per_step=per_step, epochs=epochs,
+        unit=unit,
+        fingerprint=fingerprint,
+        seed=seed,
+        num_units=num_units,
+        units_per_step=per_step,
+        epochs=epochs,
         max_steps=None,
-    )  # fmt: skip
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -43,7 +48,7 @@ def test_permute_is_a_permutation(size: int, key: int) -> None:
     assert sorted(permute(np.arange(size), size, key)) == list(range(size))
 
 
-def test_permute_needs_no_neighbours_and_takes_huge_sizes() -> None:
+def test_single_images_are_those_of_the_whole_permutation_at_any_size() -> None:
     whole = permute(np.arange(1000), 1000, 7)
     assert permute(np.array([17, 900]), 1000, 7).tolist() == whole[[17, 900]].tolist()
     size = 10**15
@@ -55,8 +60,7 @@ def test_permute_needs_no_neighbours_and_takes_huge_sizes() -> None:
 
 @pytest.mark.parametrize("size", [7, 64, 1000])
 def test_permutations_look_random(size: int) -> None:
-    """Each pack falls on each position about equally often, and one order says little about the
-    next."""
+    """Each pack is at each position equally often, and one order predicts little of the next."""
     images = np.stack([permute(np.arange(size), size, key) for key in range(600)])
     mean, deviation = images.mean(axis=0), (size - 1) / np.sqrt(12) / np.sqrt(600)
     assert np.abs(mean - (size - 1) / 2).max() < 5 * deviation
@@ -80,9 +84,12 @@ def test_the_order_is_golden(unit: Unit) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    num_units=st.integers(1, 50), per_step=st.integers(1, 20), epochs=st.integers(1, 4), seed=st.integers(0, 99),
+    num_units=st.integers(1, 50),
+    per_step=st.integers(1, 20),
+    epochs=st.integers(1, 4),
+    seed=st.integers(0, 99),
     unit=st.sampled_from(UNITS),
-)  # fmt: skip
+)
 def test_every_unit_once_per_epoch(
     num_units: int, per_step: int, epochs: int, seed: int, unit: Unit
 ) -> None:
@@ -116,7 +123,7 @@ def test_max_steps_sets_the_length_and_every_step_is_full() -> None:
     assert [len(order.step(step)) for step in range(7)] == [4] * 7
 
 
-def test_what_divides_is_accepted_and_the_rest_names_it() -> None:
+def test_sizes_that_divide_are_accepted_and_others_list_them() -> None:
     for world, per_micro in product((1, 2, 4, 8), (1, 2)):
         check_divides(packs_per_step=16, packs_per_micro_batch=per_micro, world_size=world)
     with pytest.raises(ConfigError, match=r"use 14 or 21 packs per step, or 1, 2, 4, 8, 16 ranks"):
@@ -125,7 +132,7 @@ def test_what_divides_is_accepted_and_the_rest_names_it() -> None:
         check_divides(packs_per_step=16, packs_per_micro_batch=2, world_size=16)
 
 
-def test_a_step_is_stated_in_packs_tokens_or_conversations() -> None:
+def test_a_step_has_packs_tokens_or_conversations() -> None:
     assert units_per_step(BatchConfig(tokens_per_step=65536), max_seq_len=4096) == ("pack", 16)
     assert units_per_step(BatchConfig(packs_per_step=3), max_seq_len=4096) == ("pack", 3)
     assert units_per_step(BatchConfig(conversations_per_step=128), max_seq_len=4096) == (

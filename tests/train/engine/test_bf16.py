@@ -1,5 +1,4 @@
-"""bf16 weights with fp32 masters, sums and messages: that the engine runs so, not only that its
-config says so."""
+"""The engine runs bf16 weights with fp32 masters, sums and messages, as its config states."""
 
 import json
 import os
@@ -32,25 +31,25 @@ def start(num_ranks: int, stage: str, folder: Path) -> dict[str, Any]:
         [*map(str, command)], capture_output=True, text=True, env=environment, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads((folder / "out").read_text())
-    return found
+    report: dict[str, Any] = json.loads((folder / "out").read_text())
+    return report
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_ranks", "stage", "expected"), [(1, "auto", 0), (1, "1", 1), (2, "auto", 3)]
 )
-def test_the_engine_works_in_fp32_besides_bf16_weights(
+def test_the_engine_keeps_fp32_beside_bf16_weights(
     num_ranks: int, stage: str, expected: int, tmp_path: Path
 ) -> None:
     """A bf16 sum of these 33 gradients is off by 2e-3 and more."""
-    found = start(num_ranks, stage, tmp_path)
-    assert found["stage"] == expected
-    assert found["ran_with"] == found["generated"]
-    assert found["weights"] == ["torch.bfloat16"]
-    assert found["masters"] == ["torch.float32"]
-    assert found["sums"] == "torch.float32"
-    assert found["error_of_sums"] < 1e-6
-    assert found["accumulated_in"] == "torch.float32"
-    assert found["sent_in"] == "torch.float32"
-    assert (found["optimizer"] == "OneRankAdamW") == (expected == 0)
+    report = start(num_ranks, stage, tmp_path)
+    assert report["stage"] == expected
+    assert report["ran_with"] == report["generated"]
+    assert report["weights"] == ["torch.bfloat16"]
+    assert report["masters"] == ["torch.float32"]
+    assert report["sums"] == "torch.float32"
+    assert report["error_of_sums"] < 1e-6
+    assert report["accumulated_in"] == "torch.float32"
+    assert report["sent_in"] == "torch.float32"
+    assert (report["optimizer"] == "OneRankAdamW") == (expected == 0)

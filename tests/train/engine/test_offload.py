@@ -1,8 +1,7 @@
-"""Offload and ZeRO++: what runs on a CPU learns the same, DeepSpeed is told what was asked, the
-rest is refused.
+"""Offloading on a CPU learns the same, DeepSpeed gets the settings, and invalid ones are refused.
 
-Nothing of ZeRO++ and of disks runs here: quantised collectives need GPUs, and disks a library that
-is compiled.
+ZeRO++ and offloading to disks do not run here: quantised collectives need GPUs, and disks need a
+compiled library.
 """
 
 from pathlib import Path
@@ -37,9 +36,9 @@ def plain(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> list[tupl
     return losses(run)
 
 
-def assert_same(found: list[tuple[int, float]], expected: list[tuple[int, float]]) -> None:
-    assert [step for step, _ in found] == [step for step, _ in expected]
-    for (_, one), (_, other) in zip(found, expected, strict=True):
+def assert_same(actual: list[tuple[int, float]], expected: list[tuple[int, float]]) -> None:
+    assert [step for step, _ in actual] == [step for step, _ in expected]
+    for (_, one), (_, other) in zip(actual, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
 
 
@@ -77,7 +76,7 @@ def test_two_ranks_offload_weights_and_optimizer(
     assert_same(losses(run), plain)
 
 
-def test_a_run_that_began_without_quantised_messages_does_not_go_on_with_them(
+def test_a_run_cannot_turn_quantised_messages_on_when_it_resumes(
     inputs: Inputs, tmp_path: Path
 ) -> None:
     """They change the weights."""
@@ -89,23 +88,25 @@ def test_a_run_that_began_without_quantised_messages_does_not_go_on_with_them(
         assert name in refused.stderr
 
 
-def told(**keys: Any) -> dict[str, Any]:
+def zero_keys(**keys: Any) -> dict[str, Any]:
     config = deepspeed_config(
         3, OptimConfig(learning_rate=1.0), dtype=torch.bfloat16, engine=EngineConfig(**keys)
     )
-    found: dict[str, Any] = config["zero_optimization"]
+    zero: dict[str, Any] = config["zero_optimization"]
     return {
-        key: value for key, value in found.items() if "offload" in key or key.startswith("zero_")
+        key: value for key, value in zero.items() if "offload" in key or key.startswith("zero_")
     }
 
 
-def test_deepspeed_is_told_no_more_than_was_asked() -> None:
-    assert told() == {}
-    assert told(hpz_partition_size=8, quantized_weights=True, quantized_gradients=True) == {
-        "zero_hpz_partition_size": 8, "zero_quantized_weights": True, "zero_quantized_gradients": True,
-    }  # fmt: skip
+def test_deepspeed_gets_the_settings_and_nothing_else() -> None:
+    assert zero_keys() == {}
+    assert zero_keys(hpz_partition_size=8, quantized_weights=True, quantized_gradients=True) == {
+        "zero_hpz_partition_size": 8,
+        "zero_quantized_weights": True,
+        "zero_quantized_gradients": True,
+    }
     pinned = torch.cuda.is_available()
-    assert told(offload_optimizer="nvme", offload_params="cpu", nvme_path="/disk") == {
+    assert zero_keys(offload_optimizer="nvme", offload_params="cpu", nvme_path="/disk") == {
         "offload_optimizer": {"device": "nvme", "pin_memory": pinned, "nvme_path": "/disk"},
         "offload_param": {"device": "cpu", "pin_memory": pinned},
     }
@@ -114,24 +115,49 @@ def test_deepspeed_is_told_no_more_than_was_asked() -> None:
 @pytest.mark.parametrize(
     ("settings", "code", "message"),
     [
-        (("engine.offload_optimizer=nvme",), 3, "expected a path where one of them is"),
-        (("engine.nvme_path=/tmp",), 3, "expected a path where one of them is"),
-        (("engine.zero_stage=2", "engine.offload_params=cpu"), 3, "offload_params with zero_stage = 2"),
-        (("engine.zero_stage=1", "engine.hpz_partition_size=2"), 3, "that is for stage 3 only"),
-        (("engine.zero_stage=2", "engine.quantized_weights=true"), 3, "that is for stage 3 only"),
-        (("engine.zero_stage=0", "engine.offload_optimizer=cpu"), 3, "that is for the stages 1 to 3"),
-        (("engine.offload_optimizer=cpu",), 3, "needs ZeRO, which one rank goes without; set engine.zero_stage = 3"),
-        (("engine.quantized_gradients=true",), 3, "needs ZeRO, which one rank goes without"),
-        (("engine.zero_stage=3", "engine.hpz_partition_size=2"), 3, "hpz_partition_size = 2 does not divide 1 ranks"),
-        (("engine.hpz_partition_size=0",), 3, "hpz_partition_size = 0; expected 1 or more"),
-        (("engine.zero_stage=3", "engine.quantized_weights=true"), 6, "quantized_weights needs GPUs"),
+        (("engine.offload_optimizer=nvme",), 3, "expected a path if one of them is"),
+        (("engine.nvme_path=/tmp",), 3, "expected a path if one of them is"),
         (
-            ("engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.nvme_path=/no/such/place"), 3,
-            "nvme_path = '/no/such/place' is not a directory",
+            ("engine.zero_stage=2", "engine.offload_params=cpu"),
+            3,
+            "offload_params with zero_stage = 2",
+        ),
+        (("engine.zero_stage=1", "engine.hpz_partition_size=2"), 3, "expected zero_stage = 3"),
+        (("engine.zero_stage=2", "engine.quantized_weights=true"), 3, "expected zero_stage = 3"),
+        (
+            ("engine.zero_stage=0", "engine.offload_optimizer=cpu"),
+            3,
+            "expected one of the stages 1 to 3",
+        ),
+        (("engine.offload_optimizer=cpu",), 3, "set engine.zero_stage = 3"),
+        (
+            ("engine.quantized_gradients=true",),
+            3,
+            "needs ZeRO, which a single rank does not use by default",
+        ),
+        (
+            ("engine.zero_stage=3", "engine.hpz_partition_size=2"),
+            3,
+            "hpz_partition_size = 2 does not divide 1 ranks",
+        ),
+        (("engine.hpz_partition_size=0",), 3, "hpz_partition_size = 0; expected 1 or more"),
+        (
+            ("engine.zero_stage=3", "engine.quantized_weights=true"),
+            6,
+            "quantized_weights needs GPUs",
+        ),
+        (
+            (
+                "engine.zero_stage=3",
+                "engine.offload_optimizer=nvme",
+                "engine.nvme_path=/no/such/folder",
+            ),
+            3,
+            "nvme_path = '/no/such/folder' is not a directory",
         ),
     ],
-)  # fmt: skip
-def test_what_cannot_be_is_refused(
+)
+def test_settings_that_cannot_work_are_refused(
     settings: tuple[str, ...], code: int, message: str, inputs: Inputs, tmp_path: Path
 ) -> None:
     done = train_here(*arguments(inputs, tmp_path / "run", *settings))

@@ -1,7 +1,7 @@
-"""`sft-train` on a device that is not the CPU (tests/second_device): the same numbers, and no wait
-that is not known.
+"""`sft-train` on a device that is not the CPU (tests/second_device): the same numbers, and no
+unknown wait.
 
-Each process runs many commands, and tests look at what they left: starting one takes seconds.
+Starting a process takes seconds, so each runs many commands, and the tests look at their results.
 """
 
 from collections import Counter
@@ -18,17 +18,24 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 STEPS, SAVED = 6, 4
 DROPOUT = "attention_dropout = 0.1"
+# Relative tolerances of losses and gradient norms. In fp32 two CPU kernels compute one formula over
+# six steps. bf16 has 8 bits, so 0.4 % per operation; losses are means over tokens, and the device
+# has another kernel for attention.
 FP32 = 1e-5
-"""Relative, of losses and gradient norms: two CPU kernels of one formula, over six steps."""
 BF16 = 1e-3
-"""bf16 has 8 bits, 0.4 % an operation; losses are means over tokens, and the device's attention is
-another kernel."""
 TABLE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": VOCAB, "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
 
-Found = dict[str, dict[str, Any]]
+Results = dict[str, dict[str, Any]]
 Commands = dict[str, list[object]]
 
 
@@ -55,7 +62,7 @@ def run(
     recipe: str = "tiny",
     more: tuple[object, ...] = (),
 ) -> Any:
-    """Return the command of a run of its own directory, evaluated twice and saved twice."""
+    """Return the command of a run in a new directory that evaluates twice and saves twice."""
     settings = ("log.every_steps=1", f"checkpoint.every_steps={SAVED}", *settings)
     return [
         *(
@@ -72,7 +79,7 @@ def run(
 
 
 def compared(folder: Path, where: str) -> Commands:
-    """Return the runs that are made on the device and on the CPU."""
+    """Return the commands that run on the device and on the CPU."""
     lora = ("engine.dtype=bf16", "lora.rank=4", "lora.alpha=16")
     return {
         "fp32": run(folder, where, "fp32", "engine.dtype=fp32"),
@@ -86,23 +93,26 @@ def compared(folder: Path, where: str) -> Commands:
 
 def run_in(
     folder: Path, where: str, built: Path | str, commands: Commands, *, num_ranks: int = 1
-) -> Found:
+) -> Results:
     (folder / where).mkdir()
-    found = run_all(built, list(commands.values()), folder / where, num_ranks=num_ranks)
-    return dict(zip(commands, found, strict=True))
+    results = run_all(built, list(commands.values()), folder / where, num_ranks=num_ranks)
+    return dict(zip(commands, results, strict=True))
 
 
 @pytest.fixture(scope="module")
 def on_cpu(folder: Path) -> Path:
-    for found in run_in(folder, "cpu", "cpu", compared(folder, "cpu")).values():
-        succeeded(found)
+    for result in run_in(folder, "cpu", "cpu", compared(folder, "cpu")).values():
+        succeeded(result)
     return folder / "cpu"
 
 
 @pytest.fixture(scope="module")
-def one_rank(folder: Path, second_device: Path) -> Found:
+def one_rank(folder: Path, second_device: Path) -> Results:
     def dropping(name: str, *more: object) -> list[object]:
-        return run(folder, "one", name, "engine.dtype=fp32", recipe="dropout", more=more)  # type: ignore[no-any-return]
+        command: list[object] = run(
+            folder, "one", name, "engine.dtype=fp32", recipe="dropout", more=more
+        )
+        return command
 
     def of_set(dtype: str) -> list[object]:
         return [
@@ -134,7 +144,7 @@ def one_rank(folder: Path, second_device: Path) -> Found:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folder: Path, second_device: Path) -> Found:
+def two_ranks(folder: Path, second_device: Path) -> Results:
     commands = {
         "fp32": run(folder, "two", "fp32", "engine.dtype=fp32"),
         "bf16": run(folder, "two", "bf16", "engine.dtype=bf16"),
@@ -148,7 +158,7 @@ def two_ranks(folder: Path, second_device: Path) -> Found:
 
 
 def numbers(run: Path) -> list[tuple[int, str, float]]:
-    """Return step, key and value of all that two runs of the same training should agree on."""
+    """Return step, key and value of the numbers in which two runs of one training agree."""
     keys = ("train_loss", "grad_norm", "eval_loss")
     return [
         (record["step"], key, record[key])
@@ -158,10 +168,10 @@ def numbers(run: Path) -> list[tuple[int, str, float]]:
     ]
 
 
-def assert_equal_within(tolerance: float, found: Path, expected: Path) -> None:
-    """The norm of a bf16 gradient is one of many roundings, not a mean over tokens: ten times as
-    far."""
-    for (step, key, value), (_, _, other) in zip(numbers(found), numbers(expected), strict=True):
+def assert_equal_within(tolerance: float, run: Path, expected: Path) -> None:
+    """A gradient norm may differ ten times as much: it is no mean over tokens, so roundings do not
+    cancel."""
+    for (step, key, value), (_, _, other) in zip(numbers(run), numbers(expected), strict=True):
         allowed = tolerance * (10 if key == "grad_norm" else 1)
         assert value == pytest.approx(other, rel=allowed), (step, key)
 
@@ -171,10 +181,10 @@ def assert_equal_within(tolerance: float, found: Path, expected: Path) -> None:
     ("name", "tolerance"), [("fp32", FP32), ("sample", FP32), ("bf16", BF16), ("lora", BF16)]
 )
 def test_one_rank_trains_and_evaluates_as_on_the_cpu(
-    name: str, tolerance: float, folder: Path, one_rank: Found, on_cpu: Path
+    name: str, tolerance: float, folder: Path, one_rank: Results, on_cpu: Path
 ) -> None:
-    """In bf16 it failed at the first backward pass: masters were made of the weights before these
-    were moved."""
+    """A bf16 run once failed at its first backward pass: masters were made before the weights moved
+    to the device."""
     succeeded(one_rank[name])
     assert len(numbers(folder / "one" / name)) >= 6
     assert_equal_within(tolerance, folder / "one" / name, on_cpu / name)
@@ -185,8 +195,8 @@ def test_one_rank_trains_and_evaluates_as_on_the_cpu(
     ("name", "reference", "tolerance"),
     [("fp32", "fp32", FP32), ("bf16", "bf16", BF16), ("stage-1", "bf16", BF16)],
 )
-def test_two_ranks_train_and_evaluate_as_the_cpu_alone(
-    name: str, reference: str, tolerance: float, folder: Path, two_ranks: Found, on_cpu: Path
+def test_two_ranks_train_and_evaluate_as_one_on_the_cpu(
+    name: str, reference: str, tolerance: float, folder: Path, two_ranks: Results, on_cpu: Path
 ) -> None:
     """ZeRO-3, and stage 1, with DeepSpeed's CUDA accelerator."""
     assert f"ZeRO stage {1 if name == 'stage-1' else 3}" in succeeded(two_ranks[name])["output"]
@@ -195,15 +205,16 @@ def test_two_ranks_train_and_evaluate_as_the_cpu_alone(
 
 MICRO_BATCHES, EVALUATED, LAYERS = 4 * STEPS, 2 * 3, 2
 ALWAYS = {"metrics_window.read: copy to the host": STEPS, "evaluate.evaluate: copy to the host": 2}
+# Every wait of a run for its device, except for those of saving. The program waits once per logging
+# window and once per evaluation; all others are DeepSpeed's (ZeRO) and cannot be avoided. A new
+# wait must be worth it.
 WAITS = {
     ("one", "bf16"): ALWAYS,
-    ("one", "lora"): {
-        **ALWAYS,
-        "metrics_window.read: copy to the host": 3,
-    },  # after steps 3 and 6, and for the checkpoint
+    # After steps 3 and 6, and for the checkpoint.
+    ("one", "lora"): {**ALWAYS, "metrics_window.read: copy to the host": 3},
     ("one", "fp32"): {
         **ALWAYS,
-        # torch has no kernel for rows of many sequences in fp32, so the host must know their bounds
+        # torch has no fp32 kernel for rows of several sequences, so the host needs their bounds.
         "attention.per_sequence: copy to the host": LAYERS * (MICRO_BATCHES + EVALUATED),
     },
     ("two", "bf16"): {
@@ -212,36 +223,33 @@ WAITS = {
         "stage3.get_grad_norm_direct: copy to the device": 2 * STEPS,
         "cuda_accelerator.synchronize: torch.cuda.synchronize": STEPS + 1,
         "stage3.independent_gradient_partition_epilogue: Stream.synchronize": MICRO_BATCHES // 2,
-        # as the first step is traced
+        # While the first step is traced.
         "utils.get_lst_from_rank0: copy to the device": 4,
         "utils.get_lst_from_rank0: copy to the host": 4,
         "utils.assert_lst_len_same_as_other_ranks: copy to the device": 4,
         "utils.assert_lst_len_same_as_other_ranks: copy to the host": 4,
     },
 }
-"""Every wait of a run for its device outside of saving: one a logging window and one an evaluation
-are this program's own; the others are DeepSpeed's (ZeRO), which offers no way around them. What is
-added here has to be worth it."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "name"), WAITS)
-def test_the_host_waits_for_the_device_where_it_must_and_nowhere_else(
-    ranks: str, name: str, one_rank: Found, two_ranks: Found
+def test_the_host_never_waits_more_often_than_listed(
+    ranks: str, name: str, one_rank: Results, two_ranks: Results
 ) -> None:
-    """Liger's own function around its kernel waited in each micro-batch."""
-    found = succeeded((one_rank if ranks == "one" else two_ranks)[name])["waits"]
+    """Liger's function around its kernel waits in each micro-batch."""
+    calls = succeeded((one_rank if ranks == "one" else two_ranks)[name])["waits"]
     waits: Counter[str] = Counter()
-    for what, led_by, by, times in found:
-        if led_by != "checkpoint.save_checkpoint":
-            waits[f"{by}: {what}"] += times
+    for kind, entry, caller, times in calls:
+        if entry != "checkpoint.save_checkpoint":
+            waits[f"{caller}: {kind}"] += times
     assert waits == WAITS[ranks, name]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16", "dropout"])
-def test_a_stopped_run_goes_on_bit_for_bit(name: str, folder: Path, one_rank: Found) -> None:
-    """Masters, moments and the device's random generator come back."""
+def test_a_stopped_run_resumes_bit_for_bit(name: str, folder: Path, one_rank: Results) -> None:
+    """Masters, moments and the random generator of the device are restored."""
     assert one_rank[f"{name}-stopped"]["exit_code"] == 75
     succeeded(one_rank[f"{name}-resumed"])
     whole, resumed = folder / "one" / name, folder / "one" / f"{name}-resumed"
@@ -250,7 +258,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(name: str, folder: Path, one_rank: Fo
 
 
 @pytest.mark.slow
-def test_a_stopped_run_of_two_ranks_goes_on_bit_for_bit(folder: Path, two_ranks: Found) -> None:
+def test_a_stopped_run_of_two_ranks_resumes_bit_for_bit(folder: Path, two_ranks: Results) -> None:
     assert two_ranks["bf16-stopped"]["exit_code"] == 75
     succeeded(two_ranks["bf16-resumed"])
     whole, resumed = folder / "two/bf16", folder / "two/bf16-resumed"
@@ -260,21 +268,21 @@ def test_a_stopped_run_of_two_ranks_goes_on_bit_for_bit(folder: Path, two_ranks:
 
 @pytest.mark.slow
 def test_exports_hold_the_trained_weights(
-    folder: Path, one_rank: Found, two_ranks: Found, on_cpu: Path
+    folder: Path, one_rank: Results, two_ranks: Results, on_cpu: Path
 ) -> None:
     succeeded(one_rank["export"])
     assert (
         load_file(folder / "one/exported/model.safetensors").keys()
         == weights(on_cpu / "bf16").keys()
     )
-    for found in (folder / "one/fp32", folder / "two/fp32"):
+    for run_dir in (folder / "one/fp32", folder / "two/fp32"):
         for key, tensor in weights(on_cpu / "fp32").items():
-            torch.testing.assert_close(weights(found)[key], tensor, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(weights(run_dir)[key], tensor, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_selftest_passes(dtype: str, one_rank: Found) -> None:
+def test_selftest_passes(dtype: str, one_rank: Results) -> None:
     output = succeeded(one_rank[f"selftest-{dtype}"])["output"]
     assert "cuda" in output
     assert "FAILED" not in output

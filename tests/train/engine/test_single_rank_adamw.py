@@ -1,5 +1,5 @@
-"""The optimizer of one rank: torch's AdamW with clipping; for bf16 weights fp32 masters and fp32
-sums of gradients."""
+"""The optimizer of one rank is torch's AdamW with clipping, with fp32 masters and sums for bf16
+weights."""
 
 import copy
 import math
@@ -35,9 +35,9 @@ def optimizer_of(
     )  # type: ignore[arg-type]
 
 
-def was_refused(optimizer: OneRankAdamW) -> bool:
-    assert optimizer.refused is not None
-    return bool(optimizer.refused)
+def was_skipped(optimizer: OneRankAdamW) -> bool:
+    assert optimizer.skipped is not None
+    return bool(optimizer.skipped)
 
 
 def backward(parameters: list[torch.nn.Parameter], seed: int, scale: float = 1.0) -> None:
@@ -62,8 +62,8 @@ def test_fp32_steps_are_those_of_adamw_on_clipped_gradients(max_grad_norm: float
         assert float(optimizer._global_grad_norm) == pytest.approx(norm.item())
         reference.step()
         reference.zero_grad()
-    for found, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_fp32_weights_are_their_own_masters() -> None:
@@ -75,7 +75,7 @@ def test_fp32_weights_are_their_own_masters() -> None:
 
 
 def test_bf16_gradients_are_summed_in_fp32() -> None:
-    """One large gradient and many small ones: a bf16 sum would lose every one of them."""
+    """Of one large gradient and many small ones, a bf16 sum would lose all the small ones."""
     parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
     optimizer = OneRankAdamW(
         [{"params": [parameter]}], **SETTINGS, max_grad_norm=0.0, stop_after_skip=False
@@ -91,7 +91,7 @@ def test_bf16_gradients_are_summed_in_fp32() -> None:
 
 
 def test_bf16_weights_follow_fp32_masters() -> None:
-    """Updates far below bf16's resolution add up instead of being rounded away."""
+    """Updates far below the resolution of bf16 add up instead of being rounded away."""
     half, full = (
         weights(torch.bfloat16),
         [torch.nn.Parameter(p.detach().float()) for p in weights(torch.bfloat16)],
@@ -119,33 +119,33 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype: torch.dtype, bad: 
         optimizer.step()
     backward(spoiled, 2, scale=bad)
     optimizers[0].step()
-    assert was_refused(optimizers[0])
+    assert was_skipped(optimizers[0])
     for parameters, optimizer in zip((spoiled, clean), optimizers, strict=True):
         backward(parameters, 3)
         optimizer.step()
-        assert not was_refused(optimizer)
-    for found, expected in zip(spoiled, clean, strict=True):
-        assert torch.equal(found, expected)
+        assert not was_skipped(optimizer)
+    for actual, expected in zip(spoiled, clean, strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_after_a_refused_step_nothing_changes_any_more_if_it_halts(dtype: torch.dtype) -> None:
+def test_with_stop_after_skip_nothing_changes_after_a_skipped_step(dtype: torch.dtype) -> None:
     parameters = weights(dtype)
     optimizer = optimizer_of(parameters, stop_after_skip=True)
     backward(parameters, 1)
     optimizer.step()
-    assert not was_refused(optimizer)
+    assert not was_skipped(optimizer)
     before = [parameter.detach().clone() for parameter in parameters]
     for seed, scale in ((2, math.nan), (3, 1.0), (4, 1.0)):
         backward(parameters, seed, scale)
         optimizer.step()
-        assert was_refused(optimizer)
-    for parameter, kept in zip(parameters, before, strict=True):
-        assert torch.equal(parameter, kept)
+        assert was_skipped(optimizer)
+    for parameter, copied in zip(parameters, before, strict=True):
+        assert torch.equal(parameter, copied)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_state_goes_on_as_if_undisturbed(dtype: torch.dtype) -> None:
+def test_a_saved_state_resumes_exactly(dtype: torch.dtype) -> None:
     first, second = weights(dtype), weights(dtype)
     before, after = optimizer_of(first), optimizer_of(second)
     for seed in range(3):
@@ -158,11 +158,11 @@ def test_a_saved_state_goes_on_as_if_undisturbed(dtype: torch.dtype) -> None:
     for parameters, optimizer in ((first, before), (second, after)):
         backward(parameters, 9)
         optimizer.step()
-    for found, expected in zip(second, first, strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(second, first, strict=True):
+        assert torch.equal(actual, expected)
     masters = [
         [p for group in optimizer.param_groups for p in group["params"]]
         for optimizer in (before, after)
     ]
-    for found, expected in zip(*masters, strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(*masters, strict=True):
+        assert torch.equal(actual, expected)

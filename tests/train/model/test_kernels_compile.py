@@ -1,5 +1,4 @@
-"""Liger's kernel, with the arguments that train/model/loss.py gives it, becomes code for GPUs: the
-compiler needs none."""
+"""Liger's kernel compiles for GPUs with the arguments of train/model/loss.py; that needs no GPU."""
 
 import os
 import subprocess
@@ -19,8 +18,8 @@ from train.model.loss import LIGER_OPTIONS
 
 capability, dtype, makes_gradient = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 types = {
-    "X_ptr": "*" + dtype, "X_stride": "i32", "Y_ptr": "*i64", "Y_stride": "i32", "loss_ptr": "*fp32",
-    "loss_stride": "i32", "n_cols": "i32",
+    "X_ptr": "*" + dtype, "X_stride": "i32", "Y_ptr": "*i64", "Y_stride": "i32",
+    "loss_ptr": "*fp32", "loss_stride": "i32", "n_cols": "i32",
 }
 constants = {**LIGER_OPTIONS, "BLOCK_SIZE": 32768, "HAS_GRADIENTS": makes_gradient}
 assert {*types, *constants} == {*kernel.arg_names}, {*types, *constants} ^ {*kernel.arg_names}
@@ -43,13 +42,17 @@ print("cubin", len(made.asm["cubin"]) > 1000)
 def test_the_loss_kernel_compiles_for(
     capability: int, dtype: str, makes_gradient: bool, tmp_path: Path
 ) -> None:
-    """A100 and H100; for training and for evaluation. A new argument of a new release shows here,
-    not on a GPU."""
+    """For A100 and H100, for training and evaluation. A new argument in a new release shows here
+    instead of on a GPU."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(capability), dtype, str(makes_gradient)],
-        capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env=environment,
+    )
     assert done.stdout == "cubin True\n", done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Adapters: only they train and are saved, and both exports are the model that was trained."""
+"""Only adapters train and are saved, and both exports are the trained model."""
 
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,16 @@ from train.model.new_tokens import head_weight
 peft = pytest.importorskip("peft")
 
 TABLE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 61, "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 61,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
 LORA = ("lora.rank=4", "lora.alpha=16", "optim.learning_rate=0.02")
 
 Inputs = tuple[Path, Path, Path]
@@ -52,15 +59,15 @@ def arguments(inputs: Inputs, run: Path, *settings: str) -> list[object]:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=torch.arange(20)[None]).logits
-    return found
+        output: torch.Tensor = model.eval()(input_ids=torch.arange(20)[None]).logits
+    return output
 
 
 def with_adapter(base: Path, adapter: Path) -> Any:
     return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
 
 
-def test_both_exports_are_the_trained_model_and_a_stopped_run_goes_on_as_it_would_have(
+def test_both_exports_are_the_trained_model_and_a_stopped_run_resumes_exactly(
     inputs: Inputs, tmp_path: Path
 ) -> None:
     whole, adapter = tmp_path / "whole", tmp_path / "adapter"
@@ -123,15 +130,15 @@ def test_frozen_weights_in_4_bits_train_adapters_and_export_a_whole_model(
     assert "quantization_config" not in (tmp_path / "run" / "model" / "config.json").read_text()
 
 
-def test_adapters_go_on_in_another_zero_stage(inputs: Inputs, tmp_path: Path) -> None:
+def test_adapters_resume_in_another_zero_stage(inputs: Inputs, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert train_here(*arguments(inputs, whole)).exit_code == 0
     for stage in (0, 3, 2):
         done = train_here(*arguments(inputs, run, f"engine.zero_stage={stage}"), "--stop-after", 2)
         assert done.exit_code == 75, done.output
     assert train_here(*arguments(inputs, run)).exit_code == 0
-    for (_, found), (_, expected) in zip(losses(run), losses(whole), strict=True):
-        assert found == pytest.approx(expected, rel=1e-4)
+    for (_, loss), (_, expected) in zip(losses(run), losses(whole), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_merging_equals_peft(inputs: Inputs, tmp_path: Path) -> None:
@@ -150,12 +157,12 @@ def test_merging_equals_peft(inputs: Inputs, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected[name])
 
 
-def test_an_adapter_that_lacks_its_other_half_or_its_weight_is_refused() -> None:
+def test_an_adapter_without_its_second_matrix_or_its_weight_is_refused() -> None:
     half = {"x.lora_A.default.weight": torch.zeros(2, 3)}
     with pytest.raises(ArtifactError, match="expected A and B"):
         merge_adapters({"x.weight": torch.zeros(3, 3)}, half, scale=1.0)
     pair = {**half, "x.lora_B.default.weight": torch.zeros(3, 2)}
-    with pytest.raises(ArtifactError, match="no such weight"):
+    with pytest.raises(ArtifactError, match="no weight of this name"):
         merge_adapters({}, pair, scale=1.0)
 
 
@@ -166,14 +173,12 @@ def test_an_adapter_that_lacks_its_other_half_or_its_weight_is_refused() -> None
             ("lora.targets=['q_prog']",),
             "'q_prog' is not a layer; expected names of linear layers of LlamaForCausalLM: down",
         ),
-        (
-            ("lora.targets=['q_proj', 'q_prog']",),
-            "'q_prog' is not a layer",
-        ),  # peft takes what it finds
-        (("lora.targets=['lm_head']",), "lm_head is the LM head, which gets no adapter"),
+        # peft would take the target that exists and ignore the other.
+        (("lora.targets=['q_proj', 'q_prog']",), "'q_prog' is not a layer"),
+        (("lora.targets=['lm_head']",), "lm_head is the LM head, which cannot have an adapter"),
         (
             ("lora.targets=['q_proj', 'embed_tokens']",),
-            "model.embed_tokens is of the kind Embedding, which gets no adapter",
+            "model.embed_tokens is of type Embedding, which cannot have an adapter",
         ),
         (
             ("lora.targets=['mlp']",),
@@ -181,15 +186,15 @@ def test_an_adapter_that_lacks_its_other_half_or_its_weight_is_refused() -> None
         ),
         (
             ("lora.quantize=nf4", "engine.zero_stage=3"),
-            "not with ZeRO stage 3; set engine.zero_stage = 2",
+            "ZeRO stage 3 splits them; set engine.zero_stage = 2",
         ),
-        (("model.resize_vocab=true",), "[lora] trains beside weights that exist"),
+        (("model.resize_vocab=true",), "[lora] needs existing weights"),
         (("lora.rank=-1",), "rank = -1; expected 0"),
         (("lora.alpha=0",), "alpha = 0"),
         (("lora.dropout=1",), "dropout = 1.0"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(
+def test_adapters_that_cannot_be_trained_are_refused(
     settings: tuple[str, ...], message: str, inputs: Inputs, tmp_path: Path
 ) -> None:
     done = train_here(*arguments(inputs, tmp_path / "run", *settings))
@@ -200,19 +205,19 @@ def test_what_cannot_be_trained_is_refused(
 @pytest.mark.parametrize(
     "targets", [(), ("c_attn",), ("lm_head",), ("wte",), ("wpe",), ("c_attn", "lm_head")]
 )
-def test_adapters_go_beside_linear_layers_alone(targets: tuple[str, ...]) -> None:
-    """The weight of GPT-2's layers is [in, out]: merged as another it would be wrong, if square
-    unnoticed."""
+def test_only_linear_layers_can_have_adapters(targets: tuple[str, ...]) -> None:
+    """GPT-2's weights are [in, out]: merged as [out, in] they would be wrong, and nobody would
+    notice if they are square."""
     network = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("gpt2", n_embd=32, n_head=4, n_layer=1)
     )
-    with pytest.raises(ConfigError, match="which gets no adapter"):
+    with pytest.raises(ConfigError, match="which cannot have an adapter"):
         add_adapters(network, LoraConfig(rank=2, targets=targets), seed=0)
 
 
 @pytest.mark.parametrize("targets", [(), ("q_proj",), ("layers.1.mlp.up_proj", "down_proj")])
 @pytest.mark.parametrize("tied", [True, False])
-def test_all_that_trains_is_saved_and_reached_by_the_loss(
+def test_every_trained_weight_is_saved_and_reached_by_the_loss(
     targets: tuple[str, ...], tied: bool
 ) -> None:
     config = AutoConfig.for_model("llama", **TABLE, tie_word_embeddings=tied)

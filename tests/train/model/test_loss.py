@@ -1,5 +1,5 @@
-"""The loss without logits of the whole row: equal to plain torch, in chunks, weighted, and by
-Liger's kernel."""
+"""The loss without logits of the whole row equals plain torch: in chunks, weighted, and by Liger's
+kernel."""
 
 import os
 import subprocess
@@ -9,8 +9,6 @@ import pytest
 import torch
 from repository import ROOT
 
-from train.config import LossConfig
-from train.data.loss_weights import uniform_weight
 from train.model import loss as loss_module
 from train.model.loss import chunked_cross_entropy, weighted_cross_entropy
 
@@ -58,36 +56,36 @@ def test_chunks_equal_plain_torch(
     monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", rows_per_chunk * VOCAB)
     monkeypatch.setattr(loss_module, "_MIN_ROWS_PER_CHUNK", 1)
     monkeypatch.setattr(loss_module, "_ROW_MULTIPLE", multiple)
-    for found, expected in zip(
+    for actual, expected in zip(
         with_gradients(chunked_cross_entropy, *case), with_gradients(plain, *case), strict=True
     ):
-        torch.testing.assert_close(found.double(), expected.double(), rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=2e-6, atol=2e-6)
 
 
 def test_large_logits_do_not_overflow(case: Case) -> None:
     hidden, head, targets, weights = case
     big = (hidden * 1e3, head, targets, weights)
-    for found, expected in zip(
+    for actual, expected in zip(
         with_gradients(chunked_cross_entropy, *big), with_gradients(plain, *big), strict=True
     ):
-        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-5, atol=1e-4)
 
 
 def test_bf16_sums_in_fp32(case: Case) -> None:
     hidden, head, targets, weights = case
     half = (hidden.bfloat16(), head.bfloat16(), targets, weights)
     exact = with_gradients(plain, half[0].double(), half[1].double(), targets, weights)
-    for found, expected in zip(with_gradients(chunked_cross_entropy, *half), exact, strict=True):
+    for actual, expected in zip(with_gradients(chunked_cross_entropy, *half), exact, strict=True):
         scale = expected.abs().max()
-        assert ((found.double() - expected).abs().max() / scale).item() < 0.02
+        assert ((actual.double() - expected).abs().max() / scale).item() < 0.02
 
 
 @pytest.mark.parametrize("loss_tokens", [119, 327, 1021])
 def test_the_weight_of_a_step_reaches_bf16_gradients_unrounded(
     loss_tokens: int, case: Case
 ) -> None:
-    """Each element is rounded to bf16 once, to either side; a rounded factor moves them all, by 0.2
-    % and more here."""
+    """Rounding each element once moves it to either side; a rounded factor moves all of them the
+    same way, here by 0.2 % and more."""
     hidden, head, targets, _ = case
     hidden, head, ones = hidden.bfloat16(), head.bfloat16(), torch.ones(ROWS)
 
@@ -97,11 +95,11 @@ def test_the_weight_of_a_step_reaches_bf16_gradients_unrounded(
         return [leaf.grad.double() for leaf in leaves if leaf.grad is not None]
 
     for unscaled, scaled in zip(gradients(1.0), gradients(1 / loss_tokens), strict=True):
-        found = (scaled * unscaled).sum() / unscaled.square().sum()
-        assert found.item() == pytest.approx(1 / loss_tokens, rel=5e-4)
+        factor = (scaled * unscaled).sum() / unscaled.square().sum()
+        assert factor.item() == pytest.approx(1 / loss_tokens, rel=5e-4)
 
 
-def test_no_gradient_is_computed_where_none_is_asked(case: Case) -> None:
+def test_only_gradients_that_are_needed_are_computed(case: Case) -> None:
     hidden, head, targets, weights = case
     assert not chunked_cross_entropy(
         hidden, head, targets, weights, torch.empty(ROWS)
@@ -111,10 +109,10 @@ def test_no_gradient_is_computed_where_none_is_asked(case: Case) -> None:
     assert frozen_head.grad is not None
 
 
-def test_an_evaluation_pays_for_no_gradient_of_the_head(
+def test_an_evaluation_computes_no_gradient_of_the_head(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An autograd function is told which inputs want a gradient even where none is recorded."""
+    """Even under no_grad an autograd function is told which inputs require a gradient."""
     hidden, head, targets, weights = case
     monkeypatch.setattr(loss_module, "_add_product", lambda *_: pytest.fail("computed a gradient"))
     with torch.no_grad():
@@ -123,8 +121,8 @@ def test_an_evaluation_pays_for_no_gradient_of_the_head(
         )
 
 
-def test_memory_holds_one_chunk_of_logits_not_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest tensor made has at most _LOGITS_PER_CHUNK elements: never [rows, vocabulary]."""
+def test_memory_holds_one_chunk_of_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor has more than about _LOGITS_PER_CHUNK elements: none is [rows, vocabulary]."""
     monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 32 * 4000)
     monkeypatch.setattr(loss_module, "_MIN_ROWS_PER_CHUNK", 1)
     hidden = torch.randn(1000, 8, requires_grad=True)
@@ -141,14 +139,6 @@ def test_memory_holds_one_chunk_of_logits_not_all(monkeypatch: pytest.MonkeyPatc
     assert 10 * largest < 4 * 1000 * 4000
 
 
-def test_norms() -> None:
-    assert uniform_weight(LossConfig(norm="token"), 8) == 0.125
-    assert uniform_weight(LossConfig(norm="token"), 0) == 1.0
-    assert uniform_weight(LossConfig(norm="sum"), 8) == 1.0
-    assert uniform_weight(LossConfig(norm="sum", divisor=128), 8) == 1 / 128
-    assert uniform_weight(LossConfig(norm="sample"), 8) is None
-
-
 LIGER = """
 import torch
 from train.model.loss import chunked_cross_entropy, liger_cross_entropy
@@ -156,8 +146,9 @@ generator = torch.Generator().manual_seed(0)
 data = torch.randn(48, 32, generator=generator), torch.randn(128, 32, generator=generator)
 targets = torch.randint(0, 128, (48,), generator=generator)
 results = []
+quarters = torch.full((48,), 0.25)
 for function in (lambda h, w, rows: liger_cross_entropy(h, w, targets, rows) * 0.25,
-                 lambda h, w, rows: chunked_cross_entropy(h, w, targets, torch.full((48,), 0.25), rows)):
+                 lambda h, w, rows: chunked_cross_entropy(h, w, targets, quarters, rows)):
     hidden, head = (tensor.clone().requires_grad_() for tensor in data)
     row_losses = torch.empty(48)
     loss = function(hidden, head, row_losses)
@@ -176,10 +167,14 @@ print("equal")
 
 @pytest.mark.slow
 def test_ligers_kernel_under_tritons_interpreter_equals_the_cpu_loss() -> None:
-    """In a process of its own: the interpreter must be chosen before triton is imported."""
+    """In a separate process, since the interpreter is chosen when triton is imported."""
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-c", LIGER], capture_output=True, text=True, timeout=200, cwd=ROOT,
+        [sys.executable, "-c", LIGER],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.stdout == "equal\n", done.stderr

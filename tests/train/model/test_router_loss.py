@@ -1,5 +1,5 @@
-"""The load balancing loss of mixture-of-experts models: transformers' own, with a weight, beside
-the logged loss."""
+"""The load balancing loss is that of transformers, with a weight, and not part of the logged
+loss."""
 
 from dataclasses import replace
 from importlib import import_module
@@ -30,14 +30,18 @@ TABLES: dict[str, dict[str, Any]] = {
     },
 }
 SMALL = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.2,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
 WEIGHT = 0.5
 
 
 @pytest.mark.parametrize("model_type", TABLES)
-def test_it_is_what_transformers_computes(model_type: str) -> None:
+def test_the_loss_is_that_of_transformers(model_type: str) -> None:
     module = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     generator = torch.Generator().manual_seed(0)
     logits = tuple(torch.randn(40, 4, generator=generator) for _ in range(3))
@@ -65,9 +69,13 @@ def test_the_gradient_of_one_sequence_is_that_of_transformers(
         gradient_checkpointing=checkpointing,
     )
     built = build_model(
-        config, shard_set.manifest, attention=register_attention("per_sequence"), dtype=torch.float32, seed=1,
+        config,
+        shard_set.manifest,
+        attention=register_attention("per_sequence"),
+        dtype=torch.float32,
+        seed=1,
         balancing_weight=WEIGHT,
-    )  # fmt: skip
+    )
     pack = shard_set.pack(0)
     count = int(pack.loss_mask.sum())
     weights = [torch.full((count,), 1 / count).numpy()]
@@ -100,7 +108,7 @@ def moe_inputs(folder: Path) -> tuple[Path, Path]:
     return shards, recipe
 
 
-def test_the_logged_loss_is_without_it(tmp_path: Path) -> None:
+def test_the_logged_loss_leaves_it_out(tmp_path: Path) -> None:
     shards, recipe = moe_inputs(tmp_path)
     call = (
         "--shards",
@@ -116,9 +124,8 @@ def test_the_logged_loss_is_without_it(tmp_path: Path) -> None:
     on = ("--set", "loss.load_balancing_weight=0.5", "--output", tmp_path / "on")
     assert train_here(*call, *on).exit_code == 0
     off, with_it = records(tmp_path / "off"), records(tmp_path / "on")
-    assert with_it[0]["train_loss"] == pytest.approx(
-        off[0]["train_loss"], rel=1e-6
-    )  # the same weights before step 1
+    # Before the first update the weights are the same.
+    assert with_it[0]["train_loss"] == pytest.approx(off[0]["train_loss"], rel=1e-6)
     assert with_it[0]["grad_norm"] != off[0]["grad_norm"]
     assert [record["load_balancing_loss"] for record in off] == [None] * 4
     assert all(record["load_balancing_loss"] >= 1.9 for record in with_it)

@@ -1,5 +1,4 @@
-"""The loss of each source: that of its tokens alone, whatever the split, and no step is changed by
-counting it."""
+"""The loss of a source is that of its tokens alone, for any split of the steps."""
 
 import math
 from pathlib import Path
@@ -21,8 +20,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Packs that mix two sources; the third has no row."""
     folder = tmp_path_factory.mktemp("sources")
     packs = random_packs(num_packs=9, max_seq_len=32, vocab_size=VOCAB)
-    origins = [[((number + place) % 2, 100 * number + place, 0) for place in range(len(pack))]
-               for number, pack in enumerate(packs)]  # fmt: skip
+    origins = [
+        [((number + index) % 2, 100 * number + index, 0) for index in range(len(pack))]
+        for number, pack in enumerate(packs)
+    ]
     shards = write_shard_set(
         folder / "set", packs, max_seq_len=32, vocab_size=VOCAB, origins=origins, source_names=NAMES
     )
@@ -42,8 +43,8 @@ def run_of(inputs: tuple[Path, Path], out: Path, *more: object) -> list[dict[str
 def test_the_loss_of_a_source_is_that_of_its_sequences_alone(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """One step over all packs with a rate of 0: the exported model is the one whose losses were
-    logged."""
+    """One step over all packs with a learning rate of 0, so the exported model has the logged
+    losses."""
     whole = (
         "--set",
         "batch.packs_per_step=9",
@@ -57,14 +58,14 @@ def test_the_loss_of_a_source_is_that_of_its_sequences_alone(
     packs = random_packs(num_packs=9, max_seq_len=32, vocab_size=VOCAB)
     sums, counts = [0.0, 0.0], [0, 0]
     for number, pack in enumerate(packs):
-        for place, (tokens, mask) in enumerate(pack):
+        for index, (tokens, mask) in enumerate(pack):
             if sum(mask):
                 labels = torch.tensor(
                     [[token if bit else -100 for token, bit in zip(tokens, mask, strict=True)]]
                 )
                 loss = model(input_ids=torch.tensor([tokens]), labels=labels).loss.item()
-                sums[(number + place) % 2] += loss * sum(mask)
-                counts[(number + place) % 2] += sum(mask)
+                sums[(number + index) % 2] += loss * sum(mask)
+                counts[(number + index) % 2] += sum(mask)
     for name, total, count in zip(NAMES, sums, counts, strict=False):
         assert record[f"train_loss/{name}"] == pytest.approx(total / count, rel=1e-5)
     assert record["train_loss/code"] is None
@@ -80,11 +81,11 @@ def test_sources_add_up_to_the_loss_whatever_the_norm(
     assert all(1 < record[key] < 2 * math.log(VOCAB) for key in KEYS[:2])
 
 
-def test_a_resumed_window_logs_what_an_undisturbed_one_does(
+def test_a_resumed_window_logs_the_losses_of_an_uninterrupted_one(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     windows = ("--set", "log.every_steps=3")
-    undisturbed = run_of(inputs, tmp_path / "whole", *windows)
+    whole = run_of(inputs, tmp_path / "whole", *windows)
     call = (
         "--shards",
         inputs[0],
@@ -97,9 +98,9 @@ def test_a_resumed_window_logs_what_an_undisturbed_one_does(
     )
     assert train_here(*call, "--stop-after", 4).exit_code == 75
     assert train_here(*call).exit_code == 0
-    for found, expected in zip(records(tmp_path / "cut"), undisturbed, strict=True):
+    for record, expected in zip(records(tmp_path / "cut"), whole, strict=True):
         for key in ("step", "train_loss", "loss_tokens", *KEYS):
-            assert found[key] == expected[key]
+            assert record[key] == expected[key]
 
 
 @pytest.mark.slow
@@ -128,7 +129,7 @@ def test_two_ranks_log_the_same_losses_of_sources(
     )
     done = train_apart(*call)
     assert done.returncode == 0, done.stderr
-    for found, expected in zip(records(tmp_path / "two"), alone, strict=True):
-        assert found["loss_tokens"] == expected["loss_tokens"]
+    for record, expected in zip(records(tmp_path / "two"), alone, strict=True):
+        assert record["loss_tokens"] == expected["loss_tokens"]
         for key in KEYS[:2]:
-            assert found[key] == pytest.approx(expected[key], rel=1e-5)
+            assert record[key] == pytest.approx(expected[key], rel=1e-5)

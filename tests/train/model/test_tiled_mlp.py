@@ -1,5 +1,5 @@
-"""Feed-forward layers in tiles: the same loss and gradients, and no activation of a whole row's
-width is kept."""
+"""Feed-forward layers in tiles have the same loss and gradients, and keep no wide activation of a
+whole row."""
 
 from typing import Any
 
@@ -11,9 +11,16 @@ from shared.errors import ConfigError
 from train.model.tiled_mlp import tile_mlps
 
 TABLE = {
-    "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 61, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 61,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 
 def network(model_type: str) -> Any:
@@ -31,7 +38,7 @@ def loss_and_gradients(model: Any, num_tokens: int) -> tuple[float, dict[str, to
 @pytest.mark.parametrize("model_type", ["llama", "olmo2", "qwen3"])
 @pytest.mark.parametrize(("tiles", "num_tokens"), [(2, 24), (3, 25), (7, 5)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_tiles_change_nothing(
+def test_tiles_change_no_loss_and_no_gradient(
     model_type: str, tiles: int, num_tokens: int, checkpointing: bool
 ) -> None:
     tiled = network(model_type).train()
@@ -47,7 +54,7 @@ def test_tiles_change_nothing(
 
 
 def kept_for_backward(model: Any) -> int:
-    """The most numbers of one tensor that the forward pass keeps, head left out."""
+    """Return the size of the largest tensor that the forward pass keeps, without the head."""
     sizes = [0]
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

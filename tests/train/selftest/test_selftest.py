@@ -1,4 +1,4 @@
-"""`sft-train selftest` passes what trains exactly and names what does not."""
+"""`sft-train selftest` passes a model that trains exactly, else it names the failed checks."""
 
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,13 @@ from train.model.model import LossModel, build_model
 from train.selftest import selftest
 
 MODEL = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 CHECKS = ["neighbours", "later tokens", "packed = alone", "gradients alone", "split", "loss kernel"]
 
 
@@ -41,7 +45,9 @@ def test_a_model_that_trains_exactly_passes_every_check(
     assert all(row.endswith("ok") for row in rows)
 
 
-def test_fewer_layers_are_said(inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_tells_how_many_layers_were_tested(
+    inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     call = ("selftest", "--shards", inputs[0], "--recipe", inputs[1])
     assert "1 layers with random weights;" in train_here(*call, "--layers", 1).stdout
     monkeypatch.setattr(selftest, "_COPIES", 2**60)
@@ -70,16 +76,19 @@ def test_a_leaking_kernel_fails_with_exit_code_6(
 def findings_of(shards: Path) -> dict[str, bool]:
     shard_set = open_shard_set(shards)
     model = build_model(
-        ModelConfig(config=MODEL), shard_set.manifest, attention=register_attention("per_sequence"),
-        dtype=torch.float32, seed=1,
-    )  # fmt: skip
-    found = selftest.measure(
+        ModelConfig(config=MODEL),
+        shard_set.manifest,
+        attention=register_attention("per_sequence"),
+        dtype=torch.float32,
+        seed=1,
+    )
+    findings = selftest.measure(
         model, [selftest.every_target(shard_set.pack(index), 30) for index in (0, 1)]
     )
-    return {finding.check: finding.is_ok for finding in found}
+    return {finding.check: finding.is_ok for finding in findings}
 
 
-def test_a_wrong_loss_kernel_is_seen(
+def test_a_wrong_loss_kernel_fails(
     inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert all(findings_of(inputs[0]).values())
@@ -98,7 +107,7 @@ def test_a_wrong_loss_kernel_is_seen(
     ]
 
 
-def test_a_loss_that_hangs_on_the_split_is_seen(
+def test_a_loss_that_depends_on_the_split_fails(
     inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = LossModel.forward

@@ -11,8 +11,7 @@ from shard_sets import random_packs, write_shard_set
 from shared.errors import ConfigError
 from shared.shard_reader import Pack, ShardSet, open_shard_set
 from train.config import ModelConfig
-from train.data.loss_weights import sample_weights
-from train.data.micro_batch import IGNORE, make_micro_batch, restarting_positions, shifted_labels
+from train.data.micro_batch import make_micro_batch
 from train.model.attention import register_attention
 from train.model.model import LossModel, build_model
 
@@ -20,9 +19,12 @@ VOCAB = 61
 TOLERANCE = 2e-5
 
 COMMON = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
-}  # fmt: skip
+}
 MODELS = {
     "llama": {"model_type": "llama", **COMMON},
     "olmo2": {"model_type": "olmo2", **COMMON},
@@ -70,8 +72,7 @@ def ones(pack: Pack) -> np.ndarray:
 
 
 def alone_loss(model: LossModel, packs: list[Pack], attention: str) -> torch.Tensor:
-    """Plain transformers, one sequence at a time, by the model's own forward and stock
-    attention."""
+    """The loss of plain transformers, one sequence at a time, with attention of its own."""
     network = model.model
     network.set_attn_implementation(attention)
     total = torch.zeros(())
@@ -95,7 +96,7 @@ def test_packed_loss_and_gradients_equal_each_sequence_alone(
     packs = [shard_set.pack(index) for index in range(3)]
     packed = model(make_micro_batch(packs, [ones(pack) for pack in packs], uniform_weight=1.0))
     packed.backward()
-    found = {
+    gradients = {
         key: parameter.grad.clone()
         for key, parameter in model.named_parameters()
         if parameter.grad is not None
@@ -104,11 +105,11 @@ def test_packed_loss_and_gradients_equal_each_sequence_alone(
     alone = alone_loss(model, packs, "eager")
     alone.backward()
     assert packed.item() == pytest.approx(alone.item(), rel=1e-6)
-    assert len(found) == len(list(model.parameters()))
+    assert len(gradients) == len(list(model.parameters()))
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None
         scale = parameter.grad.abs().max().clamp(min=1e-3)
-        assert ((found[key] - parameter.grad).abs().max() / scale).item() < TOLERANCE, key
+        assert ((gradients[key] - parameter.grad).abs().max() / scale).item() < TOLERANCE, key
 
 
 def test_a_changed_sequence_leaves_its_neighbours_alone(shard_set: ShardSet) -> None:
@@ -119,9 +120,14 @@ def test_a_changed_sequence_leaves_its_neighbours_alone(shard_set: ShardSet) -> 
     def hidden(ids: torch.Tensor) -> torch.Tensor:
         bounds, longest = batch.cu_seqlens, batch.max_seqlen
         return model.model.base_model(
-            input_ids=ids, position_ids=batch.position_ids, use_cache=False, cu_seq_lens_q=bounds,
-            cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest,
-        ).last_hidden_state[0]  # fmt: skip
+            input_ids=ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            cu_seq_lens_q=bounds,
+            cu_seq_lens_k=bounds,
+            max_length_q=longest,
+            max_length_k=longest,
+        ).last_hidden_state[0]
 
     changed = batch.input_ids.clone()
     changed[0, :first_end] = (changed[0, :first_end] + 7) % VOCAB
@@ -144,27 +150,6 @@ def test_gradient_checkpointing_changes_no_gradient(shard_set: ShardSet) -> None
         assert torch.equal(plain, checkpointed)
 
 
-def test_labels_are_shifted_within_a_sequence_only() -> None:
-    tokens = np.array([1, 2, 3, 4, 5, 6, 7], np.int64)
-    mask = np.array(
-        [0, 0, 1, 1, 1, 1, 1], np.uint8
-    )  # the 1 on token 5, first of its sequence, must not be a label
-    labels = shifted_labels(tokens, mask, np.array([0, 4, 7]))
-    assert labels.tolist() == [IGNORE, 3, 4, IGNORE, 6, 7, IGNORE]
-    assert restarting_positions(np.array([0, 4, 7])).tolist() == [0, 1, 2, 3, 0, 1, 2]
-
-
-def test_packs_of_a_micro_batch_lie_end_to_end_without_padding(shard_set: ShardSet) -> None:
-    packs = [shard_set.pack(0), shard_set.pack(1)]
-    batch = make_micro_batch(packs, [ones(pack) for pack in packs], uniform_weight=1.0)
-    assert batch.input_ids.shape == (1, len(packs[0].tokens) + len(packs[1].tokens))
-    assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.cu_seqlens.tolist()[-1] == batch.input_ids.shape[1]
-    assert len(batch.cu_seqlens) == 1 + len(packs[0].seq_origin) + len(packs[1].seq_origin)
-    assert batch.max_seqlen == int(batch.cu_seqlens.diff().max())
-    assert batch.input_ids[0, batch.rows + 1].tolist() == batch.targets.tolist()
-
-
 @pytest.mark.parametrize("packs", [0, 1])
 def test_a_micro_batch_without_loss_sends_one_weightless_row_through_model_and_head(
     packs: int, shard_set: ShardSet
@@ -184,28 +169,6 @@ def test_a_micro_batch_without_loss_sends_one_weightless_row_through_model_and_h
         assert not parameter.grad.any()
 
 
-def test_sample_weights_equal_the_mean_over_samples_of_their_means(tmp_path: Path) -> None:
-    one = [([1, 2, 3], [0, 1, 1]), ([4, 5], [0, 1])]
-    two = [([6, 7, 8, 9], [0, 1, 1, 1]), ([1, 2, 3], [0, 1, 1]), ([5, 6], [0, 0])]
-    # rows: 10, 11 (first fragment) | 11 (second fragment), 10 again (a repeat), 12 without loss
-    # tokens
-    origins = [[(0, 10, 0), (0, 11, 0)], [(0, 11, 2), (0, 10, 0), (0, 12, 0)]]
-    path = write_shard_set(
-        tmp_path / "s", [one, two], max_seq_len=16, vocab_size=VOCAB, origins=origins
-    )
-    shards = open_shard_set(path)
-    weights = sample_weights([shards.pack(0), shards.pack(1)])
-    third, quarter = 1 / 3, 1 / 4
-    assert np.allclose(weights[0], [third / 2, third / 2, third * quarter])
-    assert np.allclose(weights[1], [third * quarter] * 3 + [third / 2] * 2)
-
-
-def test_attention_refuses_a_model_that_passes_no_bounds(shard_set: ShardSet) -> None:
-    model = tiny_model(MODELS["llama"], shard_set)
-    with pytest.raises(ConfigError, match="does not pass sequence bounds"):
-        model.model(input_ids=torch.zeros((1, 4), dtype=torch.int64), use_cache=False)
-
-
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -222,7 +185,7 @@ def test_attention_refuses_a_model_that_passes_no_bounds(shard_set: ShardSet) ->
         ({"model_type": "llama", **COMMON, "num_attention_heads": 5}, "model.config"),
     ],
 )
-def test_a_model_that_cannot_be_trained_right_is_refused(
+def test_a_model_that_would_not_train_exactly_is_refused(
     table: dict[str, object], message: str, shard_set: ShardSet
 ) -> None:
     with pytest.raises(ConfigError, match=message):
