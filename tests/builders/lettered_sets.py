@@ -30,9 +30,15 @@ from shared.shard_format import (
 from shared.shard_writer import write_shard
 
 LETTERS = {
-    "t": Kind.TEMPLATE, "s": Kind.SYSTEM, "u": Kind.USER, "a": Kind.ASSISTANT, "T": Kind.TERMINATOR,
-    "c": Kind.TOOL_CALL, "o": Kind.TOOL, "r": Kind.REASONING,
-}  # fmt: skip
+    "t": Kind.TEMPLATE,
+    "s": Kind.SYSTEM,
+    "u": Kind.USER,
+    "a": Kind.ASSISTANT,
+    "T": Kind.TERMINATOR,
+    "c": Kind.TOOL_CALL,
+    "o": Kind.TOOL,
+    "r": Kind.REASONING,
+}
 for _letter in "aurc":
     LETTERS[_letter.upper()] = LETTERS[_letter] | STRADDLES  # type: ignore[assignment]
 
@@ -99,25 +105,48 @@ def write_lettered_set(
         for key in ("packs", "sequences", "tokens", "loss_tokens")
     }
     source = SourceEntry(
-        name="chats", hub_id=None, revision=None, content_sha256=None, rows_read=row + 2, rows_used=row,
-        rows_rejected={"malformed": 1}, rows_unrendered={}, rows_dropped={"over_length": 1}, rows_truncated=0,
-        rows_without_terminator=0, tokens=sums["tokens"], loss_tokens=sum(int(p["loss_mask"].sum()) for p in parts),
+        name="chats",
+        hub_id=None,
+        revision=None,
+        content_sha256=None,
+        rows_read=row + 2,
+        rows_used=row,
+        rows_rejected={"malformed": 1},
+        rows_unrendered={},
+        rows_dropped={"over_length": 1},
+        rows_truncated=0,
+        rows_without_terminator=0,
+        tokens=sums["tokens"],
+        loss_tokens=sum(int(p["loss_mask"].sum()) for p in parts),
         details=details or {},
-    )  # fmt: skip
+    )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         name="lettered",
         fingerprint=fingerprint_of(
-            max_seq_len=max_seq_len, tokenizer_files=files, template_sha256="0" * 64, source_names=["chats"],
+            max_seq_len=max_seq_len,
+            tokenizer_files=files,
+            template_sha256="0" * 64,
+            source_names=["chats"],
             shards=written,
         ),
         inputs_digest=digest({}),
         inputs={},
-        config=settings if settings is not None else {"mask": {"train_on": "assistant", "boundary": "overlap"}},
+        config=settings
+        if settings is not None
+        else {"mask": {"train_on": "assistant", "boundary": "overlap"}},
         recipe="",
         tokenizer=TokenizerEntry(
-            name="none", revision=None, files=files, vocab_size=300, bos_token_id=None, eos_token_id=None,
-            pad_token_id=None, terminator_ids=(), canary_ids=(), new_ids=(),
+            name="none",
+            revision=None,
+            files=files,
+            vocab_size=300,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+            terminator_ids=(),
+            canary_ids=(),
+            new_ids=(),
         ),
         chat_template=TemplateEntry(name="none", sha256="0" * 64, split_markers={}),
         kinds={kind.name.lower(): int(kind) for kind in Kind},
@@ -126,7 +155,7 @@ def write_lettered_set(
         sources=(source,),
         totals=Totals(density=sums["tokens"] / (sums["packs"] * max_seq_len), **sums),
         shards=tuple(written),
-    )  # fmt: skip
+    )
     plain = config.to_plain(manifest)
     if declare is not None:
         declare(plain)

@@ -40,8 +40,12 @@ def small_tokenizer(path: Path, *, eos: str = "<|endoftext|>") -> Path:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     for content, special in (
-        ("<|endoftext|>", True), ("<|im_start|>", True), ("<|im_end|>", True), ("<think>", False), ("</think>", False)
-    ):  # fmt: skip
+        ("<|endoftext|>", True),
+        ("<|im_start|>", True),
+        ("<|im_end|>", True),
+        ("<think>", False),
+        ("</think>", False),
+    ):
         tokenizer.add_tokens([AddedToken(content, special=special, normalized=False)])
     path.mkdir(parents=True)
     tokenizer.save(str(path / "tokenizer.json"))

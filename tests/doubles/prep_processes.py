@@ -30,6 +30,7 @@ from transformers import AutoTokenizer
 import prep.build.build, prep.cli.main, prep.sources.lines, prep.writing.manifest
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
+_WRITING = os.O_WRONLY | os.O_RDWR
 
 def run(job):
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -41,7 +42,7 @@ def run(job):
     acting = False
     def on_event(event, details):
         nonlocal changes, acting
-        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
+        writes = event == "open" and isinstance(details[2], int) and details[2] & _WRITING
         if acting or not (writes or event in CHANGES):
             return
         named = event == "os.rename" and os.fspath(details[1]) == job["before_rename_to"]
@@ -145,9 +146,16 @@ class PrepCase:
     ) -> Any:
         """Return the arguments of a build to `place`/out."""
         return [
-            "build", "--mixture", file or self.file, "--out", place / "out", "--store", store or place / "store",
-            "--workers", workers,
-        ]  # fmt: skip
+            "build",
+            "--mixture",
+            file or self.file,
+            "--out",
+            place / "out",
+            "--store",
+            store or place / "store",
+            "--workers",
+            workers,
+        ]
 
     def build(self, forked: ForkedPrep) -> None:
         """Make the undisturbed set, in the case's folder."""
@@ -189,9 +197,13 @@ def start(arguments: Sequence[Any]) -> "subprocess.Popen[str]":
     """
     command = [str(SFT_PREP), *map(str, arguments)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
 
 
 def wait_until(

@@ -29,7 +29,8 @@ import json, os, signal, socket, sys, traceback
 import deepspeed, gigatoken, matplotlib.pyplot, torch, zstandard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import prep.build.build, prep.cli.main, prep.inspection.stats_plot, prep.sources.lines
-import train.cli.main, train.estimate.plan, train.loop.rank, train.results.ask, train.selftest.selftest
+import train.cli.main, train.estimate.plan, train.loop.rank
+import train.results.ask, train.selftest.selftest
 
 def run(client, streams):
     size = int.from_bytes(first, "big")

@@ -1,4 +1,4 @@
-"""JSON text: values as json reads them, and an error for what another parser would drop silently."""
+"""JSON text: values as json reads them, errors for what another parser drops silently."""
 
 import json
 from typing import Any

@@ -12,9 +12,14 @@ from train.sizing.gpu_specs import find_gpu
 
 def test_flops_of_a_step_follow_the_formula() -> None:
     config = AutoConfig.for_model(
-        "llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=100,
-    )  # fmt: skip
+        "llama",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+    )
     cost = model_cost(AutoModelForCausalLM.from_config(config))
     layer = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 48 + 2 * 32
     assert cost.body == 6 * (2 * layer + 32)
@@ -32,9 +37,18 @@ EXPERT = 3 * 32 * 16
 
 def mixture_of_experts(kind: str, **options: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(
-        kind, hidden_size=32, intermediate_size=16, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=8, vocab_size=100, num_experts_per_tok=2, **options,
-    )  # fmt: skip
+        kind,
+        hidden_size=32,
+        intermediate_size=16,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        vocab_size=100,
+        num_experts_per_tok=2,
+        **options,
+    )
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
